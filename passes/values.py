@@ -1,0 +1,120 @@
+"""The values that cross the borders between passes: frozen, comparable, printable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ringfx.layout import LayoutKind
+from ringfx.spec import AttentionSpec
+
+__all__ = [
+    "AttentionSite",
+    "Captured",
+    "Declined",
+    "Resharding",
+    "TokenAxis",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Captured:
+    """The model's program as a flat, functional, pre-dispatch ATen graph.
+
+    Every node carries ``meta["val"]`` (a fake tensor of the *global* shape), ``meta["ringfx_path"]``
+    (module path) and ``meta["ringfx_source"]`` (``file:line``).
+    """
+
+    graph_module: torch.fx.GraphModule
+    input_names: tuple[str, ...]
+    """One readable name for each placeholder: a parameter's path or an argument's name."""
+    is_parameter: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
+    graph_break: str | None = None
+    """The user frame that broke the graph after this program, if one did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One attention of the program, in canonical form."""
+
+    node: str
+    """Name of the canonical node in the captured graph."""
+    name: str
+    """Module path, such as ``model.layers.0.self_attn``."""
+    source: str
+    """``file:line`` of the user's call."""
+    found_by: str
+    """The detection rule, such as ``sdpa``."""
+    spec: AttentionSpec
+    mask_words: str
+    """The mask as a person says it: ``causal, window 4096, packed documents``."""
+    density: float
+    """Share of (query, key) pairs that are kept, 0 to 1; 1 where it depends on the data."""
+    balanced: bool
+    """Whether every query row keeps about as many keys as any other (false for causal)."""
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    """As torch names it without the prefix: ``float32``, ``bfloat16``."""
+    device: str
+    """Device type: ``cpu``, ``cuda``."""
+    trains: bool
+    """Whether a backward pass goes through it."""
+
+    @property
+    def q_len(self) -> int:
+        return self.spec.q_len
+
+    @property
+    def kv_len(self) -> int:
+        return self.spec.kv_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declined:
+    """Something that resembles attention and is left as it stands, with the reason."""
+
+    node: str
+    name: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAxis:
+    """An axis of tokens that is split over the ranks, and how."""
+
+    axis: str
+    length: int
+    layout: LayoutKind
+    local_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resharding:
+    """A place outside attention where a value changes between whole and split."""
+
+    node: str
+    name: str
+    source: str
+    kind: str
+    """``gather``, ``slice``, ``all_reduce``."""
+    bytes_moved: int
+    """Bytes that one rank receives, forward; 0 for a slice of a whole value."""
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sites:
+    """What detection found."""
+
+    found: tuple[AttentionSite, ...]
+    declined: tuple[Declined, ...] = ()
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each site's node, the graph nodes whose tensors its tile functions read."""

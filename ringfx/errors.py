@@ -1,0 +1,61 @@
+"""Every error that a user of ringfx can meet; each says what, where, why and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AgreementError",
+    "AttentionNotFound",
+    "CaptureRefused",
+    "CommunicationError",
+    "InvalidArgument",
+    "NoAxisRule",
+    "OutOfMemory",
+    "ProfileError",
+    "RingfxError",
+    "StrategyRefused",
+    "VerificationError",
+]
+
+
+class RingfxError(RuntimeError):
+    """The base of all errors raised on purpose by ringfx."""
+
+
+class InvalidArgument(RingfxError, ValueError):
+    """An argument of a public function cannot be used; the text names it and its choices."""
+
+
+class CaptureRefused(RingfxError):
+    """The program holds a construct that capture cannot carry without changing its meaning."""
+
+
+class AttentionNotFound(RingfxError):
+    """The program has no attention over a sequence, so there is nothing to split."""
+
+
+class NoAxisRule(RingfxError):
+    """An operator touches split tokens and the axis table has no row for it."""
+
+
+class StrategyRefused(RingfxError):
+    """A strategy was asked for where it cannot run."""
+
+
+class AgreementError(RingfxError):
+    """The ranks do not run the same program on the same inputs."""
+
+
+class CommunicationError(RingfxError):
+    """A rank did not answer in time, or a message had the wrong size."""
+
+
+class OutOfMemory(RingfxError):
+    """No tile size fits the device; the text says what would."""
+
+
+class ProfileError(RingfxError):
+    """A measurement profile cannot be read or does not fit what is asked of it."""
+
+
+class VerificationError(RingfxError):
+    """The rewritten program breaks an invariant: a defect of ringfx, never of the user's model."""

@@ -1,0 +1,50 @@
+"""What one attention computes: the fields of the canonical operator, shared by all rooms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from ringfx import tiles
+from ringfx.tiles import Expr
+
+__all__ = ["AttentionSpec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """softmax(cap(scale * q @ k^T) + bias, where keep) @ v, over whole sequences.
+
+    With scores s = scale * q k^T, s <- soft_cap * tanh(s / soft_cap) if a cap is given,
+    s <- s + bias, s <- -inf where keep is false. ``keep`` and ``bias`` are tile functions
+    (see ringfx.tiles) of global positions over captured tensors, the operator's ``inputs``.
+    Lengths are the true global ones: a layout may pad beyond them.
+    """
+
+    scale: float
+    q_len: int
+    kv_len: int
+    keep: Expr | None = None
+    bias: Expr | None = None
+    soft_cap: float | None = None
+    dropout: float = 0.0
+    sinks: bool = False
+    """The last captured tensor holds one logit a head that joins the softmax and attends nothing."""
+    fully_masked: Literal["zero", "mean"] = "zero"
+    """What a row with no key kept gives: 0, as SDPA does, or the mean of v (finfo.min masks)."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.keep == tiles.CAUSAL
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> AttentionSpec:
+        fields = json.loads(text)
+        for name in ("keep", "bias"):
+            fields[name] = tiles.loads(json.dumps(fields[name]))
+        return AttentionSpec(**fields)
