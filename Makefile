@@ -1,0 +1,67 @@
+# make demo    trains a Llama with its sequence split over two ranks and checks it against the unsplit
+# make test    formatting, lint, types, tests, doctests; what CI runs
+#
+# Both make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Further arguments of pip, for those who want another package index, such as that of CPU-only torch:
+#   make test PIP_INDEX_ARGS="--index-url URL --extra-index-url URL"
+PIP_INDEX_ARGS ?=
+# Further arguments of pytest: make test PYTEST_ARGS="-k causal"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := ringfx passes cost_model tests examples benchmarks
+
+.PHONY: install demo test check test-all format lint types bench-memory clean
+
+install: $(INSTALLED)
+
+# setuptools comes first so that the project builds without a second, isolated download of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "ringfx needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(PIP_INDEX_ARGS) --constraint constraints.txt setuptools
+	$(PIP) install --quiet $(PIP_INDEX_ARGS) --constraint constraints.txt \
+	  --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+
+check: test
+
+test-all: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+# passes/ and cost_model/ are the packages ringfx.passes and ringfx.cost_model once installed; a type
+# checker reads files, so it is shown a folder of links that has the installed shape. Strictness is
+# set in pyproject.toml.
+TYPED := build/typed
+types: $(INSTALLED)
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ringfx
+	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
+	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
+	MYPYPATH=$(TYPED) $(BIN)/python -m mypy tests/ranks.py tests/harness.py \
+	  $(wildcard examples/*.py benchmarks/*.py)
+
+bench-memory: $(INSTALLED)
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
