@@ -1,0 +1,22 @@
+"""What each strategy costs at each attention, and which to take: see docs/cost-model.md.
+
+profile (constants with their origins) -> formulas (time and memory of one layer) -> candidates
+-> overrides (the user's word) -> budget (the exact choice) -> choose (one LayerPlan a layer)
+"""
+
+from ringfx.cost_model.choose import choose
+from ringfx.cost_model.formulas import Prediction, predict
+from ringfx.cost_model.overrides import StrategyChoice
+from ringfx.cost_model.profile import Profile, available_profiles, load_profile
+from ringfx.cost_model.quantities import parse_bytes
+
+__all__ = [
+    "Prediction",
+    "Profile",
+    "StrategyChoice",
+    "available_profiles",
+    "choose",
+    "load_profile",
+    "parse_bytes",
+    "predict",
+]

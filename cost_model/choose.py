@@ -1,0 +1,206 @@
+"""Choose a strategy for every layer at once: the fastest assignment whose memory fits.
+
+With t(l, s), m(l, s), w(l, s) the time, saved bytes and workspace of layer l under strategy s:
+
+    minimise    sum over l of t(l, s_l)
+    subject to  sum over l of m(l, s_l) + max over l of w(l, s_l) + fixed <= budget
+
+Saved tensors add up over the layers, workspaces are reused, so the layers are coupled twice over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ringfx.cost_model.budget import Menu, assign
+from ringfx.cost_model.candidates import Candidates, StrategyLike, candidates, default_strategies
+from ringfx.cost_model.formulas import Prediction
+from ringfx.cost_model.infeasible import Problem, explain_infeasible
+from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
+from ringfx.cost_model.profile import Profile
+from ringfx.passes.values import AttentionSite
+
+from ringfx.errors import OutOfMemory, StrategyRefused
+from ringfx.plan import LayerPlan
+from ringfx.plan_text import format_bytes, format_ms
+
+__all__ = ["choose"]
+
+
+def choose(
+    sites: Sequence[AttentionSite],
+    *,
+    world_size: int,
+    profile: Profile,
+    gpu_memory: int | None = None,
+    strategy: StrategyChoice = AUTO,
+    fixed_bytes: int = 0,
+    split_bytes: int = 0,
+    strategies: Mapping[str, StrategyLike] | None = None,
+) -> tuple[LayerPlan, ...]:
+    """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
+
+    Parameters
+    ----------
+    gpu_memory
+        Budget of one rank in bytes; None: no limit.
+    strategy
+        ``"auto"``, a name, or a mapping from globs on module paths to names.
+    fixed_bytes
+        Bytes of one rank outside attention that do not shrink with more ranks: parameters.
+    split_bytes
+        Bytes of one rank outside attention that do: activations at this world size.
+    strategies
+        The table of strategies; by default ringfx's own.
+
+    Raises
+    ------
+    InvalidArgument
+        An unknown strategy, or a glob that matches no layer.
+    StrategyRefused
+        A strategy was asked for where it cannot run, or no strategy can.
+    OutOfMemory
+        No assignment fits; the text names the world size and the length that would.
+    """
+    table = strategies if strategies is not None else default_strategies()
+    overrides = resolve_overrides(strategy, sites, tuple(table))
+
+    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
+        return [candidates(site, world_size, profile, table) for site in sites]
+
+    def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
+        pairs = zip(offers_at(sites, world_size), overrides, strict=True)
+        return [_menu(offer, override, world_size) for offer, override in pairs]
+
+    menus = menus_at(sites, world_size)
+    room = None if gpu_memory is None else gpu_memory - fixed_bytes - split_bytes
+    picked = assign(menus, room)
+    if picked is None:
+        assert gpu_memory is not None
+        problem = Problem(
+            sites=tuple(sites),
+            menus=menus_at,
+            world_size=world_size,
+            budget=gpu_memory,
+            fixed_bytes=fixed_bytes,
+            split_bytes=split_bytes,
+        )
+        raise OutOfMemory(explain_infeasible(problem))
+    offers = offers_at(sites, world_size)
+    return tuple(
+        _layer_plan(offer, menu[i], override, world_size, gpu_memory)
+        for offer, menu, i, override in zip(offers, menus, picked, overrides, strict=True)
+    )
+
+
+# --- what may be chosen -----------------------------------------------------------------------
+
+
+def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu:
+    """The options that the user's word leaves; at one rank there is just the local kernel."""
+    if override is not None:
+        if override.strategy in offer.refused:
+            raise StrategyRefused(_refusal(offer, override))
+        return tuple(o for o in offer.options if o.strategy == override.strategy)
+    if not offer.options:
+        raise StrategyRefused(_no_strategy(offer, world_size))
+    if world_size == 1:
+        local = tuple(o for o in offer.options if o.strategy == "production")
+        return local or offer.options[:1]
+    return offer.options
+
+
+def _refusal(offer: Candidates, override: Override) -> str:
+    refusal = offer.refused[override.strategy]
+    names = ", ".join(sorted(option.strategy for option in offer.options)) or "none"
+    cheapest = ""
+    if offer.options:
+        best = offer.options[0]
+        cheapest = f" Cheapest: {best.strategy}, predicted {format_ms(best.total_ms)}."
+    drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
+    return (
+        f'{_where(offer.site)}: "{override.strategy}" {refusal.reason}.\n'
+        f"  Admissible: {names}.{cheapest}\n"
+        f"  Do: {drop}, or {refusal.remedy}."
+    )
+
+
+def _no_strategy(offer: Candidates, world_size: int) -> str:
+    lines = [f'  "{name}" {no.reason}; {no.remedy}.' for name, no in offer.refused.items()]
+    head = f"{_where(offer.site)}: no strategy can split it over {world_size} ranks."
+    return "\n".join([head, *lines])
+
+
+def _where(site: AttentionSite) -> str:
+    return f'{site.name} ({site.source}, found as "{site.found_by}")'
+
+
+# --- the plan of a layer ------------------------------------------------------------------------
+
+
+def _layer_plan(
+    offer: Candidates,
+    chosen: Prediction,
+    override: Override | None,
+    world_size: int,
+    gpu_memory: int | None,
+) -> LayerPlan:
+    return LayerPlan(
+        site=offer.site,
+        strategy=chosen.strategy,
+        reason=_reason(offer, chosen, override, world_size, gpu_memory),
+        kernel=chosen.kernel,
+        forward_ms=chosen.forward_ms,
+        backward_ms=chosen.backward_ms,
+        compute_ms=chosen.compute_ms,
+        communication_ms=chosen.communication_ms,
+        exposed_ms=chosen.exposed_ms,
+        saved_bytes=chosen.saved_bytes,
+        workspace_bytes=chosen.workspace_bytes,
+    )
+
+
+def _reason(
+    offer: Candidates,
+    chosen: Prediction,
+    override: Override | None,
+    world_size: int,
+    gpu_memory: int | None,
+) -> str:
+    if world_size == 1:
+        return "one rank: the local kernel"
+    others = [o for o in offer.options if o.strategy != chosen.strategy]
+    if override is not None:
+        return f"asked for by {override.words}{_if_slower(chosen, others)}"
+    if not others:
+        return "the only one that can run here"
+    best = others[0]
+    if best.total_ms >= chosen.total_ms:
+        fastest = f"fastest of {len(offer.options)}"
+        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower"
+    assert gpu_memory is not None, "without a budget the fastest is chosen"
+    return (
+        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy} would be"
+        f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
+    )
+
+
+def _if_slower(chosen: Prediction, others: Sequence[Prediction]) -> str:
+    if not others or others[0].total_ms >= chosen.total_ms:
+        return ""
+    return f"; {others[0].strategy} is predicted {_percent(chosen, others[0])} faster"
+
+
+def _percent(slow: Prediction, fast: Prediction) -> str:
+    """How much longer the slow one takes, as a share of the fast one's time."""
+    ratio = slow.total_ms / fast.total_ms
+    if ratio >= 2:
+        return f"{ratio:.1f} times"
+    return f"{100 * (ratio - 1):.0f}%" if ratio >= 1.01 else "under 1%"
+
+
+def _more_memory(large: Prediction, small: Prediction) -> str:
+    def total(p: Prediction) -> int:
+        return p.saved_bytes + p.workspace_bytes
+
+    return format_bytes(max(0, total(large) - total(small)))

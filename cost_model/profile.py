@@ -1,0 +1,274 @@
+"""Profiles: what one kind of device and its links were measured or published to do.
+
+A profile is a JSON file of rows. Each row says where its numbers come from, and a number that was
+not measured says so. Nothing here predicts: ``ringfx.cost_model.formulas`` reads these rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ringfx.cost_model.devices import device_name
+
+from ringfx.errors import ProfileError
+
+__all__ = [
+    "PROFILE_SCHEMA",
+    "KernelRow",
+    "LinkRow",
+    "Profile",
+    "available_profiles",
+    "load_profile",
+    "read_profile",
+]
+
+PROFILE_SCHEMA = 1
+
+Direction = Literal["forward", "backward"]
+Collective = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
+Scope = Literal["node", "network"]
+Kind = Literal["measured", "published", "assumed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow:
+    """Time of one call of an attention kernel, linear in its work with no negative term.
+
+    seconds = call_us / 1e6 + flops / (gflops * 1e9), where flops are those of the kept (query, key)
+    pairs; see ``formulas.kernel_seconds``.
+    """
+
+    kernel: str
+    dtype: str
+    direction: Direction
+    call_us: float
+    gflops: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkRow:
+    """Time of one collective: latency_us / 1e6 for each step, bytes / (gbytes_per_s * 1e9).
+
+    Bytes are those that one rank receives. ``scope`` says whether the ranks share a node.
+    """
+
+    operation: Collective
+    scope: Scope
+    latency_us: float
+    gbytes_per_s: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The constants of one device class, with their origins."""
+
+    name: str
+    device: str
+    """Device type: ``cpu``, ``cuda``."""
+    device_pattern: str
+    """Regular expression that the device's own name matches."""
+    kind: Kind
+    origin: str
+    """Where the numbers come from, in one line that the plan prints."""
+    ranks_per_node: int
+    memory_gbytes_per_s: float
+    memory_origin: str
+    kernels: tuple[KernelRow, ...]
+    links: tuple[LinkRow, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader of the plan must know: the profile is foreign, or a default."""
+
+    def kernel(self, name: str, dtype: str, direction: Direction) -> KernelRow:
+        """The row of a kernel; of float32 where this dtype has none (``missing_rows`` says so)."""
+        rows = {row.dtype: row for row in self._kernel_rows(name, direction)}
+        if not rows:
+            raise ProfileError(
+                f"profile {self.name!r} has no row for the {name!r} kernel, {direction}."
+                " Do: run `ringfx calibrate`, or use a profile that has one."
+            )
+        return rows.get(dtype) or rows.get("float32") or next(iter(rows.values()))
+
+    def _kernel_rows(self, name: str, direction: Direction) -> Iterable[KernelRow]:
+        return (r for r in self.kernels if r.kernel == name and r.direction == direction)
+
+    def link(self, operation: Collective, world_size: int) -> LinkRow:
+        """The row of the slowest link that the collective crosses."""
+        scope: Scope = "node" if world_size <= self.ranks_per_node else "network"
+        rows = {row.scope: row for row in self.links if row.operation == operation}
+        if scope not in rows:
+            raise ProfileError(
+                f"profile {self.name!r} has no row for {operation!r} between ranks of"
+                f" {'one node' if scope == 'node' else 'several nodes'} ({world_size} ranks,"
+                f" {self.ranks_per_node} a node). Do: run `ringfx calibrate` under torchrun on such"
+                " ranks, or use a profile that has one."
+            )
+        return rows[scope]
+
+    def missing_rows(self, dtypes: Iterable[str]) -> tuple[str, ...]:
+        """One note for each dtype that is predicted with another dtype's figures."""
+        known = {row.dtype for row in self.kernels}
+        return tuple(
+            f"profile {self.name} has no {dtype} kernels: float32 figures stand in"
+            for dtype in sorted(set(dtypes) - known)
+        )
+
+
+def load_profile(name: str | Path | None = None, *, device: str = "cpu") -> Profile:
+    """The profile to predict with; what is doubtful about it is said in its ``notes``.
+
+    Parameters
+    ----------
+    name
+        A shipped profile's name, a path to a JSON file, or None to find the one of this device.
+    device
+        Device type on which the model is to run: ``cpu``, ``cuda``.
+
+    Raises
+    ------
+    ProfileError
+        There is no such profile, it cannot be read, or it has none of this device type's rows.
+    """
+    profile = _find(device) if name is None else _named(name)
+    if profile.device != device:
+        raise ProfileError(
+            f"profile {profile.name!r} was made for {profile.device!r} and the model runs on"
+            f" {device!r}. Do: choose one of {_names(device)}, or run `ringfx calibrate`."
+        )
+    return dataclasses.replace(profile, notes=profile.notes + _doubts(profile))
+
+
+@cache
+def available_profiles() -> tuple[Profile, ...]:
+    """All profiles that ship with ringfx, by name."""
+    folder = resources.files("ringfx.cost_model") / "profiles"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return tuple(read_profile(f.read_text(), f.name) for f in files)
+
+
+def read_profile(text: str, where: str) -> Profile:
+    """A profile from the text of its file; ``where`` names the file in errors.
+
+    Raises
+    ------
+    ProfileError
+        The text is no JSON, has another schema version, or a field is missing or wrong.
+    """
+    fields = _parse(text, where)
+    try:
+        profile = _profile(fields)
+    except (KeyError, TypeError) as error:
+        raise ProfileError(
+            f"profile {where} is damaged: {error!r}. Do: write it again with `ringfx calibrate`."
+        ) from error
+    _check(profile, where)
+    return profile
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ProfileError(
+            f"profile {where}: line {error.lineno} is not JSON ({error.msg})."
+        ) from error
+    schema = fields.pop("schema", None) if isinstance(fields, dict) else None
+    if schema != PROFILE_SCHEMA:
+        raise ProfileError(
+            f"profile {where} has schema version {schema!r}; this ringfx reads version"
+            f" {PROFILE_SCHEMA}. Do: write it again with `ringfx calibrate`."
+        )
+    assert isinstance(fields, dict)
+    return fields
+
+
+def _profile(fields: Mapping[str, Any]) -> Profile:
+    rows = {
+        "kernels": tuple(KernelRow(**row) for row in fields["kernels"]),
+        "links": tuple(LinkRow(**row) for row in fields["links"]),
+        "notes": tuple(fields.get("notes", ())),
+    }
+    return Profile(**{**fields, **rows})
+
+
+def _check(profile: Profile, where: str) -> None:
+    """Refuse numbers with which no prediction could be right: they would surface far from here."""
+    if profile.kind not in get_args(Kind):
+        raise ProfileError(f"profile {where}: kind must be one of {', '.join(get_args(Kind))}.")
+    if profile.memory_gbytes_per_s <= 0 or profile.ranks_per_node < 1:
+        raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
+    rates = [(row.gflops, row.call_us, row.origin) for row in profile.kernels]
+    rates += [(row.gbytes_per_s, row.latency_us, row.origin) for row in profile.links]
+    for rate, start_us, origin in rates:
+        if not (rate > 0 and start_us >= 0 and origin):
+            raise ProfileError(
+                f"profile {where}: every row needs a rate above 0, a start of 0 us or more and an"
+                f" origin; one has rate {rate}, start {start_us} us, origin {origin!r}."
+            )
+
+
+def _find(device: str) -> Profile:
+    """The most trustworthy profile of this very device, else of its type."""
+    candidates = [p for p in available_profiles() if p.device == device]
+    if not candidates:
+        known = sorted({p.device for p in available_profiles()})
+        raise ProfileError(
+            f"no profile ships for devices of type {device!r}; there are some for"
+            f" {', '.join(known)}. Do: run `ringfx calibrate`, and pass the file as profile."
+        )
+    kinds = get_args(Kind)
+    return min(candidates, key=lambda p: (not _is_own(p), kinds.index(p.kind), p.name))
+
+
+def _named(name: str | Path) -> Profile:
+    shipped = {p.name: p for p in available_profiles()}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    path = Path(name)
+    if path.suffix != ".json" and not path.exists():
+        raise ProfileError(
+            f"there is no profile {str(name)!r}. Shipped: {', '.join(sorted(shipped))}."
+            " Do: name one of these, or give the path of a file written by `ringfx calibrate`."
+        )
+    try:
+        return read_profile(path.read_text(), str(path))
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be read: {error.strerror}.") from error
+
+
+def _is_own(profile: Profile) -> bool:
+    name = device_name(profile.device)
+    return name is not None and re.search(profile.device_pattern, name) is not None
+
+
+def _doubts(profile: Profile) -> tuple[str, ...]:
+    """What a reader of the plan must know before believing its times."""
+    doubts = []
+    here = device_name(profile.device)
+    if not _is_own(profile):
+        this = (
+            f"this machine has {here}" if here else f"this machine has no {profile.device} device"
+        )
+        doubts.append(
+            f"profile {profile.name} describes {profile.device_pattern}, {this}:"
+            " the times are those of the profile's device"
+        )
+    if profile.kind != "measured":
+        doubts.append(
+            f"profile {profile.name} is {profile.kind}, not measured:"
+            " `ringfx calibrate` measures the device it runs on"
+        )
+    return tuple(doubts)
+
+
+def _names(device: str) -> str:
+    return ", ".join(p.name for p in available_profiles() if p.device == device) or "(none)"

@@ -1,0 +1,54 @@
+"""Quantities as people write them: bytes, tokens, speeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ringfx.errors import InvalidArgument
+
+__all__ = ["parse_bytes"]
+
+BYTE_UNITS: Mapping[str, int] = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+_NUMBER_AND_UNIT = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from an integer or a text with a unit; KB is 1000 bytes, KiB 1024.
+
+    >>> parse_bytes("80GiB"), parse_bytes("512 MiB"), parse_bytes("1.5kB"), parse_bytes(42)
+    (85899345920, 536870912, 1500, 42)
+
+    Raises
+    ------
+    InvalidArgument
+        The text has no number, an unknown unit, or the size is not positive.
+    """
+    count = _bytes(size)
+    if count <= 0:
+        raise InvalidArgument(f"a memory size must be positive; got {size!r}.")
+    return count
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    match = _NUMBER_AND_UNIT.fullmatch(size) if isinstance(size, str) else None
+    if match is None or match[2].lower() not in BYTE_UNITS:
+        raise InvalidArgument(
+            f"{size!r} is not a memory size."
+            ' Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
+        )
+    return round(float(match[1].replace("_", "")) * BYTE_UNITS[match[2].lower()])

@@ -1,0 +1,245 @@
+"""The plan: what ringfx will do to a model, as a value that is printed, saved and compared.
+
+A plan is computed on fake tensors, without a process group and without an accelerator. Nothing in
+it refers to a graph, so a plan made on a laptop can be read, diffed and checked anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ringfx.errors import InvalidArgument
+from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
+from ringfx.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["SCHEMA_VERSION", "LayerPlan", "MemoryPart", "MemoryPlan", "Plan"]
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What happens to one attention call, and what that is predicted to cost on one rank.
+
+    Times are milliseconds of one step (forward, and backward where the layer trains):
+    ``forward_ms + backward_ms == compute_ms + exposed_ms``. Communication that hides behind
+    compute is counted in ``communication_ms`` and not in ``exposed_ms``.
+    """
+
+    site: AttentionSite
+    strategy: str
+    reason: str
+    """Why this strategy, in words, with the numbers compared."""
+    kernel: str
+    """The attention kernel that the plan counts on, such as ``flash``."""
+    forward_ms: float
+    backward_ms: float
+    compute_ms: float
+    communication_ms: float
+    exposed_ms: float
+    saved_bytes: int
+    """Kept from forward to backward by this layer's attention."""
+    workspace_bytes: int
+    """Held only while this layer runs: communication buffers, accumulators, scores."""
+
+    @property
+    def name(self) -> str:
+        """Module path, such as ``model.layers.0.self_attn``."""
+        return self.site.name
+
+    @property
+    def source(self) -> str:
+        """``file:line`` of the user's call."""
+        return self.site.source
+
+    @property
+    def found_by(self) -> str:
+        """The detection rule that found it."""
+        return self.site.found_by
+
+    @property
+    def mask(self) -> str:
+        """The mask in words."""
+        return self.site.mask_words
+
+    @property
+    def total_ms(self) -> float:
+        """Predicted wall time of one step, forward and backward."""
+        return self.forward_ms + self.backward_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPart:
+    """One cause of memory use on one rank, at the moment of the peak."""
+
+    cause: str
+    bytes: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What the peak of one rank's memory is made of, as far as it is known."""
+
+    parts: tuple[MemoryPart, ...] = ()
+    unknown: tuple[str, ...] = ()
+    """Causes that the prediction leaves out, in words; empty when it is complete."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that ringfx decided for one model, one input shape and one world size."""
+
+    world_size: int
+    gpu_memory: int | None
+    """Budget of one rank in bytes; None: no budget was given."""
+    device: str
+    """Device type for which times are predicted: ``cpu``, ``cuda``."""
+    profile: str
+    """Name of the profile whose constants made the predictions."""
+    profile_origin: str
+    """Where that profile's numbers come from, in words."""
+    layers: tuple[LayerPlan, ...]
+    """One entry for each attention call, in program order."""
+    declined: tuple[Declined, ...] = ()
+    axes: tuple[TokenAxis, ...] = ()
+    reshardings: tuple[Resharding, ...] = ()
+    memory: MemoryPlan = MemoryPlan()
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def total_ms(self) -> float:
+        """Predicted wall time of all attention of one step on one rank."""
+        return sum(layer.total_ms for layer in self.layers)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any layer has a backward pass."""
+        return any(layer.site.trains for layer in self.layers)
+
+    def layer(self, name: str) -> LayerPlan:
+        """The layer of that module path; raises InvalidArgument listing what there is."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        known = ", ".join(layer.name for layer in self.layers[:8])
+        raise InvalidArgument(
+            f"the plan has no attention named {name!r}. It has {len(self.layers)}: {known}"
+            + (", ..." if len(self.layers) > 8 else "")
+        )
+
+    def digest(self) -> str:
+        """Hash of all that ranks must agree on; equal digests run the same communication.
+
+        Times, memory, notes, file names and the profile are left out: they may differ between
+        machines without changing a single message.
+        """
+        agreed = {
+            "schema": self.schema,
+            "world_size": self.world_size,
+            "layers": [_agreed_layer(layer) for layer in self.layers],
+            "axes": [dataclasses.asdict(axis) for axis in self.axes],
+            "reshardings": [
+                [move.node, move.name, move.kind, move.bytes_moved] for move in self.reshardings
+            ],
+        }
+        text = json.dumps(agreed, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The whole plan as text; ``Plan.from_json`` gives an equal value back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan written by ``to_json``.
+
+        Raises
+        ------
+        InvalidArgument
+            The text is not a plan, or was written with another schema version.
+        """
+        fields = _parse(text)
+        try:
+            return _plan(fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"this plan is damaged: {error!r}. Do: make it again.") from error
+
+    def __rich__(self) -> RenderableType:
+        from ringfx import plan_text
+
+        return plan_text.render(self)
+
+    def __str__(self) -> str:
+        from ringfx import plan_text
+
+        return plan_text.to_text(self)
+
+
+def _agreed_layer(layer: LayerPlan) -> list[Any]:
+    site = layer.site
+    sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
+    return [site.node, site.name, layer.strategy, site.spec.to_json(), site.dtype, sizes]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(
+            f"this is not a plan: line {error.lineno} is not JSON ({error.msg})."
+            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
+        ) from error
+    if not isinstance(fields, dict) or "schema" not in fields:
+        raise InvalidArgument(
+            'this is not a plan: the text has no "schema" field.'
+            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
+        )
+    if fields["schema"] != SCHEMA_VERSION:
+        raise InvalidArgument(
+            f"this plan has schema version {fields['schema']!r}; this ringfx reads version"
+            f" {SCHEMA_VERSION}. Do: make the plan again with this version of ringfx."
+        )
+    return fields
+
+
+def _plan(fields: Mapping[str, Any]) -> Plan:
+    values = dict(fields)
+    values["layers"] = _all(fields["layers"], _layer)
+    values["declined"] = _all(fields["declined"], lambda v: Declined(**v))
+    values["axes"] = _all(fields["axes"], lambda v: TokenAxis(**v))
+    values["reshardings"] = _all(fields["reshardings"], lambda v: Resharding(**v))
+    values["memory"] = _memory(fields["memory"])
+    values["notes"] = tuple(fields["notes"])
+    return Plan(**values)
+
+
+def _all(items: list[Any], build: Callable[[Any], T]) -> tuple[T, ...]:
+    return tuple(build(item) for item in items)
+
+
+def _layer(fields: Mapping[str, Any]) -> LayerPlan:
+    site = dict(fields["site"])
+    site["spec"] = AttentionSpec.from_json(json.dumps(site["spec"]))
+    return LayerPlan(**{**fields, "site": AttentionSite(**site)})
+
+
+def _memory(fields: Mapping[str, Any]) -> MemoryPlan:
+    return MemoryPlan(
+        parts=_all(fields["parts"], lambda v: MemoryPart(**v)), unknown=tuple(fields["unknown"])
+    )

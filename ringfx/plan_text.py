@@ -1,0 +1,330 @@
+"""A plan as a person reads it: tables for a terminal, the same as plain text elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from ringfx.passes.values import Resharding
+from ringfx.plan import LayerPlan, MemoryPlan, Plan
+
+__all__ = ["TEXT_WIDTH", "fold", "format_bytes", "format_ms", "index_set", "render", "to_text"]
+
+TEXT_WIDTH = 120
+"""Columns of plain text: fixed, so that the same plan is the same text everywhere."""
+
+
+def to_text(plan: Plan) -> str:
+    """The plan as plain text without colours."""
+    console = Console(
+        file=io.StringIO(), width=TEXT_WIDTH, no_color=True, force_terminal=False, highlight=False
+    )
+    console.print(render(plan))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))
+
+
+def render(plan: Plan) -> RenderableType:
+    """Header, table of layers, totals, what else moves, memory and notes, in this order."""
+    parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
+    parts += _section("outside attention", _moves(plan.reshardings))
+    parts += _section("left as it stands", _declined(plan))
+    parts += _section(_memory_title(plan), _memory_lines(plan.memory))
+    parts += _section("notes", plan.notes)
+    return Group(*parts)
+
+
+# --- words for quantities ---------------------------------------------------------------------
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary unit and three significant digits.
+
+    >>> format_bytes(1536), format_bytes(80 * 2**30), format_bytes(0)
+    ('1.50 KiB', '80.0 GiB', '0 B')
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 999.5 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{_three_digits(size)} {unit}"
+
+
+def format_ms(value: float) -> str:
+    """Milliseconds with three significant digits, in the unit in which they read best.
+
+    >>> format_ms(0.0421), format_ms(12.34), format_ms(4321.0), format_ms(0.0)
+    ('0.042 ms', '12.3 ms', '4.32 s', '0 ms')
+    """
+    if value == 0:
+        return "0 ms"
+    if value < 1:
+        return f"{value:.3f} ms"
+    if value < 999.5:
+        return f"{_three_digits(value)} ms"
+    return f"{_three_digits(value / 1000)} s"
+
+
+def _three_digits(value: float) -> str:
+    if abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+
+
+def index_set(indices: Sequence[int]) -> str:
+    """Ascending numbers in a short form; a step other than one shows as its first two members.
+
+    >>> index_set([0, 1, 2, 3]), index_set([0, 2, 4, 6]), index_set([1, 5]), index_set([7])
+    ('{0..3}', '{0,2..6}', '{1,5}', '7')
+    """
+    if len(indices) == 1:
+        return str(indices[0])
+    return "{" + ",".join(_runs(indices)) + "}"
+
+
+def _runs(indices: Sequence[int]) -> Iterator[str]:
+    start = 0
+    while start < len(indices):
+        stop = _run_end(indices, start)
+        yield _run_text(indices[start:stop])
+        start = stop
+
+
+def _run_end(indices: Sequence[int], start: int) -> int:
+    """End of the longest arithmetic run from ``start``; one of two members is no run."""
+    stop = start + 1
+    while stop < len(indices) and indices[stop] - indices[stop - 1] == (
+        indices[start + 1] - indices[start]
+    ):
+        stop += 1
+    step = indices[start + 1] - indices[start] if stop > start + 1 else 0
+    return stop if stop - start >= 3 or step == 1 else start + 1
+
+
+def _run_text(run: Sequence[int]) -> str:
+    if len(run) == 1:
+        return str(run[0])
+    if len(run) == 2:
+        return f"{run[0]},{run[1]}"
+    if run[1] - run[0] == 1:
+        return f"{run[0]}..{run[-1]}"
+    return f"{run[0]},{run[1]}..{run[-1]}"
+
+
+# --- folding equal layers -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedLayers:
+    """Layers that are equal in all but one number of their module path."""
+
+    name: str
+    layers: tuple[LayerPlan, ...]
+
+
+def fold(layers: Sequence[LayerPlan]) -> tuple[FoldedLayers, ...]:
+    """Group equal layers as ``model.layers.{0..31}.self_attn``, in order of first appearance."""
+    alike: dict[object, list[LayerPlan]] = {}
+    for layer in layers:
+        alike.setdefault((_template(layer.name), _appearance(layer)), []).append(layer)
+    groups = [group for members in alike.values() for group in _fold_alike(members)]
+    position = {id(layer): i for i, layer in enumerate(layers)}
+    return tuple(sorted(groups, key=lambda group: position[id(group.layers[0])]))
+
+
+def _template(name: str) -> str:
+    return re.sub(r"\d+", "{}", name)
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(int(text) for text in re.findall(r"\d+", name))
+
+
+def _appearance(layer: LayerPlan) -> tuple[object, ...]:
+    """All that a row of the table shows, times as they print."""
+    times = (layer.compute_ms, layer.communication_ms, layer.exposed_ms, layer.total_ms)
+    shown = tuple(format_ms(ms) for ms in times)
+    return (*_identity(layer), *shown, format_bytes(layer.saved_bytes))
+
+
+def _identity(layer: LayerPlan) -> tuple[object, ...]:
+    return (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
+
+
+def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
+    """Fold along the last number that varies; other numbers that vary stay apart."""
+    numbers = [_numbers(layer.name) for layer in members]
+    varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+    if not varying:
+        yield FoldedLayers(name=members[0].name, layers=tuple(members))
+        return
+    place = varying[-1]
+    rows: dict[tuple[int, ...], list[LayerPlan]] = {}
+    for layer, row in zip(members, numbers, strict=True):
+        rows.setdefault((*row[:place], *row[place + 1 :]), []).append(layer)
+    for group in rows.values():
+        yield FoldedLayers(name=_folded_name(group, place), layers=tuple(group))
+
+
+def _folded_name(group: Sequence[LayerPlan], place: int) -> str:
+    indices = sorted({_numbers(layer.name)[place] for layer in group})
+    words: list[str] = [str(number) for number in _numbers(group[0].name)]
+    words[place] = index_set(indices)
+    remaining = iter(words)
+    return re.sub(r"\d+", lambda _: next(remaining), group[0].name)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def _header(plan: Plan) -> RenderableType:
+    ranks = f"{plan.world_size} rank" + ("s" if plan.world_size != 1 else "")
+    first = Text.assemble(("ringfx plan", "bold"), f" for {ranks} on {plan.device}", _mode(plan))
+    lines = [first]
+    for axis in plan.axes:
+        lines.append(
+            Text(
+                f"  {axis.length:,} tokens ({axis.axis}): {axis.local_length:,} on each rank,"
+                f" {axis.layout}"
+            )
+        )
+    lines.append(Text(f"  predicted with profile {plan.profile}: {plan.profile_origin}", "dim"))
+    return Group(*lines)
+
+
+def _mode(plan: Plan) -> str:
+    return ", forward and backward" if plan.trains else ", forward only"
+
+
+def _layer_table(plan: Plan) -> RenderableType:
+    """One line of numbers for each group of equal layers, then what it is and why, indented."""
+    groups = fold(plan.layers)
+    widths = [max((len(row[i]) for row in _cells(groups)), default=0) for i in range(len(_TITLES))]
+    lines = [Text(_line(_TITLES, widths), "bold"), Text("─" * len(_line(_TITLES, widths)), "dim")]
+    for group, cells in zip(groups, list(_cells(groups))[1:], strict=True):
+        lines.append(Text(_line(cells, widths), "bold"))
+        lines += [Text(f"    {detail}", "dim") for detail in _details(group)]
+    return Padding(Group(*lines), (1, 0, 0, 0))
+
+
+_TITLES = ("attention", "", "strategy", "compute", "messages", "exposed", "total", "saved")
+_TEXT_COLUMNS = (0, 2)
+
+
+def _cells(groups: Sequence[FoldedLayers]) -> Iterator[tuple[str, ...]]:
+    """The titles, then a row of texts for each group."""
+    yield _TITLES
+    for group in groups:
+        layer, count = group.layers[0], len(group.layers)
+        times = (layer.compute_ms, layer.communication_ms, layer.exposed_ms, layer.total_ms)
+        yield (
+            group.name,
+            f"{count} x" if count > 1 else "",
+            layer.strategy,
+            *(format_ms(ms) for ms in times),
+            format_bytes(layer.saved_bytes),
+        )
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [
+        cell.ljust(width) if i in _TEXT_COLUMNS else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded)
+
+
+def _details(group: FoldedLayers) -> Iterator[str]:
+    layer = group.layers[0]
+    yield _attention_words(layer)
+    yield f"found as {layer.found_by} at {_short_source(layer.source)}"
+    yield layer.reason
+
+
+def _attention_words(layer: LayerPlan) -> str:
+    site = layer.site
+    heads = f"{site.heads}" if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
+    same_dims = site.head_dim == site.v_head_dim
+    dims = f"{site.head_dim}" if same_dims else f"{site.head_dim}/{site.v_head_dim}"
+    tokens = f"{site.q_len:,}" if site.q_len == site.kv_len else f"{site.q_len:,} x {site.kv_len:,}"
+    batch = f"{site.batch} x " if site.batch != 1 else ""
+    return (
+        f"{layer.mask}; {batch}{tokens} tokens, {heads} heads of {dims}, {site.dtype};"
+        f" {layer.kernel} kernel"
+    )
+
+
+def _short_source(source: str) -> str:
+    """The last two parts of a path: enough to recognise, short enough for a table.
+
+    >>> _short_source("/usr/lib/models/llama/modeling_llama.py:254")
+    'llama/modeling_llama.py:254'
+    """
+    return "/".join(source.split("/")[-2:])
+
+
+def _totals(plan: Plan) -> RenderableType:
+    layers = plan.layers
+    compute, exposed = sum(x.compute_ms for x in layers), sum(x.exposed_ms for x in layers)
+    saved = sum(x.saved_bytes for x in layers)
+    workspace = max((x.workspace_bytes for x in layers), default=0)
+    text = Text.assemble(
+        (f"{len(layers)} attention calls: {format_ms(plan.total_ms)} a step", "bold"),
+        f" on each rank ({format_ms(compute)} compute, {format_ms(exposed)} waiting for messages);"
+        f" {format_bytes(saved)} saved for backward, up to {format_bytes(workspace)} of workspace",
+    )
+    return Padding(text, (1, 0, 0, 0))
+
+
+def _section(title: str, lines: Sequence[str]) -> list[RenderableType]:
+    if not lines:
+        return []
+    body = Text("\n".join(lines))
+    return [Padding(Text(title, "bold"), (1, 0, 0, 0)), Padding(body, (0, 0, 0, 2))]
+
+
+def _moves(moves: Sequence[Resharding]) -> list[str]:
+    """Gathers first, since they are what a reader wants to remove; equal ones together."""
+    groups: dict[tuple[str, str, str, int], list[Resharding]] = {}
+    for move in sorted(moves, key=lambda m: (m.kind != "gather", -m.bytes_moved)):
+        key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
+        groups.setdefault(key, []).append(move)
+    return [_move_line(group) for group in groups.values()]
+
+
+def _move_line(group: Sequence[Resharding]) -> str:
+    move = group[0]
+    count = f"{len(group)} x " if len(group) > 1 else ""
+    size = f", {format_bytes(move.bytes_moved)}" + (" each" if len(group) > 1 else "")
+    where = f" at {move.name}" if move.name else ""
+    source = f" ({_short_source(move.source)})" if move.source else ""
+    return f"{count}{move.kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"
+
+
+def _declined(plan: Plan) -> list[str]:
+    return [f"{d.name} ({_short_source(d.source)}): {d.reason}" for d in plan.declined]
+
+
+def _memory_title(plan: Plan) -> str:
+    peak, budget = plan.memory.peak_bytes, plan.gpu_memory
+    title = f"memory of one rank: {format_bytes(peak)} at the peak"
+    if budget is None:
+        return f"{title} (no budget given)"
+    return f"{title}, {100 * peak / budget:.0f}% of {format_bytes(budget)}"
+
+
+def _memory_lines(memory: MemoryPlan) -> list[str]:
+    peak = max(memory.peak_bytes, 1)
+    lines = [
+        f"{format_bytes(part.bytes):>9}  {100 * part.bytes / peak:3.0f}%  {part.cause}"
+        + (f" ({part.detail})" if part.detail else "")
+        for part in sorted(memory.parts, key=lambda part: -part.bytes)
+    ]
+    return lines + [f"not counted: {cause}" for cause in memory.unknown]
