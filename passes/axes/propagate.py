@@ -1,0 +1,167 @@
+"""Name the axes of every value of a program in one walk; unite and cut as operators ask."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ringfx.passes.axes.call import Call, Labels, OpAxes, Share, Window, result_values
+from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
+
+__all__ = ["AxisMap", "NamedOp", "name_axes"]
+
+NO_RULE = "the axis table has no row for this operator"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NamedOp:
+    """A call with its labels bound to dimensions of the program's axis space."""
+
+    call: Call
+    axes: OpAxes
+    bound: Mapping[str, Dim]
+    clash: bool = False
+
+    def operand_dims(self, i: int) -> tuple[tuple[str, ...], ...] | None:
+        return self.axes.operands[i]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AxisMap:
+    """The axes of one program."""
+
+    space: AxisSpace
+    values: Mapping[Node, tuple[tuple[Dim, ...], ...]]
+    """For each value, for each of its tensors, for each dimension, its axes (unresolved)."""
+    ops: Mapping[Node, NamedOp]
+    missing: tuple[Node, ...]
+    """Calls without a row in the axis table."""
+    windows: tuple[tuple[Dim, Dim, int, int], ...]
+    """(source axis, window axis, start, length): the slices of step 1."""
+
+    def dims(self, node: Node, index: int = 0) -> tuple[Dim, ...]:
+        return tuple(self.space.resolve(dim) for dim in self.values[node][index])
+
+    def label(self, node: Node, name: str) -> Dim:
+        return self.space.resolve(self.ops[node].bound.get(name, ()))
+
+
+def name_axes(graph: torch.fx.Graph) -> AxisMap:
+    """Follow every axis through the program."""
+    space = AxisSpace()
+    values: dict[Node, tuple[tuple[Dim, ...], ...]] = {}
+    ops: dict[Node, NamedOp] = {}
+    missing: list[Node] = []
+    windows: list[tuple[Dim, Dim, int, int]] = []
+    for node in graph.nodes:
+        results = result_values(node)
+        if node.target is operator.getitem:
+            source, index = node.args
+            values[node] = (values[source][index],)
+            continue
+        if not results:
+            continue
+        if node.op != "call_function":
+            values[node] = _fresh(space, node)
+            continue
+        call = Call(node)
+        rule = find_rule(node.target)
+        axes = rule(call) if rule else _opaque(call)
+        if rule is None:
+            missing.append(node)
+        bound, clash = _bind(space, values, call, axes)
+        values[node] = _results(space, values, call, axes, bound)
+        named = NamedOp(call=call, axes=axes, bound=bound, clash=clash)
+        ops[node] = named
+        windows += [_window(named, w) for w in named.axes.windows]
+    return AxisMap(
+        space=space, values=values, ops=ops, missing=tuple(missing), windows=tuple(windows)
+    )
+
+
+def _fresh(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:
+    return tuple(tuple(space.fresh(int(s)) for s in v.shape) for v in result_values(node))
+
+
+def _opaque(call: Call) -> OpAxes:
+    """No row: every axis is new and everything must be whole."""
+    results: tuple[Labels, ...] = tuple(
+        tuple((f"r{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
+        for n, shape in enumerate(call.result_shapes)
+    )
+    return OpAxes(
+        operands=(None,) * len(call.operands),
+        results=results,
+        share={x: Share.WHOLE for dims in results for dim in dims for x in dim},
+        reason=NO_RULE,
+    )
+
+
+def _bind(
+    space: AxisSpace,
+    values: Mapping[Node, tuple[tuple[Dim, ...], ...]],
+    call: Call,
+    axes: OpAxes,
+) -> tuple[dict[str, Dim], bool]:
+    """Bind each label to the dimensions of the operands that carry it."""
+    bound: dict[str, Dim] = {}
+    clash = False
+    for node, labels in zip(call.operands, axes.operands, strict=True):
+        if labels is None:
+            continue
+        for dim, names in zip(values[node][0], labels, strict=True):
+            if len(names) != 1:
+                continue
+            (name,) = names
+            if name not in bound:
+                bound[name] = dim
+                continue
+            try:
+                space.unify(bound[name], dim)
+            except AxisClash:
+                clash = True
+    return bound, clash
+
+
+def _results(
+    space: AxisSpace,
+    values: Mapping[Node, tuple[tuple[Dim, ...], ...]],
+    call: Call,
+    axes: OpAxes,
+    bound: dict[str, Dim],
+) -> tuple[tuple[Dim, ...], ...]:
+    """The results' dimensions; labels that only they carry are added to ``bound``."""
+    shapes = call.result_shapes
+    if axes.regroup:
+        try:
+            return (space.regroup(values[call.operands[0]][0], [int(s) for s in shapes[0]]),)
+        except AxisClash:
+            return _fresh(space, call.node)
+    results: list[tuple[Dim, ...]] = []
+    for shape, labels in zip(shapes, axes.results, strict=True):
+        for size, names in zip(shape, labels, strict=True):
+            _bind_new(space, bound, names, int(size))
+        results.append(
+            tuple(tuple(axis for name in names for axis in bound[name]) for names in labels)
+        )
+    return tuple(results)
+
+
+def _bind_new(
+    space: AxisSpace, bound: dict[str, Dim], names: tuple[str, ...], size: int
+) -> None:
+    """Make an axis for a label that no operand carries; its size is what the others leave."""
+    unknown = [name for name in names if name not in bound]
+    assert len(unknown) <= 1, f"labels {unknown} of one dimension are both unknown"
+    known = space.size(axis for name in names if name in bound for axis in space.resolve(bound[name]))
+    for name in unknown:
+        bound[name] = space.fresh(size // known)
+
+
+def _window(named: NamedOp, window: Window) -> tuple[Dim, Dim, int, int]:
+    return (named.bound[window.source], named.bound[window.result], window.start, window.length)

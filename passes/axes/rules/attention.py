@@ -1,0 +1,56 @@
+"""The axes of attention itself: b h s d, b g t d, b g t e -> b h s e."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ringfx.ops import attention
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.rules.pattern import labels_like, leading, shares
+
+__all__ = ["RULES"]
+
+
+def canonical(call: Call) -> OpAxes:
+    """Query and key tokens stay local: the strategy moves what crosses. Captured tensors are whole."""
+    q, k, v = (a.meta["val"].shape for a in call.node.args[:3])  # type: ignore[union-attr]
+    operands = _qkv(q, k, v)
+    rest = (None,) * (len(call.operands) - 3)
+    return OpAxes(
+        operands=(*operands, *rest),
+        results=(_result(q, v),),
+        share=shares(whole=["d", "e"]),
+    )
+
+
+def sdpa(call: Call) -> OpAxes:
+    q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    rest = (None,) * (len(call.operands) - 3)
+    return OpAxes(operands=(*_qkv(q, k, v), *rest), results=(_result(q, v),))
+
+
+def _qkv(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[Labels, Labels, Labels]:
+    batch = leading(max(len(q) - 2, 0))
+    sizes = {name: max(q[i], k[i]) for i, name in enumerate(batch)}
+    named = list(batch)
+    if len(q) >= 3 and q[-3] != k[-3] and k[-3] != 1:  # grouped heads: unequal, not broadcast
+        named[-1] = "g"
+    prefix = " ".join(named)
+    return (
+        labels_like(q, " ".join([*batch, "s", "d"]), sizes),
+        labels_like(k, f"{prefix} t d", sizes),
+        labels_like(v, f"{prefix} t e", sizes),
+    )
+
+
+def _result(q: torch.Size, v: torch.Size) -> Labels:
+    shape = (*q[:-1], v[-1])
+    return labels_like(shape, " ".join([*leading(max(len(q) - 2, 0)), "s", "e"]), {})
+
+
+RULES: Mapping[object, AxisRule] = {
+    attention: canonical,
+    torch.ops.aten.scaled_dot_product_attention.default: sdpa,
+}

@@ -1,0 +1,86 @@
+"""Products: linear layers, matrix products, einsum, convolutions."""
+
+from __future__ import annotations
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share
+from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def matmul(call: Call) -> OpAxes:
+    """torch.matmul in every rank: leading dimensions broadcast, m is contracted."""
+    left, right = call.shapes
+    a = (*leading(max(len(left) - 2, 0)), "r", "m")[-len(left) :] if len(left) > 1 else ("m",)
+    b = (*leading(max(len(right) - 2, 0)), "m", "c")[-len(right) :] if len(right) > 1 else ("m",)
+    sizes: dict[str, int] = {}
+    for names, shape in ((a, left), (b, right)):
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(sizes.get(name, 1), size)
+    tail = [name for name in ("r", "c") if name in a or name in b]
+    batch = leading(len(call.result_shape) - len(tail))
+    return OpAxes(
+        operands=(labels_like(left, " ".join(a), sizes), labels_like(right, " ".join(b), sizes)),
+        results=(labels_like(call.result_shape, " ".join([*batch, *tail]), sizes),),
+        share={"m": Share.SUM},
+        fill={0: 0, 1: 0},
+    )
+
+
+def einsum(call: Call) -> OpAxes:
+    equation = call["equation"].replace(" ", "")
+    left, _, right = equation.partition("->")
+    if "..." in equation or "->" not in equation:
+        labels = tuple(_all_whole(shape, i) for i, shape in enumerate(call.shapes))
+        result = _all_whole(call.result_shape, "out")
+        every = [x for dims in (*labels, result) for dim in dims for x in dim]
+        return OpAxes(
+            operands=labels, results=(result,), share=shares(whole=every),
+            reason="an einsum without explicit letters",
+        )  # fmt: skip
+    terms = left.split(",")
+    operands = tuple(
+        tuple((c,) if size != 1 else () for c, size in zip(term, shape, strict=True))
+        for term, shape in zip(terms, call.shapes, strict=True)
+    )
+    result_labels = tuple(
+        (c,) if size != 1 else () for c, size in zip(right, call.result_shape, strict=True)
+    )
+    summed = sorted(set("".join(terms)) - set(right))
+    fill = {i: 0 for i in range(len(terms))}
+    return OpAxes(operands=operands, results=(result_labels,), share=shares(sum=summed), fill=fill)
+
+
+def _all_whole(shape: torch.Size, prefix: object) -> Labels:
+    return tuple((f"{prefix}.{i}",) if size != 1 else () for i, size in enumerate(shape))
+
+
+def linear(call: Call) -> OpAxes:
+    """A bias is added once, so a contraction over tokens may be partial only without one."""
+    contracted = "whole" if call["bias"] is not None else "sum"
+    return axes(
+        input="... m", weight="n m", bias="n", out="... n", fill={"input": 0},
+        **{contracted: "m"},  # type: ignore[arg-type]
+        reason="it contracts the axis and adds a bias",
+    )(call)  # fmt: skip
+
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.linear.default: linear,
+    aten.matmul.default: matmul,
+    aten.mm.default: axes(self="r m", mat2="m c", out="r c", sum="m", fill={"self": 0, "mat2": 0}),
+    aten.bmm.default: axes(
+        self="b r m", mat2="b m c", out="b r c", sum="m", fill={"self": 0, "mat2": 0}
+    ),
+    aten.mv.default: axes(self="r m", vec="m", out="r", sum="m", fill={"self": 0, "vec": 0}),
+    aten.addmm.default: axes(self="... c", mat1="r m", mat2="m c", out="r c", whole="m"),
+    aten.baddbmm.default: axes(
+        self="... r c", batch1="b r m", batch2="b m c", out="b r c", whole="m"
+    ),
+    aten.einsum.default: einsum,
+    aten.outer.default: axes(self="r", vec2="c", out="r c"),
+}

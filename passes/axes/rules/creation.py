@@ -1,0 +1,54 @@
+"""Operators that make values from sizes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, OpAxes
+from ringfx.passes.axes.rules.pattern import shares
+from ringfx.passes.axes.rules.views import numbered
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def constant(call: Call) -> OpAxes:
+    """Equal everywhere: each rank makes its own part."""
+    return OpAxes(
+        operands=(None,) * len(call.operands),
+        results=(numbered(call.result_shape),),
+        size_arg="size" if "size" in call.arguments else None,
+    )
+
+
+def counted(call: Call) -> OpAxes:
+    """Depends on the global index (arange) or on the generator (random): made whole, then cut."""
+    labels = numbered(call.result_shape)
+    return OpAxes(
+        operands=(None,) * len(call.operands),
+        results=(labels,),
+        share=shares(whole=[x for dim in labels for x in dim]),
+        reason="it counts or draws over the whole axis",
+    )
+
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    **{
+        op: constant
+        for op in (
+            aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default,
+            aten.new_zeros.default, aten.new_ones.default, aten.scalar_tensor.default,
+        )
+    },
+    **{
+        op: counted
+        for op in (
+            aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
+            aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default,
+            aten.rand_like.default, aten.randn_like.default, aten.randint.default,
+            aten.randint.low, aten.randperm.default, aten.bernoulli.default, aten.bernoulli.p,
+            aten.empty.memory_format, aten.new_empty.default,
+        )
+    },
+}  # fmt: skip

@@ -1,0 +1,113 @@
+"""Operators that look elements up by index."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.rules.pattern import shares
+from ringfx.passes.axes.rules.views import numbered
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def embedding(call: Call) -> OpAxes:
+    indices = tuple((f"i{n}",) if s != 1 else () for n, s in enumerate(call.shape("indices")))
+    rows, width = call.shape("weight")
+    table: Labels = (("row",) if rows != 1 else (), ("width",) if width != 1 else ())
+    return OpAxes(
+        operands=(table, indices), results=((*indices, table[1]),), share=shares(whole=["row"]),
+        reason="it looks rows up",
+    )  # fmt: skip
+
+
+def index_select(call: Call) -> OpAxes:
+    labels = numbered(call.shapes[0])
+    at = call.dim("dim", len(labels))
+    picked: Labels = (("picked",) if call.result_shape[at] != 1 else (),)
+    out = (*labels[:at], *picked, *labels[at + 1 :])
+    return OpAxes(
+        operands=(labels, picked), results=(out,), share=shares(whole=[f"d{at}"]),
+        reason="it looks elements up along the axis",
+    )  # fmt: skip
+
+
+def index(call: Call) -> OpAxes:
+    """Advanced indexing: indexed dimensions need the whole, the others stay local."""
+    shape, given = call.shapes[0], list(call["indices"])
+    given += [None] * (len(shape) - len(given))
+    tensors = [i for i in given if isinstance(i, Node)]
+    at = [d for d, i in enumerate(given) if isinstance(i, Node)]
+    if any(i.meta["val"].dtype == torch.bool for i in tensors):
+        return _opaque(call, "it selects by a boolean mask: the result's size depends on the data")
+    shapes = [i.meta["val"].shape for i in tensors]
+    picked_shape = torch.broadcast_shapes(*shapes)
+    picked = tuple((f"i{n}",) if s != 1 else () for n, s in enumerate(picked_shape))
+    labels = numbered(shape)
+    adjacent = at == list(range(at[0], at[-1] + 1))
+    rest = [labels[d] for d in range(len(shape)) if d not in at]
+    first = at[0] if adjacent else 0
+    out = (*rest[:first], *picked, *rest[first:])
+    operand_labels = [
+        tuple((f"i{len(picked_shape) - len(s) + n}",) if size != 1 else () for n, size in enumerate(s))
+        for s in shapes
+    ]
+    return OpAxes(
+        operands=(labels, *operand_labels),
+        results=(out,),
+        share=shares(whole=[f"d{d}" for d in at]),
+        reason="it looks elements up along the axis",
+    )
+
+
+def gather(call: Call) -> OpAxes:
+    """torch.gather: other dimensions stay local where their sizes agree."""
+    shape, where = call.shape("self"), call.shape("index")
+    at = call.dim("dim", len(shape))
+    labels = list(numbered(shape))
+    picked = list(numbered(where))
+    needed = [f"d{at}"]
+    for d in range(len(shape)):
+        if d == at or where[d] != shape[d]:
+            picked[d] = (f"p{d}",) if where[d] != 1 else ()
+            needed += [f"d{d}"] if d != at else []
+            needed += [f"p{d}"] if d != at else []
+    operands = (tuple(labels), tuple(picked))
+    if call.position("index") < call.position("self"):
+        operands = (operands[1], operands[0])
+    return OpAxes(
+        operands=operands, results=(tuple(picked),), share=shares(whole=needed),
+        reason="it looks elements up along the axis",
+    )  # fmt: skip
+
+
+def one_hot(call: Call) -> OpAxes:
+    labels = numbered(call.shapes[0])
+    return OpAxes(operands=(labels,), results=((*labels, ("class",)),), share=shares(whole=["class"]))
+
+
+def _opaque(call: Call, reason: str) -> OpAxes:
+    operands = tuple(
+        tuple((f"o{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
+        for n, shape in enumerate(call.shapes)
+    )
+    results = tuple(
+        tuple((f"r{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
+        for n, shape in enumerate(call.result_shapes)
+    )
+    every = [x for dims in (*operands, *results) for dim in dims for x in dim]
+    return OpAxes(operands=operands, results=results, share=shares(whole=every), reason=reason)
+
+
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.embedding.default: embedding,
+    aten.index_select.default: index_select,
+    aten.index.Tensor: index,
+    aten.gather.default: gather,
+    aten.take_along_dim.default: lambda call: _opaque(call, "it looks elements up"),
+    aten.one_hot.default: one_hot,
+}

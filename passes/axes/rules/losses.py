@@ -1,0 +1,68 @@
+"""Losses that sum. Means are rewritten as sum / count before (see passes/capture/losses.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.rules.pattern import shares
+from ringfx.passes.axes.rules.pointwise import broadcast
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def cross_entropy(call: Call) -> OpAxes:
+    """input [N, C, d1...] or [C]; target class indices [N, d1...] or probabilities like input."""
+    shape = call.shape("self")
+    class_dim = 1 if len(shape) > 1 else 0
+    labels = tuple(
+        (("class",) if i == class_dim else (f"n{i}",)) if s != 1 else ()
+        for i, s in enumerate(shape)
+    )
+    rows = tuple(label for i, label in enumerate(labels) if i != class_dim)
+    by_index = call.shape("target") != shape
+    target: Labels = rows if by_index else labels
+    operands: list[Labels] = [labels, target]
+    if call["weight"] is not None:
+        operands.append((labels[class_dim],))
+    summed = [x for dim in rows for x in dim]
+    total = call["reduction"] == SUM
+    return OpAxes(
+        operands=tuple(operands),
+        results=(() if call["reduction"] != NONE else rows,),
+        share=shares(
+            sum=summed if total else [],
+            whole=["class"] + (summed if call["reduction"] == MEAN else []),
+        ),
+        fill={1: call["ignore_index"] if by_index else 0} if total else {},
+        reason="the softmax over classes needs all of them",
+    )
+
+
+def elementwise_loss(call: Call) -> OpAxes:
+    """mse, l1, bce, kl and their kin: pointwise, then summed, over broadcast operands."""
+    wide = torch.broadcast_shapes(*call.shapes)
+    operands = tuple(broadcast(shape, wide) for shape in call.shapes)
+    labels = broadcast(wide, wide)
+    summed = [x for dim in labels for x in dim]
+    reduction = call["reduction"]
+    return OpAxes(
+        operands=operands,
+        results=(labels if reduction == NONE else (),),
+        share=shares(
+            sum=summed if reduction == SUM else [], whole=summed if reduction == MEAN else []
+        ),
+        fill={i: 0 for i in range(len(operands))} if reduction == SUM else {},
+    )
+
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.cross_entropy_loss.default: cross_entropy,
+    aten.mse_loss.default: elementwise_loss,
+    aten.l1_loss.default: elementwise_loss,
+    aten.smooth_l1_loss.default: elementwise_loss,
+    aten.huber_loss.default: elementwise_loss,
+}

@@ -1,0 +1,73 @@
+"""Operators that act on each element alone, with broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.rules.pattern import shares
+
+__all__ = ["RULES", "broadcast", "elementwise"]
+
+aten = torch.ops.aten
+
+
+def elementwise(call: Call) -> OpAxes:
+    """Every operand broadcasts to the result."""
+    result = call.result_shape
+    return OpAxes(
+        operands=tuple(broadcast(shape, result) for shape in call.shapes),
+        results=tuple(broadcast(shape, result) for shape in call.result_shapes),
+    )
+
+
+def broadcast(shape: Sequence[int], result: Sequence[int]) -> Labels:
+    """Labels ``d0, d1, ...`` of the result's dimensions, aligned to the right."""
+    skipped = len(result) - len(shape)
+    return tuple(
+        (f"d{i + skipped}",) if size != 1 else () for i, size in enumerate(shape)
+    )
+
+
+def dropout(call: Call) -> OpAxes:
+    """The identity when it drops nothing; otherwise one random draw for the whole tensor."""
+    if not call["train"] or call["p"] == 0:
+        return elementwise(call)
+    labels = broadcast(call.result_shape, call.result_shape)
+    return OpAxes(
+        operands=(labels,),
+        results=(labels,),
+        share=shares(whole=[label for dim in labels for label in dim]),
+        reason="its random draws are those of the whole tensor",
+    )
+
+
+_COMPOSITES = (
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other,
+    aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
+    aten.type_as.default, aten.positive.default, aten.__and__.Tensor, aten.__or__.Tensor,
+    aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    aten.selu.default, aten.relu6.default, aten.isfinite.default, aten.float_power.Tensor_Scalar,
+    aten.float_power.Tensor_Tensor, aten.zeros_like.default, aten.ones_like.default,
+    aten.full_like.default, aten.empty_like.default, aten.rsub.Scalar, aten.rsub.Tensor,
+    aten.square.default, aten.expand_as.default, aten.resolve_conj.default,
+    aten.resolve_neg.default, aten.real.default, aten.imag.default, aten.conj.default,
+    aten.nan_to_num.default, aten.copy.default, aten.true_divide.Tensor,
+    aten.true_divide.Scalar, aten.floor_divide.default,
+    aten.floor_divide.Scalar, aten.divide.Tensor, aten.divide.Scalar, aten.multiply.Tensor,
+    aten.multiply.Scalar, aten.subtract.Tensor, aten.subtract.Scalar, aten.addcmul.default,
+    aten.greater.Tensor, aten.greater.Scalar, aten.greater_equal.Tensor,
+    aten.greater_equal.Scalar, aten.less.Tensor, aten.less.Scalar, aten.less_equal.Tensor,
+    aten.less_equal.Scalar, aten.not_equal.Tensor, aten.not_equal.Scalar, aten.isclose.default,
+    aten.bitwise_and.Tensor, aten.clip.default, aten.log_sigmoid.default, aten.polar.default,
+    aten.complex.default,
+)  # fmt: skip
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    **{op: elementwise for op in _COMPOSITES},
+    aten.dropout.default: dropout,
+}

@@ -1,0 +1,113 @@
+"""Operators that reduce, scan or sort along dimensions."""
+
+from __future__ import annotations
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, OpAxes
+from ringfx.passes.axes.rules.pattern import shares
+from ringfx.passes.axes.rules.views import along, numbered
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def reduce(*, partial: bool = False, mean: bool = False, reason: str = "it reduces the axis") -> AxisRule:
+    """A reduction over ``dim`` (all dimensions when None); only sums leave a partial result."""
+
+    def rule(call: Call) -> OpAxes:
+        shape = call.shapes[0]
+        labels = numbered(shape)
+        reduced = _dims(call.get("dim"), len(shape))
+        keep = bool(call.get("keepdim", False))
+        out = tuple(
+            () if i in reduced else label
+            for i, label in enumerate(labels)
+            if keep or i not in reduced
+        )
+        names = [f"d{i}" for i in reduced]
+        return OpAxes(
+            operands=(labels,) + (None,) * (len(call.operands) - 1),
+            results=(out,) * len(call.result_shapes),
+            share=shares(sum=names) if partial else shares(whole=names),
+            fill={0: 0} if partial else {},
+            mean=mean,
+            reason=reason,
+        )
+
+    return rule
+
+
+def _dims(value: object, rank: int) -> frozenset[int]:
+    if value is None or value == []:
+        return frozenset(range(rank))
+    if isinstance(value, int):
+        return frozenset({value % max(rank, 1)})
+    assert isinstance(value, (list, tuple)), value
+    return frozenset(int(v) % max(rank, 1) for v in value)
+
+
+def diff(call: Call) -> OpAxes:
+    shape = call.shapes[0]
+    at = call.dim("dim", len(shape))
+    labels = numbered(shape)
+    out = list(numbered(call.result_shape))
+    out[at] = ("diff",) if call.result_shape[at] != 1 else ()
+    return OpAxes(
+        operands=(labels,) + (None,) * (len(call.operands) - 1),
+        results=(tuple(out),),
+        share=shares(whole=[f"d{at}", "diff"]),
+        reason="it compares neighbours along the axis",
+    )
+
+
+def topk(call: Call) -> OpAxes:
+    shape = call.shapes[0]
+    at = call.dim("dim", len(shape))
+    labels = numbered(shape)
+    out = list(labels)
+    out[at] = ("k",) if call.result_shape[at] != 1 else ()
+    return OpAxes(
+        operands=(labels,),
+        results=(tuple(out),) * len(call.result_shapes),
+        share=shares(whole=[f"d{at}", "k"]),
+        reason="it ranks the axis",
+    )
+
+
+_WHOLE = reduce()
+_SORT = along("dim", reason="it sorts the axis")
+_SCAN = along("dim", reason="it scans along the axis")
+_SOFTMAX = along("dim", reason="it normalises along the axis")
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.sum.default: reduce(partial=True),
+    aten.sum.dim_IntList: reduce(partial=True),
+    aten.mean.default: reduce(partial=True, mean=True),
+    aten.mean.dim: reduce(partial=True, mean=True),
+    aten.count_nonzero.dim_IntList: reduce(partial=True),
+    **{
+        op: _WHOLE
+        for op in (
+            aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
+            aten.max.dim, aten.min.dim, aten.prod.default, aten.prod.dim_int,
+            aten.any.default, aten.any.dim, aten.all.default, aten.all.dim, aten.argmax.default,
+            aten.argmin.default, aten.var.correction, aten.var.dim, aten.var.default,
+            aten.std.correction, aten.std.dim, aten.var_mean.correction, aten.logsumexp.default,
+            aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar,
+        )
+    },
+    aten.softmax.int: _SOFTMAX,
+    aten._softmax.default: _SOFTMAX,
+    aten._safe_softmax.default: _SOFTMAX,
+    aten.log_softmax.int: _SOFTMAX,
+    aten._log_softmax.default: _SOFTMAX,
+    aten.cumsum.default: _SCAN,
+    aten.cumprod.default: _SCAN,
+    aten.logcumsumexp.default: _SCAN,
+    aten.sort.default: _SORT,
+    aten.argsort.default: _SORT,
+    aten.topk.default: topk,
+    aten.diff.default: diff,
+}  # fmt: skip

@@ -1,0 +1,349 @@
+"""Operators that only rename, reorder, cut or join dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
+from ringfx.passes.axes.rules.pattern import shares
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def numbered(shape: Sequence[int]) -> Labels:
+    return tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(shape))
+
+
+def regroup(call: Call) -> OpAxes:
+    """A row-major reshape: the axes are those of the operand, grouped by the result's sizes."""
+    return OpAxes(
+        operands=(numbered(call.shapes[0]),),
+        results=(numbered(call.result_shape),),
+        regroup=True,
+    )
+
+
+def reordered(call: Call, order: Sequence[int]) -> OpAxes:
+    labels = numbered(call.shapes[0])
+    return OpAxes(operands=(labels,), results=(tuple(labels[i] for i in order),))
+
+
+def permute(call: Call) -> OpAxes:
+    rank = len(call.shapes[0])
+    return reordered(call, [d % rank for d in call["dims"]])
+
+
+def transpose(call: Call) -> OpAxes:
+    rank = len(call.shapes[0])
+    order = list(range(rank))
+    first, second = (call["dim0"] % rank, call["dim1"] % rank) if rank else (0, 0)
+    if rank:
+        order[first], order[second] = order[second], order[first]
+    return reordered(call, order)
+
+
+def swap_last(call: Call) -> OpAxes:
+    rank = len(call.shapes[0])
+    order = list(range(rank))
+    if rank >= 2:
+        order[-2], order[-1] = order[-1], order[-2]
+    return reordered(call, order)
+
+
+def reverse(call: Call) -> OpAxes:
+    return reordered(call, range(len(call.shapes[0]))[::-1])
+
+
+def movedim(call: Call) -> OpAxes:
+    rank = len(call.shapes[0])
+    source, target = call["source"], call["destination"]
+    sources = [source] if isinstance(source, int) else list(source)
+    targets = [target] if isinstance(target, int) else list(target)
+    moved = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
+    rest = iter(d for d in range(rank) if d not in moved.values())
+    return reordered(call, [moved[d] if d in moved else next(rest) for d in range(rank)])
+
+
+def unsqueeze(call: Call) -> OpAxes:
+    labels = numbered(call.shapes[0])
+    at = call["dim"] % (len(labels) + 1)
+    return OpAxes(operands=(labels,), results=((*labels[:at], (), *labels[at:]),))
+
+
+def expand(call: Call) -> OpAxes:
+    result = numbered(call.result_shape)
+    skipped = len(result) - len(call.shapes[0])
+    given = tuple(
+        result[i + skipped] if size != 1 else () for i, size in enumerate(call.shapes[0])
+    )
+    return OpAxes(operands=(given,), results=(result,), size_arg="size")
+
+
+def repeat(call: Call) -> OpAxes:
+    """A repeated dimension is (copy, element): each copy holds the whole axis."""
+    shape, times = call.shapes[0], call["repeats"]
+    skipped = len(times) - len(shape)
+    given = numbered(shape)
+    result: list[tuple[str, ...]] = []
+    for i, count in enumerate(times):
+        copy = (f"copy{i}",) if count != 1 else ()
+        result.append(copy + (given[i - skipped] if i >= skipped else ()))
+    return OpAxes(operands=(given,), results=(tuple(result),), share=_needed(result, "copy"))
+
+
+def _needed(dims: Sequence[tuple[str, ...]], prefix: str) -> dict[str, Share]:
+    return shares(whole=[label for dim in dims for label in dim if label.startswith(prefix)])
+
+
+def repeat_interleave(call: Call) -> OpAxes:
+    shape = call.shapes[0]
+    labels = numbered(shape)
+    if call["dim"] is None or not isinstance(call["repeats"], int):
+        return OpAxes(
+            operands=tuple(numbered(s) for s in call.shapes),
+            results=(tuple((f"out{i}",) for i in range(len(call.result_shape))),),
+            share=shares(whole=[x for dim in labels for x in dim]),
+            reason="it flattens or repeats by a tensor of counts",
+        )
+    at = call.dim("dim", len(shape))
+    result = list(labels)
+    result[at] = (*labels[at], "copy") if call["repeats"] != 1 else labels[at]
+    return OpAxes(operands=(labels,), results=(tuple(result),), share=shares(whole=["copy"]))
+
+
+def slice_(call: Call) -> OpAxes:
+    """A full slice is the identity; a part of step 1 is a window of the axis."""
+    shape, result = call.shapes[0], call.result_shape
+    at = call.dim("dim", len(shape))
+    labels = numbered(shape)
+    size = shape[at]
+    if result[at] == size:
+        return OpAxes(operands=(labels,), results=(labels,))
+    start = _bounded(call["start"], size, 0)
+    out = list(labels)
+    out[at] = ("window",) if result[at] != 1 else ()
+    windows: tuple[Window, ...] = ()
+    if call["step"] == 1 and result[at] != 1:
+        windows = (Window(f"d{at}", "window", start, result[at]),)
+    return OpAxes(
+        operands=(labels,),
+        results=(tuple(out),),
+        share=shares(whole=[f"d{at}", "window"]),
+        windows=windows,
+        reason="it takes a part of the axis",
+    )
+
+
+def _bounded(value: int | None, size: int, default: int) -> int:
+    if value is None:
+        return default
+    return max(0, min(size, value + size if value < 0 else value))
+
+
+def narrow(call: Call) -> OpAxes:
+    shape, result = call.shapes[0], call.result_shape
+    at = call.dim("dim", len(shape))
+    labels = numbered(shape)
+    if result[at] == shape[at]:
+        return OpAxes(operands=(labels,), results=(labels,))
+    out = list(labels)
+    out[at] = ("window",) if result[at] != 1 else ()
+    start = call["start"]
+    known = isinstance(start, int) and result[at] != 1
+    windows = (Window(f"d{at}", "window", start % shape[at], result[at]),) if known else ()
+    return OpAxes(
+        operands=(numbered(shape),) + ((),) * (len(call.operands) - 1),
+        results=(tuple(out),),
+        share=shares(whole=[f"d{at}", "window"]),
+        windows=windows,
+        reason="it takes a part of the axis",
+    )
+
+
+def parts(call: Call) -> OpAxes:
+    """split, chunk: every result is a window of the axis."""
+    shape = call.shapes[0]
+    at = call.dim("dim", len(shape))
+    labels = numbered(shape)
+    results, windows, start = [], [], 0
+    for i, part in enumerate(call.result_shapes):
+        dims = list(labels)
+        if part[at] == shape[at]:
+            return OpAxes(operands=(labels,), results=(labels,))
+        dims[at] = (f"part{i}",) if part[at] != 1 else ()
+        if part[at] != 1:
+            windows.append(Window(f"d{at}", f"part{i}", start, part[at]))
+        start += part[at]
+        results.append(tuple(dims))
+    return OpAxes(
+        operands=(labels,),
+        results=tuple(results),
+        share=shares(whole=[f"d{at}", *(w.result for w in windows)]),
+        windows=tuple(windows),
+        reason="it cuts the axis into parts",
+    )
+
+
+def without(call: Call) -> OpAxes:
+    """select, unbind: one element of the axis at a time."""
+    labels = numbered(call.shapes[0])
+    at = call.dim("dim", len(labels))
+    rest = labels[:at] + labels[at + 1 :]
+    return OpAxes(
+        operands=(labels,),
+        results=(rest,) * max(len(call.result_shapes), 1),
+        share=shares(whole=[f"d{at}"]),
+        reason="it takes single elements of the axis",
+    )
+
+
+def cat(call: Call) -> OpAxes:
+    rank = len(call.result_shape)
+    at = call.dim("dim", rank)
+    out = list(numbered(call.result_shape))
+    operands, joined = [], []
+    for i, shape in enumerate(call.shapes):
+        if len(shape) != rank:  # legacy empty tensor
+            operands.append(tuple(() for _ in shape))
+            continue
+        dims = list(numbered(shape))
+        dims[at] = (f"part{i}",) if shape[at] != 1 else ()
+        joined.append(f"part{i}")
+        operands.append(tuple(dims))
+    if len(call.shapes) == 1:
+        return OpAxes(operands=(tuple(out),), results=(tuple(out),))
+    return OpAxes(
+        operands=tuple(operands),
+        results=(tuple(out),),
+        share=shares(whole=[*joined, f"d{at}"]),
+        reason="it joins tensors along the axis",
+    )
+
+
+def stack(call: Call) -> OpAxes:
+    at = call.dim("dim", len(call.result_shape))
+    labels = numbered(call.shapes[0])
+    joined = ("stacked",) if len(call.shapes) != 1 else ()
+    return OpAxes(
+        operands=(labels,) * len(call.shapes),
+        results=((*labels[:at], joined, *labels[at:]),),
+        share=shares(whole=joined),
+    )
+
+
+def pad(call: Call) -> OpAxes:
+    shape, result = call.shapes[0], call.result_shape
+    operand, out, grown = [], [], []
+    for i, (before, after) in enumerate(zip(shape, result, strict=True)):
+        label = (f"d{i}",)
+        operand.append(label if before != 1 else ())
+        if before == after and not _padded(call["pad"], i, len(shape)):
+            out.append(label if after != 1 else ())
+        else:
+            out.append((f"grown{i}",) if after != 1 else ())
+            grown += [f"d{i}", f"grown{i}"]
+    return OpAxes(
+        operands=(tuple(operand),),
+        results=(tuple(out),),
+        share=shares(whole=grown),
+        reason="it pads the axis",
+    )
+
+
+def _padded(amounts: Sequence[int], dim: int, rank: int) -> bool:
+    at = 2 * (rank - 1 - dim)
+    return any(amounts[at : at + 2])
+
+
+def along(*names: str, reason: str) -> AxisRule:
+    """Shape-keeping operators that need the whole of the named dimensions."""
+
+    def rule(call: Call) -> OpAxes:
+        shape = call.shapes[0]
+        labels = numbered(shape)
+        dims: list[int] = []
+        for name in names:
+            value = call[name]
+            if value is None or (isinstance(value, (list, tuple)) and not value):
+                dims += range(len(shape))
+            elif isinstance(value, int):
+                dims.append(value % max(len(shape), 1))
+            else:
+                dims += [v % len(shape) for v in value]
+        needed = [f"d{d}" for d in dims]
+        return OpAxes(
+            operands=(labels,) + (None,) * (len(call.operands) - 1),
+            results=(labels,) * len(call.result_shapes),
+            share=shares(whole=needed),
+            reason=reason,
+        )
+
+    return rule
+
+
+def triangle(call: Call) -> OpAxes:
+    labels = numbered(call.shapes[0])
+    needed = [label for dim in labels[-2:] for label in dim]
+    return OpAxes(
+        operands=(labels,), results=(labels,), share=shares(whole=needed),
+        reason="it reads global row and column numbers",
+    )  # fmt: skip
+
+
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    **{
+        op: regroup
+        for op in (
+            aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+            aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim,
+            aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default, aten.ravel.default,
+            aten.atleast_2d.default, aten.atleast_1d.default,
+        )
+    },
+    aten.permute.default: permute,
+    aten.transpose.int: transpose,
+    aten.swapaxes.default: lambda call: _swap(call, "axis0", "axis1"),
+    aten.swapdims.default: transpose,
+    aten.t.default: swap_last,
+    aten.mT.default: swap_last,
+    aten.adjoint.default: swap_last,
+    aten.numpy_T.default: reverse,
+    aten.movedim.int: movedim,
+    aten.movedim.intlist: movedim,
+    aten.moveaxis.int: movedim,
+    aten.moveaxis.intlist: movedim,
+    aten.unsqueeze.default: unsqueeze,
+    aten.expand.default: expand,
+    aten.repeat.default: repeat,
+    aten.repeat_interleave.self_int: repeat_interleave,
+    aten.repeat_interleave.self_Tensor: repeat_interleave,
+    aten.slice.Tensor: slice_,
+    aten.narrow.default: narrow,
+    aten.split.Tensor: parts,
+    aten.split_with_sizes.default: parts,
+    aten.chunk.default: parts,
+    aten.tensor_split.sections: parts,
+    aten.select.int: without,
+    aten.unbind.int: without,
+    aten.cat.default: cat,
+    aten.concat.default: cat,
+    aten.stack.default: stack,
+    aten.pad.default: pad,
+    aten.constant_pad_nd.default: pad,
+    aten.flip.default: along("dims", reason="it reverses the axis"),
+    aten.roll.default: along("dims", reason="it shifts the axis"),
+    aten.tril.default: triangle,
+    aten.triu.default: triangle,
+}  # fmt: skip
+
+
+def _swap(call: Call, first: str, second: str) -> OpAxes:
+    rank = len(call.shapes[0])
+    order = list(range(rank))
+    a, b = call[first] % rank, call[second] % rank
+    order[a], order[b] = order[b], order[a]
+    return reordered(call, order)

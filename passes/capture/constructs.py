@@ -1,0 +1,107 @@
+"""Program constructs that tracing alone would lose: carried here, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ringfx.errors import CaptureRefused
+from ringfx.passes.capture.origin import describe_node
+
+__all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
+
+INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph", "wrap_with_autocast"})
+"""Higher-order operators whose body is run in place."""
+
+REFUSED: Mapping[str, str] = {
+    "autograd_function_apply": (
+        "a torch.autograd.Function: tracing would drop its own backward without a word. "
+        "Do: write it with differentiable operators, or as a torch.library.custom_op."
+    ),
+    "flex_attention": (
+        "flex_attention. Do: call F.scaled_dot_product_attention with a mask; ringfx recovers "
+        "causal, window, document and padding masks from it."
+    ),
+    "cond": "torch.cond: data-dependent control flow. Do: move the branch out of the model.",
+    "while_loop": "torch.while_loop. Do: unroll the loop.",
+    "scan": "a scan (recurrence along an axis). Do: leave this module out of ringfx.optimize.",
+    "triton_kernel_wrapper_mutation": (
+        "a hand-written Triton kernel. Do: wrap it with torch.library.triton_op."
+    ),
+}
+"""Higher-order operators that are refused, each with what to do instead."""
+
+
+def refuse_unsupported(gm: torch.fx.GraphModule) -> None:
+    """Raise for the first construct that capture would change the meaning of."""
+    for module in [gm, *(m for m in gm.modules() if m is not gm)]:
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            reason = _reason(node)
+            if reason is not None:
+                raise CaptureRefused(f"{describe_node(node)}: the program contains {reason}")
+
+
+def _reason(node: torch.fx.Node) -> str | None:
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        name = node.target.name()
+        if name in INLINED:
+            return None
+        return REFUSED.get(name, f"the higher-order operator {name!r}, which has no rule.")
+    home = getattr(node.target, "__module__", "") or ""
+    if home.startswith("torch._functorch"):
+        return (
+            "a torch.func transform (vmap, grad): its values are batched tensors that a flat "
+            "program cannot hold. Do: write the batched form with broadcasting."
+        )
+    return None
+
+
+class Inliner(torch.fx.Interpreter):
+    """Runs Dynamo's graph and, in place, the bodies of the higher-order operators in INLINED.
+
+    Nodes of a checkpointed body are tagged as AOTAutograd's partitioner reads it, so that
+    activation checkpointing keeps its meaning: the body is recomputed in backward.
+    """
+
+    def __init__(self, gm: torch.fx.GraphModule, region: int | None = None) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        self._region = region
+        self._regions = 0
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._inline(target.name(), args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if self._region is not None and n.op in ("call_function", "call_method"):
+            n.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            n.meta["ac_graph_id"] = self._region
+        return super().run_node(n)
+
+    def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "wrap_with_autocast":
+            device, dtype, enabled, cache, body, *operands = args
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+                return Inliner(body, self._region).run(*operands)
+        if name == "invoke_subgraph":
+            body, _identifier, *operands = args
+        else:
+            body, *operands = args
+        region = self._region
+        if name == "tag_activation_checkpoint":
+            if kwargs.get("context_fn") is not None or body.meta.get("_checkpoint_context_fn"):
+                raise CaptureRefused(
+                    "torch.utils.checkpoint with a context_fn (selective checkpointing) is not "
+                    "carried. Do: use plain torch.utils.checkpoint, which is."
+                )
+            self._regions += 1
+            region = self._regions if region is None else region
+        return Inliner(body, region).run(*operands)

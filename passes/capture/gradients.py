@@ -1,0 +1,38 @@
+"""Which values a gradient flows through: decides where communication needs a transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["needs_grad", "stamp_gradients"]
+
+_KEY = "ringfx_needs_grad"
+_NOT_DIFFERENTIABLE = frozenset({torch.ops.aten.detach.default})
+
+
+def needs_grad(node: torch.fx.Node) -> bool:
+    return bool(node.meta.get(_KEY, False))
+
+
+def stamp_gradients(graph: torch.fx.Graph, inputs_need: Sequence[bool]) -> None:
+    """Mark every value that depends on a trainable input while gradients were enabled."""
+    enabled = torch.is_grad_enabled()
+    needed = iter(inputs_need)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta[_KEY] = next(needed) and enabled
+        elif node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        else:
+            node.meta[_KEY] = enabled and _differentiable(node)
+
+
+def _differentiable(node: torch.fx.Node) -> bool:
+    if node.op != "call_function" or node.target in _NOT_DIFFERENTIABLE:
+        return False
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return False
+    return any(needs_grad(n) for n in node.all_input_nodes)

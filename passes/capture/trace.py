@@ -1,0 +1,111 @@
+"""From Dynamo's graph to a flat pre-dispatch ATen graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringfx.errors import CaptureRefused
+from ringfx.passes.capture import constructs
+from ringfx.passes.capture.functional import functionalize
+from ringfx.passes.capture.gradients import stamp_gradients
+from ringfx.passes.capture.origin import clean_path, stamp_origins
+from ringfx.passes.capture.simplify import simplify
+from ringfx.passes.values import Captured
+
+__all__ = ["capture"]
+
+
+def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Trace Dynamo's graph into ATen operators on global shapes.
+
+    Parameters
+    ----------
+    gm
+        Dynamo's graph, parameters lifted to placeholders.
+    example_inputs
+        One value for each placeholder, real or fake.
+
+    Raises
+    ------
+    CaptureRefused
+        For a construct that cannot be carried with its meaning and gradient kept.
+    """
+    constructs.refuse_unsupported(gm)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = _fake_mode(example_inputs)
+    fakes = [_fake(mode, v) for v in example_inputs]
+    with mode, fx_traceback.preserve_node_meta():
+        traced = make_fx(
+            lambda *args: constructs.Inliner(gm).run(*args),
+            pre_dispatch=True,
+            decomposition_table=None,
+        )(*fakes)
+    names = tuple(_input_name(n) for n in placeholders)
+    needs_grad = tuple(_requires_grad(v) for v in example_inputs)
+    stamp_origins(traced.graph)
+    functionalize(traced)
+    simplify(traced)
+    stamp_gradients(traced.graph, needs_grad)
+    traced.recompile()
+    return Captured(
+        graph_module=traced,
+        input_names=names,
+        is_parameter=tuple(isinstance(v, torch.nn.Parameter) for v in example_inputs),
+        needs_grad=needs_grad,
+        graph_break=_graph_break(gm),
+    )
+
+
+def _fake_mode(values: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        mode: FakeTensorMode = context.fake_mode
+        return mode
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode()
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.SymInt):
+            raise CaptureRefused(
+                "a symbolic size reached capture; ringfx compiles one program for each sequence "
+                "length. Do: compile with dynamic=False (ringfx.optimize does)."
+            )
+        return value
+    if isinstance(value, FakeTensor) and value.fake_mode is mode:
+        return value
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _input_name(node: torch.fx.Node) -> str:
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return str(node.name)
+    name = source.name
+    return clean_path(name() if callable(name) else name)
+
+
+def _graph_break(gm: torch.fx.GraphModule) -> str | None:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frames = [f"{f.filename}:{f.lineno}, in {f.name}" for f in reason.user_stack]
+    where = frames[-1] if frames else "an unknown frame"
+    return f"{where}: {reason.reason.strip().splitlines()[0] if reason.reason else 'graph break'}"
+
+
