@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
@@ -57,11 +57,11 @@ types: $(INSTALLED)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ringfx
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
-	MYPYPATH=$(TYPED) $(BIN)/python -m mypy tests/ranks.py tests/harness.py \
+	MYPYPATH=$(TYPED) $(BIN)/python -m mypy tests/*.py \
 	  $(wildcard examples/*.py benchmarks/*.py)
 
 bench-memory: $(INSTALLED)
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 __all__ = ["RankError", "RankPool", "error_text", "raises"]
 
@@ -73,7 +74,7 @@ class RankPool:
         self.timeout_s = timeout_s
         self.collective_timeout_s = collective_timeout_s
         self._ranks: list[_Rank] = []
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
 
@@ -124,7 +125,7 @@ class RankPool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # The parent serves the store at a port of the kernel's choice: no race for a free one.
-        self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="ringfx-ranks-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -220,16 +221,16 @@ def _work(setup: _Setup, pipe: Connection) -> None:
     timeout = datetime.timedelta(seconds=setup.timeout_s)
     with setup.stacks.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        store = dist.TCPStore(HOST, setup.port, is_master=False, timeout=timeout)
+        store = TCPStore(HOST, setup.port, is_master=False, timeout=timeout)
         while True:
             try:
                 job: _Job = pipe.recv()
             except (EOFError, OSError):
                 return
-            pipe.send(_answer(job, setup, dist.PrefixStore(f"call{job.number}", store)))
+            pipe.send(_answer(job, setup, PrefixStore(f"call{job.number}", store)))
 
 
-def _answer(job: _Job, setup: _Setup, store: dist.Store) -> _Answer:
+def _answer(job: _Job, setup: _Setup, store: Store) -> _Answer:
     torch._dynamo.reset()
     torch.manual_seed(0)
     try:

@@ -1,0 +1,1 @@
+"""Measurements; each writes what it measured, with date, hardware and versions."""

@@ -1,0 +1,1 @@
+"""Scripts that use ringfx as its users do."""

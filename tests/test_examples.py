@@ -1,0 +1,117 @@
+"""The demo must agree with a right run and refuse a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.agreement import disagreements, largest_gradient_difference, loss_difference
+from examples.peak_memory import extra_bytes
+from examples.runs import Run, RunError, Setting, execute
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+SMALL = ("--steps", "2", "--seq-len", "131", "--compiler", "aot_eager")
+
+Gradients = dict[str, torch.Tensor | None]
+
+
+def a_run(ranks: int = 1) -> Run:
+    """A run whose key bias has a gradient that is zero in theory and noise in practice."""
+    gradients: Gradients = {"weight": torch.tensor([1.0, -2.0]), "key.bias": torch.tensor([1e-9])}
+    return Run(
+        setting=Setting(name="a run", ranks=ranks, threads=1),
+        losses=((4.0, 2.0),) * ranks,
+        seconds=(9.0, 1.0),
+        extra_bytes=(MIB,) * ranks,
+        gradients=(gradients,) * ranks,
+        plan="",
+    )
+
+
+def with_gradient(name: str, value: torch.Tensor | None) -> Run:
+    right: Gradients = a_run().gradients[0]
+    return dataclasses.replace(a_run(2), gradients=(right, {**right, name: value}))
+
+
+def test_a_run_agrees_with_itself() -> None:
+    assert disagreements(a_run(), a_run(2)) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [((4.0 * (1 + 2e-6), 2.0), 0), ((4.0, 2.0 * (1 + 2e-3)), 1), ((math.nan, 2.0), 0)],
+)
+def test_a_wrong_loss_on_the_second_rank_disagrees(losses: tuple[float, float], step: int) -> None:
+    run = dataclasses.replace(a_run(2), losses=((4.0, 2.0), losses))
+    assert [text.split(" by ")[0] for text in disagreements(a_run(), run)] == [
+        f"a run: loss of step {step}"
+    ]
+
+
+def test_later_losses_may_drift_apart_a_little() -> None:
+    run = dataclasses.replace(a_run(), losses=((4.0, 2.0 * (1 + 5e-4)),))
+    assert disagreements(a_run(), run) == []
+    assert loss_difference(a_run(), run, 1) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("weight", torch.tensor([1.0, -2.002]), 1e-3),
+        ("weight", torch.tensor([math.nan, -2.0]), math.inf),
+        ("weight", None, math.inf),
+        ("key.bias", torch.tensor([1e-6]), 5e-3),  # 1e-6 / (1e-4 * 2)
+    ],
+)
+def test_a_wrong_gradient_on_the_second_rank_disagrees(
+    name: str, value: torch.Tensor | None, expected: float
+) -> None:
+    run = with_gradient(name, value)
+    difference, where = largest_gradient_difference(a_run(), run)
+    assert where == f"{name}, rank 1"
+    assert difference == pytest.approx(expected, rel=1e-3)
+    assert disagreements(a_run(), run)[0].startswith(f"a run: gradient of {name}, rank 1")
+
+
+def test_noise_in_a_gradient_that_is_zero_in_theory_is_no_disagreement() -> None:
+    assert disagreements(a_run(), with_gradient("key.bias", torch.tensor([-1e-9]))) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_extra_memory_is_the_peak_and_not_what_remains() -> None:
+    def step() -> None:
+        for _ in range(3):
+            torch.ones(64 * MIB // 4)  # 64 MiB at a time, freed at once
+
+    measured = extra_bytes(step)
+    assert measured is not None
+    assert 60 * MIB < measured < 80 * MIB
+
+
+def test_a_failing_run_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    setting = Setting(name="bad", ranks=1, threads=1, arguments=("--no-such-option",))
+    with pytest.raises(RunError, match=r"bad ended with exit code 2:\n(.|\n)*--no-such-option"):
+        execute(setting, tmp_path)
+
+
+@pytest.mark.ranks
+def test_the_demo_succeeds_on_a_short_sequence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo", *SMALL],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All runs agree" in done.stdout
+    assert "model.layers.3.self_attn" in done.stdout
