@@ -8,7 +8,7 @@ from ringfx.cost_model.choose import choose
 from ringfx.cost_model.formulas import Prediction, predict
 from ringfx.cost_model.overrides import StrategyChoice
 from ringfx.cost_model.profile import Profile, available_profiles, load_profile
-from ringfx.cost_model.quantities import parse_bytes
+from ringfx.cost_model.quantities import parse_bytes, parse_tokens
 
 __all__ = [
     "Prediction",
@@ -18,5 +18,6 @@ __all__ = [
     "choose",
     "load_profile",
     "parse_bytes",
+    "parse_tokens",
     "predict",
 ]

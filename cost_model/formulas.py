@@ -148,11 +148,13 @@ def message_seconds(
 ) -> float:
     """Time in which one rank receives ``received_bytes`` by that collective.
 
-    A send has one step; gathers, scatters and all-to-alls have p - 1, an all-reduce twice that.
+    An all-gather and a reduce-scatter go round a ring of p - 1 steps, an all-reduce is both; a send
+    has one step, and so has an all-to-all, whose pairs all exchange at once.
     """
     if world_size == 1:
         return 0.0
-    steps = {"send_recv": 1, "all_reduce": 2 * (world_size - 1)}.get(operation, world_size - 1)
+    ring = world_size - 1
+    steps = {"send_recv": 1, "all_to_all": 1, "all_reduce": 2 * ring}.get(operation, ring)
     row = profile.link(operation, world_size)
     return steps * row.latency_us / 1e6 + received_bytes / (row.gbytes_per_s * 1e9)
 

@@ -123,28 +123,24 @@ class Profile:
         )
 
 
-def load_profile(name: str | Path | None = None, *, device: str = "cpu") -> Profile:
+def load_profile(name: str | Path | None = None, *, device: str) -> Profile:
     """The profile to predict with; what is doubtful about it is said in its ``notes``.
 
     Parameters
     ----------
     name
         A shipped profile's name, a path to a JSON file, or None to find the one of this device.
+        A profile that is named may be of another device type, to plan for a machine not at hand.
     device
-        Device type on which the model is to run: ``cpu``, ``cuda``.
+        Type of the device that holds the model's tensors: ``cpu``, ``cuda``.
 
     Raises
     ------
     ProfileError
-        There is no such profile, it cannot be read, or it has none of this device type's rows.
+        There is no such profile, it cannot be read, or none ships for this device type.
     """
     profile = _find(device) if name is None else _named(name)
-    if profile.device != device:
-        raise ProfileError(
-            f"profile {profile.name!r} was made for {profile.device!r} and the model runs on"
-            f" {device!r}. Do: choose one of {_names(device)}, or run `ringfx calibrate`."
-        )
-    return dataclasses.replace(profile, notes=profile.notes + _doubts(profile))
+    return dataclasses.replace(profile, notes=profile.notes + _doubts(profile, device))
 
 
 @cache
@@ -250,9 +246,14 @@ def _is_own(profile: Profile) -> bool:
     return name is not None and re.search(profile.device_pattern, name) is not None
 
 
-def _doubts(profile: Profile) -> tuple[str, ...]:
+def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
     """What a reader of the plan must know before believing its times."""
     doubts = []
+    if profile.device != device:
+        doubts.append(
+            f"the model's tensors are on {device}, profile {profile.name} is for {profile.device}:"
+            f" the times are those of {profile.device}"
+        )
     here = device_name(profile.device)
     if not _is_own(profile):
         this = (
@@ -268,7 +269,3 @@ def _doubts(profile: Profile) -> tuple[str, ...]:
             " `ringfx calibrate` measures the device it runs on"
         )
     return tuple(doubts)
-
-
-def _names(device: str) -> str:
-    return ", ".join(p.name for p in available_profiles() if p.device == device) or "(none)"

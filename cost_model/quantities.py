@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["parse_bytes"]
+__all__ = ["parse_bytes", "parse_tokens"]
 
 BYTE_UNITS: Mapping[str, int] = {
     "": 1,
@@ -52,3 +52,30 @@ def _bytes(size: int | str) -> int:
             ' Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
         )
     return round(float(match[1].replace("_", "")) * BYTE_UNITS[match[2].lower()])
+
+
+def parse_tokens(count: int | str) -> int:
+    """A number of tokens; k and M are 1024 and 1024^2, as sequence lengths are spoken.
+
+    >>> parse_tokens("8k"), parse_tokens("1M"), parse_tokens("1,000"), parse_tokens(251)
+    (8192, 1048576, 1000, 251)
+
+    Raises
+    ------
+    InvalidArgument
+        The text is no number of tokens, or it is not positive.
+    """
+    tokens = count if isinstance(count, int) else _tokens(count)
+    if tokens <= 0:
+        raise InvalidArgument(f"a number of tokens must be positive; got {count!r}.")
+    return tokens
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d[\d_,]*)\s*([kKmM]?)\s*", text)
+    if match is None:
+        raise InvalidArgument(
+            f'{text!r} is not a number of tokens. Do: give one such as 4096, "128k" or "1M".'
+        )
+    digits = match[1].replace(",", "").replace("_", "")
+    return int(digits) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]

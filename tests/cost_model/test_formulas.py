@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from ringfx.cost_model.formulas import FORMULAS, Prediction, predict
+from ringfx.cost_model.profile import Profile
+
+from tests.cost_model.sites import causal_site, full_site, shipped
+
+H100 = shipped("h100-sxm-published")
+CPU = shipped("cpu-default")
+STRATEGIES = sorted(FORMULAS)
+
+
+def _slower_links(profile: Profile, factor: float) -> Profile:
+    links = tuple(replace(row, gbytes_per_s=row.gbytes_per_s / factor) for row in profile.links)
+    return replace(profile, links=links)
+
+
+def _times(p: Prediction) -> list[float]:
+    phases = (p.forward, p.backward)
+    return [t for x in phases for t in (x.compute_s, x.communication_s, x.exposed_s, x.total_s)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
+@pytest.mark.parametrize("tokens", [1, 251, 4096, 2**20, 2**27])
+def test_predictions_are_finite_and_not_negative(
+    strategy: str, world_size: int, tokens: int
+) -> None:
+    prediction = predict(causal_site(tokens=tokens), strategy, world_size, H100)
+    assert all(math.isfinite(t) and t >= 0 for t in _times(prediction))
+    assert prediction.total_ms > 0
+    assert prediction.saved_bytes > 0
+    assert prediction.workspace_bytes > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_time_and_memory_grow_with_the_sequence(strategy: str) -> None:
+    lengths = [64, 65, 1000, 4096, 4097, 65536, 2**20]
+    costs = [predict(causal_site(tokens=n), strategy, 4, CPU) for n in lengths]
+    assert [c.total_ms for c in costs] == sorted(c.total_ms for c in costs)
+    assert [c.saved_bytes for c in costs] == sorted(c.saved_bytes for c in costs)
+    assert [c.workspace_bytes for c in costs] == sorted(c.workspace_bytes for c in costs)
+    assert costs[-1].total_ms > 1e3 * costs[0].total_ms
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("field", ["heads", "kv_heads", "batch", "head_dim", "v_head_dim"])
+def test_time_and_memory_grow_with_every_size(strategy: str, field: str) -> None:
+    costs = [predict(causal_site(**{field: n}), strategy, 4, H100) for n in (8, 16, 32)]
+    times = [c.total_ms for c in costs]
+    assert times == sorted(times)
+    # More K/V heads only cost messages, which a ring hides; all other sizes cost compute too.
+    assert times[0] < times[-1] or (field == "kv_heads" and strategy == "production")
+    assert costs[0].saved_bytes < costs[-1].saved_bytes
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_slower_link_never_helps_and_in_the_end_hurts(strategy: str) -> None:
+    site = causal_site()
+    times = [predict(site, strategy, 4, _slower_links(H100, f)).total_ms for f in (1, 2, 10, 1e4)]
+    assert times == sorted(times)
+    assert times[-1] > 2 * times[0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_rank_sends_nothing_and_all_strategies_are_the_local_kernel(strategy: str) -> None:
+    alone = predict(full_site(), strategy, 1, H100)
+    assert alone.communication_ms == alone.exposed_ms == 0
+    assert alone == replace(predict(full_site(), "production", 1, H100), strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_nothing_hides_is_part_of_what_is_sent(strategy: str) -> None:
+    for factor in (0.01, 1, 100):
+        p = predict(causal_site(), strategy, 8, _slower_links(H100, factor))
+        assert p.exposed_ms <= p.communication_ms * (1 + 1e-12)
+        assert p.total_ms == pytest.approx(p.compute_ms + p.exposed_ms)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_inference_has_no_backward_and_saves_nothing(strategy: str) -> None:
+    p = predict(causal_site(trains=False), strategy, 4, H100)
+    trained = predict(causal_site(), strategy, 4, H100)
+    assert p.backward_ms == 0
+    assert p.saved_bytes == 0
+    assert p.forward == trained.forward
+    assert p.workspace_bytes <= trained.workspace_bytes
+
+
+@pytest.mark.parametrize("strategy", ["collective", "production", "ulysses"])
+def test_a_causal_mask_halves_the_compute_of_long_sequences(strategy: str) -> None:
+    causal = predict(causal_site(tokens=2**20), strategy, 8, H100)
+    full = predict(full_site(tokens=2**20), strategy, 8, H100)
+    assert causal.compute_ms == pytest.approx(full.compute_ms / 2, rel=1e-3)
+
+
+def test_simple_computes_and_stores_masked_scores_too() -> None:
+    causal, full = (predict(f(tokens=65536), "simple", 8, H100) for f in (causal_site, full_site))
+    assert causal.compute_ms == pytest.approx(full.compute_ms)
+    local = 65536 // 8
+    assert causal.workspace_bytes > 2 * 32 * local * local * 4
+
+
+def test_saved_memory_falls_with_the_ranks() -> None:
+    one, eight = (predict(causal_site(), "production", p, H100) for p in (1, 8))
+    assert eight.saved_bytes * 8 == one.saved_bytes
+
+
+def test_gathering_costs_memory_of_whole_keys_and_values() -> None:
+    ring, gather = (predict(causal_site(), s, 8, H100) for s in ("production", "collective"))
+    whole_kv = 8 * 8192 * (128 + 128) * 2
+    assert gather.workspace_bytes > ring.workspace_bytes
+    assert gather.workspace_bytes > whole_kv
+
+
+def test_a_ring_hides_messages_behind_long_compute_and_not_behind_short() -> None:
+    long, short = (predict(causal_site(tokens=n), "production", 8, H100) for n in (2**20, 1024))
+    assert long.forward.exposed_s == 0
+    assert short.forward.exposed_s > 0
+
+
+def test_the_best_strategy_crosses_over_with_the_length() -> None:
+    """Short: one gather beats seven exposed hops. Long: the ring hides its messages."""
+
+    def best(tokens: int) -> str:
+        costs = {s: predict(full_site(tokens=tokens), s, 8, H100).total_ms for s in STRATEGIES}
+        return min(costs, key=lambda s: costs[s])
+
+    assert best(2**20) == "production"
+    assert best(1024) in ("ulysses", "collective")
+
+
+def test_crossing_nodes_takes_the_slower_link() -> None:
+    inside, across = (predict(causal_site(), "collective", p, H100) for p in (8, 9))
+    assert across.forward.communication_s > 5 * inside.forward.communication_s
