@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from ringfx.passes.values import Declined, Resharding, TokenAxis
+
+from ringfx.errors import InvalidArgument
+from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan, Plan
+from ringfx.plan_text import fold, format_bytes, index_set
+from tests.cost_model.sites import causal_site
+
+
+def _layer(index: int = 0, **changes: Any) -> LayerPlan:
+    fields: dict[str, Any] = {
+        "site": causal_site(index),
+        "strategy": "production",
+        "reason": "fastest of 4; next ulysses, 12% slower",
+        "kernel": "flash",
+        "forward_ms": 4.0,
+        "backward_ms": 10.0,
+        "compute_ms": 12.0,
+        "communication_ms": 3.0,
+        "exposed_ms": 2.0,
+        "saved_bytes": 10 * 2**20,
+        "workspace_bytes": 3 * 2**20,
+    }
+    return LayerPlan(**{**fields, **changes})
+
+
+def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "world_size": 8,
+        "gpu_memory": 80 * 2**30,
+        "device": "cuda",
+        "profile": "h100-sxm-published",
+        "profile_origin": "published figures",
+        "layers": layers or tuple(_layer(i) for i in range(4)),
+        "declined": (
+            Declined(node="d", name="pool", source="model.py:3", reason="a learned query"),
+        ),
+        "axes": (TokenAxis(axis="s0", length=8192, layout="zigzag", local_length=1024),),
+        "reshardings": (
+            Resharding(
+                node="r",
+                name="lm_head",
+                source="model.py:9",
+                kind="all_reduce",
+                bytes_moved=4096,
+                reason="a parameter's gradient",
+            ),
+            Resharding(
+                node="g",
+                name="router",
+                source="moe.py:4",
+                kind="gather",
+                bytes_moved=2**20,
+                reason="sort orders all tokens",
+            ),
+        ),
+        "memory": MemoryPlan(
+            parts=(
+                MemoryPart(cause="parameters", bytes=2**34),
+                MemoryPart(cause="logits", bytes=2**30, detail="split"),
+            ),
+            unknown=("optimiser state",),
+        ),
+        "notes": ("the profile is published, not measured",),
+    }
+    return Plan(**{**fields, **changes})
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_from_json_as_the_same_value() -> None:
+    plan = _plan()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()).layers[0].site.spec.is_causal
+
+
+def test_another_schema_version_is_refused() -> None:
+    text = json.dumps({**json.loads(_plan().to_json()), "schema": 99})
+    with pytest.raises(InvalidArgument) as caught:
+        Plan.from_json(text)
+    assert str(caught.value) == (
+        "this plan has schema version 99; this ringfx reads version 1."
+        " Do: make the plan again with this version of ringfx."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "this is not a plan: line 1 is not JSON (Expecting value)."),
+        ("[1]", 'this is not a plan: the text has no "schema" field.'),
+        ('{"schema": 1}', "this plan is damaged: KeyError('layers')."),
+    ],
+)
+def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Plan.from_json(text)
+    assert str(caught.value).startswith(message)
+
+
+# --- digest -----------------------------------------------------------------------------------
+
+
+def test_the_digest_ignores_what_may_differ_between_machines() -> None:
+    plan = _plan()
+    slower = tuple(dataclasses.replace(x, forward_ms=9.0, reason="other") for x in plan.layers)
+    elsewhere = tuple(
+        dataclasses.replace(x, site=dataclasses.replace(x.site, source="/home/b/model.py:1"))
+        for x in slower
+    )
+    other = dataclasses.replace(
+        plan, layers=elsewhere, profile="b", notes=(), memory=MemoryPlan(), gpu_memory=None
+    )
+    assert other.digest() == plan.digest()
+    assert other != plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"world_size": 4},
+        {"layers": (_layer(0),)},
+        {"layers": tuple(_layer(i, strategy="collective") for i in range(4))},
+        {"layers": tuple(_layer(i, site=causal_site(i, 4096)) for i in range(4))},
+        {"axes": ()},
+        {"axes": (TokenAxis(axis="s0", length=8192, layout="contiguous", local_length=1024),)},
+        {"reshardings": ()},
+    ],
+)
+def test_the_digest_sees_all_that_changes_a_message(change: dict[str, Any]) -> None:
+    assert _plan(**change).digest() != _plan().digest()
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
+    text = str(_plan())
+    row = next(line for line in text.split("\n") if "self_attn" in line)
+    assert " ".join(row.split()) == (
+        "model.layers.{0..3}.self_attn 4 x production 12.0 ms 3.00 ms 2.00 ms 14.0 ms 10.0 MiB"
+    )
+    for words in (
+        "ringfx plan for 8 ranks on cuda, forward and backward",
+        "8,192 tokens (s0): 1,024 on each rank, zigzag",
+        "profile h100-sxm-published: published figures",
+        "causal; 8,192 tokens, 32/8 heads of 128, bfloat16; flash kernel",
+        "found as sdpa at llama/modeling_llama.py:254",
+        "fastest of 4; next ulysses, 12% slower",
+        "4 attention calls: 56.0 ms a step on each rank (48.0 ms compute, 8.00 ms waiting",
+        "40.0 MiB saved for backward, up to 3.00 MiB of workspace",
+        "gather, 1.00 MiB at router (moe.py:4): sort orders all tokens",
+        "all_reduce, 4.00 KiB at lm_head (model.py:9): a parameter's gradient",
+        "pool (model.py:3): a learned query",
+        "memory of one rank: 17.0 GiB at the peak, 21% of 80.0 GiB",
+        "16.0 GiB   94%  parameters",
+        "not counted: optimiser state",
+        "the profile is published, not measured",
+    ):
+        assert words in " ".join(text.split()) or words in text, words
+
+
+def test_gathers_come_before_other_moves() -> None:
+    text = str(_plan())
+    assert text.index("gather, 1.00 MiB") < text.index("all_reduce, 4.00 KiB")
+
+
+def test_text_is_plain_and_no_wider_than_a_page() -> None:
+    lines = str(_plan()).split("\n")
+    assert max(map(len, lines)) <= 120
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_plan_without_layers_or_budget_still_prints() -> None:
+    text = str(_plan(layers=(), declined=(), reshardings=(), gpu_memory=None, notes=()))
+    assert "no budget given" in text
+    assert "outside attention" not in text
+
+
+def test_layers_that_differ_in_anything_shown_stay_apart() -> None:
+    layers = [_layer(0), _layer(1, strategy="simple"), _layer(2), _layer(3, compute_ms=13.0)]
+    names = [group.name for group in fold(layers)]
+    assert names == [
+        "model.layers.{0,2}.self_attn",
+        "model.layers.1.self_attn",
+        "model.layers.3.self_attn",
+    ]
+
+
+def test_stages_of_blocks_fold_along_the_blocks() -> None:
+    def block(stage: int, index: int) -> LayerPlan:
+        return _layer(site=causal_site(name=f"stages.{stage}.blocks.{index}.attn"))
+
+    layers = [block(0, 0), block(0, 1), block(1, 0), block(1, 1), block(1, 2)]
+    assert [g.name for g in fold(layers)] == [
+        "stages.0.blocks.{0,1}.attn",
+        "stages.1.blocks.{0..2}.attn",
+    ]
+
+
+def test_calls_of_one_module_fold_under_its_name() -> None:
+    (group,) = fold([_layer(0), _layer(0)])
+    assert (group.name, len(group.layers)) == ("model.layers.0.self_attn", 2)
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [
+        ([3], "3"),
+        ([0, 1], "{0,1}"),
+        (list(range(32)), "{0..31}"),
+        ([0, 2, 4, 6], "{0,2..6}"),
+        ([0, 1, 2, 5, 6, 7], "{0..2,5..7}"),
+        ([0, 1, 3, 7], "{0,1,3,7}"),
+        ([5, 11, 17, 23], "{5,11..23}"),
+    ],
+)
+def test_index_sets_are_short_and_exact(indices: list[int], text: str) -> None:
+    assert index_set(indices) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1023, "1.00 KiB"), (2**40, "1.00 TiB"), (2**50, "1,024 TiB")],
+)
+def test_bytes_have_three_digits(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+def test_a_layer_is_found_by_its_path() -> None:
+    assert _plan().layer("model.layers.2.self_attn").site.node == "attention_2"
+    with pytest.raises(InvalidArgument) as caught:
+        _plan(*map(_layer, range(10))).layer("model.layers.77")
+    assert str(caught.value).startswith(
+        "the plan has no attention named 'model.layers.77'. It has 10: model.layers.0.self_attn,"
+    )
+
+
+def test_times_add_up() -> None:
+    plan = _plan()
+    assert plan.total_ms == 4 * 14.0
+    for layer in plan.layers:
+        assert layer.forward_ms + layer.backward_ms == layer.compute_ms + layer.exposed_ms
