@@ -57,8 +57,8 @@ types: $(INSTALLED)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ringfx
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
-	MYPYPATH=$(TYPED) $(BIN)/python -m mypy tests/*.py \
-	  $(wildcard examples/*.py benchmarks/*.py)
+	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
+	  $(wildcard tests/*.py tests/end_to_end/*.py examples/*.py benchmarks/*.py)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+from hypothesis import settings
 
 from tests.ranks import RankPool
+
+# The same examples everywhere, and no deadline: machines that run tests differ and are shared.
+settings.register_profile("ringfx", deadline=None, derandomize=True)
+settings.load_profile("ringfx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:

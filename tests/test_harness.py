@@ -41,9 +41,9 @@ def unchanged(model: nn.Module) -> nn.Module:
     return model
 
 
-def wrong_gradient_on_rank_1(model: nn.Module) -> nn.Module:
+def wrong_gradient_on_rank_1(model: Tiny) -> nn.Module:
     if dist.get_rank() == 1:
-        model.first.weight.register_hook(lambda grad: grad * 1.01)
+        model.first.weight.register_hook(lambda grad: grad * 1.01)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -80,9 +80,8 @@ def sleeps_on_rank_1() -> None:
 
 
 def leaves_a_trace() -> int:
-    before = dist.distributed_c10d.get_group_rank(dist.group.WORLD, 0)
     dist.new_group([0])  # the next call must not see it
-    return before + len(dist.distributed_c10d._world.pg_map)
+    return len(dist.distributed_c10d._world.pg_map)
 
 
 def test_a_pool_is_reused_and_returns_results_by_rank(ranks3: RankPool) -> None:
@@ -91,7 +90,7 @@ def test_a_pool_is_reused_and_returns_results_by_rank(ranks3: RankPool) -> None:
 
 
 def test_each_call_has_a_process_group_of_its_own(ranks2: RankPool) -> None:
-    assert ranks2.run(leaves_a_trace) == ranks2.run(leaves_a_trace)
+    assert ranks2.run(leaves_a_trace) == ranks2.run(leaves_a_trace) == [2, 1]
 
 
 def test_failures_name_the_rank_and_the_pool_recovers() -> None:
