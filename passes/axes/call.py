@@ -55,6 +55,8 @@ class OpAxes:
     """The argument that holds result sizes and must be rewritten to local ones."""
     fill: Mapping[int, float | int] = field(default_factory=dict)
     """For a partial sum: operand -> the value that padded tokens must hold."""
+    together: frozenset[str] = frozenset()
+    """Labels that may be split at the same time: the operator itself moves what crosses."""
     mean: bool = False
     """The call divides by the number of elements that it sums."""
     reason: str = ""

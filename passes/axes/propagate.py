@@ -13,7 +13,7 @@ from ringfx.passes.axes.call import Call, Labels, OpAxes, Share, Window, result_
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
 
-__all__ = ["AxisMap", "NamedOp", "name_axes"]
+__all__ = ["AxisMap", "BoundWindow", "NamedOp", "name_axes"]
 
 NO_RULE = "the axis table has no row for this operator"
 
@@ -27,8 +27,16 @@ class NamedOp:
     bound: Mapping[str, Dim]
     clash: bool = False
 
-    def operand_dims(self, i: int) -> tuple[tuple[str, ...], ...] | None:
-        return self.axes.operands[i]
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BoundWindow:
+    """``result = source[start : start + length]`` as axes of the program."""
+
+    node: Node
+    source: Dim
+    result: Dim
+    start: int
+    length: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,8 +49,8 @@ class AxisMap:
     ops: Mapping[Node, NamedOp]
     missing: tuple[Node, ...]
     """Calls without a row in the axis table."""
-    windows: tuple[tuple[Dim, Dim, int, int], ...]
-    """(source axis, window axis, start, length): the slices of step 1."""
+    windows: tuple[BoundWindow, ...]
+    """The slices of step 1, in program order."""
 
     def dims(self, node: Node, index: int = 0) -> tuple[Dim, ...]:
         return tuple(self.space.resolve(dim) for dim in self.values[node][index])
@@ -57,7 +65,7 @@ def name_axes(graph: torch.fx.Graph) -> AxisMap:
     values: dict[Node, tuple[tuple[Dim, ...], ...]] = {}
     ops: dict[Node, NamedOp] = {}
     missing: list[Node] = []
-    windows: list[tuple[Dim, Dim, int, int]] = []
+    windows: list[BoundWindow] = []
     for node in graph.nodes:
         results = result_values(node)
         if node.target is operator.getitem:
@@ -163,5 +171,11 @@ def _bind_new(
         bound[name] = space.fresh(size // known)
 
 
-def _window(named: NamedOp, window: Window) -> tuple[Dim, Dim, int, int]:
-    return (named.bound[window.source], named.bound[window.result], window.start, window.length)
+def _window(named: NamedOp, window: Window) -> BoundWindow:
+    return BoundWindow(
+        node=named.call.node,
+        source=named.bound[window.source],
+        result=named.bound[window.result],
+        start=window.start,
+        length=window.length,
+    )

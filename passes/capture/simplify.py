@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-__all__ = ["simplify"]
+__all__ = ["eliminate_dead", "simplify"]
 
 aten = torch.ops.aten
 
@@ -16,7 +17,7 @@ def simplify(gm: torch.fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is aten.cat.default:
             _drop_empty_parts(node)
-    _eliminate_dead(gm.graph)
+    eliminate_dead(gm.graph)
     gm.graph.lint()
 
 
@@ -31,15 +32,17 @@ def _drop_empty_parts(node: Node) -> None:
         node.args = (kept, *node.args[1:])
 
 
-def _eliminate_dead(graph: torch.fx.Graph) -> None:
+def eliminate_dead(graph: torch.fx.Graph) -> None:
     """Remove values that nothing reads; random operators stay, they advance the generator."""
 
     def impure(node: Node) -> bool:
-        if node.op in ("placeholder", "output") or node.target is torch._C._set_grad_enabled:
+        if node.op in ("placeholder", "output"):
             return True
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return True
-        return node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+        home = getattr(node.target, "__module__", None) or ""
+        ours = home.startswith("ringfx") or node.target is operator.getitem
+        is_op = isinstance(node.target, torch._ops.OpOverload)
+        return node.op == "call_function" and not (is_op or ours)
 
     graph.eliminate_dead_code(impure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,21 @@ from ringfx.errors import CaptureRefused
 from ringfx.passes.capture import constructs
 from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.gradients import stamp_gradients
+from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from ringfx.passes.capture.origin import clean_path, stamp_origins
 from ringfx.passes.capture.simplify import simplify
+from ringfx.passes.capture.unknown import decompose_unknown
 from ringfx.passes.values import Captured
 
 __all__ = ["capture"]
 
 
-def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+def capture(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    known: Callable[[object], object | None],
+) -> Captured:
     """Trace Dynamo's graph into ATen operators on global shapes.
 
     Parameters
@@ -31,6 +38,8 @@ def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured
         Dynamo's graph, parameters lifted to placeholders.
     example_inputs
         One value for each placeholder, real or fake.
+    known
+        Whether later passes have a rule for an operator; others are decomposed where torch can.
 
     Raises
     ------
@@ -45,12 +54,13 @@ def capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured
         traced = make_fx(
             lambda *args: constructs.Inliner(gm).run(*args),
             pre_dispatch=True,
-            decomposition_table=None,
+            decomposition_table=LOSS_DECOMPOSITIONS,
         )(*fakes)
     names = tuple(_input_name(n) for n in placeholders)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
-    stamp_origins(traced.graph)
     functionalize(traced)
+    traced = decompose_unknown(traced, mode, fakes, known)
+    stamp_origins(traced.graph)
     simplify(traced)
     stamp_gradients(traced.graph, needs_grad)
     traced.recompile()

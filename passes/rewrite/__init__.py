@@ -1,0 +1,9 @@
+"""Rewrite: the placement becomes the program that one rank runs, the same for every rank.
+
+Local shapes, ring operators, and at every crossing a conjugate communication operator, placed right
+after the value it converts (in that value's own gradient mode).
+"""
+
+from ringfx.passes.rewrite.local import LocalProgram, SplitOutput, rewrite
+
+__all__ = ["LocalProgram", "SplitOutput", "rewrite"]

@@ -1,0 +1,5 @@
+"""Verify: the local program's shapes and types are those that the placement promises."""
+
+from ringfx.passes.verify.check import verify
+
+__all__ = ["verify"]

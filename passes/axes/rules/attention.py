@@ -22,13 +22,19 @@ def canonical(call: Call) -> OpAxes:
         operands=(*operands, *rest),
         results=(_result(q, v),),
         share=shares(whole=["d", "e"]),
+        together=frozenset({"s", "t"}),
     )
 
 
 def sdpa(call: Call) -> OpAxes:
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
     rest = (None,) * (len(call.operands) - 3)
-    return OpAxes(operands=(*_qkv(q, k, v), *rest), results=(_result(q, v),))
+    return OpAxes(
+        operands=(*_qkv(q, k, v), *rest),
+        results=(_result(q, v),),
+        share=shares(whole=["s", "t", "d", "e"]),
+        reason="this attention is not in canonical form",
+    )
 
 
 def _qkv(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[Labels, Labels, Labels]:

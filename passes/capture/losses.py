@@ -1,0 +1,63 @@
+"""Mean losses as sum / count, so that the mean is over all tokens of all ranks.
+
+A mean of per-rank means is wrong as soon as ranks hold different numbers of valid tokens; a sum
+and a global count are right for any split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["LOSS_DECOMPOSITIONS"]
+
+aten = torch.ops.aten
+MEAN, SUM = 1, 2
+
+
+def cross_entropy(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Mean cross entropy: the weighted sum over the total weight of the kept targets."""
+    if reduction != MEAN:
+        return NotImplemented
+    total = aten.cross_entropy_loss.default(
+        x, target, weight, SUM, ignore_index, label_smoothing
+    )
+    if target.shape == x.shape:  # class probabilities: every row counts
+        classes = x.shape[1] if x.dim() > 1 else x.shape[0]
+        return total / (x.numel() // classes)
+    kept = target != ignore_index
+    if weight is None:
+        return total / kept.sum()
+    chosen = weight[torch.where(kept, target, 0)]
+    return total / torch.where(kept, chosen, 0).sum()
+
+
+def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    def mean(x: torch.Tensor, target: torch.Tensor, reduction: int = MEAN, *args: Any, **kwargs: Any) -> Any:
+        if reduction != MEAN:
+            return NotImplemented
+        count = torch.broadcast_shapes(x.shape, target.shape).numel()
+        return op(x, target, SUM, *args, **kwargs) / count
+
+    return mean
+
+
+LOSS_DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten.cross_entropy_loss.default: cross_entropy,
+    **{
+        op: elementwise(op)
+        for op in (
+            aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default,
+            aten.huber_loss.default,
+        )
+    },
+}  # fmt: skip

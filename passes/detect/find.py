@@ -1,0 +1,48 @@
+"""Walk the program once and ask the table of entry points about each call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ringfx.passes.detect.entry_points import ENTRY_POINTS, Candidate, Near
+from ringfx.passes.values import Captured, Declined
+
+__all__ = ["Candidate", "Detected", "detect"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detected:
+    """Attention calls in program order, and look-alikes with the reason why not."""
+
+    candidates: tuple[Candidate, ...]
+    declined: tuple[Declined, ...]
+
+
+def detect(captured: Captured) -> Detected:
+    """Every attention of the program.
+
+    Guarantee: each entry-point call of the program is either a candidate or declined.
+    """
+    candidates: list[Candidate] = []
+    declined: list[Declined] = []
+    for node in captured.graph_module.graph.nodes:
+        read = ENTRY_POINTS.get(node.target)
+        if read is None:
+            continue
+        answer = read(node)
+        if isinstance(answer, Near):
+            declined.append(decline(node, answer.reason))
+        else:
+            candidates.append(answer)
+    return Detected(candidates=tuple(candidates), declined=tuple(declined))
+
+
+def decline(node: Node, reason: str) -> Declined:
+    return Declined(
+        node=node.name,
+        name=node.meta.get("ringfx_path", ""),
+        source=node.meta.get("ringfx_source", ""),
+        reason=reason,
+    )

@@ -1,0 +1,169 @@
+"""The minimum cut that decides which values are whole and which are split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch.fx import Node
+
+from ringfx.ops import attention
+from ringfx.passes.axes.call import Share, result_values
+from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.place.lines import Carried, Lines
+from ringfx.passes.place.modes import Form, Split, Unsplittable, split_mode
+
+__all__ = ["Placement", "place"]
+
+WHOLE, SPLIT = "whole", "split"
+COMMUNICATION = 8
+"""Cost of a byte between ranks, in bytes of memory traffic: links are about this much slower than
+memory (NVLink 450 GB/s against HBM 3.3 TB/s on H100, vendor data sheets)."""
+FLOPS_PER_BYTE = 100
+"""Floating-point operations that take as long as a byte of memory traffic (same data sheets)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Placement:
+    """Which calls run split, and how; everything else is whole."""
+
+    lines: Lines
+    modes: Mapping[Node, Split]
+    """Calls that run on split tokens."""
+    reasons: Mapping[Node, str]
+    """For calls that touch tokens and run whole: why."""
+
+    def is_split(self, node: Node, index: int = 0) -> bool:
+        """Whether the value lives split: its call runs split and its result carries a line."""
+        mode = self.modes.get(node)
+        carried = self.lines.carried(node, index)
+        return mode is not None and not mode.partial and isinstance(carried, Carried)
+
+
+def place(graph: torch.fx.Graph, lines: Lines) -> Placement:
+    """The cheapest legal placement, one cut for each token line."""
+    modes: dict[Node, Split] = {}
+    reasons: dict[Node, str] = {}
+    for line in lines.lines:
+        if line.layout.world_size == 1:
+            continue
+        wanted = {n: m for n in graph.nodes if (m := split_mode(lines, n, line.index)) is not None}
+        chosen = _cut(graph, lines, line.index, wanted)
+        for node, mode in wanted.items():
+            if isinstance(mode, Unsplittable):
+                reasons[node] = mode.reason
+            elif node in chosen:
+                modes[node] = _merge(modes.get(node), mode)
+            else:
+                reasons.setdefault(node, "running it whole moves less")
+    return Placement(lines=lines, modes=modes, reasons=reasons)
+
+
+def _merge(old: Split | None, new: Split) -> Split:
+    """A call split along two lines at once (cross-attention) takes each operand as its line says."""
+    if old is None:
+        return new
+    operands = tuple(
+        Form.SPLIT if Form.SPLIT in pair else Form.SHARED
+        for pair in zip(old.operands, new.operands, strict=True)
+    )
+    return Split(operands=operands, partial=old.partial or new.partial, identity=False)
+
+
+def _cut(
+    graph: torch.fx.Graph, lines: Lines, line: int, modes: Mapping[Node, Split | Unsplittable]
+) -> set[Node]:
+    """The calls on the split side."""
+    ranks = lines.lines[line].layout.world_size
+    network = nx.DiGraph()
+    network.add_nodes_from((WHOLE, SPLIT))
+    connect = _connector(network)
+    for node, mode in modes.items():
+        if isinstance(mode, Unsplittable):
+            connect(WHOLE, node.name, None)
+            continue
+        if node.target is attention:
+            connect(node.name, SPLIT, None)
+        connect(node.name, SPLIT, _work(lines, node) * (ranks - 1) // ranks + 1)
+        if mode.partial:
+            connect(WHOLE, node.name, COMMUNICATION * _bytes(node) + 1)
+    for node in graph.nodes:
+        _connect_uses(connect, lines, line, node, modes)
+    _, (_, split_side) = nx.minimum_cut(network, WHOLE, SPLIT)
+    return {n for n in modes if n.name in split_side}
+
+
+Connect = Callable[[str, str, int | None], None]
+
+
+def _connector(network: nx.DiGraph) -> Connect:
+    """Adds capacity between two vertices; None is infinite."""
+
+    def connect(source: str, target: str, capacity: int | None) -> None:
+        if capacity is None:
+            network.add_edge(source, target)
+        elif network.has_edge(source, target):
+            old = network[source][target].get("capacity")
+            if old is not None:
+                network[source][target]["capacity"] = old + capacity
+        else:
+            network.add_edge(source, target, capacity=capacity)
+
+    return connect
+
+
+def _connect_uses(
+    connect: Connect,
+    lines: Lines,
+    line: int,
+    value: Node,
+    modes: Mapping[Node, Split | Unsplittable],
+) -> None:
+    """Edges for a value's transfers: a gather if it is split and wanted whole, a slice otherwise."""
+    carried = lines.carried(value)
+    if not isinstance(carried, Carried) or carried.line != line:
+        return
+    vertex = value.name if value in modes else WHOLE
+    gather, cut = f"gather {value.name}", f"slice {value.name}"
+    moved = COMMUNICATION * _bytes(value)
+    for user in value.users:
+        if user.op == "output":
+            continue
+        form = _wanted(lines, value, user, modes.get(user))
+        if form is Form.SPLIT:
+            connect(cut, user.name, None)
+            connect(vertex, cut, moved + 1 if needs_grad(value) else 1)
+            connect(user.name, gather, None)
+        else:
+            connect(WHOLE, gather, None)
+        if vertex != WHOLE:
+            connect(gather, vertex, moved + 1)
+
+
+def _wanted(
+    lines: Lines, value: Node, user: Node, mode: Split | Unsplittable | None
+) -> Form:
+    """The form in which a user that runs split takes the value."""
+    if not isinstance(mode, Split):
+        return Form.WHOLE
+    operands = lines.axes.ops[user].call.operands
+    forms = [f for n, f in zip(operands, mode.operands, strict=True) if n is value]
+    return Form.SPLIT if forms and all(f is Form.SPLIT for f in forms) else Form.WHOLE
+
+
+def _bytes(node: Node) -> int:
+    return sum(v.numel() * v.element_size() for v in result_values(node))
+
+
+def _work(lines: Lines, node: Node) -> int:
+    """Bytes written, and operations of contractions as bytes; doubled where a backward runs."""
+    named = lines.axes.ops[node]
+    contracted = 1
+    for label, share in named.axes.share.items():
+        if share is Share.SUM and named.axes.results and len(named.call.operands) > 1:
+            contracted *= lines.axes.space.size(lines.axes.label(node, label))
+    elements = sum(v.numel() for v in result_values(node))
+    operations = 2 * elements * contracted if contracted > 1 else 0
+    return (_bytes(node) + operations // FLOPS_PER_BYTE) * (2 if needs_grad(node) else 1)

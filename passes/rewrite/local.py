@@ -1,0 +1,165 @@
+"""Walk the global program once and emit the local one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ringfx.layout import LayoutKind
+from ringfx.ops import attention
+from ringfx.passes.capture.simplify import eliminate_dead
+from ringfx.passes.place import Carried, Placement
+from ringfx.passes.place.modes import Form, Split
+from ringfx.passes.rewrite.calls import local_call
+from ringfx.passes.rewrite.crossings import Crossings
+from ringfx.passes.rewrite.parameters import share_parameters
+from ringfx.passes.values import Captured, Resharding
+
+__all__ = ["LocalProgram", "SplitOutput", "rewrite"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOutput:
+    """An output that each rank holds a part of."""
+
+    carried: Carried
+    shape: tuple[int, ...]
+    """Of the whole value."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LocalProgram:
+    """One rank's program. After the user's inputs it takes, for each line, positions and order."""
+
+    graph_module: GraphModule
+    placement: Placement
+    outputs: tuple[SplitOutput | None, ...]
+    reshardings: tuple[Resharding, ...]
+    group: str
+    values: Mapping[Node, Node]
+    """Global value -> its local node, in the form in which it was made."""
+
+
+def rewrite(
+    captured: Captured,
+    placement: Placement,
+    strategies: Mapping[str, str],
+    *,
+    group: str,
+) -> LocalProgram:
+    """The local program.
+
+    Parameters
+    ----------
+    strategies
+        Canonical node name -> strategy.
+    group
+        Name of the process group that the sequence is split over; "" for one rank.
+    """
+    return _Rewriter(captured, placement, strategies, group).run()
+
+
+class _Rewriter:
+    def __init__(
+        self, captured: Captured, placement: Placement, strategies: Mapping[str, str], group: str
+    ) -> None:
+        self.captured = captured
+        self.placement = placement
+        self.strategies = strategies
+        self.group = group
+        self.graph = Graph()
+        self.natural: dict[Node, Node] = {}
+        self.crossings = Crossings(self.graph, placement, self.natural, group)
+
+    def run(self) -> LocalProgram:
+        nodes = list(self.captured.graph_module.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        for node in inputs:
+            self.natural[node] = self.graph.node_copy(node)
+        self.crossings.add_line_inputs()
+        share_parameters(self.graph, inputs, self.placement, self.crossings)
+        outputs: tuple[SplitOutput | None, ...] = ()
+        for node in nodes:
+            if node.op == "output":
+                outputs = self._output(node)
+            elif node.op != "placeholder":
+                self.natural[node] = self._emit(node)
+        gm = GraphModule(self.captured.graph_module, self.graph, "RingfxLocal")
+        eliminate_dead(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        return LocalProgram(
+            graph_module=gm,
+            placement=self.placement,
+            outputs=outputs,
+            reshardings=tuple(self.crossings.reshardings),
+            group=self.group,
+            values=self.natural,
+        )
+
+    def _emit(self, node: Node) -> Node:
+        mode = self.placement.modes.get(node)
+        if mode is not None and mode.identity:
+            return self.natural[self.placement.lines.axes.ops[node].call.operands[0]]
+        operands = self._operands(node, mode)
+        if node.target is attention:
+            new = self._attention(node, operands, mode)
+        else:
+            new = local_call(self.graph, self.placement, node, mode, operands, self.crossings)
+        new.meta = {k: v for k, v in node.meta.items() if k != "val"} | new.meta
+        return new
+
+    def _operands(self, node: Node, mode: Split | None) -> list[Node]:
+        """Converted tensor operands, in the order in which the call lists them."""
+        named = self.placement.lines.axes.ops.get(node)
+        if named is None or mode is None:
+            return [self._wanted(n, Form.WHOLE, node) for n in _inputs(node)]
+        forms = iter(mode.operands)
+        tensors = set(named.call.operands)
+        return [
+            self._wanted(n, next(forms) if n in tensors else Form.WHOLE, node)
+            for n in _inputs(node)
+        ]
+
+    def _wanted(self, value: Node, form: Form, user: Node) -> Node:
+        if value not in self.placement.lines.axes.values or _is_tuple(value):
+            return self.natural[value]
+        return self.crossings.convert(value, form, user)
+
+    def _attention(self, node: Node, operands: list[Node], mode: Split | None) -> Node:
+        q, k, v, *inputs = operands
+        kwargs = dict(node.kwargs)
+        layout: LayoutKind = "contiguous"
+        if mode is not None:
+            q_carried = self.placement.lines.carried(node.args[0])  # type: ignore[arg-type]
+            if isinstance(q_carried, Carried):
+                layout = self.placement.lines.lines[q_carried.line].layout.kind
+            kwargs |= {"group": self.group, "layout": layout}
+        kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
+        return self.graph.call_function(attention, (q, k, v, inputs), kwargs)
+
+    def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:
+        split: list[SplitOutput | None] = []
+        for value in node.args[0]:  # type: ignore[union-attr]
+            carried = self.placement.lines.carried(value) if isinstance(value, Node) else None
+            if isinstance(value, Node) and self.crossings.is_split(value):
+                assert isinstance(carried, Carried)
+                shape = tuple(int(s) for s in value.meta["val"].shape)
+                split.append(SplitOutput(carried=carried, shape=shape))
+            else:
+                split.append(None)
+        self.graph.node_copy(node, lambda n: self.natural[n])
+        return tuple(split)
+
+
+def _inputs(node: Node) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return found
+
+
+def _is_tuple(value: Node) -> bool:
+    return isinstance(value.meta.get("val"), (tuple, list))

@@ -1,0 +1,99 @@
+"""Run the local program on fake tensors and hold every value against the placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from ringfx.errors import VerificationError
+from ringfx.ops import attention
+from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.place.lines import Lines
+from ringfx.passes.rewrite import LocalProgram
+from ringfx.passes.rewrite.calls import local_shape
+from ringfx.passes.values import Captured, Sites
+
+__all__ = ["line_inputs", "verify"]
+
+
+def verify(captured: Captured, sites: Sites, local: LocalProgram) -> tuple[Any, ...]:
+    """Check the local program; returns its fake inputs.
+
+    Raises
+    ------
+    VerificationError
+        When a local value has not the shape or type that its global one and placement imply, or
+        an attention site was lost.
+    """
+    mode, inputs = _fake_inputs(captured, local)
+    _interpret(local.graph_module, mode, inputs)
+    for value, made in local.values.items():
+        if value.op == "call_function":
+            _check(value, made, local)
+    _check_sites(sites, local)
+    return inputs
+
+
+def line_inputs(lines: Lines, rank: int, device: torch.device | str) -> list[torch.Tensor]:
+    """Positions and order of each split line, as the local program takes them."""
+    tensors: list[torch.Tensor] = []
+    for line in lines.lines:
+        if line.layout.world_size > 1:
+            tensors += [line.layout.positions(rank, device), line.layout.order(device)]
+    return tensors
+
+
+def _fake_inputs(
+    captured: Captured, local: LocalProgram
+) -> tuple[FakeTensorMode, tuple[Any, ...]]:
+    given = [n.meta["val"] for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    tensors = [v for v in given if isinstance(v, torch.Tensor)]
+    mode = tensors[0].fake_mode if tensors else FakeTensorMode()  # type: ignore[attr-defined]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with mode:
+        extra = line_inputs(local.placement.lines, 0, device)
+    return mode, (*given, *extra)
+
+
+class _Recorder(torch.fx.Interpreter):
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = value
+        return value
+
+
+def _interpret(gm: torch.fx.GraphModule, mode: FakeTensorMode, inputs: tuple[Any, ...]) -> None:
+    with mode, torch.no_grad():
+        grad = torch.is_grad_enabled()
+        try:
+            _Recorder(gm).run(*inputs)
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+
+def _check(value: Node, made: Node, local: LocalProgram) -> None:
+    whole, part = value.meta.get("val"), made.meta.get("val")
+    if not isinstance(whole, torch.Tensor):
+        return
+    if not isinstance(part, torch.Tensor):
+        raise VerificationError(f"{describe_node(value)}: the local value is {type(part).__name__}")
+    split = local.placement.is_split(value)
+    expected = local_shape(local.placement, value) if split else tuple(whole.shape)
+    if tuple(part.shape) != expected or part.dtype != whole.dtype:
+        raise VerificationError(
+            f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, "
+            f"expected {expected} {whole.dtype} ({'split' if split else 'whole'}). "
+            "This is a defect of ringfx; please report it with the model."
+        )
+
+
+def _check_sites(sites: Sites, local: LocalProgram) -> None:
+    rewritten = sum(n.target is attention for n in local.graph_module.graph.nodes)
+    if rewritten != len(sites.found):
+        raise VerificationError(
+            f"{len(sites.found)} attention sites were found and {rewritten} rewritten"
+        )

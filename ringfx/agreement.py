@@ -1,0 +1,144 @@
+"""Do all ranks run the same program on the same inputs? Asked before the first collective.
+
+A rank that was fed other data (a DistributedSampler left in place), started from other weights or
+compiled another program would give wrong numbers or a hang. One small message a call finds out:
+a digest of graph and plan, a checksum of integer inputs, and, on the first call, a checksum of
+floating-point inputs and parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ringfx.errors import AgreementError
+from ringfx.world import World
+
+__all__ = ["Agreement", "checksum"]
+
+CHUNK = 1 << 22
+"""Elements that a checksum widens at a time: 32 MiB of int64."""
+
+
+class Agreement:
+    """The checks of one program on one rank."""
+
+    def __init__(self, world: World, digest: str, names: Sequence[str], summary: str) -> None:
+        self._world = world
+        self._digest = digest
+        self._names = tuple(names)
+        self._summary = summary
+        self._first = True
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Compare with the other ranks; collective.
+
+        Raises
+        ------
+        AgreementError
+            On every rank, naming what differs and both sides.
+        """
+        if self._world.size == 1:
+            return
+        sums = [self._sum(value) for value in inputs]
+        self._first = False
+        combined = hashlib.sha256(repr(sums).encode()).digest()
+        mine = torch.tensor(
+            [_int(bytes.fromhex(self._digest)), _int(combined)], dtype=torch.int64
+        )
+        if all(bool((other == mine).all()) for other in self._everyone(mine)):
+            return
+        self._explain(sums, inputs)
+
+    def _sum(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return hash(value) if isinstance(value, (int, float, bool)) else None
+        steady = value.is_floating_point() or value.is_complex()
+        return None if steady and not self._first else checksum(value)
+
+    def _everyone(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        group = _resolve_process_group(self._world.group)
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        mine = mine.to(device)
+        others = [torch.empty_like(mine) for _ in range(self._world.size)]
+        dist.all_gather(others, mine, group=group)
+        return [o.cpu() for o in others]
+
+    def _explain(self, sums: Sequence[int | None], inputs: Sequence[Any]) -> None:
+        group = _resolve_process_group(self._world.group)
+        said: list[Any] = [None] * self._world.size
+        shapes = [_shape(v) for v in inputs]
+        dist.all_gather_object(
+            said, (self._digest, self._summary, self._names, shapes, sums), group=group
+        )
+        raise AgreementError(_difference(said))
+
+
+def _difference(said: Sequence[Any]) -> str:
+    digest, summary, names, shapes, sums = said[0]
+    for rank, other in enumerate(said[1:], 1):
+        if other[2] != names or other[3] != shapes:
+            return _different_shapes(rank, said[0], other)
+        if other[0] != digest:
+            return (
+                f"rank 0 and rank {rank} made different plans from the same shapes.\n"
+                f"  rank 0: {summary}\n  rank {rank}: {other[1]}\n"
+                "Do: give every rank the same options, code and profile."
+            )
+        for name, mine, theirs in zip(names, sums, other[4], strict=True):
+            if mine != theirs:
+                return (
+                    f"{name} has the same shape but other values on rank 0 (checksum {mine}) and "
+                    f"rank {rank} (checksum {theirs}). Ringfx splits one sequence over the ranks, "
+                    "so all of them must be given the same inputs and weights. Do: remove a "
+                    "DistributedSampler over these ranks, seed before building the model, or "
+                    "broadcast parameters from rank 0."
+                )
+    return "the ranks disagree, and agree when asked again: inputs changed between two looks."
+
+
+def _different_shapes(rank: int, first: Any, other: Any) -> str:
+    mine = dict(zip(first[2], first[3], strict=True))
+    theirs = dict(zip(other[2], other[3], strict=True))
+    names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+    lines = [
+        f"  {n}: rank 0 {mine.get(n, 'absent')}, rank {rank} {theirs.get(n, 'absent')}"
+        for n in names[:8]
+    ]
+    return (
+        f"rank 0 and rank {rank} were given inputs of different shapes:\n" + "\n".join(lines) + "\n"
+        "Do: give every rank the whole, identical batch; ringfx splits it along the tokens."
+    )
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return repr(value)
+
+
+def _int(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+@torch.no_grad()
+def checksum(value: torch.Tensor) -> int:
+    """A position-dependent sum of a tensor's bits, modulo 2**64."""
+    flat = value.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if flat.dtype == torch.bool:
+        flat = flat.to(torch.uint8)
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = flat.view(widths[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK].to(torch.int64)
+        place = torch.arange(start, start + part.numel(), device=part.device)
+        total += (part * (2 * place + 1) * 0x9E3779B1).sum()
+    return int(total.item())

@@ -1,0 +1,256 @@
+"""The ways in: ``optimize`` a model to run it, ``plan`` it to read what would happen."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ringfx.backend import Backend, no_attention_text
+from ringfx.cost_model import StrategyChoice
+from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
+from ringfx.pipeline import lower
+from ringfx.plan import MemoryPlan, Plan
+from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
+from ringfx.world import World
+
+__all__ = ["Optimized", "offline", "optimize", "plan"]
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+class Optimized:
+    """What ``optimize`` adds to a model's class; parameters, names and methods are the model's."""
+
+    _ringfx_backend: Backend
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of what has run so far.
+
+        Raises
+        ------
+        RingfxError
+            Before the first call: the plan depends on the inputs' shapes.
+        """
+        plans = self._ringfx_backend.plans
+        if not plans:
+            raise RingfxError(
+                "this model has not run yet, and its plan depends on the shapes of its inputs. "
+                "Do: call it once, or use ringfx.plan(model, args, world_size=...)."
+            )
+        return _joined(plans)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        backend = self._ringfx_backend
+        try:
+            result = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, RingfxError):
+                raise failure.inner_exception from None
+            raise
+        if backend.plans and not backend.num_sites:
+            raise AttentionNotFound(no_attention_text(backend.plans))
+        return result
+
+
+def optimize(
+    model: M,
+    *,
+    mesh: Any = None,
+    strategy: StrategyChoice = "auto",
+    gpu_memory: int | str | None = None,
+    profile: str | None = None,
+    compiler: Compiler = "inductor",
+    outputs: Outputs = "global",
+    on_unsupported: OnUnsupported = "error",
+    check_inputs: bool = True,
+) -> M:
+    """The same model with its sequence split over the ranks of ``mesh``.
+
+    Every rank calls it with the same whole inputs and gets the same outputs and the same complete
+    gradients as the unsplit model would give.
+
+    Parameters
+    ----------
+    model
+        Any module with attention over a sequence. It is not changed; parameters are shared with it.
+    mesh
+        A one-dimensional DeviceMesh or a process group; by default the whole world, and one rank
+        where torch.distributed is not initialised.
+    strategy
+        ``"auto"``, one of ``simple``, ``collective``, ``production``, ``ulysses``, or a mapping from
+        globs of module paths to these names.
+    gpu_memory
+        Budget of one rank, in bytes or as ``"80GiB"``.
+    profile
+        Name or path of a measurement profile; by default the one of this device.
+    compiler
+        ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+    outputs
+        ``"global"``: split outputs have the global shape and are gathered when touched.
+        ``"local"``: each rank gets its own part, with ``ringfx_positions``.
+    on_unsupported
+        What to do about an operator that no axis rule covers: ``"error"``, or ``"gather"`` its
+        inputs and run it whole.
+    check_inputs
+        Compare checksums of integer inputs on every call, of floating-point inputs and parameters
+        on the first.
+
+    Raises
+    ------
+    InvalidArgument
+        At once, for an argument that cannot be used; later errors are raised by the first call.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    settings = Settings.of(
+        {
+            "strategy": strategy,
+            "gpu_memory": gpu_memory,
+            "profile": profile,
+            "compiler": compiler,
+            "outputs": outputs,
+            "on_unsupported": on_unsupported,
+            "check_inputs": check_inputs,
+        }
+    )
+    backend = Backend(settings, World.of(mesh))
+    optimized = copy.copy(model)
+    optimized.__class__ = type(type(model).__name__, (Optimized, type(model)), {})
+    optimized._ringfx_backend = backend  # type: ignore[assignment]
+    optimized.compile(backend=backend, dynamic=False)
+    return optimized
+
+
+class _Planned(Exception):  # noqa: N818
+    """Stops the model once its plan is made."""
+
+
+def plan(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    world_size: int,
+    gpu_memory: int | str | None = None,
+    profile: str | None = None,
+    strategy: StrategyChoice = "auto",
+    on_unsupported: OnUnsupported = "error",
+) -> Plan:
+    """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
+
+    No process group and no accelerator is needed. The model and its inputs may be real, on
+    ``meta``, or fake (see ``offline``).
+
+    Raises
+    ------
+    RingfxError
+        Whatever ``optimize`` would raise for this model.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise InvalidArgument(f"world_size={world_size!r} must be a positive integer")
+    settings = Settings.of(
+        {
+            "strategy": strategy,
+            "gpu_memory": gpu_memory,
+            "profile": profile,
+            "on_unsupported": on_unsupported,
+        }
+    )
+    world = World(world_size, 0, "ringfx" if world_size > 1 else "")
+    plans: list[Plan] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        lowered = lower(gm, example_inputs, settings, world)
+        plans.append(lowered.plan)
+        if lowered.captured.graph_break is None:
+            raise _Planned
+        return gm.forward
+
+    _trace(model, args, dict(kwargs or {}), backend)
+    if not sum(len(p.layers) for p in plans):
+        raise AttentionNotFound(no_attention_text(plans))
+    return _joined(plans)
+
+
+def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> None:
+    torch._dynamo.reset()
+    mode = _mode_of(model, args, kwargs)
+    fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
+    compiled = torch.compile(fake_model, backend=backend, dynamic=False)
+    try:
+        with mode:
+            compiled(*fake_args, **fake_kwargs)
+    except BackendCompilerFailed as failure:
+        if isinstance(failure.inner_exception, RingfxError):
+            raise failure.inner_exception from None
+        if not isinstance(failure.inner_exception, _Planned):
+            raise
+    finally:
+        torch._dynamo.reset()
+
+
+def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    yield from (x for x in leaves if isinstance(x, torch.Tensor))
+
+
+def _mode_of(model: torch.nn.Module, args: Any, kwargs: Any) -> FakeTensorMode:
+    for tensor in _tensors(model, args, kwargs):
+        if isinstance(tensor, FakeTensor):
+            mode: FakeTensorMode = tensor.fake_mode
+            return mode
+    return FakeTensorMode()
+
+
+def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """Model and inputs in one fake mode; ``meta`` tensors become fake CPU ones."""
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+            return x
+        if x.device.type != "meta":
+            return mode.from_tensor(x, static_shapes=True)
+        with mode:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = fake(tensor)
+        if isinstance(tensor, torch.nn.Parameter) and not isinstance(twin, torch.nn.Parameter):
+            twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    twin_model = copy.deepcopy(model, memo)
+    return twin_model, *torch.utils._pytree.tree_map(fake, (args, kwargs))
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Build models and inputs of any size here: their tensors have shapes and no storage."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _joined(plans: list[Plan]) -> Plan:
+    """One plan of a model that runs as several graphs (it has graph breaks)."""
+    last = plans[-1]
+    if len(plans) == 1:
+        return last
+    return dataclasses.replace(
+        last,
+        layers=tuple(x for p in plans for x in p.layers),
+        declined=tuple(x for p in plans for x in p.declined),
+        axes=max((p.axes for p in plans), key=len),
+        reshardings=tuple(x for p in plans for x in p.reshardings),
+        memory=MemoryPlan() if len(plans) > 1 else last.memory,
+        notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
+    )

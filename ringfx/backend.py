@@ -1,0 +1,171 @@
+"""The Dynamo backend: plan and rewrite a graph, hand it to a compiler, run it on this rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ringfx.agreement import Agreement
+from ringfx.errors import AttentionNotFound
+from ringfx.outputs import SplitSpec, wrap
+from ringfx.passes.rewrite import SplitOutput
+from ringfx.passes.verify.check import line_inputs
+from ringfx.pipeline import Lowered, lower
+from ringfx.plan import Plan
+from ringfx.settings import Settings
+from ringfx.world import World
+
+__all__ = ["Backend", "ringfx_backend"]
+
+log = logging.getLogger("ringfx")
+Compiled = Callable[..., Sequence[Any]]
+
+
+class Backend:
+    """Compiles every graph that Dynamo captures of one model."""
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        self.settings = settings
+        self.world = world
+        self.plans: list[Plan] = []
+
+    @property
+    def num_sites(self) -> int:
+        return sum(len(plan.layers) for plan in self.plans)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        lowered = lower(gm, example_inputs, self.settings, self.world)
+        self.plans.append(lowered.plan)
+        _announce(lowered)
+        if len(self.plans) == 1 and not self.num_sites and lowered.captured.graph_break is None:
+            raise AttentionNotFound(no_attention_text(self.plans))
+        device = _device(example_inputs)
+        extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
+        compiled = hand_over(
+            lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
+        )
+        return Runner(lowered, compiled, extra, self.settings, self.world)
+
+
+class Runner:
+    """One compiled program on one rank: checks agreement, runs, wraps what stays split."""
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        compiled: Compiled,
+        extra: Sequence[torch.Tensor],
+        settings: Settings,
+        world: World,
+    ) -> None:
+        self._compiled = compiled
+        self._extra = list(extra)
+        self._gather = lowered.captured.graph_break is not None
+        self._outputs_form = settings.outputs
+        self._specs = [
+            None if output is None else _spec(output, lowered, world, i)
+            for i, output in enumerate(lowered.local.outputs)
+        ]
+        names = lowered.captured.input_names
+        self._agreement = (
+            Agreement(world, lowered.digest, names, _summary(lowered.plan))
+            if settings.check_inputs
+            else None
+        )
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        if self._agreement is not None:
+            self._agreement.check(inputs)
+        results = self._compiled(*inputs, *self._extra)
+        return [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
+
+    def _finish(self, result: Any, spec: SplitSpec | None) -> Any:
+        if spec is None:
+            return result
+        if self._outputs_form == "local" and not self._gather:
+            result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
+            return result
+        wrapped = wrap(result, spec)
+        # Across a graph break Dynamo reads the value with the user's own code: gather it there.
+        return wrapped + 0 if self._gather else wrapped
+
+
+def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
+    """Compile the local program."""
+    if compiler == "eager":
+        return gm.forward
+    if compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        compiled: Compiled = aot_eager(gm, inputs)
+        return compiled
+    from torch._inductor.compile_fx import compile_fx
+
+    inductor: Compiled = compile_fx(gm, inputs)
+    return inductor
+
+
+def no_attention_text(plans: Sequence[Plan]) -> str:
+    declined = [d for plan in plans for d in plan.declined]
+    near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
+    return (
+        "no attention over a sequence was found in this model, so ringfx has nothing to split. "
+        + (f"Near misses:{near}\n" if near else "")
+        + "Ringfx recognises torch.nn.functional.scaled_dot_product_attention. Do: call it in the "
+        "model (Hugging Face: attn_implementation='sdpa'), or run the model without ringfx."
+    )
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:
+    carried = output.carried
+    return SplitSpec(
+        name=f"output {index}",
+        shape=output.shape,
+        layout=lowered.local.placement.lines.lines[carried.line].layout,
+        offset=carried.member.offset,
+        length=carried.member.length,
+        dim=carried.dim,
+        outer=carried.outer,
+        inner=carried.inner,
+        rank=world.rank,
+        group=world.group,
+    )
+
+
+def _summary(plan: Plan) -> str:
+    chosen = ", ".join(f"{layer.name}={layer.strategy}" for layer in plan.layers[:4])
+    axes = ", ".join(f"{a.axis} {a.length} {a.layout}" for a in plan.axes)
+    return f"{len(plan.layers)} attentions ({chosen}), {axes}, digest {plan.digest()}"
+
+
+def _announce(lowered: Lowered) -> None:
+    for note in lowered.plan.notes:
+        log.info(note)
+    for move in lowered.plan.reshardings:
+        if move.kind == "gather":
+            log.warning(
+                "%s (%s): gathers %.1f MiB on every rank: %s",
+                move.name or move.node, move.source, move.bytes_moved / 2**20, move.reason,
+            )  # fmt: skip
+    if lowered.captured.graph_break is not None and lowered.local.outputs:
+        log.warning(
+            "graph break at %s; split values are gathered there", lowered.captured.graph_break
+        )
+
+
+def ringfx_backend(
+    gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+) -> Compiled:
+    """Entry point of ``torch.compile(model, backend="ringfx", options={...})``."""
+    options = dict(kwargs.get("options") or {})
+    world = World.of(options.pop("mesh", None))
+    return Backend(Settings.of(options), world)(gm, example_inputs)

@@ -1,0 +1,157 @@
+"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on touch.
+
+The logits of a causal language model that nobody reads are never gathered: at 128k tokens and a
+vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched outputs locally.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+
+from ringfx.collectives import gather_plain, take_plain
+from ringfx.errors import AgreementError
+from ringfx.layout import Layout
+
+__all__ = ["SplitSpec", "SplitTensor", "wrap"]
+
+TOUCH_TIMEOUT = datetime.timedelta(seconds=10)
+"""How long a rank that touches a split output waits for the others."""
+
+aten = torch.ops.aten
+_LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
+_touches = itertools.count()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitSpec:
+    """How one output is split; ``dim`` is [outer, tokens, inner]."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    offset: int
+    length: int
+    dim: int
+    outer: int
+    inner: int
+    rank: int
+    group: str
+
+    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(element that each local token holds, whether it holds one)."""
+        own = self.layout.positions(self.rank, device) - self.offset
+        return own.clamp(0, self.length - 1), (own >= 0) & (own < self.length)
+
+    def order(self, device: torch.device) -> torch.Tensor:
+        return self.layout.order(device)[self.offset : self.offset + self.length]
+
+
+class SplitTensor(torch.Tensor):
+    """A tensor of the global shape whose tokens are spread over the ranks.
+
+    Any operator on it gathers it first, on all ranks together, and runs on the whole.
+    """
+
+    _local: torch.Tensor
+    _spec: SplitSpec
+    _whole: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, local: torch.Tensor, spec: SplitSpec) -> SplitTensor:
+        made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
+        )
+        made._local, made._spec, made._whole = local, spec, None
+        return made
+
+    def to_local(self) -> torch.Tensor:
+        """This rank's tokens, padding included."""
+        return self._local
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return repr(self._gathered())
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _LOCAL_OPS:
+            source = args[0]
+            made = SplitTensor(func(source._local), source._spec)
+            made._whole = source._whole
+            return made
+
+        def whole(x: Any) -> Any:
+            return x._gathered() if isinstance(x, SplitTensor) else x
+
+        return func(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
+
+    def _gathered(self) -> torch.Tensor:
+        """The whole value; gathered once, on first touch, by all ranks together."""
+        if self._whole is None:
+            spec = self._spec
+            _agree_to_touch(spec)
+            with torch.no_grad():
+                self._whole = gather_plain(
+                    self._local, spec.order(self._local.device), spec.layout.world_size,
+                    spec.group, spec.dim, spec.outer, spec.inner,
+                )  # fmt: skip
+        return self._whole
+
+
+class _Wrap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
+        ctx.spec = spec
+        return SplitTensor(local.detach(), spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad,) = grads
+        if isinstance(grad, SplitTensor):
+            return grad._local, None
+        spec: SplitSpec = ctx.spec
+        index, valid = spec.index(grad.device)
+        return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None
+
+
+def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
+    """This rank's part as a tensor of the global shape, differentiable."""
+    wrapped: torch.Tensor = _Wrap.apply(local, spec)
+    return wrapped
+
+
+def _agree_to_touch(spec: SplitSpec) -> None:
+    """All ranks say that they touch this output before any of them starts to gather.
+
+    Raises
+    ------
+    AgreementError
+        When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"ringfx/touch/{spec.group}/{next(_touches)}/{spec.name}"
+    everyone = [f"{key}/{r}" for r in range(spec.layout.world_size)]
+    store.set(everyone[spec.rank], "here")
+    try:
+        store.wait(everyone, TOUCH_TIMEOUT)
+    except RuntimeError:
+        missing = [r for r, k in enumerate(everyone) if not store.check([k])]
+        if not missing:
+            return
+        raise AgreementError(
+            f"output {spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
+            f"touched on rank {spec.rank}, but ranks {missing} did not touch it within "
+            f"{TOUCH_TIMEOUT.total_seconds():.0f} s; gathering needs all ranks. Do: touch it on "
+            "every rank (compute before `if rank == 0`), or pass outputs='local' to get each "
+            "rank's own part."
+        ) from None
+
+

@@ -1,0 +1,123 @@
+"""The whole journey of a model, in order, on one screen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ringfx.cost_model import choose, load_profile
+from ringfx.errors import NoAxisRule
+from ringfx.passes.axes import AxisMap, name_axes
+from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.capture import capture
+from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.detect import detect
+from ringfx.passes.masks import recover
+from ringfx.passes.place import Lines, find_lines, place
+from ringfx.passes.rewrite import LocalProgram, rewrite
+from ringfx.passes.values import Captured, TokenAxis
+from ringfx.passes.verify import verify
+from ringfx.plan import Plan
+from ringfx.settings import Settings
+from ringfx.world import World
+
+__all__ = ["Lowered", "lower"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lowered:
+    """One program of the model, planned and rewritten for one rank."""
+
+    captured: Captured
+    plan: Plan
+    local: LocalProgram
+    digest: str
+    """Equal on all ranks that run the same program under the same plan."""
+
+
+def lower(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
+) -> Lowered:
+    """Capture, detect, recover masks, name axes, choose, place, rewrite and verify."""
+    captured = capture(gm, example_inputs, known=find_rule)
+    sites = recover(captured, detect(captured))
+    graph = captured.graph_module.graph
+
+    axes = name_axes(graph)
+    lines = find_lines(graph, axes, sites.found, world.size)
+    unknown = _refuse_unknown(axes, lines, settings, world)
+
+    device = sites.found[0].device if sites.found else "cpu"
+    profile = load_profile(settings.profile, device=device)
+    layers = choose(
+        sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
+        strategy=settings.strategy, fixed_bytes=_parameter_bytes(captured),
+    )  # fmt: skip
+
+    placement = place(graph, lines)
+    strategies = {layer.site.node: layer.strategy for layer in layers}
+    local = rewrite(captured, placement, strategies, group=world.group)
+    verify(captured, sites, local)
+
+    plan = Plan(
+        world_size=world.size, gpu_memory=settings.gpu_memory, device=device,
+        profile=profile.name, profile_origin=profile.origin, layers=layers,
+        declined=sites.declined, axes=_token_axes(lines), reshardings=local.reshardings,
+        notes=(*profile.notes, *unknown),
+    )  # fmt: skip
+    return Lowered(captured=captured, plan=plan, local=local, digest=_digest(captured, plan))
+
+
+def _refuse_unknown(
+    axes: AxisMap, lines: Lines, settings: Settings, world: World
+) -> tuple[str, ...]:
+    """Operators that touch tokens without a row: an error, or a note that they are gathered for."""
+    if world.size == 1:
+        return ()
+    touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
+    if touching and settings.on_unsupported == "error":
+        raise NoAxisRule(
+            f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
+            "has no row that says how to split it. Do: pass on_unsupported='gather' to run it "
+            "whole on every rank (right, and as large as the unsplit model), or add a row to "
+            "passes/axes/rules."
+        )
+    return tuple(
+        f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
+        for n in touching
+    )
+
+
+def _parameter_bytes(captured: Captured) -> int:
+    nodes = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    return sum(
+        n.meta["val"].numel() * n.meta["val"].element_size()
+        for n, is_parameter in zip(nodes, captured.is_parameter, strict=True)
+        if is_parameter
+    )
+
+
+def _token_axes(lines: Lines) -> tuple[TokenAxis, ...]:
+    return tuple(
+        TokenAxis(
+            axis=f"tokens {line.index}" if len(lines.lines) > 1 else "tokens",
+            length=line.length,
+            layout=line.layout.kind,
+            local_length=line.layout.local_length,
+        )
+        for line in lines.lines
+    )
+
+
+def _digest(captured: Captured, plan: Plan) -> str:
+    graph = captured.graph_module.graph
+    text = "\n".join(f"{n.format_node()} {_shape(n.meta.get('val'))}" for n in graph.nodes)
+    return hashlib.sha256(f"{text}\n{plan.digest()}".encode()).hexdigest()
+
+
+def _shape(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if hasattr(value, "shape") else ""

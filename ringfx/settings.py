@@ -1,0 +1,75 @@
+"""What a user may ask of ringfx, checked once where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from ringfx.cost_model import StrategyChoice, parse_bytes
+from ringfx.errors import InvalidArgument
+
+__all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
+Outputs = Literal["global", "local"]
+OnUnsupported = Literal["error", "gather"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of ``ringfx.optimize`` and of the ``ringfx`` backend."""
+
+    strategy: StrategyChoice = "auto"
+    gpu_memory: int | None = None
+    profile: str | None = None
+    compiler: Compiler = "inductor"
+    outputs: Outputs = "global"
+    on_unsupported: OnUnsupported = "error"
+    check_inputs: bool = True
+    """Compare checksums of inputs and parameters across ranks."""
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Settings:
+        """From keyword options, each checked.
+
+        Raises
+        ------
+        InvalidArgument
+            For an unknown option or value; the text lists the choices.
+        """
+        known = [f.name for f in fields(Settings)]
+        for name in options:
+            if name not in known:
+                raise InvalidArgument(
+                    f"unknown option {name!r}. Options: mesh, {', '.join(known)}."
+                )
+        given = dict(options)
+        if given.get("gpu_memory") is not None:
+            given["gpu_memory"] = parse_bytes(given["gpu_memory"])
+        settings = Settings(**given)
+        _check_choice("compiler", settings.compiler, get_args(Compiler))
+        _check_choice("outputs", settings.outputs, get_args(Outputs))
+        _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
+        _check_strategy(settings.strategy)
+        return settings
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise InvalidArgument(f"{name}={value!r} is not one of {listed}.")
+
+
+def _check_strategy(strategy: object) -> None:
+    """Unknown names are refused at once, not when the model first runs."""
+    from ringfx.strategies import STRATEGIES
+
+    names = ("auto", *STRATEGIES)
+    asked = strategy.values() if isinstance(strategy, Mapping) else (strategy,)
+    for name in asked:
+        if name not in names:
+            raise InvalidArgument(
+                f"unknown strategy {name!r}. Strategies: {', '.join(names)}; or a mapping from "
+                "globs of module paths to these names."
+            )

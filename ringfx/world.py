@@ -1,0 +1,65 @@
+"""The ranks that a sequence is split over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringfx.errors import InvalidArgument
+
+__all__ = ["World"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A process group as plain values; ``group`` is "" for one rank without a process group."""
+
+    size: int
+    rank: int = 0
+    group: str = ""
+
+    @staticmethod
+    def of(mesh: Any) -> World:
+        """From a one-dimensional DeviceMesh, a process group, or None for all ranks.
+
+        Raises
+        ------
+        InvalidArgument
+            When the mesh is something else or has several dimensions.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            if mesh is None:
+                return World(1)
+            raise InvalidArgument(
+                f"mesh={mesh!r} was given, but torch.distributed is not initialised. "
+                "Do: call torch.distributed.init_process_group() first (torchrun sets its "
+                "environment), or leave mesh out to run on one rank."
+            )
+        group = _group(mesh)
+        if dist.get_rank(group) < 0:
+            raise InvalidArgument("this rank is not a member of the mesh that was given.")
+        size = dist.get_world_size(group)
+        return World(size, dist.get_rank(group), group.group_name if size > 1 else "")
+
+
+def _group(mesh: Any) -> dist.ProcessGroup:
+    if mesh is None:
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise InvalidArgument(
+                f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names or tuple(mesh.shape)}; the "
+                "sequence is split over one. Do: pass one of them, such as mesh['sp']."
+            )
+        return mesh.get_group()
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    raise InvalidArgument(
+        f"mesh must be a one-dimensional DeviceMesh, a ProcessGroup or None, "
+        f"not {type(mesh).__name__}: {mesh!r}"
+    )

@@ -1,0 +1,1 @@
+"""Whole models through ``ringfx.optimize`` on real ranks, against the unsplit original."""
