@@ -18,8 +18,9 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from ringfx.cost_model.formulas import Prediction
 from scipy.optimize import Bounds, LinearConstraint, milp
+
+from ringfx.cost_model.formulas import Prediction
 
 __all__ = ["Menu", "assign", "least_memory", "peak"]
 

@@ -36,6 +36,8 @@ class Candidates:
     options: tuple[Prediction, ...]
     """Fastest first; ties in the order of the table."""
     refused: Mapping[str, RefusalLike]
+    noise: float = 1.0
+    """Options whose times differ by less than this ratio are ties."""
 
 
 def candidates(
@@ -46,7 +48,7 @@ def candidates(
     options = [predict(site, n, world_size, profile) for n, no in answers.items() if no is None]
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
-    return Candidates(site=site, options=ordered, refused=refused)
+    return Candidates(site=site, options=ordered, refused=refused, noise=profile.noise)
 
 
 def default_strategies() -> Mapping[str, StrategyLike]:

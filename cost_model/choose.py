@@ -11,6 +11,7 @@ Saved tensors add up over the layers, workspaces are reused, so the layers are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ringfx.cost_model.budget import Menu, assign
 from ringfx.cost_model.candidates import Candidates, StrategyLike, candidates, default_strategies
@@ -18,9 +19,8 @@ from ringfx.cost_model.formulas import Prediction
 from ringfx.cost_model.infeasible import Problem, explain_infeasible
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.profile import Profile
-from ringfx.passes.values import AttentionSite
-
 from ringfx.errors import OutOfMemory, StrategyRefused
+from ringfx.passes.values import AttentionSite
 from ringfx.plan import LayerPlan
 from ringfx.plan_text import format_bytes, format_ms
 
@@ -104,10 +104,14 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
         return tuple(o for o in offer.options if o.strategy == override.strategy)
     if not offer.options:
         raise StrategyRefused(_no_strategy(offer, world_size))
-    if world_size == 1:
+    if world_size == 1 and _all_alike(offer.options):
         local = tuple(o for o in offer.options if o.strategy == "production")
         return local or offer.options[:1]
     return offer.options
+
+
+def _all_alike(options: Sequence[Prediction]) -> bool:
+    return len({replace(option, strategy="") for option in options}) == 1
 
 
 def _refusal(offer: Candidates, override: Override) -> str:
@@ -167,7 +171,7 @@ def _reason(
     world_size: int,
     gpu_memory: int | None,
 ) -> str:
-    if world_size == 1:
+    if world_size == 1 and _all_alike(offer.options):
         return "one rank: the local kernel"
     others = [o for o in offer.options if o.strategy != chosen.strategy]
     if override is not None:
@@ -177,7 +181,8 @@ def _reason(
     best = others[0]
     if best.total_ms >= chosen.total_ms:
         fastest = f"fastest of {len(offer.options)}"
-        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower"
+        tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
+        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"
     return (
         f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy} would be"

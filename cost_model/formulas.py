@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from ringfx.cost_model.profile import Collective, Direction, Profile
-from ringfx.passes.values import AttentionSite
 
+from ringfx.cost_model.profile import Collective, Direction, Profile
+from ringfx.errors import ProfileError
 from ringfx.layout import Layout, LayoutKind
+from ringfx.passes.values import AttentionSite
 
 __all__ = ["FORMULAS", "Phase", "Prediction", "kernel_seconds", "message_seconds", "predict"]
 
@@ -138,25 +139,36 @@ def kernel_seconds(
 ) -> float:
     """Time of one kernel call over ``pairs`` (query, key) pairs of all heads and batch rows."""
     row = profile.kernel(kernel, site.dtype, direction)
-    d, e = site.head_dim, site.v_head_dim
-    flops_a_pair = 2 * (d + e) if direction == "forward" else 2 * (3 * d + 2 * e)
-    return row.call_us / 1e6 + flops_a_pair * pairs / (row.gflops * 1e9)
+    flops = flops_per_pair(site.head_dim, site.v_head_dim, direction) * pairs
+    return row.call_us / 1e6 + flops / (row.gflops * 1e9)
+
+
+def flops_per_pair(head_dim: int, v_head_dim: int, direction: Direction) -> int:
+    """Two products forward; five backward, since the scores are computed again."""
+    if direction == "forward":
+        return 2 * (head_dim + v_head_dim)
+    return 2 * (3 * head_dim + 2 * v_head_dim)
 
 
 def message_seconds(
     profile: Profile, operation: Collective, world_size: int, received_bytes: float
 ) -> float:
-    """Time in which one rank receives ``received_bytes`` by that collective.
+    """Time in which one rank receives ``received_bytes`` by that collective."""
+    if world_size == 1:
+        return 0.0
+    row = profile.link(operation, world_size)
+    latency_s = message_steps(operation, world_size) * row.latency_us / 1e6
+    return latency_s + received_bytes / (row.gbytes_per_s * 1e9)
+
+
+def message_steps(operation: Collective, world_size: int) -> int:
+    """Latencies that follow each other.
 
     An all-gather and a reduce-scatter go round a ring of p - 1 steps, an all-reduce is both; a send
     has one step, and so has an all-to-all, whose pairs all exchange at once.
     """
-    if world_size == 1:
-        return 0.0
     ring = world_size - 1
-    steps = {"send_recv": 1, "all_to_all": 1, "all_reduce": 2 * ring}.get(operation, ring)
-    row = profile.link(operation, world_size)
-    return steps * row.latency_us / 1e6 + received_bytes / (row.gbytes_per_s * 1e9)
+    return {"send_recv": 1, "all_to_all": 1, "all_reduce": 2 * ring}.get(operation, ring)
 
 
 def layout_kind(site: AttentionSite) -> LayoutKind:
@@ -357,9 +369,38 @@ FORMULAS: Mapping[str, Formula] = {
 }
 
 
+def observed(local: Local, profile: Profile, strategy: str) -> Prediction:
+    """A whole strategy of other code, as its records show it; one rank, forward.
+
+    forward     F(pairs) / rate        simple computes masked pairs too
+    workspace   base + tensors * bytes(q) + scores * bytes(b h n^2)
+    """
+    if local.world_size > 1 or local.site.trains:
+        raise ProfileError(
+            f"profile {profile.name!r} was observed forward on one rank: it holds no backward and"
+            " no message. Do: plan with another profile, such as one from `ringfx calibrate`."
+        )
+    row = next((row for row in profile.memory if row.strategy == strategy), None)
+    if row is None:
+        raise ProfileError(f"profile {profile.name!r} has no memory row for {strategy!r}.")
+    scores = dense_pairs(local) * local.itemsize
+    pairs = dense_pairs(local) if strategy == "simple" else hop_pairs(local)
+    needed = row.base_bytes + row.tensors * local.q_items * local.itemsize + row.scores * scores
+    return _prediction(
+        local,
+        strategy=strategy,
+        kernel=strategy,
+        forward=Phase(compute_s=kernel_seconds(profile, strategy, local.site, pairs, "forward")),
+        backward=Phase(),
+        workspace_bytes=round(needed),
+    )
+
+
 def predict(site: AttentionSite, strategy: str, world_size: int, profile: Profile) -> Prediction:
     """Time and memory of one attention under one strategy over ``world_size`` ranks."""
     local = local_share(site, world_size)
+    if profile.kind == "observed":
+        return observed(local, profile, strategy)
     if world_size == 1:
         return replace(local_kernel(local, profile), strategy=strategy)
     return FORMULAS[strategy](local, profile)

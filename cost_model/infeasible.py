@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ringfx.cost_model.budget import Menu, least_memory
-from ringfx.passes.values import AttentionSite
-
 from ringfx.errors import RingfxError
+from ringfx.passes.values import AttentionSite
 from ringfx.plan_text import format_bytes
 
 __all__ = ["MAX_WORLD_SIZE", "Problem", "explain_infeasible"]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from ringfx.passes.values import AttentionSite
-
 from ringfx.errors import InvalidArgument
+from ringfx.passes.values import AttentionSite
 
 __all__ = ["AUTO", "Override", "StrategyChoice", "resolve_overrides"]
 

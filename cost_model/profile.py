@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,17 +15,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ringfx.cost_model.devices import device_name
-
+from ringfx.cost_model import devices
 from ringfx.errors import ProfileError
 
 __all__ = [
     "PROFILE_SCHEMA",
     "KernelRow",
     "LinkRow",
+    "MemoryRow",
     "Profile",
     "available_profiles",
     "load_profile",
+    "profile_json",
     "read_profile",
 ]
 
@@ -35,7 +35,8 @@ PROFILE_SCHEMA = 1
 Direction = Literal["forward", "backward"]
 Collective = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
 Scope = Literal["node", "network"]
-Kind = Literal["measured", "published", "assumed"]
+Kind = Literal["measured", "published", "assumed", "observed"]
+"""observed: fitted to whole strategies of other code; only for one rank, never found by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +70,43 @@ class LinkRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """Peak bytes of one whole strategy as it was observed.
+
+    bytes = base_bytes + tensors * (bytes of q) + scores * (bytes of b h n^2 scores)
+    """
+
+    strategy: str
+    base_bytes: float
+    tensors: float
+    scores: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """The constants of one device class, with their origins."""
 
     name: str
     device: str
     """Device type: ``cpu``, ``cuda``."""
-    device_pattern: str
-    """Regular expression that the device's own name matches."""
+    device_name: str
+    """Part of the name that such devices give themselves."""
     kind: Kind
     origin: str
     """Where the numbers come from, in one line that the plan prints."""
     ranks_per_node: int
-    memory_gbytes_per_s: float
+    memory_gbytes_per_s: float | None
+    """Speed at which one rank reads and writes its own memory; None where nobody measured it."""
     memory_origin: str
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
+    memory: tuple[MemoryRow, ...] = ()
+    """Only in observed profiles; elsewhere memory follows from the formulas."""
+    noise: float = 1.0
+    """Times whose ratio is below this are ties: the spread of a thing measured against itself."""
+    quality: str = ""
+    """How well the constants fit what they were fitted to, in words."""
     notes: tuple[str, ...] = ()
     """What a reader of the plan must know: the profile is foreign, or a default."""
 
@@ -140,7 +162,9 @@ def load_profile(name: str | Path | None = None, *, device: str) -> Profile:
         There is no such profile, it cannot be read, or none ships for this device type.
     """
     profile = _find(device) if name is None else _named(name)
-    return dataclasses.replace(profile, notes=profile.notes + _doubts(profile, device))
+    origin = f"{profile.origin}; {profile.quality}" if profile.quality else profile.origin
+    notes = profile.notes + _doubts(profile, device)
+    return dataclasses.replace(profile, origin=origin, notes=notes)
 
 
 @cache
@@ -191,17 +215,27 @@ def _profile(fields: Mapping[str, Any]) -> Profile:
     rows = {
         "kernels": tuple(KernelRow(**row) for row in fields["kernels"]),
         "links": tuple(LinkRow(**row) for row in fields["links"]),
+        "memory": tuple(MemoryRow(**row) for row in fields.get("memory", ())),
         "notes": tuple(fields.get("notes", ())),
     }
     return Profile(**{**fields, **rows})
+
+
+def profile_json(profile: Profile) -> str:
+    """The text of a profile's file; ``read_profile`` gives an equal value back."""
+    fields = {"schema": PROFILE_SCHEMA, **dataclasses.asdict(profile)}
+    return json.dumps(fields, indent=1) + "\n"
 
 
 def _check(profile: Profile, where: str) -> None:
     """Refuse numbers with which no prediction could be right: they would surface far from here."""
     if profile.kind not in get_args(Kind):
         raise ProfileError(f"profile {where}: kind must be one of {', '.join(get_args(Kind))}.")
-    if profile.memory_gbytes_per_s <= 0 or profile.ranks_per_node < 1:
+    speed = profile.memory_gbytes_per_s
+    if (speed is not None and speed <= 0) or profile.ranks_per_node < 1:
         raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
+    if profile.noise < 1:
+        raise ProfileError(f"profile {where}: noise is a ratio of 1 or more, not {profile.noise}.")
     rates = [(row.gflops, row.call_us, row.origin) for row in profile.kernels]
     rates += [(row.gbytes_per_s, row.latency_us, row.origin) for row in profile.links]
     for rate, start_us, origin in rates:
@@ -214,7 +248,7 @@ def _check(profile: Profile, where: str) -> None:
 
 def _find(device: str) -> Profile:
     """The most trustworthy profile of this very device, else of its type."""
-    candidates = [p for p in available_profiles() if p.device == device]
+    candidates = [p for p in available_profiles() if p.device == device and p.kind != "observed"]
     if not candidates:
         known = sorted({p.device for p in available_profiles()})
         raise ProfileError(
@@ -242,8 +276,8 @@ def _named(name: str | Path) -> Profile:
 
 
 def _is_own(profile: Profile) -> bool:
-    name = device_name(profile.device)
-    return name is not None and re.search(profile.device_pattern, name) is not None
+    name = devices.device_name(profile.device)
+    return name is not None and profile.device_name in name
 
 
 def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
@@ -254,16 +288,21 @@ def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
             f"the model's tensors are on {device}, profile {profile.name} is for {profile.device}:"
             f" the times are those of {profile.device}"
         )
-    here = device_name(profile.device)
+    here = devices.device_name(profile.device)
     if not _is_own(profile):
         this = (
             f"this machine has {here}" if here else f"this machine has no {profile.device} device"
         )
         doubts.append(
-            f"profile {profile.name} describes {profile.device_pattern}, {this}:"
+            f"profile {profile.name} describes {profile.device_name}, {this}:"
             " the times are those of the profile's device"
         )
-    if profile.kind != "measured":
+    if profile.kind == "observed":
+        doubts.append(
+            f"profile {profile.name} was observed on other code than ringfx's: it shows what that"
+            " code would cost"
+        )
+    elif profile.kind != "measured":
         doubts.append(
             f"profile {profile.name} is {profile.kind}, not measured:"
             " `ringfx calibrate` measures the device it runs on"

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ringfx import tiles
 from ringfx.cost_model.profile import Profile, available_profiles
 from ringfx.passes.values import AttentionSite
-
-from ringfx import tiles
 from ringfx.spec import AttentionSpec
 
 

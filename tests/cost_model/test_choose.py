@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from ringfx.cost_model import choose
 from ringfx.cost_model.budget import Menu, assign, least_memory, peak
 from ringfx.cost_model.formulas import Phase, Prediction
-
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.plan import LayerPlan
 from tests.cost_model.sites import TABLE, causal_site, full_site, shipped

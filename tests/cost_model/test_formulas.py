@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
+
 from ringfx.cost_model.formulas import FORMULAS, Prediction, predict
 from ringfx.cost_model.profile import Profile
-
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")

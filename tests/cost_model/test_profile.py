@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ringfx.cost_model import devices, profile
-from ringfx.cost_model.profile import available_profiles, load_profile, read_profile
 
+from ringfx.cost_model import devices
+from ringfx.cost_model.profile import available_profiles, load_profile, read_profile
 from ringfx.errors import ProfileError
 from tests.cost_model.sites import shipped
 
@@ -22,7 +22,7 @@ def _fields(name: str = "cpu-default") -> dict[str, Any]:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that this machine's devices have other names."""
-    return lambda name: monkeypatch.setattr(profile, "device_name", lambda device: name)
+    return lambda name: monkeypatch.setattr(devices, "device_name", lambda device: name)
 
 
 def test_every_shipped_row_has_an_origin_and_a_finite_rate() -> None:
@@ -118,7 +118,10 @@ def test_a_file_that_is_no_profile_says_why(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "guessed"}, "profile mine: kind must be one of measured, published, assumed."),
+        (
+            {"kind": "guessed"},
+            "profile mine: kind must be one of measured, published, assumed, observed.",
+        ),
         (
             {"memory_gbytes_per_s": 0},
             "profile mine: memory speed and ranks a node must be positive.",

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from ringfx.cost_model import parse_bytes, parse_tokens
 
+from ringfx.cost_model import parse_bytes, parse_tokens
 from ringfx.errors import InvalidArgument
 
 
