@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from ringfx.cost_model.formulas import Prediction, predict
 from ringfx.cost_model.profile import Profile
 from ringfx.passes.values import AttentionSite
+from ringfx.strategies import Refusal, Strategy
 
-__all__ = ["Candidates", "RefusalLike", "StrategyLike", "candidates", "default_strategies"]
-
-
-class RefusalLike(Protocol):
-    """Why a strategy cannot run: a clause that follows its name, and what would help."""
-
-    @property
-    def reason(self) -> str: ...
-    @property
-    def remedy(self) -> str: ...
-
-
-class StrategyLike(Protocol):
-    """What the chooser needs of a row of ``ringfx.strategies.STRATEGIES``."""
-
-    def admits(self, site: AttentionSite, world_size: int, /) -> RefusalLike | None: ...
+__all__ = ["Candidates", "candidates"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +20,13 @@ class Candidates:
     site: AttentionSite
     options: tuple[Prediction, ...]
     """Fastest first; ties in the order of the table."""
-    refused: Mapping[str, RefusalLike]
+    refused: Mapping[str, Refusal]
     noise: float = 1.0
     """Options whose times differ by less than this ratio are ties."""
 
 
 def candidates(
-    site: AttentionSite, world_size: int, profile: Profile, table: Mapping[str, StrategyLike]
+    site: AttentionSite, world_size: int, profile: Profile, table: Mapping[str, Strategy]
 ) -> Candidates:
     """What each strategy of the table would cost at this site, or why it cannot run."""
     answers = {name: row.admits(site, world_size) for name, row in table.items()}
@@ -49,10 +34,3 @@ def candidates(
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
     return Candidates(site=site, options=ordered, refused=refused, noise=profile.noise)
-
-
-def default_strategies() -> Mapping[str, StrategyLike]:
-    """Ringfx's own table; imported late, since the operators it names need not load for a test."""
-    from ringfx.strategies import STRATEGIES
-
-    return STRATEGIES

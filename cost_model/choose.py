@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ringfx.cost_model.budget import Menu, assign
-from ringfx.cost_model.candidates import Candidates, StrategyLike, candidates, default_strategies
+from ringfx.cost_model.candidates import Candidates, candidates
 from ringfx.cost_model.formulas import Prediction
 from ringfx.cost_model.infeasible import Problem, explain_infeasible
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
@@ -23,6 +23,7 @@ from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.passes.values import AttentionSite
 from ringfx.plan import LayerPlan
 from ringfx.plan_text import format_bytes, format_ms
+from ringfx.strategies import STRATEGIES, Strategy
 
 __all__ = ["choose"]
 
@@ -36,7 +37,7 @@ def choose(
     strategy: StrategyChoice = AUTO,
     fixed_bytes: int = 0,
     split_bytes: int = 0,
-    strategies: Mapping[str, StrategyLike] | None = None,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -51,7 +52,7 @@ def choose(
     split_bytes
         Bytes of one rank outside attention that do: activations at this world size.
     strategies
-        The table of strategies; by default ringfx's own.
+        The table to choose from.
 
     Raises
     ------
@@ -62,11 +63,10 @@ def choose(
     OutOfMemory
         No assignment fits; the text names the world size and the length that would.
     """
-    table = strategies if strategies is not None else default_strategies()
-    overrides = resolve_overrides(strategy, sites, tuple(table))
+    overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return [candidates(site, world_size, profile, table) for site in sites]
+        return [candidates(site, world_size, profile, strategies) for site in sites]
 
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
@@ -123,16 +123,21 @@ def _refusal(offer: Candidates, override: Override) -> str:
         cheapest = f" Cheapest: {best.strategy}, predicted {format_ms(best.total_ms)}."
     drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
     return (
-        f'{_where(offer.site)}: "{override.strategy}" {refusal.reason}.\n'
+        f"{_where(offer.site)}: {_named(override.strategy, refusal.reason)}.\n"
         f"  Admissible: {names}.{cheapest}\n"
         f"  Do: {drop}, or {refusal.remedy}."
     )
 
 
 def _no_strategy(offer: Candidates, world_size: int) -> str:
-    lines = [f'  "{name}" {no.reason}; {no.remedy}.' for name, no in offer.refused.items()]
+    lines = [f"  {_named(n, no.reason)}. Do: {no.remedy}." for n, no in offer.refused.items()]
     head = f"{_where(offer.site)}: no strategy can split it over {world_size} ranks."
     return "\n".join([head, *lines])
+
+
+def _named(strategy: str, reason: str) -> str:
+    """The reason as a sentence that says which strategy it is about."""
+    return reason if f'"{strategy}"' in reason else f'"{strategy}" cannot run here: {reason}'
 
 
 def _where(site: AttentionSite) -> str:

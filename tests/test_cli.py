@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from ringfx.cost_model import choose
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from typer.testing import CliRunner, Result
 
 import ringfx
 from ringfx.cli import app
+from ringfx.cost_model import choose
 from ringfx.errors import AttentionNotFound
 from ringfx.plan import Plan
-from tests.cost_model.sites import TABLE, causal_site, shipped
+from tests.cost_model.sites import causal_site, shipped
 
 FACTORIES = """
 import torch
@@ -74,7 +74,7 @@ class Planner:
             device="cuda",
             profile=profile.name,
             profile_origin=profile.origin,
-            layers=choose([causal_site()], world_size=8, profile=profile, strategies=TABLE),
+            layers=choose([causal_site()], world_size=8, profile=profile),
         )
 
 

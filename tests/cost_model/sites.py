@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ringfx import tiles
@@ -44,33 +42,3 @@ def full_site(layer: int = 0, tokens: int = 8192, **changes: Any) -> AttentionSi
 
 def shipped(name: str) -> Profile:
     return next(p for p in available_profiles() if p.name == name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    reason: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A strategy that admits all sites, or those whose heads the ranks divide."""
-
-    needs_heads: bool = False
-
-    def admits(self, site: AttentionSite, world_size: int, /) -> Refusal | None:
-        if not self.needs_heads or site.heads % world_size == 0:
-            return None
-        sizes = [n for n in range(2, site.heads + 1) if site.heads % n == 0]
-        return Refusal(
-            reason=f"needs heads % ranks == 0; here {site.heads} heads, {world_size} ranks",
-            remedy=f"use {', '.join(map(str, sizes[:-1]))} or {sizes[-1]} ranks",
-        )
-
-
-TABLE: Mapping[str, Row] = {
-    "simple": Row(),
-    "collective": Row(),
-    "production": Row(),
-    "ulysses": Row(needs_heads=True),
-}

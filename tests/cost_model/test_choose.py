@@ -12,13 +12,14 @@ from ringfx.cost_model.budget import Menu, assign, least_memory, peak
 from ringfx.cost_model.formulas import Phase, Prediction
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.plan import LayerPlan
-from tests.cost_model.sites import TABLE, causal_site, full_site, shipped
+from ringfx.strategies import STRATEGIES
+from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
 
 
 def _choose(*sites: Any, world_size: int = 8, **options: Any) -> tuple[LayerPlan, ...]:
-    settings = {"profile": H100, "strategies": TABLE, **options}
+    settings = {"profile": H100, **options}
     return choose(sites, world_size=world_size, **settings)
 
 
@@ -40,8 +41,8 @@ def test_without_a_budget_every_layer_takes_its_fastest() -> None:
     for layer in _choose(causal_site(0), full_site(1, 1024), causal_site(2, 2**20)):
         alternatives = [
             _choose(layer.site, strategy=name)[0].total_ms
-            for name in TABLE
-            if TABLE[name].admits(layer.site, 8) is None
+            for name in STRATEGIES
+            if STRATEGIES[name].admits(layer.site, 8) is None
         ]
         assert layer.total_ms == min(alternatives)
 
@@ -171,15 +172,19 @@ def test_a_strategy_that_cannot_run_is_refused_with_numbers_and_remedies() -> No
     )
     assert second.startswith("  Admissible: collective, production, simple. Cheapest: ")
     assert ", predicted " in second
-    assert third == ("  Do: drop the override for model.layers.7.*, or use 2, 3, 4, 6 or 12 ranks.")
+    assert third == (
+        "  Do: drop the override for model.layers.7.*,"
+        ' or use a number of ranks that divides them (2, 3, 4, 6, 12), or "production".'
+    )
 
 
 def test_a_layer_that_no_strategy_can_split_is_refused_with_every_reason() -> None:
-    only = {"ulysses": TABLE["ulysses"]}
+    only = {"ulysses": STRATEGIES["ulysses"]}
     with pytest.raises(StrategyRefused) as caught:
         _choose(causal_site(heads=12), strategies=only)
     assert str(caught.value).split("\n")[1] == (
-        '  "ulysses" needs heads % ranks == 0; here 12 heads, 8 ranks; use 2, 3, 4, 6 or 12 ranks.'
+        '  "ulysses" needs heads % ranks == 0; here 12 heads, 8 ranks.'
+        ' Do: use a number of ranks that divides them (2, 3, 4, 6, 12), or "production".'
     )
     assert "no strategy can split it over 8 ranks" in str(caught.value)
 

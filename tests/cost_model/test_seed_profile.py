@@ -13,13 +13,14 @@ from ringfx.cost_model.profile import profile_json, read_profile
 from ringfx.cost_model.records import AttentionRecord, read_records
 from ringfx.errors import OutOfMemory, ProfileError
 from ringfx.passes.values import AttentionSite
-from tests.cost_model.sites import TABLE, full_site, shipped
+from ringfx.strategies import STRATEGIES
+from tests.cost_model.sites import full_site, shipped
 
 SEED = shipped("gtx-1080-seed")
 TEXT = (resources.files("ringfx.cost_model") / "records" / "gtx-1080-seed.jsonl").read_text()
 RECORDS = tuple(r for r in read_records(TEXT, "seed.jsonl") if isinstance(r, AttentionRecord))
 CARD = round(7.88 * 2**30)
-STRATEGIES = {name: TABLE[name] for name in ("simple", "collective", "production")}
+TABLE = {name: STRATEGIES[name] for name in ("simple", "collective", "production")}
 MEASURED = [r for r in RECORDS if r.peak_bytes is not None and not r.suspect_peak]
 
 
@@ -35,7 +36,7 @@ def _dilated(tokens: int) -> AttentionSite:
 
 def _choose(tokens: int, memory: int) -> str:
     (layer,) = choose(
-        [_dilated(tokens)], world_size=1, profile=SEED, gpu_memory=memory, strategies=STRATEGIES
+        [_dilated(tokens)], world_size=1, profile=SEED, gpu_memory=memory, strategies=TABLE
     )
     return layer.strategy
 
@@ -71,7 +72,7 @@ def test_the_out_of_memory_of_simple_at_16384_is_predicted() -> None:
             profile=SEED,
             gpu_memory=CARD,
             strategy="simple",
-            strategies=STRATEGIES,
+            strategies=TABLE,
         )
 
 
@@ -99,7 +100,7 @@ def test_the_choices_follow_the_tables_recommendations(tokens: int) -> None:
 
 def test_no_rank_is_claimed_inside_the_noise() -> None:
     assert SEED.noise == 3.0
-    (layer,) = choose([_dilated(8192)], world_size=1, profile=SEED, strategies=STRATEGIES)
+    (layer,) = choose([_dilated(8192)], world_size=1, profile=SEED, strategies=TABLE)
     assert layer.reason.endswith("slower, a tie within the noise")
 
 
