@@ -33,6 +33,7 @@ __all__ = [
     "evaluate",
     "inputs_used",
     "loads",
+    "terms",
     "walk",
 ]
 
@@ -137,6 +138,15 @@ def conjunction(*parts: Expr | None) -> Expr | None:
     for part in kept[1:]:
         result = ("and", result, part)
     return result
+
+
+def terms(keep: Expr | None) -> tuple[Expr, ...]:
+    """The masks of a conjunction, outermost "and"s taken apart; none for None."""
+    if keep is None:
+        return ()
+    if keep[0] != "and":
+        return (keep,)
+    return tuple(term for part in keep[1:] for term in terms(part))
 
 
 def dumps(expr: Expr | None) -> str:

@@ -1,0 +1,289 @@
+"""The attention operator: what the rewritten program calls, opaque to compilers.
+
+Two ``torch.library`` operators, ``ringfx::attention`` and ``ringfx::attention_backward``. Their
+fake implementations need no process group and no rank: shapes and strides are the same on every
+rank, so one program serves them all; the group's name is resolved when the operator really runs.
+
+Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys, D the head dim of
+q and k, E that of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ringfx.ops import checks, collective, production, simple, ulysses
+from ringfx.ops.finish import add_sinks, fill_mean, mean_gradient, sink_gradient
+from ringfx.ops.kernels import accumulation_dtype, choose
+from ringfx.ops.pieces import Tiling
+from ringfx.ops.problem import Problem
+from ringfx.ops.ranks import Ranks
+from ringfx.spec import AttentionSpec
+
+__all__ = ["attention"]
+
+Tensor = torch.Tensor
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "simple": simple,
+    "collective": collective,
+    "production": production,
+    "ulysses": ulysses,
+}
+
+MASKED_TILE = 512
+"""Tokens of each side of a tile whose mask is evaluated: 1 MiB of float32 a (batch, head) pair."""
+STORED_SCORES = 1 << 22
+"""Entries of a tile's scores, over batch and heads, where a kernel keeps them: 16 MiB."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    spec: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str = "",
+) -> Tensor:
+    """Attention of this rank's queries over the keys of all ranks.
+
+    Parameters
+    ----------
+    q, k, v
+        This rank's tokens, [B, H, Q, D], [B, G, K, D] and [B, G, K, E], padded to
+        ``Layout(layout, length, ranks).local_length``.
+    inputs
+        The whole tensors that the tile functions of ``spec`` read, and the sinks last if there are
+        any; the same on all ranks. Their gradients are complete on every rank.
+    spec
+        ``AttentionSpec.to_json()``.
+    strategy
+        A name of ``ringfx.strategies.STRATEGIES``.
+    layout
+        ``contiguous`` or ``zigzag``.
+    group
+        Name of the process group; "" for one rank alone.
+    name
+        The layer, for error texts.
+
+    Returns
+    -------
+    Tensor
+        [B, H, Q, E] in q's dtype; padded rows are 0.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+    out, _ = torch.ops.ringfx.attention(q, k, v, list(inputs), spec, strategy, layout, group, name)
+    result: Tensor = out
+    return result
+
+
+@torch.library.custom_op("ringfx::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: list[Tensor],
+    spec: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    with _plain_arithmetic(q):
+        problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, ())
+        implementation = _implementation(problem, strategy)
+        out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
+        if _may_lose_rows(problem):
+            fill_mean(problem, out_BHQE, lse_BHQ, v)
+        if sinks_H is not None:
+            out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
+        return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: list[Tensor],
+    spec: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    B, H, Q, _ = q.shape
+    return (
+        q.new_empty(B, H, Q, v.shape[3]),
+        q.new_empty(B, H, Q, dtype=accumulation_dtype(q.dtype)),
+    )
+
+
+@torch.library.custom_op("ringfx::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inputs: list[Tensor],
+    wanted: list[int],
+    spec: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str,
+) -> list[Tensor]:
+    """dq, dk, dv and the gradients of the inputs at the positions in ``wanted``."""
+    with _plain_arithmetic(q):
+        problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
+        implementation = _implementation(problem, strategy)
+        sums = implementation.backward(problem, dout, q, k, v, out, lse)
+        if _may_lose_rows(problem):
+            mean_gradient(problem, sums.dv_BGKE, dout, lse)
+        found = list(sums.inputs)
+        if sinks_H is not None:
+            position = len(inputs) - 1
+            found.append(sink_gradient(dout, out, lse, sinks_H) if position in wanted else None)
+        operation = "backward: sum of the bias gradients"
+        extra = [
+            problem.ranks.all_reduce(operation, _asked(found[i])).to(inputs[i].dtype)
+            for i in wanted
+        ]
+        dq, dk, dv = sums.dq_BHQD.to(q.dtype), sums.dk_BGKD.to(k.dtype), sums.dv_BGKE.to(v.dtype)
+        return [*(_own(x) for x in (dq, dk, dv)), *(_own(x) for x in extra)]
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inputs: list[Tensor],
+    wanted: list[int],
+    spec: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, *(inputs[i] for i in wanted))]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captured, spec, strategy, layout, group, name = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, *captured)
+    ctx.settings = (spec, strategy, layout, group, name)
+
+
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *captured = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3]
+    flags = needs if isinstance(needs, (list, tuple)) else [needs] * len(captured)
+    wanted = [i for i, flag in enumerate(flags) if flag]
+    dq, dk, dv, *extra = torch.ops.ringfx.attention_backward(
+        dout, q, k, v, out, lse, captured, wanted, *ctx.settings
+    )
+    captured_grads: list[Tensor | None] = [None] * len(captured)
+    for position, gradient in zip(wanted, extra, strict=True):
+        captured_grads[position] = gradient
+    return dq, dk, dv, captured_grads, *[None] * len(ctx.settings)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _plain_arithmetic(q: Tensor) -> torch.autocast:
+    """Inside the operator dtypes are chosen here: autocast would round the float32 sums."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    spec_json: str,
+    strategy: str,
+    layout: str,
+    group: str,
+    name: str,
+    wanted: Sequence[int],
+) -> tuple[Problem, Tensor | None]:
+    """The call as a value, checked, and the sinks apart from the other captured tensors."""
+    spec = AttentionSpec.from_json(spec_json)
+    ranks = Ranks.named(group, name)
+    kind = checks.layout_kind(layout, name)
+    checks.strategy_name(strategy, tuple(IMPLEMENTATIONS), name)
+    checks.shapes(q, k, v, spec, kind, ranks)
+    checks.runs(q, spec, strategy, ranks)
+    sinks_H = checks.sinks(inputs, q.shape[1], name) if spec.sinks else None
+    captured = inputs[:-1] if spec.sinks else inputs
+    bias_grads = tuple(i for i in wanted if i < len(captured))
+    checks.bias_gradients(spec, bias_grads, name)
+    kernel = choose(
+        q.device,
+        q.dtype,
+        soft_cap=spec.soft_cap is not None,
+        math_only=strategy == "simple" or bool(bias_grads),
+    )
+    problem = Problem(
+        spec=spec,
+        inputs=captured,
+        ranks=ranks,
+        layout=kind,
+        kernel=kernel,
+        tiling=_tiling(q, kernel.stores_scores),
+        bias_grads=bias_grads,
+    )
+    return problem, sinks_H
+
+
+def _tiling(q: Tensor, stores_scores: bool) -> Tiling:
+    """Tiles small enough that a kernel which keeps its scores stays within STORED_SCORES."""
+    if not stores_scores:
+        return Tiling(masked=MASKED_TILE)
+    side = MASKED_TILE
+    while side > 32 and side * side * q.shape[0] * q.shape[1] > STORED_SCORES:
+        side //= 2
+    return Tiling(masked=side, plain=side)
+
+
+def _implementation(problem: Problem, strategy: str) -> ModuleType:
+    """With one rank every strategy is its local kernel over the whole sequence."""
+    return IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
+
+
+def _may_lose_rows(problem: Problem) -> bool:
+    """Whether rows without any key must become the mean of v; the same answer on all ranks."""
+    spec = problem.spec
+    return spec.fully_masked == "mean" and spec.keep is not None and not spec.is_causal
+
+
+def _own(x: Tensor) -> Tensor:
+    """Contiguous, as the fake implementation says, in storage shared with no other result."""
+    if x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size():
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _asked(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "a gradient that was asked for was computed"
+    return gradient

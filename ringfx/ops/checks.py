@@ -1,0 +1,112 @@
+"""Guards of the attention operator: every error a wrong call can meet, said before any message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ringfx.errors import InvalidArgument, StrategyRefused
+from ringfx.layout import Layout, LayoutKind
+from ringfx.ops import bias_gradients as bias_gradient_rules
+from ringfx.ops.ranks import Ranks
+from ringfx.spec import AttentionSpec
+from ringfx.tiles import inputs_used
+
+__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name"]
+
+Tensor = torch.Tensor
+
+
+def layout_kind(layout: str, layer: str) -> LayoutKind:
+    if layout == "contiguous":
+        return "contiguous"
+    if layout == "zigzag":
+        return "zigzag"
+    raise InvalidArgument(
+        f"{_where(layer)}: layout is {layout!r}. Do: use 'contiguous' or 'zigzag'."
+    )
+
+
+def strategy_name(strategy: str, known: Sequence[str], layer: str) -> None:
+    if strategy not in known:
+        raise InvalidArgument(
+            f"{_where(layer)}: no strategy is named {strategy!r}. Do: use {', '.join(known)}."
+        )
+
+
+def shapes(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: LayoutKind, ranks: Ranks
+) -> None:
+    """q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E] with the lengths that the layout gives."""
+    where = _where(ranks.layer)
+    found = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise InvalidArgument(f"{where}: {found}. Do: pass [batch, heads, tokens, head dim].")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise InvalidArgument(
+            f"{where}: q is {q.dtype}, k {k.dtype}, v {v.dtype}. "
+            "Do: cast them to one floating-point type."
+        )
+    agree = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]
+    if not agree or q.shape[3] != k.shape[3]:
+        raise InvalidArgument(
+            f"{where}: {found}. Do: give all one batch size, k and v one number of heads and "
+            "tokens, q and k one head dim."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise InvalidArgument(
+            f"{where}: {q.shape[1]} query heads for {k.shape[1]} key/value heads. "
+            "Do: use a number of query heads that the key/value heads divide."
+        )
+    for what, tensor, length in (("q", q, spec.q_len), ("k", k, spec.kv_len)):
+        local = Layout(layout, length, ranks.size).local_length
+        if tensor.shape[2] != local:
+            raise InvalidArgument(
+                f"{where}: {what} has {tensor.shape[2]} tokens on rank {ranks.rank}; {length} "
+                f"tokens in {layout} layout over {ranks.size} ranks are {local} on each. "
+                "Do: split the whole tensor with ringfx.ops.shard, and pass the true length."
+            )
+
+
+def runs(q: Tensor, spec: AttentionSpec, strategy: str, ranks: Ranks) -> None:
+    """What a strategy cannot do at all."""
+    where = _where(ranks.layer)
+    if spec.dropout != 0.0:
+        raise StrategyRefused(
+            f"{where}: attention dropout of {spec.dropout:g}: its random mask would depend on how "
+            "the tokens are split. Do: set the attention dropout to 0, or call model.eval()."
+        )
+    if strategy == "ulysses" and q.shape[1] % ranks.size:
+        raise StrategyRefused(
+            f'{where}: "ulysses" needs heads % ranks == 0; here {q.shape[1]} heads, '
+            f'{ranks.size} ranks. Do: use "production" or "collective".'
+        )
+
+
+def sinks(inputs: Sequence[Tensor], heads: int, layer: str) -> Tensor:
+    """The sinks, one logit a head, which are the last captured tensor."""
+    found = tuple(inputs[-1].shape) if inputs else None
+    if found != (heads,):
+        raise InvalidArgument(
+            f"{_where(layer)}: sinks have shape {found}; here are {heads} heads. "
+            f"Do: pass one logit a head, shape ({heads},)."
+        )
+    return inputs[-1]
+
+
+def bias_gradients(spec: AttentionSpec, wanted: Sequence[int], layer: str) -> None:
+    """Gradients can flow to captured tensors through the bias only."""
+    if not wanted:
+        return
+    through_mask = set(wanted) & set(inputs_used(spec.keep)) - set(inputs_used(spec.bias))
+    if through_mask or spec.bias is None:
+        raise InvalidArgument(
+            f"{_where(layer)}: captured tensors {sorted(through_mask) or list(wanted)} require a "
+            "gradient but are read by the mask only, which has none. Do: detach them."
+        )
+    bias_gradient_rules.refuse_unsupported(spec.bias, wanted, layer)
+
+
+def _where(layer: str) -> str:
+    return layer or "attention"

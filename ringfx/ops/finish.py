@@ -1,0 +1,67 @@
+"""What happens to an output after its keys are all merged: sinks, and rows without any key.
+
+Both act on whole rows, so they are the same for every strategy.
+
+Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys, E head dim of v.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ringfx.ops.kernels import accumulation_dtype
+from ringfx.ops.problem import Problem
+
+__all__ = ["add_sinks", "fill_mean", "mean_gradient", "sink_gradient"]
+
+Tensor = torch.Tensor
+
+
+def add_sinks(out_BHQE: Tensor, lse_BHQ: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit a head joins the softmax and attends nothing: the output shrinks."""
+    sinks_BHQ = sinks_H.to(lse_BHQ.dtype)[None, :, None].expand_as(lse_BHQ)
+    share_BHQ = torch.sigmoid(lse_BHQ - sinks_BHQ)
+    return out_BHQE.mul_(share_BHQ[..., None]), torch.logaddexp(lse_BHQ, sinks_BHQ)
+
+
+def sink_gradient(dout_BHQE: Tensor, out_BHQE: Tensor, lse_BHQ: Tensor, sinks_H: Tensor) -> Tensor:
+    """d loss / d sink, this rank's share: -sum of exp(sink - lse) * sum_e dout * out."""
+    kept_in = accumulation_dtype(dout_BHQE.dtype)
+    delta_BHQ = (dout_BHQE.to(kept_in) * out_BHQE.to(kept_in)).sum(-1)
+    share_BHQ = torch.exp(sinks_H.to(kept_in)[None, :, None] - lse_BHQ)
+    return -(share_BHQ * delta_BHQ).sum((0, 2))
+
+
+def _without_keys(problem: Problem, lse_BHQ: Tensor) -> Tensor:
+    """Rows of real queries (not padding) that no key was kept for."""
+    layout = problem.q_layout
+    real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
+    return (lse_BHQ == -math.inf) & real_Q
+
+
+def _real_keys(problem: Problem, device: torch.device) -> Tensor:
+    layout = problem.kv_layout
+    return layout.positions(problem.ranks.rank, device) < layout.length
+
+
+def fill_mean(problem: Problem, out_BHQE: Tensor, lse_BHQ: Tensor, v_BGKE: Tensor) -> None:
+    """Rows without any key become the mean of all values, as a finfo.min mask makes them."""
+    real_K = _real_keys(problem, v_BGKE.device)
+    sum_BGE = v_BGKE.to(out_BHQE.dtype)[:, :, real_K].sum(2)
+    sum_BGE = problem.ranks.all_reduce("forward: mean of v", sum_BGE)
+    groups = out_BHQE.shape[1] // v_BGKE.shape[1]
+    mean_BHE = (sum_BGE / problem.spec.kv_len).repeat_interleave(groups, dim=1)
+    rows_BHQ = _without_keys(problem, lse_BHQ)
+    out_BHQE.copy_(torch.where(rows_BHQ[..., None], mean_BHE[:, :, None], out_BHQE))
+
+
+def mean_gradient(problem: Problem, dv_BGKE: Tensor, dout_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+    """Adds what the rows of ``fill_mean`` give to every value."""
+    rows_BHQ = _without_keys(problem, lse_BHQ)
+    sum_BHE = (dout_BHQE.to(dv_BGKE.dtype) * rows_BHQ[..., None]).sum(2)
+    sum_BGE = sum_BHE.unflatten(1, (dv_BGKE.shape[1], -1)).sum(2)
+    sum_BGE = problem.ranks.all_reduce("backward: mean of v", sum_BGE)
+    real_K = _real_keys(problem, dv_BGKE.device)
+    dv_BGKE.add_((sum_BGE / problem.spec.kv_len)[:, :, None] * real_K[None, None, :, None])

@@ -1,0 +1,243 @@
+"""Local attention of one tile, and its backward: the one interface to every kernel.
+
+    forward    (q, k, v) -> out, lse       lse = log sum_k exp(score), natural logarithm
+    backward   (dout, q, k, v, out, lse) -> dq, dk, dv
+
+The backward takes the output and logsumexp of the *whole* row, not of the tile: with
+P = exp(score - lse) and D = sum_d dout * out, a tile's dS = P * (dout v^T - D), so the gradients of
+all tiles add up exactly (Dao et al., FlashAttention; Liu et al., Ring Attention). A row without any
+key in the tile has out 0 and lse -inf.
+
+Shapes: B batch, H query heads, G key/value heads (H % G == 0), Q queries, K keys, D and E the head
+dims of q, k and of v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["Kernel", "Scores", "accumulation_dtype", "choose"]
+
+aten = torch.ops.aten
+Tensor: TypeAlias = torch.Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tiles are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How a tile's products become scores: cap(scale * q k^T) + bias."""
+
+    scale: float
+    causal: bool = False
+    """Query i attends keys 0..i; as many queries as keys."""
+    bias_BHQK: Tensor | None = None
+    """Added to the scores, in the accumulation dtype, broadcastable; -inf where not attended."""
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """``forward(q, k, v, scores)`` and ``backward(dout, q, k, v, out, lse, scores)``."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, Scores], tuple[Tensor, Tensor]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Scores], tuple[Tensor, Tensor, Tensor]
+    ]
+    stores_scores: bool
+    """Whether a tile's scores are kept in memory, so that tiles must be bounded."""
+
+
+def choose(device: torch.device, dtype: torch.dtype, *, soft_cap: bool, math_only: bool) -> Kernel:
+    """The kernel for a device: the fastest that returns a logsumexp and can do what is asked."""
+    if math_only or soft_cap:
+        return MATH
+    if device.type == "cpu":
+        return CPU_FLASH
+    if device.type == "cuda":
+        from ringfx.ops import cuda_kernels
+
+        return cuda_kernels.choose(device, dtype)
+    return MATH
+
+
+# --- math: the reference ------------------------------------------------------------------------
+
+
+def _grouped(x_BHQD: Tensor, groups: int) -> Tensor:
+    """[B, H, Q, D] -> [B, G, H/G * Q, D]: the query heads of one K/V head become its rows."""
+    B, H, Q, D = x_BHQD.shape
+    return x_BHQD.reshape(B, groups, H // groups * Q, D)
+
+
+def _math_scores(q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, H, Q, K] in the accumulation dtype, and tanh(score / cap) where there is a cap."""
+    B, H, Q, _ = q_BHQD.shape
+    K = k_BGKD.shape[2]
+    kept_in = accumulation_dtype(q_BHQD.dtype)
+    q_BGRD = _grouped(q_BHQD.to(kept_in), k_BGKD.shape[1])
+    s_BHQK = (q_BGRD @ k_BGKD.to(kept_in).transpose(-1, -2)).view(B, H, Q, K).mul_(scores.scale)
+    tanh_BHQK = None
+    if scores.soft_cap is not None:
+        tanh_BHQK = (s_BHQK / scores.soft_cap).tanh_()
+        s_BHQK = tanh_BHQK * scores.soft_cap
+    if scores.bias_BHQK is not None:
+        s_BHQK = s_BHQK.add_(scores.bias_BHQK)
+    if scores.causal:
+        later = torch.ones(Q, K, dtype=torch.bool, device=s_BHQK.device).triu_(1)
+        s_BHQK = s_BHQK.masked_fill_(later, -math.inf)
+    return s_BHQK, tanh_BHQK
+
+
+def _math_forward(
+    q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    s_BHQK, _ = _math_scores(q_BHQD, k_BGKD, scores)
+    lse_BHQ = torch.logsumexp(s_BHQK, dim=-1)
+    p_BHQK = s_BHQK.sub_(_finite(lse_BHQ)[..., None]).exp_()
+    p_BGRK = _grouped(p_BHQK, v_BGKE.shape[1])
+    out_BGRE = p_BGRK @ v_BGKE.to(p_BGRK.dtype)
+    return out_BGRE.view(*q_BHQD.shape[:3], v_BGKE.shape[-1]), lse_BHQ
+
+
+def _math_backward(
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv, _ = math_backward(
+        dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ, scores, wants_bias=False
+    )
+    return dq, dk, dv
+
+
+def math_backward(
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+    scores: Scores,
+    *,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of one tile; with ``wants_bias`` that of the bias too, as [B, H, Q, K]."""
+    G = k_BGKD.shape[1]
+    s_BHQK, tanh_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
+    kept_in = s_BHQK.dtype
+    p_BHQK = s_BHQK.sub_(_finite(lse_BHQ)[..., None]).exp_()
+    dout_BGRE = _grouped(dout_BHQE.to(kept_in), G)
+    dv_BGKE = _grouped(p_BHQK, G).transpose(-1, -2) @ dout_BGRE
+    delta_BHQ = (dout_BHQE.to(kept_in) * out_BHQE.to(kept_in)).sum(-1)
+    dp_BHQK = (dout_BGRE @ v_BGKE.to(kept_in).transpose(-1, -2)).view_as(p_BHQK)
+    ds_BHQK = dp_BHQK.sub_(delta_BHQ[..., None]).mul_(p_BHQK)
+    dbias_BHQK = ds_BHQK.clone() if wants_bias else None
+    if tanh_BHQK is not None:
+        ds_BHQK = ds_BHQK.mul_(1 - tanh_BHQK.square())
+    ds_BGRK = _grouped(ds_BHQK.mul_(scores.scale), G)
+    dq_BHQD = (ds_BGRK @ k_BGKD.to(kept_in)).view_as(q_BHQD)
+    dk_BGKD = ds_BGRK.transpose(-1, -2) @ _grouped(q_BHQD.to(kept_in), G)
+    return dq_BHQD, dk_BGKD, dv_BGKE, dbias_BHQK
+
+
+def _finite(lse_BHQ: Tensor) -> Tensor:
+    """exp(-inf - lse) must be 0, also where the row kept nothing and lse is -inf itself."""
+    return lse_BHQ.masked_fill(lse_BHQ == -math.inf, 0.0)
+
+
+MATH = Kernel(name="math", forward=_math_forward, backward=_math_backward, stores_scores=True)
+
+
+# --- torch's flash kernel for CPU -----------------------------------------------------------------
+
+
+def _same_head_dims(
+    q_BHQD: Tensor, k_BGKD: Tensor, *values: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The kernel wants D == E: zeros appended to the shorter change neither scores nor output."""
+    D, E = q_BHQD.shape[-1], values[0].shape[-1]
+    if D < E:
+        q_BHQD, k_BGKD = F.pad(q_BHQD, (0, E - D)), F.pad(k_BGKD, (0, E - D))
+    elif E < D:
+        values = tuple(F.pad(value, (0, D - E)) for value in values)
+    return q_BHQD, k_BGKD, values
+
+
+def _cpu_forward(
+    q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    E = v_BGKE.shape[-1]
+    q_BHQD, k_BGKD, (v_BGKE,) = _same_head_dims(q_BHQD, k_BGKD, v_BGKE)
+    out_BHQE, lse_BHQ = aten._scaled_dot_product_flash_attention_for_cpu(
+        _rows(q_BHQD),
+        _rows(k_BGKD),
+        _rows(v_BGKE),
+        0.0,
+        scores.causal,
+        attn_mask=_whole_mask(scores.bias_BHQK, q_BHQD, k_BGKD),
+        scale=scores.scale,
+    )
+    if scores.bias_BHQK is not None:
+        # The kernel says lse = 0 where a row has no key; to a merge that would be a weight of 1.
+        empty_BHQ = (scores.bias_BHQK == -math.inf).all(-1)
+        lse_BHQ = lse_BHQ.masked_fill(empty_BHQ, -math.inf)
+    return out_BHQE[..., :E], lse_BHQ
+
+
+def _cpu_backward(
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    D, E = q_BHQD.shape[-1], v_BGKE.shape[-1]
+    q_BHQD, k_BGKD, (v_BGKE, dout_BHQE, out_BHQE) = _same_head_dims(
+        q_BHQD, k_BGKD, v_BGKE, dout_BHQE, out_BHQE
+    )
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _rows(dout_BHQE),
+        _rows(q_BHQD),
+        _rows(k_BGKD),
+        _rows(v_BGKE),
+        _rows(out_BHQE),
+        _finite(lse_BHQ),
+        0.0,
+        scores.causal,
+        attn_mask=_whole_mask(scores.bias_BHQK, q_BHQD, k_BGKD),
+        scale=scores.scale,
+    )
+    return dq[..., :D], dk[..., :D], dv[..., :E]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _whole_mask(bias_BHQK: Tensor | None, q_BHQD: Tensor, k_BGKD: Tensor) -> Tensor | None:
+    """The kernel takes a mask with both token dims written out; batch and heads may broadcast."""
+    if bias_BHQK is None:
+        return None
+    return bias_BHQK.expand(*bias_BHQK.shape[:2], q_BHQD.shape[2], k_BGKD.shape[2]).contiguous()
+
+
+CPU_FLASH = Kernel(
+    name="cpu_flash", forward=_cpu_forward, backward=_cpu_backward, stores_scores=False
+)

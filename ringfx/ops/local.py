@@ -1,0 +1,213 @@
+"""Attention of local queries over some keys, piece by piece, merged in float32.
+
+Two partial results over disjoint keys, (o1, l1) and (o2, l2) with l the logsumexp, merge into
+
+    w = sigmoid(l2 - l1),   o = o1 + w (o2 - o1),   l = logaddexp(l1, l2)
+
+which neither overflows nor loses a row: a row that has seen no key has l = -inf and weight 0.
+
+Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys, D and E head dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ringfx.ops import bias_gradients
+from ringfx.ops.kernels import Scores, accumulation_dtype, math_backward
+from ringfx.ops.pieces import Piece, Run, pieces
+from ringfx.ops.problem import Problem
+from ringfx.tiles import TileIndex, evaluate
+
+__all__ = ["Gradients", "Output", "attend", "attend_backward"]
+
+Tensor = torch.Tensor
+
+
+class Output:
+    """The running output of all local queries and its logsumexp."""
+
+    def __init__(self, q_BHQD: Tensor, v_head_dim: int) -> None:
+        B, H, Q, _ = q_BHQD.shape
+        kept_in = accumulation_dtype(q_BHQD.dtype)
+        self.out_BHQE = q_BHQD.new_empty(B, H, Q, v_head_dim, dtype=kept_in)
+        self.lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=kept_in)
+        self._touched = bytearray(Q)
+
+    def merge(self, rows: Run, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+        """Adds what these rows give over keys that they have not seen yet."""
+        a, b = rows.offset, rows.offset + rows.length
+        old_out, old_lse = self.out_BHQE[:, :, a:b], self.lse_BHQ[:, :, a:b]
+        lse_BHQ = lse_BHQ.to(old_lse.dtype)
+        if not any(self._touched[a:b]):
+            old_out.copy_(out_BHQE)
+            old_lse.copy_(lse_BHQ)
+        else:
+            self._fill(a, b)
+            weight_BHQ = torch.sigmoid(lse_BHQ - old_lse)
+            weight_BHQ.masked_fill_(lse_BHQ == -math.inf, 0.0)
+            old_out.lerp_(out_BHQE.to(old_out.dtype), weight_BHQ[..., None])
+            old_lse.copy_(torch.logaddexp(old_lse, lse_BHQ))
+        self._touched[a:b] = b"\1" * (b - a)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The output and logsumexp; rows that saw no key are 0 and -inf."""
+        self._fill(0, len(self._touched))
+        return self.out_BHQE, self.lse_BHQ
+
+    def _fill(self, a: int, b: int) -> None:
+        """Rows that nothing was written to yet become 0."""
+        start = self._touched.find(0, a, b)
+        while start >= 0:
+            stop = self._touched.find(1, start, b)
+            stop = b if stop < 0 else stop
+            self.out_BHQE[:, :, start:stop].zero_()
+            start = self._touched.find(0, stop, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Running gradients in the accumulation dtype; ``inputs`` those of the captured tensors."""
+
+    dq_BHQD: Tensor
+    dk_BGKD: Tensor
+    dv_BGKE: Tensor
+    inputs: Sequence[Tensor | None]
+
+    @staticmethod
+    def zeros(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Gradients:
+        kept_in = accumulation_dtype(q_BHQD.dtype)
+        return Gradients(
+            *(
+                torch.zeros_like(x, dtype=kept_in, memory_format=torch.contiguous_format)
+                for x in (q_BHQD, k_BGKD, v_BGKE)
+            ),
+            [
+                torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+                if i in problem.bias_grads
+                else None
+                for i, x in enumerate(problem.inputs)
+            ],
+        )
+
+    @staticmethod
+    def zeros_like_keys(other: Gradients) -> Gradients:
+        """The same sums for q and the captured tensors, new ones for another block's K and V."""
+        dk, dv = torch.zeros_like(other.dk_BGKD), torch.zeros_like(other.dv_BGKE)
+        return Gradients(other.dq_BHQD, dk, dv, other.inputs)
+
+
+def _local_pieces(
+    problem: Problem, q_runs: Sequence[Run], k_runs: Sequence[Run], q_BHQD: Tensor
+) -> list[Piece]:
+    B, H = q_BHQD.shape[:2]
+    heads = (problem.first_head, problem.first_head + H)
+    return list(
+        pieces(
+            problem.spec,
+            q_runs,
+            k_runs,
+            problem.tiling,
+            b=(0, B),
+            h=heads,
+            inputs=problem.inputs,
+        )
+    )
+
+
+def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:
+    def span(start: int, length: int) -> Tensor:
+        return torch.arange(start, start + length, device=q_BHQD.device)
+
+    return TileIndex(
+        b=span(0, q_BHQD.shape[0]),
+        h=span(problem.first_head, q_BHQD.shape[1]),
+        q=span(piece.q.position, piece.q.length),
+        k=span(piece.k.position, piece.k.length),
+    )
+
+
+def _scores(problem: Problem, piece: Piece, q_BHQD: Tensor) -> Scores:
+    """The piece's scale, cap and additive mask, evaluated on this piece only."""
+    spec = problem.spec
+    plain = Scores(scale=spec.scale, causal=piece.causal, soft_cap=spec.soft_cap)
+    if piece.keep is None and spec.bias is None:
+        return plain
+    index = _index(problem, piece, q_BHQD)
+    kept_in = accumulation_dtype(q_BHQD.dtype)
+    bias_BHQK = torch.zeros(1, 1, 1, 1, dtype=kept_in, device=q_BHQD.device)
+    if spec.bias is not None:
+        bias_BHQK = evaluate(spec.bias, index, problem.inputs).to(kept_in)
+    if piece.keep is not None:
+        keep_BHQK = evaluate(piece.keep, index, problem.inputs).to(torch.bool)
+        bias_BHQK = torch.where(keep_BHQK, bias_BHQK, -math.inf)
+    shape = [1] * (4 - bias_BHQK.dim()) + list(bias_BHQK.shape)
+    Q, K = piece.q.length, piece.k.length
+    bias_BHQK = bias_BHQK.view(shape).expand(*shape[:2], Q, K)
+    return Scores(scale=spec.scale, bias_BHQK=bias_BHQK, soft_cap=spec.soft_cap)
+
+
+def _rows(x: Tensor, run: Run) -> Tensor:
+    return x[:, :, run.offset : run.offset + run.length]
+
+
+def attend(
+    problem: Problem,
+    output: Output,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    q_runs: Sequence[Run],
+    k_runs: Sequence[Run],
+) -> None:
+    """Merges the attention of the queries in ``q_runs`` over the keys in ``k_runs``."""
+    for piece in _local_pieces(problem, q_runs, k_runs, q_BHQD):
+        out_BHQE, lse_BHQ = problem.kernel.forward(
+            _rows(q_BHQD, piece.q),
+            _rows(k_BGKD, piece.k),
+            _rows(v_BGKE, piece.k),
+            _scores(problem, piece, q_BHQD),
+        )
+        output.merge(piece.q, out_BHQE, lse_BHQ)
+
+
+def attend_backward(
+    problem: Problem,
+    gradients: Gradients,
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+    q_runs: Sequence[Run],
+    k_runs: Sequence[Run],
+) -> None:
+    """Adds the gradients of the pieces; ``out`` and ``lse`` are those of the whole rows."""
+    for piece in _local_pieces(problem, q_runs, k_runs, q_BHQD):
+        arguments = (
+            _rows(dout_BHQE, piece.q),
+            _rows(q_BHQD, piece.q),
+            _rows(k_BGKD, piece.k),
+            _rows(v_BGKE, piece.k),
+            _rows(out_BHQE, piece.q),
+            _rows(lse_BHQ, piece.q),
+            _scores(problem, piece, q_BHQD),
+        )
+        if problem.bias_grads:
+            dq, dk, dv, dbias_BHQK = math_backward(*arguments, wants_bias=True)
+            assert dbias_BHQK is not None, "it was asked for"
+            assert problem.spec.bias is not None, "checked before"
+            index = _index(problem, piece, q_BHQD)
+            bias_gradients.add(
+                problem.spec.bias, dbias_BHQK, index, problem.inputs, gradients.inputs
+            )
+        else:
+            dq, dk, dv = problem.kernel.backward(*arguments)
+        _rows(gradients.dq_BHQD, piece.q).add_(dq)
+        _rows(gradients.dk_BGKD, piece.k).add_(dk)
+        _rows(gradients.dv_BGKE, piece.k).add_(dv)

@@ -1,0 +1,52 @@
+"""One attention call on one rank, as the strategies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ringfx.layout import Layout, LayoutKind
+from ringfx.ops.kernels import Kernel
+from ringfx.ops.pieces import Run, Tiling, runs_of
+from ringfx.ops.ranks import Ranks
+from ringfx.spec import AttentionSpec
+
+__all__ = ["Problem"]
+
+FIRST_HEAD = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What is computed, among whom, how it lies, and with what."""
+
+    spec: AttentionSpec
+    inputs: Sequence[torch.Tensor]
+    """Tensors that the tile functions read, whole; without the sinks."""
+    ranks: Ranks
+    layout: LayoutKind
+    kernel: Kernel
+    tiling: Tiling
+    bias_grads: tuple[int, ...] = ()
+    """Positions of the inputs whose gradient the backward must give."""
+    first_head: int = FIRST_HEAD
+    """Global index of the first local head: not 0 where heads are split."""
+
+    @property
+    def q_layout(self) -> Layout:
+        return Layout(self.layout, self.spec.q_len, self.ranks.size)
+
+    @property
+    def kv_layout(self) -> Layout:
+        return Layout(self.layout, self.spec.kv_len, self.ranks.size)
+
+    def q_runs(self, rank: int) -> tuple[Run, ...]:
+        return runs_of(self.q_layout, rank)
+
+    def k_runs(self, rank: int) -> tuple[Run, ...]:
+        return runs_of(self.kv_layout, rank)
+
+    def with_heads_from(self, first: int) -> Problem:
+        return replace(self, first_head=first)

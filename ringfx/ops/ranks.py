@@ -1,0 +1,158 @@
+"""The ranks that share one sequence, and every message that attention sends between them.
+
+All messages of ``ringfx.ops`` pass through here, so that a failure is always an error that names
+the layer, the operation and the rank waited for, within the group's timeout.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_timeout, _resolve_process_group
+
+from ringfx.errors import CommunicationError, InvalidArgument
+
+__all__ = ["Exchange", "Ranks"]
+
+T = TypeVar("T")
+
+# torch 2.13 renamed both; earlier releases know the old names only.
+_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This rank's place in a group, and the layer on whose behalf it speaks.
+
+    ``group`` is None for one rank without a process group.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+    layer: str
+
+    @staticmethod
+    def named(group: str, layer: str) -> Ranks:
+        """The group of that name, as torch.distributed knows it; "" is one rank alone."""
+        if not group:
+            return Ranks(0, 1, None, layer)
+        try:
+            found = _resolve_process_group(group)
+        except RuntimeError as error:
+            raise InvalidArgument(
+                f"{layer or 'attention'}: no process group is named {group!r} in this process. "
+                "Do: call torch.distributed.init_process_group first, and pass a group that still "
+                "exists."
+            ) from error
+        return Ranks(found.rank(), found.size(), found, layer)
+
+    def neighbour(self, distance: int) -> int:
+        return (self.rank + distance) % self.size
+
+    def exchange(
+        self, operation: str, *, send: torch.Tensor, to: int, receive: torch.Tensor, source: int
+    ) -> Exchange:
+        """Starts sending one buffer and receiving another; both contiguous, of equal size."""
+        assert self.group is not None, "one rank alone has nobody to talk to"
+        assert send.is_contiguous(), "buffers are contiguous"
+        assert receive.is_contiguous(), "buffers are contiguous"
+        assert (send.shape, send.dtype) == (receive.shape, receive.dtype), (
+            f"rank {self.rank} sends {tuple(send.shape)} {send.dtype} and expects "
+            f"{tuple(receive.shape)} {receive.dtype}"
+        )
+        receiving = dist.P2POp(dist.irecv, receive, group=self.group, group_peer=source)
+        sending = dist.P2POp(dist.isend, send, group=self.group, group_peer=to)
+        ops = [sending, receiving] if self.rank % 2 == 0 else [receiving, sending]
+        peers = f"rank {source} (receiving) and rank {to} (sending)"
+        works = self.guarded(operation, peers, lambda: dist.batch_isend_irecv(ops))
+        return Exchange(self, operation, works, [op.group_peer for op in ops], (send, receive))
+
+    def all_gather(self, operation: str, local: torch.Tensor) -> torch.Tensor:
+        """Everyone's tensor, stacked: [size, *local.shape]."""
+        whole = local.new_empty((self.size, *local.shape))
+        self.collective(
+            operation,
+            lambda: _gather_single(whole.view(-1), local.contiguous().view(-1), group=self.group),
+        )
+        return whole
+
+    def reduce_scatter(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of the part for this rank; ``parts`` is [size, ...]."""
+        mine = torch.empty_like(parts[0])
+        self.collective(
+            operation,
+            lambda: _scatter_single(mine.view(-1), parts.contiguous().view(-1), group=self.group),
+        )
+        return mine
+
+    def all_reduce(self, operation: str, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.group is not None:
+            self.collective(operation, lambda: dist.all_reduce(partial, group=self.group))
+        return partial
+
+    def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
+        """Sends ``parts[r]`` to rank r; the result holds what each rank sent here."""
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        self.collective(
+            operation,
+            lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.group),
+        )
+        return received
+
+    def collective(self, operation: str, call: Callable[[], Any]) -> None:
+        others = [str(r) for r in range(self.size) if r != self.rank]
+        named = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
+        self.guarded(operation, f"ranks {named}", call)
+
+    def guarded(self, operation: str, peers: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{self.layer or 'attention'}: {operation}: rank {self.rank} of {self.size} was "
+                f"waiting for {peers}: {_first_line(error)}\n"
+                "  A rank stopped, failed or runs another program. Do: read the other ranks' "
+                "output for the first error; raise the group's timeout if they are only slow."
+            ) from error
+
+    @property
+    def timeout(self) -> datetime.timedelta:
+        assert self.group is not None, "one rank alone waits for nobody"
+        options = getattr(self.group, "options", None)
+        found = getattr(options, "_timeout", None)
+        default: datetime.timedelta = _get_default_timeout(dist.get_backend(self.group))
+        return found or default
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A send and a receive on their way."""
+
+    ranks: Ranks
+    operation: str
+    works: Sequence[dist.Work]
+    peers: Sequence[int | None]
+    buffers: tuple[torch.Tensor, torch.Tensor]
+    """Kept alive until both have arrived."""
+
+    def wait(self) -> torch.Tensor:
+        """The received buffer, once both messages are through."""
+        for work, peer in zip(self.works, self.peers, strict=False):
+            self.ranks.guarded(self.operation, f"rank {peer}", lambda work=work: _finish(work))
+        return self.buffers[1]
+
+
+def _finish(work: dist.Work) -> None:
+    work.wait()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

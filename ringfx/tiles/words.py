@@ -1,0 +1,199 @@
+"""A mask as a person says it, and how much of the score matrix it keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ringfx.tiles.expr import Expr, TileIndex, evaluate, inputs_used, terms, walk
+from ringfx.tiles.ranges import Box, classify
+
+__all__ = ["density", "describe", "is_balanced"]
+
+SAMPLED_ROWS = 64
+LEAF = 4096
+"""Keys evaluated at once when a row's kept keys are counted."""
+PARTS = 8
+BALANCED_WITHIN = 1.25
+"""The busiest of 8 equal parts of the rows may do 25% more than the mean: zigzag costs two kernel
+calls a tile instead of one, so a smaller gain than that is none."""
+
+
+def describe(keep: Expr | None, bias: Expr | None = None) -> str:
+    """Words such as ``causal, window 4096, packed documents, ALiBi bias``; ``full`` for no mask.
+
+    >>> describe(("and", ("le", ("k",), ("q",)),
+    ...           ("gt", ("k",), ("sub", ("q",), ("const", 4096)))))
+    'causal, window 4096'
+    """
+    words = [_term_words(term) for term in terms(keep)]
+    if not words:
+        words = ["full"]
+    if bias is not None:
+        words.append(_bias_words(bias))
+    return ", ".join(dict.fromkeys(words))
+
+
+def density(keep: Expr | None, q_len: int, kv_len: int) -> float:
+    """Share of (query, key) pairs kept, 0 to 1; terms that read captured tensors count as kept.
+
+    Rows are sampled (64, or all of fewer), the kept keys of each are counted exactly.
+    """
+    return sum(_row_counts(keep, q_len, kv_len)) / (min(q_len, SAMPLED_ROWS) * kv_len)
+
+
+def is_balanced(keep: Expr | None, q_len: int, kv_len: int) -> bool:
+    """Whether equal runs of queries keep about as many pairs as each other (causal ones do not)."""
+    counts = _row_counts(keep, q_len, kv_len)
+    parts = min(PARTS, len(counts))
+    edges = [len(counts) * i // parts for i in range(parts + 1)]
+    work = [sum(counts[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    return max(work) <= BALANCED_WITHIN * sum(work) / len(work)
+
+
+def _row_counts(keep: Expr | None, q_len: int, kv_len: int) -> list[int]:
+    static = [term for term in terms(keep) if not inputs_used(term)]
+    rows = min(q_len, SAMPLED_ROWS)
+    queries = [(2 * i + 1) * q_len // (2 * rows) for i in range(rows)]
+    mask: Expr | None = None
+    for term in static:
+        mask = term if mask is None else ("and", mask, term)
+    return [_kept(mask, q, 0, kv_len) for q in queries]
+
+
+def _kept(mask: Expr | None, q: int, start: int, stop: int) -> int:
+    kind = classify(mask, Box(q=(q, q + 1), k=(start, stop)))
+    if kind != "mixed":
+        return stop - start if kind == "full" else 0
+    if stop - start > LEAF:
+        middle = (start + stop) // 2
+        return _kept(mask, q, start, middle) + _kept(mask, q, middle, stop)
+    assert mask is not None, "no mask is never mixed"
+    zero = torch.zeros(1, dtype=torch.int64)
+    index = TileIndex(b=zero, h=zero, q=zero + q, k=torch.arange(start, stop))
+    kept = evaluate(mask, index, ()).to(torch.bool).expand(1, 1, 1, stop - start)
+    return int(kept.sum())
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """q * query + k * key + constant, for a comparison's "left minus right >= 0"."""
+
+    q: int
+    k: int
+    constant: int
+
+
+def _linear(expr: Expr) -> _Linear | None:
+    head, *args = expr
+    if head == "q":
+        return _Linear(1, 0, 0)
+    if head == "k":
+        return _Linear(0, 1, 0)
+    if head == "const" and isinstance(args[0], int) and not isinstance(args[0], bool):
+        return _Linear(0, 0, args[0])
+    if head == "neg":
+        inner = _linear(args[0])
+        return None if inner is None else _Linear(-inner.q, -inner.k, -inner.constant)
+    if head not in ("add", "sub"):
+        return None
+    left, right = _linear(args[0]), _linear(args[1])
+    if left is None or right is None:
+        return None
+    sign = 1 if head == "add" else -1
+    return _Linear(
+        left.q + sign * right.q,
+        left.k + sign * right.k,
+        left.constant + sign * right.constant,
+    )
+
+
+def _at_least_zero(term: Expr) -> _Linear | None:
+    """The linear form that a comparison says is >= 0 (integers, so a strict one loses 1)."""
+    head, *args = term
+    if head not in ("le", "lt", "ge", "gt"):
+        return None
+    low, high = (args[0], args[1]) if head in ("le", "lt") else (args[1], args[0])
+    form = _linear(("sub", high, low))
+    if form is None:
+        return None
+    return _Linear(form.q, form.k, form.constant - (head in ("lt", "gt")))
+
+
+def _term_words(term: Expr) -> str:
+    form = _at_least_zero(term)
+    if form is not None:
+        return _linear_words(form)
+    head, *args = term
+    if head == "or":
+        return " or ".join(_term_words(part) for part in args)
+    if head == "and":
+        return " and ".join(_term_words(part) for part in args)
+    if head == "eq" and {_indices(a) - {"b", "h"} for a in args} == {
+        frozenset("q"),
+        frozenset("k"),
+    }:
+        return _same_group_words(args[0])
+    if head == "not" and args[0][0] not in ("at", "bool"):
+        return f"not ({_term_words(args[0])})"
+    return _matrix_words(term)
+
+
+def _linear_words(form: _Linear) -> str:
+    q, k, c = form.q, form.k, form.constant
+    if (q, k) == (1, -1):  # key <= query + c
+        return "causal" if c == 0 else f"causal shifted by {c}"
+    if (q, k) == (-1, 1):  # key >= query - c
+        return f"window {c + 1}" if c > 0 else f"keys from query {-c:+d}"
+    if (q, k) == (0, -1):
+        return f"first {c + 1} keys"
+    if (q, k) == (0, 1):
+        return f"keys from {-c}"
+    return "some queries" if k == 0 else "a linear mask"
+
+
+def _same_group_words(side: Expr) -> str:
+    if inputs_used(side):
+        return "packed documents"
+    if side[0] in ("floordiv", "truncdiv") and side[2][0] == "const":
+        return f"chunks of {side[2][1]}"
+    return "groups of tokens"
+
+
+def _matrix_words(term: Expr) -> str:
+    indices = _indices(term)
+    if not inputs_used(term):
+        return "a function of positions"
+    if {"q", "k"} <= indices:
+        return "a mask given as input"
+    return "key padding" if "k" in indices else "query padding" if "q" in indices else "an input"
+
+
+def _bias_words(bias: Expr) -> str:
+    indices = _indices(bias)
+    reads = [e for e in walk(bias) if e[0] == "at"]
+    relative = any(_is_relative(e) for e in walk(bias))
+    if not {"q", "k"} & indices:
+        return "bias"
+    if any(len({n for p in e[2:] for n in _indices(p)} & {"q", "k"}) == 2 for e in reads):
+        return "relative bias" if relative else "bias given as input"
+    if relative:
+        return "ALiBi bias" if "h" in indices else "relative bias"
+    return "key bias" if "q" not in indices else "bias"
+
+
+def _is_relative(expr: Expr) -> bool:
+    form = _linear(expr)
+    return form is not None and form.q == -form.k != 0
+
+
+def _indices(expr: Expr) -> frozenset[str]:
+    def names() -> Iterator[str]:
+        for part in walk(expr):
+            if part[0] in ("b", "h", "q", "k"):
+                yield part[0]
+
+    return frozenset(names())
