@@ -48,9 +48,7 @@ class Agreement:
         sums = [self._sum(value) for value in inputs]
         self._first = False
         combined = hashlib.sha256(repr(sums).encode()).digest()
-        mine = torch.tensor(
-            [_int(bytes.fromhex(self._digest)), _int(combined)], dtype=torch.int64
-        )
+        mine = torch.tensor([_int(bytes.fromhex(self._digest)), _int(combined)], dtype=torch.int64)
         if all(bool((other == mine).all()) for other in self._everyone(mine)):
             return
         self._explain(sums, inputs)

@@ -128,7 +128,7 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:
     carried = output.carried
     return SplitSpec(
-        name=f"output {index}",
+        name=_output_name(lowered, index),
         shape=output.shape,
         layout=lowered.local.placement.lines.lines[carried.line].layout,
         offset=carried.member.offset,
@@ -139,6 +139,14 @@ def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> Sp
         rank=world.rank,
         group=world.group,
     )
+
+
+def _output_name(lowered: Lowered, index: int) -> str:
+    """``output 2 (lm_head, model.py:61)``."""
+    nodes = lowered.captured.graph_module.graph.output_node().args[0]
+    meta = nodes[index].meta  # type: ignore[index, union-attr]
+    where = ", ".join(x for x in (meta.get("ringfx_path"), meta.get("ringfx_source")) if x)
+    return f"output {index}" + (f" ({where})" if where else "")
 
 
 def _summary(plan: Plan) -> str:
@@ -162,9 +170,7 @@ def _announce(lowered: Lowered) -> None:
         )
 
 
-def ringfx_backend(
-    gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
-) -> Compiled:
+def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
     """Entry point of ``torch.compile(model, backend="ringfx", options={...})``."""
     options = dict(kwargs.get("options") or {})
     world = World.of(options.pop("mesh", None))

@@ -75,7 +75,9 @@ def gather_plain(
     tokens_first = x.reshape(before * outer, tokens, -1).transpose(0, 1).contiguous()
     gathered = _wait(_c10d.all_gather_into_tensor(tokens_first, ranks, group))
     whole = gathered.index_select(0, order).transpose(0, 1)
-    return whole.reshape(*shape[:dim], outer * order.shape[0] * inner, *shape[dim + 1 :])
+    whole = whole.reshape(*shape[:dim], outer * order.shape[0] * inner, *shape[dim + 1 :])
+    # Strides are those of the unsplit program: random draws follow them.
+    return whole.contiguous()
 
 
 def take_plain(
@@ -87,7 +89,9 @@ def take_plain(
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, *where: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, *where: Any
+    ) -> torch.Tensor:
         ranks, group, dim, outer, inner = where
         ctx.save_for_backward(order)
         ctx.where = where
@@ -103,7 +107,12 @@ class _Slice(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, *where: Any
+        ctx: Any,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        order: torch.Tensor,
+        valid: torch.Tensor,
+        *where: Any,
     ) -> torch.Tensor:
         ctx.save_for_backward(index, valid)
         ctx.where = where
@@ -120,7 +129,12 @@ class _Gather(torch.autograd.Function):
 class _GatherShared(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, *where: Any
+        ctx: Any,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        order: torch.Tensor,
+        valid: torch.Tensor,
+        *where: Any,
     ) -> torch.Tensor:
         ctx.save_for_backward(index, valid)
         ctx.where = where

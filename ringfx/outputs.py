@@ -6,6 +6,7 @@ vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ TOUCH_TIMEOUT = datetime.timedelta(seconds=10)
 
 aten = torch.ops.aten
 _LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
-_touches = itertools.count()
+_outputs = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,6 +44,8 @@ class SplitSpec:
     inner: int
     rank: int
     group: str
+    number: int = 0
+    """Counts outputs as they are made: every rank makes them in the same order."""
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(element that each local token holds, whether it holds one)."""
@@ -124,7 +127,8 @@ class _Wrap(torch.autograd.Function):
 
 def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
     """This rank's part as a tensor of the global shape, differentiable."""
-    wrapped: torch.Tensor = _Wrap.apply(local, spec)
+    numbered = dataclasses.replace(spec, number=next(_outputs))
+    wrapped: torch.Tensor = _Wrap.apply(local, numbered)
     return wrapped
 
 
@@ -137,21 +141,23 @@ def _agree_to_touch(spec: SplitSpec) -> None:
         When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
     """
     store = dist.distributed_c10d._get_default_store()
-    key = f"ringfx/touch/{spec.group}/{next(_touches)}/{spec.name}"
+    key = f"ringfx/touch/{spec.group}/{spec.number}"
     everyone = [f"{key}/{r}" for r in range(spec.layout.world_size)]
     store.set(everyone[spec.rank], "here")
     try:
         store.wait(everyone, TOUCH_TIMEOUT)
+        verdict = b"go"
     except RuntimeError:
-        missing = [r for r, k in enumerate(everyone) if not store.check([k])]
-        if not missing:
-            return
-        raise AgreementError(
-            f"output {spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
-            f"touched on rank {spec.rank}, but ranks {missing} did not touch it within "
-            f"{TOUCH_TIMEOUT.total_seconds():.0f} s; gathering needs all ranks. Do: touch it on "
-            "every rank (compute before `if rank == 0`), or pass outputs='local' to get each "
-            "rank's own part."
-        ) from None
-
-
+        verdict = b"failed"
+    # The first to know decides for all: a rank that comes late must not gather alone.
+    decided = store.compare_set(f"{key}/verdict", "", verdict.decode())
+    if decided == b"go":
+        return
+    missing = [r for r, k in enumerate(everyone) if not store.check([k])]
+    late = f"ranks {missing} did not touch it" if missing else "not all ranks touched it"
+    raise AgreementError(
+        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was touched on "
+        f"rank {spec.rank}, but {late} within {TOUCH_TIMEOUT.total_seconds():.0f} s; gathering "
+        "needs all ranks. Do: touch it on every rank (compute before `if rank == 0`), or pass "
+        "outputs='local' to get each rank's own part."
+    )

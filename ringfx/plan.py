@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ringfx.errors import InvalidArgument
 from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
@@ -84,6 +84,8 @@ class MemoryPart:
 
     cause: str
     bytes: int
+    kind: Literal["whole", "split", "attention"]
+    """whole: the same with any number of ranks; split: falls with it; attention: of the layers."""
     detail: str = ""
 
 

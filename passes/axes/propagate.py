@@ -160,13 +160,13 @@ def _results(
     return tuple(results)
 
 
-def _bind_new(
-    space: AxisSpace, bound: dict[str, Dim], names: tuple[str, ...], size: int
-) -> None:
+def _bind_new(space: AxisSpace, bound: dict[str, Dim], names: tuple[str, ...], size: int) -> None:
     """Make an axis for a label that no operand carries; its size is what the others leave."""
     unknown = [name for name in names if name not in bound]
     assert len(unknown) <= 1, f"labels {unknown} of one dimension are both unknown"
-    known = space.size(axis for name in names if name in bound for axis in space.resolve(bound[name]))
+    known = space.size(
+        axis for name in names if name in bound for axis in space.resolve(bound[name])
+    )
     for name in unknown:
         bound[name] = space.fresh(size // known)
 

@@ -26,7 +26,9 @@ def functionalize(gm: torch.fx.GraphModule) -> None:
     gm.graph.lint()
 
 
-def _replace(gm: torch.fx.GraphModule, node: torch.fx.Node, order: dict[torch.fx.Node, int]) -> None:
+def _replace(
+    gm: torch.fx.GraphModule, node: torch.fx.Node, order: dict[torch.fx.Node, int]
+) -> None:
     written = node.args[0]
     functional = _functional_counterpart(node.target)
     if functional is None or not isinstance(written, torch.fx.Node):
@@ -59,8 +61,10 @@ def _views_of(node: torch.fx.Node) -> list[torch.fx.Node]:
         user
         for user in node.users
         if isinstance(user.target, OpOverload)
-        and any(r.alias_info is not None and not r.alias_info.is_write
-                for r in user.target._schema.returns)
+        and any(
+            r.alias_info is not None and not r.alias_info.is_write
+            for r in user.target._schema.returns
+        )
         and user.args
         and user.args[0] is node
     ]

@@ -28,9 +28,7 @@ def cross_entropy(
     """Mean cross entropy: the weighted sum over the total weight of the kept targets."""
     if reduction != MEAN:
         return NotImplemented
-    total = aten.cross_entropy_loss.default(
-        x, target, weight, SUM, ignore_index, label_smoothing
-    )
+    total = aten.cross_entropy_loss.default(x, target, weight, SUM, ignore_index, label_smoothing)
     if target.shape == x.shape:  # class probabilities: every row counts
         classes = x.shape[1] if x.dim() > 1 else x.shape[0]
         return total / (x.numel() // classes)
@@ -42,7 +40,9 @@ def cross_entropy(
 
 
 def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    def mean(x: torch.Tensor, target: torch.Tensor, reduction: int = MEAN, *args: Any, **kwargs: Any) -> Any:
+    def mean(
+        x: torch.Tensor, target: torch.Tensor, reduction: int = MEAN, *args: Any, **kwargs: Any
+    ) -> Any:
         if reduction != MEAN:
             return NotImplemented
         count = torch.broadcast_shapes(x.shape, target.shape).numel()

@@ -117,5 +117,3 @@ def _graph_break(gm: torch.fx.GraphModule) -> str | None:
     frames = [f"{f.filename}:{f.lineno}, in {f.name}" for f in reason.user_stack]
     where = frames[-1] if frames else "an unknown frame"
     return f"{where}: {reason.reason.strip().splitlines()[0] if reason.reason else 'graph break'}"
-
-

@@ -76,7 +76,7 @@ def _as_expression(value: torch.Tensor, index: tuple[Expr, ...]) -> Expr | None:
     for d, size in enumerate(value.shape):
         if size < 2:
             continue
-        line = value.movedim(d, -1).flatten(0, -2)
+        line = value.movedim(d, -1).reshape(-1, size)
         row = line[0]
         step = (row[1].to(torch.float64) - row[0].to(torch.float64)).item()
         ramp = first + step * torch.arange(size, dtype=torch.float64)

@@ -226,7 +226,9 @@ def triangle(comparison: str) -> ElementRule:
         row = simplify("add", index[-2], const(call["diagonal"]))
         dtype = call.node.meta["val"].dtype
         inside = simplify(comparison, index[-1], row)
-        return simplify("where", inside, lifter.element(call["self"], index), const(_typed(0, dtype)))
+        return simplify(
+            "where", inside, lifter.element(call["self"], index), const(_typed(0, dtype))
+        )
 
     return rule
 
@@ -234,7 +236,9 @@ def triangle(comparison: str) -> ElementRule:
 def rsub(lifter: Lifter, call: Call, index: Index) -> Expr | None:
     if call["alpha"] != 1:
         return None
-    return simplify("sub", lifter.aligned(call["other"], index), lifter.aligned(call["self"], index))
+    return simplify(
+        "sub", lifter.aligned(call["other"], index), lifter.aligned(call["self"], index)
+    )
 
 
 def divide(lifter: Lifter, call: Call, index: Index) -> Expr | None:
@@ -315,4 +319,3 @@ ELEMENT_RULES: Mapping[object, ElementRule] = {
     aten.tril.default: triangle("le"),
     aten.triu.default: triangle("ge"),
 }  # fmt: skip
-

@@ -54,7 +54,9 @@ def _canonicalize(graph: torch.fx.Graph, candidate: Candidate) -> AttentionSite 
     mask = _mask(candidate, lifter)
     learned = [n.name for n in lifter.captured if needs_grad(n)]
     if learned:
-        return decline(candidate.node, f"its bias {learned[0]} is learned; no ring carries that yet")
+        return decline(
+            candidate.node, f"its bias {learned[0]} is learned; no ring carries that yet"
+        )
     spec = AttentionSpec(
         scale=candidate.scale,
         q_len=int(candidate.q.meta["val"].shape[-2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class Placement:
 
     def is_split(self, node: Node, index: int = 0) -> bool:
         """Whether the value lives split: its call runs split and its result carries a line."""
+        if node.target is operator.getitem:
+            source, place = node.args
+            assert isinstance(source, Node) and isinstance(place, int)
+            return self.is_split(source, place)
         mode = self.modes.get(node)
         carried = self.lines.carried(node, index)
         return mode is not None and not mode.partial and isinstance(carried, Carried)
@@ -125,11 +130,12 @@ def _connect_uses(
     carried = lines.carried(value)
     if not isinstance(carried, Carried) or carried.line != line:
         return
-    vertex = value.name if value in modes else WHOLE
+    maker = value.args[0] if value.target is operator.getitem else value
+    vertex = maker.name if maker in modes else WHOLE  # type: ignore[union-attr]
     gather, cut = f"gather {value.name}", f"slice {value.name}"
     moved = COMMUNICATION * _bytes(value)
     for user in value.users:
-        if user.op == "output":
+        if user.op == "output" or user.target is operator.getitem:
             continue
         form = _wanted(lines, value, user, modes.get(user))
         if form is Form.SPLIT:
@@ -142,9 +148,7 @@ def _connect_uses(
             connect(gather, vertex, moved + 1)
 
 
-def _wanted(
-    lines: Lines, value: Node, user: Node, mode: Split | Unsplittable | None
-) -> Form:
+def _wanted(lines: Lines, value: Node, user: Node, mode: Split | Unsplittable | None) -> Form:
     """The form in which a user that runs split takes the value."""
     if not isinstance(mode, Split):
         return Form.WHOLE

@@ -110,9 +110,7 @@ def _labelled(
     for carried, labels in zip(operands, axes.operands, strict=True):
         names = labels[carried.dim] if labels and isinstance(carried, Carried) else ()
         splits = (
-            _on(carried, line)
-            and len(names) == 1
-            and axes.share_of(names[0]) is not Share.WHOLE
+            _on(carried, line) and len(names) == 1 and axes.share_of(names[0]) is not Share.WHOLE
         )
         forms.append(Form.SPLIT if splits else Form.SHARED)
         active |= set(names) if splits else set()

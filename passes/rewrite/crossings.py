@@ -43,19 +43,12 @@ class Crossings:
                 self._positions.append(self.graph.placeholder(f"positions_{line.index}"))
                 self._orders.append(self.graph.placeholder(f"order_{line.index}"))
 
-    def is_split(self, value: Node) -> bool:
-        if value.target is operator.getitem:
-            source, index = value.args
-            assert isinstance(source, Node) and isinstance(index, int)
-            return self.placement.is_split(source, index)
-        return self.placement.is_split(value)
-
     def convert(self, value: Node, form: Form, user: Node) -> Node:
         """The value in the wanted form, for a user that the plan names as the reason."""
-        split = self.is_split(value)
+        split = self.placement.is_split(value)
         if form is Form.SHARED and not needs_grad(value):
             form = Form.WHOLE
-        if split == (form is Form.SPLIT) and not (form is Form.SHARED):
+        if split == (form is Form.SPLIT) and form is not Form.SHARED:
             return self._natural[value]
         key = (value, form)
         if key not in self._made:
@@ -111,13 +104,15 @@ class Crossings:
         where = self._where(carried)
         index, order = (self._member_node(carried, k) for k in ("index", "order"))
         if form is Form.SPLIT:
-            return self.graph.call_function(collectives.slice_tokens, (natural, index, order, *where))
+            return self.graph.call_function(
+                collectives.slice_tokens, (natural, index, order, *where)
+            )
         whole = value.meta["val"]
         reason = self.placement.reasons.get(user, "it is wanted whole")
-        self._report(value, "gather", whole.numel() * whole.element_size(), f"{_name(user)}: {reason}")
-        function = (
-            collectives.gather_shared if form is Form.SHARED else collectives.gather_tokens
+        self._report(
+            value, "gather", whole.numel() * whole.element_size(), f"{_name(user)}: {reason}"
         )
+        function = collectives.gather_shared if form is Form.SHARED else collectives.gather_tokens
         valid = self._member_node(carried, "valid")
         return self.graph.call_function(function, (natural, index, order, valid, *where))
 

@@ -145,7 +145,7 @@ class _Rewriter:
         split: list[SplitOutput | None] = []
         for value in node.args[0]:  # type: ignore[union-attr]
             carried = self.placement.lines.carried(value) if isinstance(value, Node) else None
-            if isinstance(value, Node) and self.crossings.is_split(value):
+            if isinstance(value, Node) and self.placement.is_split(value):
                 assert isinstance(carried, Carried)
                 shape = tuple(int(s) for s in value.meta["val"].shape)
                 split.append(SplitOutput(carried=carried, shape=shape))

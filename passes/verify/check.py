@@ -46,9 +46,7 @@ def line_inputs(lines: Lines, rank: int, device: torch.device | str) -> list[tor
     return tensors
 
 
-def _fake_inputs(
-    captured: Captured, local: LocalProgram
-) -> tuple[FakeTensorMode, tuple[Any, ...]]:
+def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMode, tuple[Any, ...]]:
     given = [n.meta["val"] for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]
     mode = tensors[0].fake_mode if tensors else FakeTensorMode()  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share
@@ -51,8 +53,39 @@ def einsum(call: Call) -> OpAxes:
         (c,) if size != 1 else () for c, size in zip(right, call.result_shape, strict=True)
     )
     summed = sorted(set("".join(terms)) - set(right))
-    fill = {i: 0 for i in range(len(terms))}
+    fill = dict.fromkeys(range(len(terms)), 0)
     return OpAxes(operands=operands, results=(result_labels,), share=shares(sum=summed), fill=fill)
+
+
+def convolution(call: Call) -> OpAxes:
+    """Batch stays local; space too where the kernel sees one point; channels are contracted."""
+    names = ("input", "weight", "bias")
+    x, w = call.shape("input"), call.shape("weight")
+    stride = call["stride"]
+    points = [w[2 + i] == 1 and _at(stride, i) == 1 for i in range(len(x) - 2)]
+    space = [(f"s{i}",) if point else (f"in{i}",) for i, point in enumerate(points)]
+    after = [(f"s{i}",) if point else (f"out{i}",) for i, point in enumerate(points)]
+    by_name: dict[str, Labels] = {
+        "input": _sized((("n",), ("c",), *space), x),
+        "weight": _sized((("o",), ("w",), *((f"k{i}",) for i in range(len(space)))), w),
+        "bias": (("o",),),
+    }
+    labels = tuple(by_name[name] for name in names if call[name] is not None)
+    seen = [dim[0] for dim in (*space, *after) if not dim[0].startswith("s")]
+    return OpAxes(
+        operands=labels,
+        results=(_sized((("n",), ("o",), *after), call.result_shape),),
+        share=shares(whole=["c", "w", *seen]),
+        reason="its kernel sees neighbours along the axis",
+    )
+
+
+def _at(value: int | Sequence[int], i: int) -> int:
+    return value if isinstance(value, int) else value[i % len(value)]
+
+
+def _sized(labels: Labels, shape: Sequence[int]) -> Labels:
+    return tuple(label if size != 1 else () for label, size in zip(labels, shape, strict=True))
 
 
 def _all_whole(shape: torch.Size, prefix: object) -> Labels:
@@ -82,5 +115,12 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         self="... r c", batch1="b r m", batch2="b m c", out="b r c", whole="m"
     ),
     aten.einsum.default: einsum,
+    **{
+        op: convolution
+        for op in (
+            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+            aten.convolution.default, aten.conv1d.padding, aten.conv2d.padding,
+        )
+    },
     aten.outer.default: axes(self="r", vec2="c", out="r c"),
 }

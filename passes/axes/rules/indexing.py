@@ -52,7 +52,9 @@ def index(call: Call) -> OpAxes:
     first = at[0] if adjacent else 0
     out = (*rest[:first], *picked, *rest[first:])
     operand_labels = [
-        tuple((f"i{len(picked_shape) - len(s) + n}",) if size != 1 else () for n, size in enumerate(s))
+        tuple(
+            (f"i{len(picked_shape) - len(s) + n}",) if size != 1 else () for n, size in enumerate(s)
+        )
         for s in shapes
     ]
     return OpAxes(
@@ -86,7 +88,9 @@ def gather(call: Call) -> OpAxes:
 
 def one_hot(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
-    return OpAxes(operands=(labels,), results=((*labels, ("class",)),), share=shares(whole=["class"]))
+    return OpAxes(
+        operands=(labels,), results=((*labels, ("class",)),), share=shares(whole=["class"])
+    )
 
 
 def _opaque(call: Call, reason: str) -> OpAxes:
@@ -100,7 +104,6 @@ def _opaque(call: Call, reason: str) -> OpAxes:
     )
     every = [x for dims in (*operands, *results) for dim in dims for x in dim]
     return OpAxes(operands=operands, results=results, share=shares(whole=every), reason=reason)
-
 
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {

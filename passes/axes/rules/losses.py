@@ -55,7 +55,7 @@ def elementwise_loss(call: Call) -> OpAxes:
         share=shares(
             sum=summed if reduction == SUM else [], whole=summed if reduction == MEAN else []
         ),
-        fill={i: 0 for i in range(len(operands))} if reduction == SUM else {},
+        fill=dict.fromkeys(range(len(operands)), 0) if reduction == SUM else {},
     )
 
 

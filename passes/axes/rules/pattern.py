@@ -54,7 +54,7 @@ def axes(
 
 
 def shares(*, sum: Iterable[str] = (), whole: Iterable[str] = ()) -> dict[str, Share]:
-    return {label: Share.SUM for label in sum} | {label: Share.WHOLE for label in whole}
+    return dict.fromkeys(sum, Share.SUM) | dict.fromkeys(whole, Share.WHOLE)
 
 
 def leading(rank: int) -> list[str]:

@@ -26,9 +26,7 @@ def elementwise(call: Call) -> OpAxes:
 def broadcast(shape: Sequence[int], result: Sequence[int]) -> Labels:
     """Labels ``d0, d1, ...`` of the result's dimensions, aligned to the right."""
     skipped = len(result) - len(shape)
-    return tuple(
-        (f"d{i + skipped}",) if size != 1 else () for i, size in enumerate(shape)
-    )
+    return tuple((f"d{i + skipped}",) if size != 1 else () for i, size in enumerate(shape))
 
 
 def dropout(call: Call) -> OpAxes:
@@ -68,6 +66,6 @@ _COMPOSITES = (
 )  # fmt: skip
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
-    **{op: elementwise for op in _COMPOSITES},
+    **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
 }

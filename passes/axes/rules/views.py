@@ -77,9 +77,7 @@ def unsqueeze(call: Call) -> OpAxes:
 def expand(call: Call) -> OpAxes:
     result = numbered(call.result_shape)
     skipped = len(result) - len(call.shapes[0])
-    given = tuple(
-        result[i + skipped] if size != 1 else () for i, size in enumerate(call.shapes[0])
-    )
+    given = tuple(result[i + skipped] if size != 1 else () for i, size in enumerate(call.shapes[0]))
     return OpAxes(operands=(given,), results=(result,), size_arg="size")
 
 
@@ -295,15 +293,7 @@ def triangle(call: Call) -> OpAxes:
 
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
-    **{
-        op: regroup
-        for op in (
-            aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-            aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim,
-            aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default, aten.ravel.default,
-            aten.atleast_2d.default, aten.atleast_1d.default,
-        )
-    },
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default, aten.ravel.default, aten.atleast_2d.default, aten.atleast_1d.default), regroup),
     aten.permute.default: permute,
     aten.transpose.int: transpose,
     aten.swapaxes.default: lambda call: _swap(call, "axis0", "axis1"),
