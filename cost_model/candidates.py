@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ringfx.cost_model.formulas import Prediction, predict
 from ringfx.cost_model.profile import Profile
 from ringfx.passes.values import AttentionSite
 from ringfx.strategies import Refusal, Strategy
 
-__all__ = ["Candidates", "candidates"]
+__all__ = ["Candidates", "all_candidates", "candidates"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,27 @@ class Candidates:
     options: tuple[Prediction, ...]
     """Fastest first; ties in the order of the table."""
     refused: Mapping[str, Refusal]
+    local_only: bool = False
+    """One rank: no strategy has anything to split, all are a local kernel."""
     noise: float = 1.0
     """Options whose times differ by less than this ratio are ties."""
+
+
+def all_candidates(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    profile: Profile,
+    table: Mapping[str, Strategy],
+) -> list[Candidates]:
+    """The candidates of every site; sites that are equal but for their names are costed once."""
+    known: dict[AttentionSite, Candidates] = {}
+    found = []
+    for site in sites:
+        kind = replace(site, node="", name="", source="")
+        if kind not in known:
+            known[kind] = candidates(site, world_size, profile, table)
+        found.append(replace(known[kind], site=site))
+    return found
 
 
 def candidates(
@@ -33,4 +52,10 @@ def candidates(
     options = [predict(site, n, world_size, profile) for n, no in answers.items() if no is None]
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
-    return Candidates(site=site, options=ordered, refused=refused, noise=profile.noise)
+    return Candidates(
+        site=site,
+        options=ordered,
+        refused=refused,
+        local_only=world_size == 1 and profile.kind != "observed",
+        noise=profile.noise,
+    )

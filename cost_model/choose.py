@@ -11,10 +11,9 @@ Saved tensors add up over the layers, workspaces are reused, so the layers are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from ringfx.cost_model.budget import Menu, assign
-from ringfx.cost_model.candidates import Candidates, candidates
+from ringfx.cost_model.candidates import Candidates, all_candidates
 from ringfx.cost_model.formulas import Prediction
 from ringfx.cost_model.infeasible import Problem, explain_infeasible
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
@@ -66,7 +65,7 @@ def choose(
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return [candidates(site, world_size, profile, strategies) for site in sites]
+        return all_candidates(sites, world_size, profile, strategies)
 
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
@@ -88,7 +87,7 @@ def choose(
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
     return tuple(
-        _layer_plan(offer, menu[i], override, world_size, gpu_memory)
+        _layer_plan(offer, menu[i], override, gpu_memory)
         for offer, menu, i, override in zip(offers, menus, picked, overrides, strict=True)
     )
 
@@ -104,14 +103,10 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
         return tuple(o for o in offer.options if o.strategy == override.strategy)
     if not offer.options:
         raise StrategyRefused(_no_strategy(offer, world_size))
-    if world_size == 1 and _all_alike(offer.options):
+    if offer.local_only:
         local = tuple(o for o in offer.options if o.strategy == "production")
         return local or offer.options[:1]
     return offer.options
-
-
-def _all_alike(options: Sequence[Prediction]) -> bool:
-    return len({replace(option, strategy="") for option in options}) == 1
 
 
 def _refusal(offer: Candidates, override: Override) -> str:
@@ -148,16 +143,12 @@ def _where(site: AttentionSite) -> str:
 
 
 def _layer_plan(
-    offer: Candidates,
-    chosen: Prediction,
-    override: Override | None,
-    world_size: int,
-    gpu_memory: int | None,
+    offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
 ) -> LayerPlan:
     return LayerPlan(
         site=offer.site,
         strategy=chosen.strategy,
-        reason=_reason(offer, chosen, override, world_size, gpu_memory),
+        reason=_reason(offer, chosen, override, gpu_memory),
         kernel=chosen.kernel,
         forward_ms=chosen.forward_ms,
         backward_ms=chosen.backward_ms,
@@ -170,13 +161,9 @@ def _layer_plan(
 
 
 def _reason(
-    offer: Candidates,
-    chosen: Prediction,
-    override: Override | None,
-    world_size: int,
-    gpu_memory: int | None,
+    offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
 ) -> str:
-    if world_size == 1 and _all_alike(offer.options):
+    if offer.local_only and override is None:
         return "one rank: the local kernel"
     others = [o for o in offer.options if o.strategy != chosen.strategy]
     if override is not None:

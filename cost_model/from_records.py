@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ringfx.cost_model.fit import Fit, Matrix, fit_nonnegative, leave_one_out
-from ringfx.cost_model.formulas import flops_per_pair, message_steps
 from ringfx.cost_model.profile import Direction, KernelRow, LinkRow, MemoryRow, Profile, Scope
 from ringfx.cost_model.records import AttentionRecord, MessageRecord
+from ringfx.cost_model.terms import flops_per_pair, message_steps
 
 __all__ = ["Quality", "fit_kernels", "fit_links", "fit_memory", "observed_profile"]
 
@@ -61,6 +61,7 @@ def observed_profile(
         ranks_per_node=1,
         memory_gbytes_per_s=None,
         memory_origin="not in the records",
+        fused_kernel="none",
         kernels=kernels,
         links=(),
         memory=memory,

@@ -11,9 +11,9 @@ from ringfx.errors import RingfxError
 from ringfx.passes.values import AttentionSite
 from ringfx.plan_text import format_bytes
 
-__all__ = ["MAX_WORLD_SIZE", "Problem", "explain_infeasible"]
+__all__ = ["MAX_WORLD_SIZE", "Problem", "explain_infeasible", "scaled_site"]
 
-MAX_WORLD_SIZE = 65_536
+MAX_WORLD_SIZE = 4096
 """Where the search for a world size that fits ends."""
 
 Menus: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Menu]]
@@ -74,7 +74,7 @@ def _attention(
 
 def _fits(problem: Problem, world_size: int, scale: float = 1.0) -> bool:
     """Whether so many ranks hold the model with its sequences scaled."""
-    sites = [_scaled(site, scale) for site in problem.sites]
+    sites = [scaled_site(site, scale) for site in problem.sites]
     try:
         attention = sum(_attention(sites, world_size, problem))
     except RingfxError:
@@ -107,7 +107,8 @@ def _longest_sequence(problem: Problem) -> int:
     return low
 
 
-def _scaled(site: AttentionSite, scale: float) -> AttentionSite:
+def scaled_site(site: AttentionSite, scale: float) -> AttentionSite:
+    """The same attention over sequences of another length."""
     spec = site.spec
     q_len, kv_len = (max(1, round(n * scale)) for n in (spec.q_len, spec.kv_len))
     return replace(site, spec=replace(spec, q_len=q_len, kv_len=kv_len))

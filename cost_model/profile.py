@@ -41,10 +41,9 @@ Kind = Literal["measured", "published", "assumed", "observed"]
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRow:
-    """Time of one call of an attention kernel, linear in its work with no negative term.
+    """Time of calls of an attention kernel, linear in its work with no negative term.
 
-    seconds = call_us / 1e6 + flops / (gflops * 1e9), where flops are those of the kept (query, key)
-    pairs; see ``formulas.kernel_seconds``.
+    See ``ringfx.cost_model.terms.kernel_seconds``.
     """
 
     kernel: str
@@ -53,6 +52,8 @@ class KernelRow:
     call_us: float
     gflops: float
     origin: str
+    ns_per_pair: float = 0.0
+    """What a (query, key) pair costs whatever the head dims: its part of the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,14 @@ class Profile:
     memory_gbytes_per_s: float | None
     """Speed at which one rank reads and writes its own memory; None where nobody measured it."""
     memory_origin: str
+    fused_kernel: str
+    """The kernel that runs unless a strategy or a soft cap asks for plain products."""
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
+    mask_ns_per_pair: float = 0.0
+    """What evaluating a mask costs for each pair of a tile that needs it."""
+    overlap: float = 1.0
+    """Share of a message that compute really hides: 0 none, 1 all."""
     memory: tuple[MemoryRow, ...] = ()
     """Only in observed profiles; elsewhere memory follows from the formulas."""
     noise: float = 1.0
@@ -234,6 +241,8 @@ def _check(profile: Profile, where: str) -> None:
     speed = profile.memory_gbytes_per_s
     if (speed is not None and speed <= 0) or profile.ranks_per_node < 1:
         raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
+    if not (0 <= profile.overlap <= 1 and profile.mask_ns_per_pair >= 0):
+        raise ProfileError(f"profile {where}: overlap is a share from 0 to 1, mask time positive.")
     if profile.noise < 1:
         raise ProfileError(f"profile {where}: noise is a ratio of 1 or more, not {profile.noise}.")
     rates = [(row.gflops, row.call_us, row.origin) for row in profile.kernels]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["parse_bytes", "parse_tokens"]
+__all__ = ["parse_bytes", "parse_rate", "parse_tokens"]
 
 BYTE_UNITS: Mapping[str, int] = {
     "": 1,
@@ -52,6 +52,28 @@ def _bytes(size: int | str) -> int:
             ' Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
         )
     return round(float(match[1].replace("_", "")) * BYTE_UNITS[match[2].lower()])
+
+
+def parse_rate(text: str) -> float:
+    """Bytes a second from a text such as ``50GB/s``; network speeds in bits as ``1Gbit/s``.
+
+    >>> parse_rate("50GB/s"), parse_rate("100 Mbit/s"), parse_rate("1GiB/s")
+    (50000000000.0, 12500000.0, 1073741824.0)
+
+    Raises
+    ------
+    InvalidArgument
+        The text is no speed, or it is not positive.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)/s\s*", text)
+    unit = match[2].lower() if match else ""
+    bits = unit.removesuffix("bit") + "b"
+    factor = BYTE_UNITS.get(bits, 0) / 8 if unit.endswith("bit") else BYTE_UNITS.get(unit, 0)
+    if match is None or not factor or not (rate := float(match[1]) * factor):
+        raise InvalidArgument(
+            f'{text!r} is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'
+        )
+    return rate
 
 
 def parse_tokens(count: int | str) -> int:

@@ -62,8 +62,8 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
         ),
         "memory": MemoryPlan(
             parts=(
-                MemoryPart(cause="parameters", bytes=2**34),
-                MemoryPart(cause="logits", bytes=2**30, detail="split"),
+                MemoryPart(cause="parameters", bytes=2**34, kind="whole"),
+                MemoryPart(cause="logits", bytes=2**30, kind="split", detail="split"),
             ),
             unknown=("optimiser state",),
         ),

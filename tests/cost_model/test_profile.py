@@ -155,7 +155,7 @@ def test_a_missing_kernel_and_a_missing_link_are_errors_not_guesses() -> None:
 
 def test_float32_stands_in_for_a_missing_dtype_and_is_announced() -> None:
     cpu = shipped("cpu-default")
-    assert cpu.kernel("flash", "float64", "forward") == cpu.kernel("flash", "float32", "forward")
+    assert cpu.kernel("math", "float64", "forward") == cpu.kernel("math", "float32", "forward")
     assert cpu.missing_rows(["float64", "float32"]) == (
         "profile cpu-default has no float64 kernels: float32 figures stand in",
     )

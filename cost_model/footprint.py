@@ -1,0 +1,103 @@
+"""Bytes that an attention holds only while it runs, from the buffers that ``ringfx/ops`` makes.
+
+q, kv, o: elements of a rank's queries, of its keys and values together, of its output; r: rows of
+the output over all heads; e bytes of an element, a of a sum (float32); p ranks; c copies of K/V
+heads; s scores of a stored tile over all heads. The larger of forward and backward counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import lcm
+
+from ringfx.cost_model.local import Local
+from ringfx.cost_model.terms import stored_tile
+
+__all__ = ["workspace_bytes"]
+
+STORED_TILES = 3
+"""Tiles of scores that the math kernel holds at once, backward: P, dP and a copy."""
+
+
+def workspace_bytes(local: Local, strategy: str) -> int:
+    """Bytes beyond q, k, v, the output, its logsumexp and the gradients that are handed over."""
+    forward, backward = FOOTPRINTS[strategy if local.world_size > 1 else "local"]
+    tiles = _stored_tiles(local) if strategy == "simple" or local.site.spec.soft_cap else 0
+    return tiles + max(forward(local), backward(local) if local.site.trains else 0)
+
+
+def _stored_tiles(local: Local) -> int:
+    side = stored_tile(local.site)
+    sides = min(side, local.q_len) * min(side, local.kv_len)
+    heads = local.site.batch * local.site.heads
+    return STORED_TILES * heads * sides * local.accumulator_bytes
+
+
+def _output(local: Local) -> int:
+    """The running output o a + r a, and the kernel's own result of a tile, o e + r a."""
+    out, rows = local.out_items, local.rows
+    return (out + 2 * rows) * local.accumulator_bytes + out * local.itemsize
+
+
+def _ring_forward(local: Local) -> int:
+    """2 kv e: the block at hand and the one that arrives; and the output."""
+    return 2 * local.kv_items * local.itemsize + _output(local)
+
+
+def _simple_backward(local: Local) -> int:
+    """2 kv e + (q + kv) a for the sums + 2 kv a: gradients packed and arriving."""
+    sums = local.q_items + local.kv_items
+    return (
+        2 * local.kv_items * local.itemsize + (sums + 2 * local.kv_items) * local.accumulator_bytes
+    )
+
+
+def _production_backward(local: Local) -> int:
+    """2 kv e + (q + kv) a + 4 kv a: own sums; this hop's share, packed, sent, arriving."""
+    return _simple_backward(local) + 2 * local.kv_items * local.accumulator_bytes
+
+
+def _collective_forward(local: Local) -> int:
+    """o a + (2p + 1) kv e: own block packed, all blocks as they arrive, and in order."""
+    gathered = (2 * local.world_size + 1) * local.kv_items * local.itemsize
+    return local.out_items * local.accumulator_bytes + gathered
+
+
+def _collective_backward(local: Local) -> int:
+    """p kv e + (q + 3 p kv) a: K, V whole; dK, dV whole, cut for each rank, and stacked."""
+    whole = local.world_size * local.kv_items
+    return whole * local.itemsize + (local.q_items + 3 * whole) * local.accumulator_bytes
+
+
+def _copies(local: Local) -> int:
+    return lcm(local.site.kv_heads, local.world_size) // local.site.kv_heads
+
+
+def _ulysses_forward(local: Local) -> int:
+    """(q + c kv) e by heads, o a, and 3 (o + r) a while the output goes back."""
+    by_heads = (local.q_items + _copies(local) * local.kv_items) * local.itemsize
+    back = 3 * (local.out_items + local.rows) + local.out_items
+    return by_heads + back * local.accumulator_bytes
+
+
+def _ulysses_backward(local: Local) -> int:
+    """(q + 2 o + c kv) e by heads, (q + c kv) a for the sums, 2 q a while they go back."""
+    kv = _copies(local) * local.kv_items
+    by_heads = (local.q_items + 2 * local.out_items + kv) * local.itemsize
+    return by_heads + (3 * local.q_items + kv) * local.accumulator_bytes
+
+
+def _local_backward(local: Local) -> int:
+    """(q + kv) a for the sums, and the kernel's own gradients (q + kv) e."""
+    items = local.q_items + local.kv_items
+    return items * (local.accumulator_bytes + local.itemsize)
+
+
+FOOTPRINTS: Mapping[str, tuple[Callable[[Local], int], Callable[[Local], int]]] = {
+    #              forward              backward
+    "simple": (_ring_forward, _simple_backward),
+    "collective": (_collective_forward, _collective_backward),
+    "production": (_ring_forward, _production_backward),
+    "ulysses": (_ulysses_forward, _ulysses_backward),
+    "local": (_output, _local_backward),
+}

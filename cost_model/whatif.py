@@ -1,0 +1,186 @@
+"""The same model elsewhere: more ranks, another link, another length, another budget.
+
+The attention sites of a plan do not depend on where it runs, so a changed plan needs no model: the
+strategies are chosen again for the same sites. What was derived from the split program itself
+(placements outside attention) is not derived again, and the changed plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ringfx.cost_model.choose import choose
+from ringfx.cost_model.infeasible import scaled_site
+from ringfx.cost_model.overrides import AUTO, StrategyChoice
+from ringfx.cost_model.profile import Profile
+from ringfx.cost_model.quantities import parse_bytes, parse_rate, parse_tokens
+from ringfx.errors import InvalidArgument, RingfxError
+from ringfx.layout import Layout
+from ringfx.passes.values import TokenAxis
+from ringfx.plan import Plan
+
+__all__ = ["Change", "longest_sequence", "parse_change", "replan", "sweep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What differs; None is as it was."""
+
+    world_size: int | None = None
+    seq_len: int | None = None
+    gpu_memory: int | None = None
+    link_bytes_per_s: float | None = None
+    """Bandwidth of every link."""
+    latency_us: float | None = None
+    """Latency of every link."""
+
+
+def parse_change(text: str) -> Change:
+    """A change from ``name=value`` pairs with commas between.
+
+    >>> parse_change("world-size=16,link=50GB/s")
+    Change(world_size=16, seq_len=None, gpu_memory=None, link_bytes_per_s=50000000000.0, \
+latency_us=None)
+
+    Raises
+    ------
+    InvalidArgument
+        An unknown name or a value of the wrong kind; the text lists the names.
+    """
+    given: dict[str, int | float] = {}
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        if name.strip() not in FIELDS or not value:
+            raise InvalidArgument(
+                f"{pair!r} is no change. Do: give pairs such as world-size=16,link=50GB/s;"
+                f" names: {', '.join(FIELDS)}."
+            )
+        field, parse = FIELDS[name.strip()]
+        given[field] = parse(value.strip())
+    return Change(**given)  # type: ignore[arg-type]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise InvalidArgument(f"{text!r} is not a whole number above 0.")
+    return int(text)
+
+
+FIELDS: Mapping[str, tuple[str, Callable[[str], int | float]]] = {
+    "world-size": ("world_size", _count),
+    "seq-len": ("seq_len", parse_tokens),
+    "gpu-memory": ("gpu_memory", parse_bytes),
+    "link": ("link_bytes_per_s", parse_rate),
+    "latency-us": ("latency_us", lambda text: float(_count(text))),
+}
+
+
+def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoice = AUTO) -> Plan:
+    """The plan of the same model under a change, strategies chosen again for all layers.
+
+    Raises
+    ------
+    OutOfMemory, StrategyRefused
+        As ``choose`` does.
+    """
+    world_size = change.world_size or plan.world_size
+    scale = 1.0 if change.seq_len is None else change.seq_len / tokens(plan)
+    sites = [scaled_site(layer.site, scale) for layer in plan.layers]
+    budget = change.gpu_memory or plan.gpu_memory
+    fixed, split = outside_bytes(plan)
+    layers = choose(
+        sites,
+        world_size=world_size,
+        profile=changed_profile(profile, change),
+        gpu_memory=budget,
+        strategy=strategy,
+        fixed_bytes=fixed,
+        split_bytes=round(split * scale * plan.world_size / world_size),
+    )
+    return replace(
+        plan,
+        world_size=world_size,
+        gpu_memory=budget,
+        layers=layers,
+        axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
+        reshardings=(),
+        memory=replace(plan.memory, parts=()),
+        notes=(*plan.notes, "attention only: what moves outside it was not derived again"),
+    )
+
+
+def changed_profile(profile: Profile, change: Change) -> Profile:
+    """The profile with the links that the change names."""
+    gbytes = None if change.link_bytes_per_s is None else change.link_bytes_per_s / 1e9
+    links = tuple(
+        replace(
+            row,
+            gbytes_per_s=row.gbytes_per_s if gbytes is None else gbytes,
+            latency_us=row.latency_us if change.latency_us is None else change.latency_us,
+        )
+        for row in profile.links
+    )
+    return replace(profile, links=links)
+
+
+def tokens(plan: Plan) -> int:
+    """The length that a change of ``seq_len`` speaks of: that of the longest sequence."""
+    return max((layer.site.kv_len for layer in plan.layers), default=1)
+
+
+def outside_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of one rank outside attention: those that stay with more ranks, and that split."""
+    fixed = sum(part.bytes for part in plan.memory.parts if part.kind == "whole")
+    split = sum(part.bytes for part in plan.memory.parts if part.kind == "split")
+    return fixed, split
+
+
+def _changed_axis(axis: TokenAxis, scale: float, world_size: int) -> TokenAxis:
+    length = max(1, round(axis.length * scale))
+    local = Layout(axis.layout, length, world_size).local_length
+    return replace(axis, length=length, local_length=local)
+
+
+# --- many at once -------------------------------------------------------------------------------
+
+
+def sweep(
+    plan: Plan, changes: Sequence[Change], profile: Profile, strategy: StrategyChoice = AUTO
+) -> tuple[Plan | RingfxError, ...]:
+    """The plan under each change, or why there is none."""
+    found: list[Plan | RingfxError] = []
+    for change in changes:
+        try:
+            found.append(replan(plan, change, profile, strategy))
+        except RingfxError as error:
+            found.append(error)
+    return tuple(found)
+
+
+def longest_sequence(
+    plan: Plan, profile: Profile, strategy: StrategyChoice = AUTO, limit: int = 2**40
+) -> int:
+    """The longest sequence for which a choice of strategies fits the plan's budget; 0: none.
+
+    Raises
+    ------
+    InvalidArgument
+        The plan has no budget, so every length fits.
+    """
+    if plan.gpu_memory is None:
+        raise InvalidArgument(
+            "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
+        )
+
+    def fits(seq_len: int) -> bool:
+        (result,) = sweep(plan, [Change(seq_len=seq_len)], profile, strategy)
+        return isinstance(result, Plan)
+
+    low, high = 0, plan.world_size
+    while high < limit and fits(high):
+        low, high = high, 2 * high
+    while high - low > plan.world_size:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

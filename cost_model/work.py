@@ -1,0 +1,144 @@
+"""How much of a score matrix each rank computes, from the very pieces that the operators compute.
+
+``ringfx.ops.pieces`` cuts a mask into what is computed; here the same pieces are counted, for a few
+ranks that stand for all, once for each mask, layout and number of ranks. Nothing is evaluated: a
+mask that depends on data counts as computed wherever positions do not rule it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+
+from ringfx.layout import Layout, LayoutKind
+from ringfx.ops.pieces import Piece, Run, Tiling, pieces, runs_of
+from ringfx.spec import AttentionSpec
+from ringfx.tiles import conjunction, inputs_used, terms
+
+__all__ = ["MASKED_TILE", "Work", "gathered_work", "ring_work", "whole_work"]
+
+MASKED_TILE = 512
+"""Side of a tile whose mask is evaluated, as ``ringfx.ops.attention`` cuts it."""
+
+MAX_BANDS = 256
+"""Bands of queries in which a mask is looked at; longer runs are looked at more coarsely."""
+
+FEW_RANKS = 8
+"""Up to so many ranks all are counted; of more, the first, middle and last stand for the others."""
+
+NEAR_HOPS = 8
+FAR_HOPS = 24
+"""Hops that are counted one by one, and how many stand for the hops beyond."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed for one (batch, head) pair."""
+
+    calls: float = 0.0
+    """Kernel calls; one serves all batch rows and heads."""
+    pairs: float = 0.0
+    """(query, key) pairs computed."""
+    masked_pairs: float = 0.0
+    """Those of them whose mask or bias is evaluated."""
+    causal_rows: float = 0.0
+    """Query rows that lie on a diagonal."""
+    q_rows: float = 0.0
+    """Rows of the output merged, or of dq added, over all calls."""
+    k_rows: float = 0.0
+    """Rows of dK and dV added, over all calls."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def ring_work(
+    spec: AttentionSpec, layout: LayoutKind, world_size: int
+) -> tuple[tuple[Work, ...], ...]:
+    """For some ranks the work of each hop; hops after the last that any of them needs are left out.
+
+    Hop t of rank r meets the keys of rank r - t.
+    """
+    counted, full_like = _positional(spec)
+    table = [
+        tuple(
+            _hop(counted, full_like, layout, world_size, rank, hop) for hop in _all_hops(world_size)
+        )
+        for rank in _some_ranks(world_size)
+    ]
+    last = max((i for row in table for i, work in enumerate(row) if work.pairs), default=0)
+    return tuple(row[: last + 1] for row in table)
+
+
+def gathered_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> tuple[Work, ...]:
+    """For some ranks the work of their queries over all keys at once."""
+    counted, full_like = _positional(spec)
+    return tuple(
+        _gathered(counted, full_like, layout, world_size, rank) for rank in _some_ranks(world_size)
+    )
+
+
+def whole_work(spec: AttentionSpec) -> Work:
+    """All queries over all keys: one rank, or one rank's heads."""
+    return gathered_work(spec, "contiguous", 1)[0]
+
+
+def _positional(spec: AttentionSpec) -> tuple[AttentionSpec, bool]:
+    """The mask as far as it follows from positions, and whether data mask all that is left."""
+    by_position = [term for term in terms(spec.keep) if not inputs_used(term)]
+    depends_on_data = len(by_position) < len(terms(spec.keep)) or spec.bias is not None
+    keep = conjunction(*by_position)
+    return replace(spec, keep=keep, bias=None, scale=1.0, soft_cap=None), depends_on_data
+
+
+def _some_ranks(world_size: int) -> Sequence[int]:
+    if world_size <= FEW_RANKS:
+        return range(world_size)
+    middle = world_size // 2
+    return 0, 1, middle - 1, middle, world_size - 2, world_size - 1
+
+
+def _all_hops(world_size: int) -> Sequence[int]:
+    """Every hop, or for many ranks the counted hop that stands for each."""
+    far = max(1, -(-(world_size - NEAR_HOPS) // FAR_HOPS))
+    return [h if h < NEAR_HOPS else h - (h - NEAR_HOPS) % far for h in range(world_size)]
+
+
+@lru_cache(maxsize=65_536)
+def _hop(
+    spec: AttentionSpec, masked: bool, layout: LayoutKind, world_size: int, rank: int, hop: int
+) -> Work:
+    keys = runs_of(Layout(layout, spec.kv_len, world_size), (rank - hop) % world_size)
+    return _count(spec, masked, runs_of(Layout(layout, spec.q_len, world_size), rank), keys)
+
+
+@lru_cache(maxsize=4096)
+def _gathered(
+    spec: AttentionSpec, masked: bool, layout: LayoutKind, world_size: int, rank: int
+) -> Work:
+    queries = runs_of(Layout(layout, spec.q_len, world_size), rank)
+    return _count(spec, masked, queries, (Run(0, 0, spec.kv_len),))
+
+
+def _count(spec: AttentionSpec, masked: bool, queries: Sequence[Run], keys: Sequence[Run]) -> Work:
+    longest = max((run.length for run in queries), default=1)
+    tiling = Tiling(masked=max(MASKED_TILE, -(-longest // MAX_BANDS)))
+    found = pieces(spec, queries, keys, tiling, b=(0, 1), h=(0, 1), inputs=None)
+    return sum((_work(piece, masked) for piece in found), Work())
+
+
+def _work(piece: Piece, masked: bool) -> Work:
+    """A diagonal computes its lower half; where data mask, every tile is a call of its own."""
+    q, k = piece.q.length, piece.k.length
+    area = q * k
+    pairs = q * (k + 1) / 2 if piece.causal else area
+    is_masked = masked or piece.keep is not None
+    return Work(
+        calls=max(1.0, area / MASKED_TILE**2) if masked else 1.0,
+        pairs=pairs,
+        masked_pairs=pairs if is_masked else 0.0,
+        causal_rows=q if piece.causal else 0.0,
+        q_rows=q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
+        k_rows=k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
+    )
