@@ -74,7 +74,7 @@ def add(
         total = sums[args[0]]
         assert total is not None, "only inputs that asked for a gradient are reached"
         places = [evaluate(e, index, inputs) for e in args[1:]]
-        shape = torch.broadcast_shapes(*(place.shape for place in places))
+        shape = inputs[args[0]][tuple(places)].shape
         summed = gradient_BHQK.sum_to_size(shape).to(total.dtype)
         total.index_put_(tuple(places), summed, accumulate=True)
         return
@@ -83,5 +83,6 @@ def add(
     pulled = PULL_RULES[head](gradient_BHQK, result, *values)
     for part, value, gradient in zip(args, values, pulled, strict=True):
         if gradient is not None:
-            shape = (1,) * (gradient.dim() - value.dim()) + tuple(value.shape)
-            add(part, gradient.sum_to_size(shape), index, inputs, sums)
+            ones = (1,) * (gradient.dim() - value.dim())
+            summed = gradient.sum_to_size(ones + tuple(value.shape))
+            add(part, summed, index, inputs, sums)

@@ -61,7 +61,7 @@ def mean_gradient(problem: Problem, dv_BGKE: Tensor, dout_BHQE: Tensor, lse_BHQ:
     """Adds what the rows of ``fill_mean`` give to every value."""
     rows_BHQ = _without_keys(problem, lse_BHQ)
     sum_BHE = (dout_BHQE.to(dv_BGKE.dtype) * rows_BHQ[..., None]).sum(2)
-    sum_BGE = sum_BHE.unflatten(1, (dv_BGKE.shape[1], -1)).sum(2)
+    sum_BGE = sum_BHE.view(*dv_BGKE.shape[:2], -1, dv_BGKE.shape[3]).sum(2)
     sum_BGE = problem.ranks.all_reduce("backward: mean of v", sum_BGE)
     real_K = _real_keys(problem, dv_BGKE.device)
     dv_BGKE.add_((sum_BGE / problem.spec.kv_len)[:, :, None] * real_K[None, None, :, None])

@@ -22,7 +22,17 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as F
 
-__all__ = ["Kernel", "Scores", "accumulation_dtype", "choose"]
+__all__ = [
+    "CPU_FLASH",
+    "MATH",
+    "Kernel",
+    "Scores",
+    "accumulation_dtype",
+    "choose",
+    "finite",
+    "math_backward",
+    "same_head_dims",
+]
 
 aten = torch.ops.aten
 Tensor: TypeAlias = torch.Tensor
@@ -104,7 +114,7 @@ def _math_forward(
 ) -> tuple[Tensor, Tensor]:
     s_BHQK, _ = _math_scores(q_BHQD, k_BGKD, scores)
     lse_BHQ = torch.logsumexp(s_BHQK, dim=-1)
-    p_BHQK = s_BHQK.sub_(_finite(lse_BHQ)[..., None]).exp_()
+    p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
     p_BGRK = _grouped(p_BHQK, v_BGKE.shape[1])
     out_BGRE = p_BGRK @ v_BGKE.to(p_BGRK.dtype)
     return out_BGRE.view(*q_BHQD.shape[:3], v_BGKE.shape[-1]), lse_BHQ
@@ -140,7 +150,7 @@ def math_backward(
     G = k_BGKD.shape[1]
     s_BHQK, tanh_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
     kept_in = s_BHQK.dtype
-    p_BHQK = s_BHQK.sub_(_finite(lse_BHQ)[..., None]).exp_()
+    p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
     dout_BGRE = _grouped(dout_BHQE.to(kept_in), G)
     dv_BGKE = _grouped(p_BHQK, G).transpose(-1, -2) @ dout_BGRE
     delta_BHQ = (dout_BHQE.to(kept_in) * out_BHQE.to(kept_in)).sum(-1)
@@ -155,7 +165,7 @@ def math_backward(
     return dq_BHQD, dk_BGKD, dv_BGKE, dbias_BHQK
 
 
-def _finite(lse_BHQ: Tensor) -> Tensor:
+def finite(lse_BHQ: Tensor) -> Tensor:
     """exp(-inf - lse) must be 0, also where the row kept nothing and lse is -inf itself."""
     return lse_BHQ.masked_fill(lse_BHQ == -math.inf, 0.0)
 
@@ -166,7 +176,7 @@ MATH = Kernel(name="math", forward=_math_forward, backward=_math_backward, store
 # --- torch's flash kernel for CPU -----------------------------------------------------------------
 
 
-def _same_head_dims(
+def same_head_dims(
     q_BHQD: Tensor, k_BGKD: Tensor, *values: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The kernel wants D == E: zeros appended to the shorter change neither scores nor output."""
@@ -182,7 +192,7 @@ def _cpu_forward(
     q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     E = v_BGKE.shape[-1]
-    q_BHQD, k_BGKD, (v_BGKE,) = _same_head_dims(q_BHQD, k_BGKD, v_BGKE)
+    q_BHQD, k_BGKD, (v_BGKE,) = same_head_dims(q_BHQD, k_BGKD, v_BGKE)
     out_BHQE, lse_BHQ = aten._scaled_dot_product_flash_attention_for_cpu(
         _rows(q_BHQD),
         _rows(k_BGKD),
@@ -209,7 +219,7 @@ def _cpu_backward(
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     D, E = q_BHQD.shape[-1], v_BGKE.shape[-1]
-    q_BHQD, k_BGKD, (v_BGKE, dout_BHQE, out_BHQE) = _same_head_dims(
+    q_BHQD, k_BGKD, (v_BGKE, dout_BHQE, out_BHQE) = same_head_dims(
         q_BHQD, k_BGKD, v_BGKE, dout_BHQE, out_BHQE
     )
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -218,7 +228,7 @@ def _cpu_backward(
         _rows(k_BGKD),
         _rows(v_BGKE),
         _rows(out_BHQE),
-        _finite(lse_BHQ),
+        finite(lse_BHQ),
         0.0,
         scores.causal,
         attn_mask=_whole_mask(scores.bias_BHQK, q_BHQD, k_BGKD),

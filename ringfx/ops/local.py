@@ -81,11 +81,14 @@ class Gradients:
     @staticmethod
     def zeros(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Gradients:
         kept_in = accumulation_dtype(q_BHQD.dtype)
+        dq, dk, dv = (
+            torch.zeros_like(x, dtype=kept_in, memory_format=torch.contiguous_format)
+            for x in (q_BHQD, k_BGKD, v_BGKE)
+        )
         return Gradients(
-            *(
-                torch.zeros_like(x, dtype=kept_in, memory_format=torch.contiguous_format)
-                for x in (q_BHQD, k_BGKD, v_BGKE)
-            ),
+            dq,
+            dk,
+            dv,
             [
                 torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
                 if i in problem.bias_grads

@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_timeout, _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_default_timeout
 
 from ringfx.errors import CommunicationError, InvalidArgument
 
@@ -44,7 +46,7 @@ class Ranks:
         if not group:
             return Ranks(0, 1, None, layer)
         try:
-            found = _resolve_process_group(group)
+            found = _resolve_process_group(cast(Any, group))
         except RuntimeError as error:
             raise InvalidArgument(
                 f"{layer or 'attention'}: no process group is named {group!r} in this process. "
@@ -146,7 +148,7 @@ class Exchange:
     def wait(self) -> torch.Tensor:
         """The received buffer, once both messages are through."""
         for work, peer in zip(self.works, self.peers, strict=False):
-            self.ranks.guarded(self.operation, f"rank {peer}", lambda work=work: _finish(work))
+            self.ranks.guarded(self.operation, f"rank {peer}", partial(_finish, work))
         return self.buffers[1]
 
 

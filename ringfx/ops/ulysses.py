@@ -30,11 +30,7 @@ def _to_heads(ranks: Ranks, layout: Layout, operation: str, x_BHQD: Tensor) -> T
     """[B, H, Q, D] on each rank -> [B, H/P, S, D]: all tokens, in order of position."""
     P = ranks.size
     B, H, Q, D = x_BHQD.shape
-    parts = (
-        x_BHQD.view(B, P, H // P, Q, D).movedim(1, 0)
-        if x_BHQD.is_contiguous()
-        else (x_BHQD.reshape(B, P, H // P, Q, D).movedim(1, 0))
-    )
+    parts = x_BHQD.reshape(B, P, H // P, Q, D).movedim(1, 0)
     received = ranks.all_to_all(operation, parts)  # [P, B, H/P, Q, D], by owner of the tokens
     whole = x_BHQD.new_empty(B, H // P, layout.padded_length, D)
     size = layout.chunk_length
@@ -126,4 +122,6 @@ def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:
 
 
 def _add_copies(x_BHKD: Tensor, copies: int) -> Tensor:
-    return x_BHKD if copies == 1 else x_BHKD.unflatten(1, (-1, copies)).sum(2)
+    return (
+        x_BHKD if copies == 1 else torch.stack([x_BHKD[:, i::copies] for i in range(copies)]).sum(0)
+    )

@@ -127,6 +127,9 @@ def _term_words(term: Expr) -> str:
     form = _at_least_zero(term)
     if form is not None:
         return _linear_words(form)
+    distance = _within(term)
+    if distance is not None:
+        return f"within {distance} tokens"
     head, *args = term
     if head == "or":
         return " or ".join(_term_words(part) for part in args)
@@ -140,6 +143,16 @@ def _term_words(term: Expr) -> str:
     if head == "not" and args[0][0] not in ("at", "bool"):
         return f"not ({_term_words(args[0])})"
     return _matrix_words(term)
+
+
+def _within(term: Expr) -> int | None:
+    """The distance of a band on both sides: abs(q - k) <= distance."""
+    if term[0] not in ("le", "lt") or term[1][0] != "abs":
+        return None
+    if term[2][0] != "const" or not _is_relative(term[1][1]):
+        return None
+    distance: int = term[2][1]
+    return distance - (term[0] == "lt")
 
 
 def _linear_words(form: _Linear) -> str:

@@ -1,0 +1,212 @@
+"""Ring attention called by hand, on a rank's own tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from ringfx.errors import InvalidArgument
+from ringfx.layout import LayoutKind
+from ringfx.ops.attention import attention
+from ringfx.ops.groups import Group, name_and_size
+from ringfx.spec import AttentionSpec
+from ringfx.tiles import CAUSAL, Expr, K, Q, conjunction
+
+__all__ = ["ring_attention"]
+
+Tensor = torch.Tensor
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_constant: Callable[[F], F] = torch.compiler.assume_constant_result
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    strategy: str = "production",
+    causal: bool = False,
+    scale: float | None = None,
+    layout: LayoutKind = "contiguous",
+    length: int | None = None,
+    kv_length: int | None = None,
+    window: int | None = None,
+    prefix: int | None = None,
+    documents: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    keep: Expr | None = None,
+    bias: Expr | None = None,
+    inputs: Sequence[Tensor] = (),
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    fully_masked: Literal["zero", "mean"] = "zero",
+    group: Group = None,
+    name: str = "",
+) -> Tensor:
+    """Attention over tokens that are split between ranks; call it on every rank of the group.
+
+    Parameters
+    ----------
+    q, k, v
+        This rank's tokens as ``scaled_dot_product_attention`` has them: [batch, heads, tokens,
+        head dim]; k and v may have fewer heads (grouped queries), v another head dim. See
+        ``ringfx.ops.shard``.
+    strategy
+        ``simple``, ``collective``, ``production`` or ``ulysses``.
+    causal
+        Query i attends keys 0..i.
+    scale
+        Multiplies q k^T; 1/sqrt(head dim) by default.
+    layout
+        How tokens lie on the ranks; ``zigzag`` balances causal attention.
+    length, kv_length
+        True number of queries and keys over all ranks; by default all that the shards hold, and
+        ``kv_length`` is ``length`` where k is as long as q. Keys beyond are masked.
+    window
+        Query i attends keys j with i - window < j, and j < i + window if not causal.
+    prefix
+        The first keys, which every query attends whatever ``causal`` and ``window`` say.
+    documents
+        Whole, integer, [tokens] or [batch, tokens]: tokens attend those of equal number.
+    key_padding
+        Whole, bool, [keys] or [batch, keys]: False keys are not attended.
+    keep, bias, inputs
+        Tile functions (see ``ringfx.tiles``) and the whole tensors they read; ``keep`` adds to the
+        masks above. Gradients of floating inputs of the bias are complete on every rank.
+    soft_cap
+        Scores become soft_cap * tanh(score / soft_cap).
+    sinks
+        [heads], one logit a head that joins the softmax and attends nothing.
+    fully_masked
+        What a query without any key gives: zero as SDPA, or the mean of v.
+    group
+        A process group, a device mesh of one dim, or None for all ranks.
+    name
+        The layer's name, for error texts.
+
+    Returns
+    -------
+    Tensor
+        [batch, heads, tokens, head dim of v] in q's dtype; padded tokens are 0.
+
+    Raises
+    ------
+    InvalidArgument
+        Shapes, dtypes or lengths that do not fit together.
+    StrategyRefused
+        The strategy cannot run here, such as ulysses where heads do not divide.
+    CommunicationError
+        A rank did not answer within the group's timeout.
+
+    >>> q, k, v = torch.ones(3, 1, 2, 4, 8).unbind()
+    >>> ring_attention(q, k, v, causal=True).shape
+    torch.Size([1, 2, 4, 8])
+    """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise InvalidArgument(
+            f"ring_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. "
+            "Do: pass [batch, heads, tokens on this rank, head dim]."
+        )
+    group_name, size = name_and_size(group)
+    q_len = q.shape[2] * size if length is None else length
+    if kv_length is None:
+        kv_length = q_len if k.shape[2] == q.shape[2] else k.shape[2] * size
+    captured = _Captured(list(inputs))
+    band = _band(causal, window, prefix)
+    spec = _spec_text(
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        q_len=q_len,
+        kv_len=kv_length,
+        keep=conjunction(
+            band,
+            captured.documents(documents, q_len, kv_length),
+            captured.key_padding(key_padding, kv_length),
+            keep,
+        ),
+        bias=bias,
+        soft_cap=soft_cap,
+        sinks=sinks is not None,
+        fully_masked=fully_masked,
+    )
+    if sinks is not None:
+        captured.tensors.append(sinks)
+    return attention(
+        q,
+        k,
+        v,
+        captured.tensors,
+        spec=spec,
+        strategy=strategy,
+        layout=layout,
+        group=group_name,
+        name=name or "ring_attention",
+    )
+
+
+@_constant
+def _spec_text(**fields: Any) -> str:
+    """Written as JSON outside of what a compiler traces."""
+    return AttentionSpec(**fields).to_json()
+
+
+def _band(causal: bool, window: int | None, prefix: int | None) -> Expr | None:
+    parts: list[Expr | None] = [CAUSAL if causal else None]
+    if window is not None:
+        if window < 1:
+            raise InvalidArgument(f"ring_attention: window is {window}. Do: use 1 or more.")
+        parts.append(("gt", K, ("sub", Q, ("const", window))))
+        if not causal:
+            parts.append(("lt", K, ("add", Q, ("const", window))))
+    band = conjunction(*parts)
+    if band is None or prefix is None:
+        return band
+    return ("or", ("lt", K, ("const", prefix)), band)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The tensors that the tile functions read, in the order of their numbers."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def _vector(self, what: str, x: Tensor, length: int) -> int:
+        """Adds a whole [tokens] or [batch, tokens]; its number."""
+        if x.dim() not in (1, 2) or x.shape[-1] != length:
+            raise InvalidArgument(
+                f"ring_attention: {what} has shape {tuple(x.shape)}, the sequence {length} tokens. "
+                "Do: pass the whole [tokens] or [batch, tokens], not this rank's part."
+            )
+        self.tensors.append(x)
+        return len(self.tensors) - 1
+
+    def _at(self, position: int, token: Expr) -> Expr:
+        shape = self.tensors[position].shape
+        if len(shape) == 1:
+            return ("at", position, token)
+        return ("at", position, ("const", 0) if shape[0] == 1 else ("b",), token)
+
+    def documents(self, ids: Tensor | None, q_len: int, kv_len: int) -> Expr | None:
+        if ids is None:
+            return None
+        if q_len != kv_len:
+            raise InvalidArgument(
+                f"ring_attention: documents with {q_len} queries and {kv_len} keys. "
+                "Do: use keep and inputs for documents across two sequences."
+            )
+        position = self._vector("documents", ids, q_len)
+        return ("eq", self._at(position, Q), self._at(position, K))
+
+    def key_padding(self, kept: Tensor | None, kv_len: int) -> Expr | None:
+        if kept is None:
+            return None
+        if kept.dtype != torch.bool:
+            raise InvalidArgument(
+                f"ring_attention: key_padding is {kept.dtype}. Do: pass bool, True for real keys."
+            )
+        return self._at(self._vector("key_padding", kept, kv_len), K)

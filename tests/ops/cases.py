@@ -1,0 +1,121 @@
+"""Attentions of every kind that strategies must compute, small, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+
+from ringfx.layout import LayoutKind
+from ringfx.spec import AttentionSpec
+from ringfx.tiles import CAUSAL, B, Expr, H, K, Q, conjunction
+from tests.ops.oracle import Example
+
+STRATEGIES = ("simple", "collective", "production", "ulysses")
+LENGTH = 21
+BATCH = 2
+HEADS = 4
+
+WINDOW: Expr = ("gt", K, ("sub", Q, ("const", 5)))
+DOCUMENTS: Expr = ("eq", ("at", 0, B, Q), ("at", 0, B, K))
+PADDING: Expr = ("at", 0, B, K)
+PREFIX: Expr = ("or", CAUSAL, ("lt", K, ("const", 4)))
+ALIBI: Expr = ("mul", ("at", 0, H), ("sub", K, Q))
+RELATIVE: Expr = ("at", 0, ("add", ("sub", K, Q), ("const", 30)), H)
+MATRIX: Expr = ("at", 0, H, Q, K)
+
+
+def document_ids() -> Sequence[torch.Tensor]:
+    """Two packings: 9 + 9 + 3 tokens, and 4 + 17."""
+    return (torch.tensor([[0] * 9 + [1] * 9 + [2] * 3, [0] * 4 + [1] * 17]),)
+
+
+def key_padding() -> Sequence[torch.Tensor]:
+    """Left padding in one batch entry, so that causal rows lose all keys, right in the other."""
+    kept = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    kept[0, :4] = False
+    kept[1, -6:] = False
+    return (kept,)
+
+
+def slopes() -> Sequence[torch.Tensor]:
+    return (torch.rand(HEADS, dtype=torch.float64),)
+
+
+def relative_table() -> Sequence[torch.Tensor]:
+    return (torch.randn(64, HEADS, dtype=torch.float64),)
+
+
+def matrix() -> Sequence[torch.Tensor]:
+    return (torch.randn(HEADS, LENGTH, LENGTH, dtype=torch.float64),)
+
+
+def sinks() -> Sequence[torch.Tensor]:
+    return (torch.randn(HEADS, dtype=torch.float64),)
+
+
+def padding_and_sinks() -> Sequence[torch.Tensor]:
+    return (*key_padding(), *sinks())
+
+
+def spec(q_len: int = LENGTH, kv_len: int | None = None, **fields: Any) -> AttentionSpec:
+    return AttentionSpec(scale=0.3, q_len=q_len, kv_len=kv_len or q_len, **fields)
+
+
+KINDS: Mapping[str, Example] = {
+    "full": Example(spec=spec()),
+    "causal": Example(spec=spec(keep=CAUSAL)),
+    "causal, 3 tokens": Example(spec=spec(3, keep=CAUSAL)),
+    "one token": Example(spec=spec(1)),
+    "window": Example(spec=spec(keep=conjunction(CAUSAL, WINDOW))),
+    "documents": Example(spec=spec(keep=conjunction(CAUSAL, DOCUMENTS)), make_inputs=document_ids),
+    "padding": Example(spec=spec(keep=conjunction(CAUSAL, PADDING)), make_inputs=key_padding),
+    "padding, mean of v": Example(
+        spec=spec(keep=conjunction(CAUSAL, PADDING), fully_masked="mean"), make_inputs=key_padding
+    ),
+    "prefix": Example(spec=spec(keep=PREFIX)),
+    "alibi": Example(spec=spec(keep=CAUSAL, bias=ALIBI), make_inputs=slopes),
+    "alibi, trained": Example(
+        spec=spec(keep=CAUSAL, bias=ALIBI), make_inputs=slopes, trains_inputs=True
+    ),
+    "relative bias, trained": Example(
+        spec=spec(bias=RELATIVE), make_inputs=relative_table, trains_inputs=True
+    ),
+    "bias matrix a head": Example(spec=spec(bias=MATRIX), make_inputs=matrix),
+    "soft cap": Example(spec=spec(keep=CAUSAL, soft_cap=2.0)),
+    "soft cap and trained bias": Example(
+        spec=spec(bias=RELATIVE, soft_cap=2.0), make_inputs=relative_table, trains_inputs=True
+    ),
+    "sinks, trained": Example(
+        spec=spec(keep=CAUSAL, sinks=True), make_inputs=sinks, trains_inputs=True
+    ),
+    "sinks and rows without keys": Example(
+        spec=spec(keep=conjunction(CAUSAL, PADDING), sinks=True, fully_masked="mean"),
+        make_inputs=padding_and_sinks,
+        trains_inputs=True,
+    ),
+    "cross": Example(spec=spec(13, 30)),
+    "cross, two keys": Example(spec=spec(30, 2)),
+    "causal, more keys": Example(spec=spec(13, 30, keep=CAUSAL)),
+    "causal, more queries": Example(spec=spec(30, 13, keep=CAUSAL)),
+    "grouped heads, smaller v": Example(spec=spec(keep=CAUSAL), kv_heads=2, v_head_dim=5),
+    "one key head, larger v": Example(spec=spec(keep=CAUSAL), kv_heads=1, v_head_dim=11),
+    "divisible": Example(spec=spec(24, keep=CAUSAL)),
+}
+
+
+def examples(world_size: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Example]:
+    """Each kind in each strategy that admits it, in both layouts."""
+    for label in kinds:
+        for strategy in STRATEGIES:
+            if strategy == "ulysses" and HEADS % world_size:
+                continue
+            for layout in get_args(LayoutKind):
+                yield replace(
+                    KINDS[label],
+                    strategy=strategy,
+                    layout=layout,
+                    label=f"{label}, {strategy}, {layout}, {world_size} ranks",
+                )
