@@ -75,7 +75,8 @@ def fit_nonnegative(features: Matrix, values: Matrix, censored: Matrix | None = 
 
 def leave_one_out(features: Matrix, values: Matrix) -> float | None:
     """Median relative error of each observation under a fit to the others; None for too few."""
-    if len(values) <= features.shape[1]:
+    num_terms = int((features > 0).any(axis=0).sum())
+    if len(values) <= num_terms:
         return None
     misses = []
     for i in range(len(values)):

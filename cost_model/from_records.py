@@ -20,7 +20,9 @@ __all__ = ["Quality", "fit_kernels", "fit_links", "fit_memory", "observed_profil
 FEW_SIZES = 4
 """With fewer sizes than this just one scale is fitted: more terms would fit the noise."""
 
-T = TypeVar("T", KernelRow, LinkRow, MemoryRow)
+SMALLEST = 1e-9
+"""Seconds a Gflop or a GB below which a term is none: no machine is that fast."""
+
 K = TypeVar("K")
 R = TypeVar("R", AttentionRecord, MessageRecord)
 
@@ -81,7 +83,7 @@ def fit_kernels(records: Sequence[AttentionRecord]) -> tuple[tuple[KernelRow, ..
     for (kernel, dtype, direction), members in groups.items():
         features = np.array([_kernel_features(r) for r in members])
         if len({r.pairs for r in members}) < FEW_SIZES:
-            features[:, 0] = 0
+            features[:, [0, 2]] = 0
         seconds = np.array([_ms(r) / 1e3 for r in members])
         fit = fit_nonnegative(features, seconds)
         fits.append(fit)
@@ -96,20 +98,20 @@ def _ms(record: AttentionRecord) -> float:
 
 
 def _kernel_features(record: AttentionRecord) -> list[float]:
-    """Multiples of: one call, one flop (in units that keep the constants near one)."""
+    """Multiples of: one microsecond a call, one second a Gflop, one nanosecond a pair."""
     flops = flops_per_pair(record.head_dim, record.v_head_dim, record.direction) * record.pairs
-    return [1e-6, flops / 1e9]
+    return [1e-6, flops / 1e9, record.pairs / 1e9]
 
 
 def _kernel_row(kernel: str, dtype: str, direction: Direction, fit: Fit, origin: str) -> KernelRow:
-    call_us, seconds_per_gflop = (float(x) for x in fit.constants)
-    assert seconds_per_gflop > 0, f"{kernel} {dtype} {direction}: time does not grow with work"
+    call_us, seconds_per_gflop, ns_per_pair = (float(x) for x in fit.constants)
     return KernelRow(
         kernel=kernel,
         dtype=dtype,
         direction=direction,
         call_us=_rounded(call_us),
-        gflops=_rounded(1 / seconds_per_gflop),
+        gflops=_rounded(1 / max(seconds_per_gflop, SMALLEST)),
+        ns_per_pair=_rounded(ns_per_pair),
         origin=f"{origin}; fitted to {len(fit.errors)} sizes, median error {fit.median_error:.0%}",
     )
 
@@ -135,13 +137,12 @@ def fit_links(
         fits.append(fit)
         left_out.append(leave_one_out(features, seconds))
         latency_us, seconds_per_gbyte = (float(x) for x in fit.constants)
-        assert seconds_per_gbyte > 0, f"{operation}: time does not grow with bytes"
         rows.append(
             LinkRow(
                 operation=operation,
                 scope=scope,
                 latency_us=_rounded(latency_us),
-                gbytes_per_s=_rounded(1 / seconds_per_gbyte),
+                gbytes_per_s=_rounded(1 / max(seconds_per_gbyte, SMALLEST)),
                 origin=f"{_origins(members)}; median error {fit.median_error:.0%}",
             )
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,9 @@ __all__ = [
     "Profile",
     "available_profiles",
     "load_profile",
+    "own_profiles",
     "profile_json",
+    "profiles_folder",
     "read_profile",
 ]
 
@@ -101,11 +104,11 @@ class Profile:
     """Speed at which one rank reads and writes its own memory; None where nobody measured it."""
     memory_origin: str
     fused_kernel: str
-    """The kernel that runs unless a strategy or a soft cap asks for plain products."""
+    """The kernel of dtypes that have no row of another kernel than ``math``."""
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
     mask_ns_per_pair: float = 0.0
-    """What evaluating a mask costs for each pair of a tile that needs it."""
+    """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
     overlap: float = 1.0
     """Share of a message that compute really hides: 0 none, 1 all."""
     memory: tuple[MemoryRow, ...] = ()
@@ -182,6 +185,20 @@ def available_profiles() -> tuple[Profile, ...]:
     return tuple(read_profile(f.read_text(), f.name) for f in files)
 
 
+def profiles_folder() -> Path:
+    """Where this user's calibrations lie: $RINGFX_PROFILES, else in the configuration folder."""
+    if "RINGFX_PROFILES" in os.environ:
+        return Path(os.environ["RINGFX_PROFILES"])
+    config = os.environ.get("XDG_CONFIG_HOME", str(Path.home() / ".config"))
+    return Path(config) / "ringfx" / "profiles"
+
+
+def own_profiles() -> tuple[Profile, ...]:
+    """The profiles that ``ringfx calibrate`` wrote for this user, by file name."""
+    files = sorted(profiles_folder().glob("*.json"))
+    return tuple(read_profile(file.read_text(), str(file)) for file in files)
+
+
 def read_profile(text: str, where: str) -> Profile:
     """A profile from the text of its file; ``where`` names the file in errors.
 
@@ -256,8 +273,9 @@ def _check(profile: Profile, where: str) -> None:
 
 
 def _find(device: str) -> Profile:
-    """The most trustworthy profile of this very device, else of its type."""
-    candidates = [p for p in available_profiles() if p.device == device and p.kind != "observed"]
+    """The most trustworthy profile of this very device, else of its type; the user's own first."""
+    everything = (*own_profiles(), *available_profiles())
+    candidates = [p for p in everything if p.device == device and p.kind != "observed"]
     if not candidates:
         known = sorted({p.device for p in available_profiles()})
         raise ProfileError(
@@ -265,17 +283,17 @@ def _find(device: str) -> Profile:
             f" {', '.join(known)}. Do: run `ringfx calibrate`, and pass the file as profile."
         )
     kinds = get_args(Kind)
-    return min(candidates, key=lambda p: (not _is_own(p), kinds.index(p.kind), p.name))
+    return min(candidates, key=lambda p: (not _is_own(p), kinds.index(p.kind)))
 
 
 def _named(name: str | Path) -> Profile:
-    shipped = {p.name: p for p in available_profiles()}
-    if str(name) in shipped:
-        return shipped[str(name)]
+    known = {p.name: p for p in (*available_profiles(), *own_profiles())}
+    if str(name) in known:
+        return known[str(name)]
     path = Path(name)
     if path.suffix != ".json" and not path.exists():
         raise ProfileError(
-            f"there is no profile {str(name)!r}. Shipped: {', '.join(sorted(shipped))}."
+            f"there is no profile {str(name)!r}. Known: {', '.join(sorted(known))}."
             " Do: name one of these, or give the path of a file written by `ringfx calibrate`."
         )
     try:

@@ -2,7 +2,7 @@
 
 With b batch, h heads, g K/V heads, head dims d (q, k) and e (v), for c calls over w pairs a head:
 
-    kernel     c * call + b h (F w / rate + w * pair + w_masked * mask)
+    kernel     c * call + b h (F w / rate + w * pair) + w_masked * mask
                F = 2 (d + e) forward: q k^T, P v
                F = 2 (3d + 2e) backward: q k^T again, dP, dV, dQ, dK
     merging    3 passes over the float32 rows that a call adds to, at the speed of memory
@@ -51,7 +51,8 @@ def kernel_name(site: AttentionSite, strategy: str, profile: Profile) -> str:
     """The kernel that will run: ``ringfx.ops.kernels.choose`` decides likewise."""
     if strategy == "simple" or site.spec.soft_cap is not None:
         return "math"
-    return profile.fused_kernel
+    fused = (r.kernel for r in profile.kernels if r.dtype == site.dtype and r.kernel != "math")
+    return next(fused, profile.fused_kernel)
 
 
 def stored_tile(site: AttentionSite) -> int:
@@ -86,9 +87,9 @@ def kernel_seconds(
         pairs += work.causal_rows * side / 2
     flops = flops_per_pair(site.head_dim, site.v_head_dim, direction) * pairs
     per_head = flops / (row.gflops * 1e9) + pairs * row.ns_per_pair / 1e9
-    masks = work.masked_pairs * profile.mask_ns_per_pair / 1e9
+    masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
     merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
-    return calls * row.call_us / 1e6 + heads * (per_head + masks) + merging
+    return calls * row.call_us / 1e6 + heads * per_head + masks_s + merging
 
 
 def _merged_bytes(site: AttentionSite, work: Work, direction: Direction) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,6 +91,33 @@ def plan(
             hf=hf,
         )
         _show(made, as_json)
+
+
+@app.command()
+def calibrate(
+    ranks: Annotated[
+        int, typer.Option(help="Ranks to start on this machine (not under torchrun).", min=1)
+    ] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the time: a rough profile.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Profile file; default: where plans look for it.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Also write every measurement, as JSON lines.")
+    ] = None,
+) -> None:
+    """Measure this machine in a few minutes, and write the profile that plans predict with.
+
+    Under torchrun every rank takes part, and the links between the machines are measured.
+    """
+    with _one_line_errors():
+        from ringfx.calibrate_command import run
+
+        run(ranks=ranks, device=device, quick=quick, name=name, out=out, records=records)
 
 
 def main() -> None:

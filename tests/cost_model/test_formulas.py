@@ -73,7 +73,7 @@ def test_a_slower_link_never_helps_and_in_the_end_hurts(strategy: str) -> None:
 def test_one_rank_sends_nothing_and_runs_its_kernel_over_the_whole_sequence(strategy: str) -> None:
     alone = predict(full_site(), strategy, 1, H100)
     assert alone.communication_ms == alone.exposed_ms == 0
-    assert alone.kernel == ("math" if strategy == "simple" else "flash")
+    assert alone.kernel == ("math" if strategy == "simple" else "cuda_flash")
     if strategy != "simple":
         assert alone == replace(predict(full_site(), "production", 1, H100), strategy=strategy)
 

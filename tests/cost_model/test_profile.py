@@ -85,7 +85,7 @@ def test_an_unknown_profile_lists_the_shipped_ones() -> None:
         load_profile("warp-drive", device="cpu")
     names = ", ".join(sorted(p.name for p in available_profiles()))
     assert str(caught.value) == (
-        f"there is no profile 'warp-drive'. Shipped: {names}."
+        f"there is no profile 'warp-drive'. Known: {names}."
         " Do: name one of these, or give the path of a file written by `ringfx calibrate`."
     )
 

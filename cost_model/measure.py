@@ -1,0 +1,191 @@
+"""Time the parts that a prediction is made of, on one rank: kernels, masks, memory.
+
+Everything runs the code that attention runs: the kernels of ``ringfx.ops.kernels``, the masks of
+``ringfx.tiles``. Each case is timed until its share of the time is spent, in an order that mixes
+small and large, and its median taken; nothing that failed is recorded as a number.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ringfx import tiles
+from ringfx.cost_model.devices import device_name
+from ringfx.cost_model.profile import Direction
+from ringfx.cost_model.records import AttentionRecord
+from ringfx.ops.kernels import Kernel, Scores, choose
+
+__all__ = [
+    "Effort",
+    "KernelCase",
+    "kernel_cases",
+    "mask_ns_per_pair",
+    "measure_kernel",
+    "memory_gbytes_per_s",
+    "software",
+    "synchronise",
+]
+
+MASK_SIDE = 512
+"""Side of the tiles in which operators evaluate a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much time a calibration may take."""
+
+    seconds_per_case: float = 0.4
+    min_repeats: int = 5
+    max_tokens: int = 4096
+    max_message_bytes: int = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One kernel call: as many queries as keys."""
+
+    kernel: str
+    dtype: str
+    direction: Direction
+    heads: int
+    head_dim: int
+    tokens: int
+
+
+def software() -> str:
+    """Versions that a time depends on."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def kernel_cases(device: str, effort: Effort) -> tuple[KernelCase, ...]:
+    """Sizes over heads, head dims and tokens; the products grow, the rest shows their starts."""
+    dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16", "float16", "float32")
+    return tuple(
+        KernelCase(
+            kernel=kernel,
+            dtype=dtype,
+            direction=direction,
+            heads=heads,
+            head_dim=head_dim,
+            tokens=tokens,
+        )
+        for dtype in dtypes
+        for kernel in (_kernel(device, dtype, math_only=False).name, "math")
+        for direction in ("forward", "backward")
+        for heads, head_dim, tokens in _sizes(kernel, effort)
+    )
+
+
+def _sizes(kernel: str, effort: Effort) -> Iterator[tuple[int, int, int]]:
+    """Math runs in small tiles only; a fused kernel takes a whole shard."""
+    largest = 512 if kernel == "math" else effort.max_tokens
+    for heads, head_dim in ((1, 64), (4, 128), (8, 32), (8, 64)):
+        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            if tokens <= largest and heads * tokens**2 <= 2 * largest**2:
+                yield heads, head_dim, tokens
+
+
+def _kernel(device: str, dtype: str, *, math_only: bool) -> Kernel:
+    return choose(torch.device(device), getattr(torch, dtype), soft_cap=False, math_only=math_only)
+
+
+def measure_kernel(device: str, case: KernelCase, effort: Effort) -> AttentionRecord:
+    """Median time of one kernel call, and half its interquartile range as a share of it."""
+    run = _kernel_call(device, case)
+    times_ms = timed(run, device, effort)
+    return AttentionRecord(
+        device=device_name(device) or device,
+        software=software(),
+        dtype=case.dtype,
+        strategy="",
+        kernel=case.kernel,
+        batch=1,
+        heads=case.heads,
+        kv_heads=case.heads,
+        head_dim=case.head_dim,
+        v_head_dim=case.head_dim,
+        q_len=case.tokens,
+        kv_len=case.tokens,
+        mask="none",
+        density=1.0,
+        world_size=1,
+        direction=case.direction,
+        median_ms=statistics.median(times_ms),
+        spread=spread(times_ms),
+    )
+
+
+def _kernel_call(device: str, case: KernelCase) -> Callable[[], object]:
+    kernel = _kernel(device, case.dtype, math_only=case.kernel == "math")
+    shape = (1, case.heads, case.tokens, case.head_dim)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    scores = Scores(scale=case.head_dim**-0.5)
+    if case.direction == "forward":
+        return lambda: kernel.forward(q, k, v, scores)
+    out, lse = kernel.forward(q, k, v, scores)
+    return lambda: kernel.backward(dout, q, k, v, out.to(dtype), lse, scores)
+
+
+def timed(run: Callable[[], object], device: str, effort: Effort) -> list[float]:
+    """Milliseconds of each repetition after a warm-up."""
+    _once(run, device)
+    times_ms: list[float] = []
+    start = time.perf_counter()
+    while (
+        len(times_ms) < effort.min_repeats or time.perf_counter() - start < effort.seconds_per_case
+    ):
+        times_ms.append(_once(run, device))
+    return times_ms
+
+
+def _once(run: Callable[[], object], device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device, where calls return before they are done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half the interquartile range over the median."""
+    if len(times) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
+
+
+def mask_ns_per_pair(device: str, effort: Effort) -> float:
+    """Evaluating a causal window on a tile and writing it out, a pair."""
+    side = MASK_SIDE
+    span = torch.arange(side, device=device)
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    index = tiles.TileIndex(b=one, h=one, q=span + side, k=span)
+    window = ("gt", tiles.K, ("sub", tiles.Q, ("const", side)))
+    keep = tiles.conjunction(tiles.CAUSAL, window)
+    assert keep is not None
+    zero = torch.zeros(1, 1, 1, 1, device=device)
+
+    def run() -> torch.Tensor:
+        kept = tiles.evaluate(keep, index, []).to(torch.bool)
+        return torch.where(kept, zero, -torch.inf).contiguous()
+
+    return 1e6 * statistics.median(timed(run, device, effort)) / side**2
+
+
+def memory_gbytes_per_s(device: str, effort: Effort, num_bytes: int = 64 * 2**20) -> float:
+    """Adding one array to another: two reads and a write."""
+    a, b = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
+    seconds = statistics.median(timed(lambda: a.add_(b), device, effort)) / 1e3
+    return 3 * num_bytes / seconds / 1e9

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ringfx.cli import app
+from ringfx.cost_model import load_profile, predict
+from ringfx.cost_model.calibrate import Measurements, calibrate, make_profile
+from ringfx.cost_model.measure import Effort, kernel_cases, spread
+from ringfx.cost_model.profile import profile_json, read_profile
+from ringfx.cost_model.records import read_records
+from ringfx.errors import CommunicationError, ProfileError
+from tests.cost_model.sites import causal_site
+
+HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14)
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[tuple[str, int, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(steps: list[tuple[str, int, int]]) -> Measurements:
+    """Two gloo ranks, hardly any repetition: what is tested is the way, not the numbers."""
+    found = calibrate("cpu", num_ranks=2, effort=HARDLY, progress=lambda *step: steps.append(step))
+    assert found is not None
+    return found
+
+
+@pytest.mark.ranks
+def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurements) -> None:
+    profile = make_profile(measured)
+    assert profile.kind == "measured"
+    assert {row.operation for row in profile.links} == {
+        "send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce",
+    }  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        for strategy in ("simple", "collective", "production", "ulysses"):
+            site = causal_site(dtype=dtype, device="cpu")
+            assert predict(site, strategy, 2, profile).total_ms > 0
+    assert profile.memory_gbytes_per_s is not None
+    assert profile.memory_gbytes_per_s > 0
+    assert profile.mask_ns_per_pair > 0
+    assert 0 <= profile.overlap <= 1
+    assert profile.noise >= 1
+
+
+@pytest.mark.ranks
+def test_a_calibrated_profile_says_what_it_was_made_on_and_how_well_it_fits(
+    measured: Measurements,
+) -> None:
+    profile = make_profile(measured, "mine")
+    assert read_profile(profile_json(profile), "mine") == profile
+    assert profile.origin.startswith(f"measured {measured.date} on {measured.device_name} with 2")
+    assert "kernel times: median error" in profile.quality
+    assert "messages: median error" in profile.quality
+    assert all("median error" in row.origin for row in profile.kernels)
+
+
+@pytest.mark.ranks
+def test_progress_counts_every_step_once(
+    measured: Measurements, steps: list[tuple[str, int, int]]
+) -> None:
+    assert [done for _, done, _ in steps] == list(range(len(steps)))
+    assert {total for _, _, total in steps} == {len(steps)}
+    assert len(steps) > len(kernel_cases("cpu", HARDLY))
+
+
+@pytest.mark.ranks
+def test_the_command_writes_a_profile_that_plans_find_by_device(
+    measured: Measurements, profiles_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ringfx.calibrate_command.calibrate", lambda *args, **options: measured)
+    records = tmp_path / "all.jsonl"
+    result = CliRunner().invoke(app, ["calibrate", "--name", "mine", "--records", str(records)])
+    assert result.exit_code == 0, result.output
+    path = profiles_folder / "mine.json"
+    assert f"written to {path}" in result.stdout
+    assert "GFLOP/s" in result.stdout
+    found = load_profile(None, device="cpu")
+    assert (found.name, found.notes) == ("mine", ())
+    assert found.quality in found.origin
+    assert len(read_records(records)) == len(measured.kernels) + len(measured.messages)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_fails_is_an_error_with_its_last_words() -> None:
+    with pytest.raises(CommunicationError, match="calibration: rank 0 failed: "):
+        calibrate(
+            "cpu",
+            num_ranks=1,
+            effort=replace(HARDLY, max_tokens="many"),  # type: ignore[arg-type]
+            progress=lambda *step: None,
+        )
+
+
+def test_an_unknown_device_is_refused() -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--device", "abacus"])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == "ringfx: unknown device 'abacus'. Choices: cpu, cuda."
+
+
+def test_a_damaged_own_profile_is_named(profiles_folder: Path) -> None:
+    profiles_folder.mkdir()
+    (profiles_folder / "bad.json").write_text(json.dumps({"schema": 7}))
+    with pytest.raises(ProfileError, match=r"bad\.json has schema version 7"):
+        load_profile(None, device="cpu")
+
+
+def test_the_spread_is_half_the_interquartile_range() -> None:
+    assert spread([1.0, 2.0]) == 0
+    assert spread([1.0, 1.0, 1.0, 1.0]) == 0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(0.5)
