@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ringfx.errors import AgreementError
-from ringfx.world import World
+from ringfx.world import World, process_group
 
 __all__ = ["Agreement", "checksum"]
 
@@ -60,7 +59,7 @@ class Agreement:
         return None if steady and not self._first else checksum(value)
 
     def _everyone(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        group = _resolve_process_group(self._world.group)
+        group = process_group(self._world.group)
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         mine = mine.to(device)
         others = [torch.empty_like(mine) for _ in range(self._world.size)]
@@ -68,7 +67,7 @@ class Agreement:
         return [o.cpu() for o in others]
 
     def _explain(self, sums: Sequence[int | None], inputs: Sequence[Any]) -> None:
-        group = _resolve_process_group(self._world.group)
+        group = process_group(self._world.group)
         said: list[Any] = [None] * self._world.size
         shapes = [_shape(v) for v in inputs]
         dist.all_gather_object(

@@ -85,8 +85,8 @@ def optimize(
         A one-dimensional DeviceMesh or a process group; by default the whole world, and one rank
         where torch.distributed is not initialised.
     strategy
-        ``"auto"``, one of ``simple``, ``collective``, ``production``, ``ulysses``, or a mapping from
-        globs of module paths to these names.
+        ``"auto"``, one of ``simple``, ``collective``, ``production``, ``ulysses``, or a mapping
+        from globs of module paths to these names.
     gpu_memory
         Budget of one rank, in bytes or as ``"80GiB"``.
     profile
@@ -129,7 +129,7 @@ def optimize(
     return optimized
 
 
-class _Planned(Exception):  # noqa: N818
+class _Planned(Exception):
     """Stops the model once its plan is made."""
 
 
@@ -187,7 +187,7 @@ def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> None
     compiled = torch.compile(fake_model, backend=backend, dynamic=False)
     try:
         with mode:
-            compiled(*fake_args, **fake_kwargs)
+            compiled(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
             raise failure.inner_exception from None

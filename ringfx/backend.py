@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -101,12 +101,10 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     if compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        compiled: Compiled = aot_eager(gm, inputs)
-        return compiled
+        return cast(Compiled, aot_eager(gm, inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    inductor: Compiled = compile_fx(gm, inputs)
-    return inductor
+    return cast(Compiled, compile_fx(gm, inputs))
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:

@@ -66,7 +66,7 @@ def mask_tokens(
 def gather_plain(
     x: torch.Tensor, order: torch.Tensor, ranks: int, group: str, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
-    """All ranks' tokens in order of position; ``order`` picks them from the ranks' concatenation."""
+    """All tokens by position; ``order`` picks them from the concatenation of all ranks'."""
     shape = x.shape
     tokens = shape[dim] // (outer * inner)
     before = 1
@@ -92,7 +92,7 @@ class _Slice(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, *where: Any
     ) -> torch.Tensor:
-        ranks, group, dim, outer, inner = where
+        _ranks, _group, dim, outer, inner = where
         ctx.save_for_backward(order)
         ctx.where = where
         return _take(x, index, dim, outer, inner)
@@ -177,6 +177,10 @@ class _Share(torch.autograd.Function):
         return None, *(p.view(g.shape) for p, g in zip(parts, grads, strict=True))
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
 def slice_tokens(
     x: torch.Tensor, index: torch.Tensor, order: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int,
@@ -184,8 +188,7 @@ def slice_tokens(
     """This rank's tokens of a whole value; backward all-gathers."""
     if not x.requires_grad:
         return _take(x, index, dim, outer, inner)
-    result: torch.Tensor = _Slice.apply(x, index, order, ranks, group, dim, outer, inner)
-    return result
+    return _apply(_Slice, x, index, order, ranks, group, dim, outer, inner)
 
 
 def gather_tokens(
@@ -193,8 +196,7 @@ def gather_tokens(
     ranks: int, group: str, dim: int, outer: int, inner: int,
 ) -> torch.Tensor:  # fmt: skip
     """The whole of a split value for computations that every rank repeats."""
-    result: torch.Tensor = _Gather.apply(x, index, order, valid, ranks, group, dim, outer, inner)
-    return result
+    return _apply(_Gather, x, index, order, valid, ranks, group, dim, outer, inner)
 
 
 def gather_shared(
@@ -202,19 +204,14 @@ def gather_shared(
     ranks: int, group: str, dim: int, outer: int, inner: int,
 ) -> torch.Tensor:  # fmt: skip
     """The whole of a split value for computations that each rank does for its own tokens."""
-    result: torch.Tensor = _GatherShared.apply(
-        x, index, order, valid, ranks, group, dim, outer, inner
-    )
-    return result
+    return _apply(_GatherShared, x, index, order, valid, ranks, group, dim, outer, inner)
 
 
 def sum_partials(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum over ranks of a partial sum, on every rank."""
-    result: torch.Tensor = _SumPartials.apply(x, group)
-    return result
+    return _apply(_SumPartials, x, group)
 
 
 def share(tensors: list[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
     """Whole values that each rank uses for its own tokens: gradients are summed over ranks."""
-    result: tuple[torch.Tensor, ...] = _Share.apply(group, *tensors)
-    return result
+    return _apply(_Share, group, *tensors)

@@ -37,7 +37,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         assert self.kind in ("contiguous", "zigzag"), f"unknown layout {self.kind!r}"
-        assert self.length > 0 and self.world_size > 0, (self.length, self.world_size)
+        assert self.length > 0, self.length
+        assert self.world_size > 0, self.world_size
 
     @property
     def chunks_per_rank(self) -> int:

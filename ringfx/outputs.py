@@ -81,8 +81,22 @@ class SplitTensor(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self._gathered())
 
+    def numpy(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The whole value as a NumPy array."""
+        return self._gathered().numpy(**kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._gathered().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """The whole value as nested lists."""
+        return self._gathered().tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._gathered().__reduce_ex__(protocol)
+
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _LOCAL_OPS:
@@ -128,7 +142,7 @@ class _Wrap(torch.autograd.Function):
 def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
     """This rank's part as a tensor of the global shape, differentiable."""
     numbered = dataclasses.replace(spec, number=next(_outputs))
-    wrapped: torch.Tensor = _Wrap.apply(local, numbered)
+    wrapped: torch.Tensor = _Wrap.apply(local, numbered)  # type: ignore[no-untyped-call]
     return wrapped
 
 

@@ -31,7 +31,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     dropout: float = 0.0
     sinks: bool = False
-    """The last captured tensor holds one logit a head that joins the softmax and attends nothing."""
+    """The last captured tensor holds a logit for each head that joins the softmax alone."""
     fully_masked: Literal["zero", "mean"] = "zero"
     """What a row with no key kept gives: 0, as SDPA does, or the mean of v (finfo.min masks)."""
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["World"]
+__all__ = ["World", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ class World:
             raise InvalidArgument("this rank is not a member of the mesh that was given.")
         size = dist.get_world_size(group)
         return World(size, dist.get_rank(group), group.group_name if size > 1 else "")
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group: dist.ProcessGroup = resolve(name)
+    return group
 
 
 def _group(mesh: Any) -> dist.ProcessGroup:

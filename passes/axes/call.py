@@ -137,7 +137,8 @@ def _tensor_operands(node: Node) -> list[Node]:
 def _bind(node: Node) -> dict[str, Any]:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[arg-type]
+        positional: dict[Any, Any] = dict(enumerate(node.args))
+        return positional | dict(node.kwargs)
     bound: dict[str, Any] = {}
     for i, argument in enumerate(target._schema.arguments):
         if i < len(node.args) and not argument.kwarg_only:

@@ -73,7 +73,7 @@ class AxisSpace:
             else:
                 self._cut(y, self._size[x])
             left, right = list(self.resolve(left)), list(self.resolve(right))
-        assert not left and not right, f"sizes differ: {a} and {b}"
+        assert left == right == [], f"sizes differ: {a} and {b}"
 
     def regroup(self, dims: Iterable[Dim], sizes: Iterable[int]) -> tuple[Dim, ...]:
         """The dimensions of a row-major reshape, cutting axes at its borders."""

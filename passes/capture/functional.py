@@ -45,7 +45,8 @@ def _replace(
         user.replace_input_with(written, node)
 
 
-def _functional_counterpart(op: OpOverload) -> OpOverload | None:
+def _functional_counterpart(op: object) -> OpOverload | None:
+    assert isinstance(op, OpOverload), op
     packet_name = op._schema.name.split("::")[1]
     namespace = op.namespace
     if not packet_name.endswith("_"):

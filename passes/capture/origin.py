@@ -10,18 +10,30 @@ import torch
 __all__ = ["describe_node", "module_path", "source_line", "stamp_origins"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_ROOT = re.compile(r"^L\['[^']*'\]\.?")
-_MODULES_ENTRY = re.compile(r"\._modules\['([^']*)'\]|_modules\['([^']*)'\]")
+_ROOT = re.compile(r"^L\['([^']*)'\]")
+_ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
 
 
 def clean_path(text: str) -> str:
-    """Dynamo's ``L['self']._modules['model'].layers.0`` as the user's ``model.layers.0``."""
-    text = _ROOT.sub("", text)
-    text = _MODULES_ENTRY.sub(lambda m: "." + (m.group(1) or m.group(2) or ""), text)
-    text = re.sub(r"\._(?:parameters|buffers)\['([^']*)'\]", r".\1", text)
-    text = re.sub(r"\['?([^'\]]*)'?\]", r".\1", text)
-    return text.strip(".").removeprefix("_orig_mod.")
+    """Dynamo's ``L['self']._modules['model'].layers.0`` as the user's ``model.layers.0``.
+
+    >>> clean_path("L['self']._modules['model'].layers[0]._parameters['weight']")
+    'model.layers.0.weight'
+    >>> clean_path("L['input_ids']"), clean_path("L['args'][0]")
+    ('input_ids', 'argument 0')
+    """
+    root = _ROOT.match(text)
+    rest = text[root.end() :] if root else text
+    rest = _ENTRY.sub(lambda m: f".{m.group(1)}", rest)
+    rest = rest.replace("._modules", "").replace("._parameters", "").replace("._buffers", "")
+    rest = rest.strip(".").removeprefix("_orig_mod.")
+    name = root.group(1) if root else ""
+    if name in ("self", "kwargs", "fn", ""):
+        return rest
+    if name == "args":
+        return f"argument {rest}"
+    return f"{name}.{rest}".strip(".")
 
 
 def module_path(node: torch.fx.Node) -> str:

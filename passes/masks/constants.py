@@ -6,6 +6,8 @@ A Hugging Face model without an attention mask derives packed documents from its
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
@@ -56,7 +58,7 @@ def _closure(node: Node) -> list[Node] | None:
 
 
 def _compute(node: Node, closure: list[Node]) -> torch.Tensor | None:
-    env: dict[Node, object] = {}
+    env: dict[Node, Any] = {}
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         for current in closure:
             args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), env.__getitem__)

@@ -2,8 +2,8 @@
 
 ``Lifter.element(node, (e0, e1, ...))`` answers "what is node[e0, e1, ...]?" by asking the node's
 operands the same question: views move indices, pointwise operators combine elements, an indexing
-operator composes indices, arange is its own index. Where that ends (a graph input, a cumulative sum)
-the value itself is captured and read with ``at``. Everything is O(1) in the sequence length.
+operator composes indices, arange is its own index. Where that ends (an input, a cumulative sum) the
+value itself is captured and read with ``at``. Everything is O(1) in the sequence length.
 """
 
 from __future__ import annotations
@@ -314,7 +314,8 @@ ELEMENT_RULES: Mapping[object, ElementRule] = {
     **_all(filled(0), aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default),
     aten.scalar_tensor.default: scalar,
     **_all(arange, aten.arange.default, aten.arange.start, aten.arange.start_step),
-    **_all(where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+    **_all(where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+    aten.where.Scalar: where,
     **_all(masked_fill, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
     aten.tril.default: triangle("le"),
     aten.triu.default: triangle("ge"),

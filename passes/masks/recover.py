@@ -1,4 +1,4 @@
-"""Put each attention into canonical form: its mask as a tile function, its program node replaced."""
+"""Put each attention into canonical form, its mask as a tile function."""
 
 from __future__ import annotations
 

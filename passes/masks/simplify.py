@@ -52,7 +52,7 @@ def simplify(head: str, *args: Expr) -> Expr:
 def _and(a: Expr, b: Expr) -> Expr | None:
     if FALSE in (a, b):
         return FALSE
-    if a == TRUE or a == b:
+    if a in (TRUE, b):
         return _truth(b)
     return _truth(a) if b == TRUE else None
 
@@ -60,7 +60,7 @@ def _and(a: Expr, b: Expr) -> Expr | None:
 def _or(a: Expr, b: Expr) -> Expr | None:
     if TRUE in (a, b):
         return TRUE
-    if a == FALSE or a == b:
+    if a in (FALSE, b):
         return _truth(b)
     return _truth(a) if b == FALSE else None
 

@@ -40,7 +40,8 @@ class Placement:
         """Whether the value lives split: its call runs split and its result carries a line."""
         if node.target is operator.getitem:
             source, place = node.args
-            assert isinstance(source, Node) and isinstance(place, int)
+            assert isinstance(source, Node)
+            assert isinstance(place, int)
             return self.is_split(source, place)
         mode = self.modes.get(node)
         carried = self.lines.carried(node, index)
@@ -67,7 +68,7 @@ def place(graph: torch.fx.Graph, lines: Lines) -> Placement:
 
 
 def _merge(old: Split | None, new: Split) -> Split:
-    """A call split along two lines at once (cross-attention) takes each operand as its line says."""
+    """A call split along two lines (cross-attention) takes each operand as its line says."""
     if old is None:
         return new
     operands = tuple(
@@ -130,8 +131,8 @@ def _connect_uses(
     carried = lines.carried(value)
     if not isinstance(carried, Carried) or carried.line != line:
         return
-    maker = value.args[0] if value.target is operator.getitem else value
-    vertex = maker.name if maker in modes else WHOLE  # type: ignore[union-attr]
+    maker = value.all_input_nodes[0] if value.target is operator.getitem else value
+    vertex = str(maker.name) if maker in modes else WHOLE
     gather, cut = f"gather {value.name}", f"slice {value.name}"
     moved = COMMUNICATION * _bytes(value)
     for user in value.users:

@@ -117,7 +117,8 @@ def find_lines(
     unbalanced: dict[Dim, bool] = {}
     for site in sites:
         q, k = nodes[site.node].args[0], nodes[site.node].args[1]
-        assert isinstance(q, Node) and isinstance(k, Node)
+        assert isinstance(q, Node)
+        assert isinstance(k, Node)
         for operand in (q, k):
             axis = axes.dims(operand)[2]
             if axis:

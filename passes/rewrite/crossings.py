@@ -91,7 +91,7 @@ class Crossings:
 
     def _after_inputs(self) -> Node:
         """The last of the leading placeholders and crossings."""
-        after = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+        after: Node = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
         while after.next.meta.get("ringfx_crossing") or after.next.meta.get("ringfx_prologue"):
             after = after.next
         return after

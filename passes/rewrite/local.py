@@ -156,8 +156,14 @@ class _Rewriter:
 
 
 def _inputs(node: Node) -> list[Node]:
+    """Every node among the arguments, in the order in which torch.fx maps them, repeats kept."""
     found: list[Node] = []
-    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+
+    def note(n: Node) -> Node:
+        found.append(n)
+        return n
+
+    torch.fx.node.map_arg((node.args, node.kwargs), note)
     return found
 
 

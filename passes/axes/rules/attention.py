@@ -14,7 +14,7 @@ __all__ = ["RULES"]
 
 
 def canonical(call: Call) -> OpAxes:
-    """Query and key tokens stay local: the strategy moves what crosses. Captured tensors are whole."""
+    """Query and key tokens stay local: the strategy moves what crosses; the rest is whole."""
     q, k, v = (a.meta["val"].shape for a in call.node.args[:3])  # type: ignore[union-attr]
     operands = _qkv(q, k, v)
     rest = (None,) * (len(call.operands) - 3)

@@ -115,12 +115,16 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         self="... r c", batch1="b r m", batch2="b m c", out="b r c", whole="m"
     ),
     aten.einsum.default: einsum,
-    **{
-        op: convolution
-        for op in (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.convolution.default, aten.conv1d.padding, aten.conv2d.padding,
-        )
-    },
+    **dict.fromkeys(
+        (
+            aten.conv1d.default,
+            aten.conv2d.default,
+            aten.conv3d.default,
+            aten.convolution.default,
+            aten.conv1d.padding,
+            aten.conv2d.padding,
+        ),
+        convolution,
+    ),
     aten.outer.default: axes(self="r", vec2="c", out="r c"),
 }

@@ -34,6 +34,21 @@ def counted(call: Call) -> OpAxes:
 
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
-    **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.scalar_tensor.default), constant),
-    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default, aten.randint.default, aten.randint.low, aten.randperm.default, aten.bernoulli.default, aten.bernoulli.p, aten.empty.memory_format, aten.new_empty.default), counted),
+    **dict.fromkeys(
+        (
+            aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default,
+            aten.new_zeros.default, aten.new_ones.default, aten.scalar_tensor.default,
+        ),
+        constant,
+    ),
+    **dict.fromkeys(
+        (
+            aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
+            aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default,
+            aten.rand_like.default, aten.randn_like.default, aten.randint.default, aten.randint.low,
+            aten.randperm.default, aten.bernoulli.default, aten.bernoulli.p,
+            aten.empty.memory_format, aten.new_empty.default,
+        ),
+        counted,
+    ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows written as patterns: ``axes(input="... m", weight="n m", bias="n", out="... n", sum="m")``."""
+"""Rows written as patterns: ``axes(self="r m", mat2="m c", out="r c", sum="m")``."""
 
 from __future__ import annotations
 

@@ -89,7 +89,17 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.mean.default: reduce(partial=True, mean=True),
     aten.mean.dim: reduce(partial=True, mean=True),
     aten.count_nonzero.dim_IntList: reduce(partial=True),
-    **dict.fromkeys((aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.max.dim, aten.min.dim, aten.prod.default, aten.prod.dim_int, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim, aten.argmax.default, aten.argmin.default, aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction, aten.std.dim, aten.var_mean.correction, aten.logsumexp.default, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar), _WHOLE),
+    **dict.fromkeys(
+        (
+            aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.max.dim,
+            aten.min.dim, aten.prod.default, aten.prod.dim_int, aten.any.default, aten.any.dim,
+            aten.all.default, aten.all.dim, aten.argmax.default, aten.argmin.default,
+            aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction, aten.std.dim,
+            aten.var_mean.correction, aten.logsumexp.default, aten.linalg_vector_norm.default,
+            aten.norm.ScalarOpt_dim, aten.norm.Scalar,
+        ),
+        _WHOLE,
+    ),
     aten.softmax.int: _SOFTMAX,
     aten._softmax.default: _SOFTMAX,
     aten._safe_softmax.default: _SOFTMAX,

@@ -167,7 +167,9 @@ def parts(call: Call) -> OpAxes:
     shape = call.shapes[0]
     at = call.dim("dim", len(shape))
     labels = numbered(shape)
-    results, windows, start = [], [], 0
+    results: list[Labels] = []
+    windows: list[Window] = []
+    start = 0
     for i, part in enumerate(call.result_shapes):
         dims = list(labels)
         if part[at] == shape[at]:
@@ -203,7 +205,8 @@ def cat(call: Call) -> OpAxes:
     rank = len(call.result_shape)
     at = call.dim("dim", rank)
     out = list(numbered(call.result_shape))
-    operands, joined = [], []
+    operands: list[Labels] = []
+    joined: list[str] = []
     for i, shape in enumerate(call.shapes):
         if len(shape) != rank:  # legacy empty tensor
             operands.append(tuple(() for _ in shape))
@@ -293,7 +296,15 @@ def triangle(call: Call) -> OpAxes:
 
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default, aten.ravel.default, aten.atleast_2d.default, aten.atleast_1d.default), regroup),
+    **dict.fromkeys(
+        (
+            aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+            aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim,
+            aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default, aten.ravel.default,
+            aten.atleast_2d.default, aten.atleast_1d.default,
+        ),
+        regroup,
+    ),
     aten.permute.default: permute,
     aten.transpose.int: transpose,
     aten.swapaxes.default: lambda call: _swap(call, "axis0", "axis1"),
