@@ -23,8 +23,8 @@ __all__ = [
 class Captured:
     """The model's program as a flat, functional, pre-dispatch ATen graph.
 
-    Every node carries ``meta["val"]`` (a fake tensor of the *global* shape), ``meta["ringfx_path"]``
-    (module path) and ``meta["ringfx_source"]`` (``file:line``).
+    Every node carries ``meta["val"]`` (a fake tensor of the *global* shape), its module path in
+    ``meta["ringfx_path"]`` and its source line in ``meta["ringfx_source"]`` (``file:line``).
     """
 
     graph_module: torch.fx.GraphModule

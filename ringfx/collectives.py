@@ -15,7 +15,7 @@ the index tensors. Shapes are written [outer, tokens, inner], flattened into one
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -177,8 +177,8 @@ class _Share(torch.autograd.Function):
         return None, *(p.view(g.shape) for p, g in zip(parts, grads, strict=True))
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    return cast(torch.Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 def slice_tokens(
@@ -214,4 +214,5 @@ def sum_partials(x: torch.Tensor, group: str) -> torch.Tensor:
 
 def share(tensors: list[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
     """Whole values that each rank uses for its own tokens: gradients are summed over ranks."""
-    return _apply(_Share, group, *tensors)
+    shared = _Share.apply(group, *tensors)  # type: ignore[no-untyped-call]
+    return cast(tuple[torch.Tensor, ...], shared)

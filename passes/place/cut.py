@@ -127,7 +127,7 @@ def _connect_uses(
     value: Node,
     modes: Mapping[Node, Split | Unsplittable],
 ) -> None:
-    """Edges for a value's transfers: a gather if it is split and wanted whole, a slice otherwise."""
+    """Edges for a value's transfers: gathered if split and wanted whole, sliced the other way."""
     carried = lines.carried(value)
     if not isinstance(carried, Carried) or carried.line != line:
         return
