@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ringfx.ops import checks, collective, production, simple, ulysses
+from ringfx.ops import checks, collective, production, simple, stats, ulysses
 from ringfx.ops.finish import add_sinks, fill_mean, mean_gradient, sink_gradient
 from ringfx.ops.kernels import accumulation_dtype, choose
 from ringfx.ops.pieces import Tiling
@@ -103,6 +103,7 @@ def _attention(
     with _plain_arithmetic(q):
         problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, ())
         implementation = _implementation(problem, strategy)
+        problem.stats.forwards += 1
         out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
         if _may_lose_rows(problem):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
@@ -150,6 +151,7 @@ def _attention_backward(
     with _plain_arithmetic(q):
         problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
         implementation = _implementation(problem, strategy)
+        problem.stats.backwards += 1
         sums = implementation.backward(problem, dout, q, k, v, out, lse)
         if _may_lose_rows(problem):
             mean_gradient(problem, sums.dv_BGKE, dout, lse)
@@ -244,6 +246,8 @@ def _problem(
         soft_cap=spec.soft_cap is not None,
         math_only=strategy == "simple" or bool(bias_grads),
     )
+    found = stats.layer(name)
+    found.kernel = kernel.name
     problem = Problem(
         spec=spec,
         inputs=captured,
@@ -251,6 +255,7 @@ def _problem(
         layout=kind,
         kernel=kernel,
         tiling=_tiling(q, kernel.stores_scores),
+        stats=found,
         bias_grads=bias_grads,
     )
     return problem, sinks_H

@@ -1,10 +1,10 @@
 """All keys and values gathered at once, then one attention of the local queries.
 
 One all-gather before the compute in forward; the same in backward, and one reduce-scatter of dK and
-dV after it. Memory holds all of K and V.
+dV after it. Memory holds all of K and V; where that is much, of some heads at a time.
 
-Shapes: B batch, H query heads, G key/value heads, S all tokens, D and E the head dims of q, k
-and v, P ranks, N all elements of a block.
+Shapes: B batch, H query heads, G key/value heads, S all tokens, D and E the head dims of q, k and
+v, P ranks, N all elements of a block.
 """
 
 from __future__ import annotations
@@ -13,24 +13,37 @@ import torch
 
 from ringfx.layout import Layout
 from ringfx.ops.blocks import pack, unpack
+from ringfx.ops.heads import HeadGroup, head_groups
 from ringfx.ops.local import Gradients, Output, attend, attend_backward
 from ringfx.ops.pieces import Run
 from ringfx.ops.problem import Problem
 
-__all__ = ["backward", "forward"]
+__all__ = ["GATHERED_BYTES", "backward", "forward"]
 
 Tensor = torch.Tensor
+
+GATHERED_BYTES = 256 << 20
+"""K and V of all ranks that are held at once, about: beyond it heads are gathered group by group,
+each still a message far above the size at which links reach their bandwidth."""
+
+
+def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
+    return head_groups(q, k, v, least_bytes=GATHERED_BYTES // problem.ranks.size)
 
 
 def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
-    output = Output(q_BHQD, v_BGKE.shape[-1])
-    k_BGSD, v_BGSE = _gather(problem, "forward: all-gather of K/V", k_BGKD, v_BGKE)
-    mine = problem.q_runs(problem.ranks.rank)
-    attend(problem, output, q_BHQD, k_BGSD, v_BGSE, mine, _all_keys(problem))
-    return output.finish()
+    output = Output.empty(q_BHQD, v_BGKE.shape[-1])
+    mine, keys = problem.q_runs(problem.ranks.rank), _all_keys(problem)
+    for group in _groups(problem, q_BHQD, k_BGKD, v_BGKE):
+        k, v = k_BGKD[:, group.kv], v_BGKE[:, group.kv]
+        k_BGSD, v_BGSE = _gather(problem, "forward: all-gather of K/V", k, v)
+        part = output.of_heads(group.q)
+        attend(problem.heads(group), part, q_BHQD[:, group.q], k_BGSD, v_BGSE, mine, keys)
+        part.finish()
+    return output.out_BHQE, output.lse_BHQ
 
 
 def backward(
@@ -44,22 +57,27 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    k_BGSD, v_BGSE = _gather(problem, "backward: all-gather of K/V", k_BGKD, v_BGKE)
-    whole = Gradients.zeros(problem, q_BHQD, k_BGSD, v_BGSE)
+    sums = Gradients.zeros(problem, q_BHQD, k_BGKD, v_BGKE)
     mine, keys = problem.q_runs(ranks.rank), _all_keys(problem)
-    attend_backward(
-        problem, whole, dout_BHQE, q_BHQD, k_BGSD, v_BGSE, out_BHQE, lse_BHQ, mine, keys
-    )
-    layout = problem.kv_layout
-    parts_PN = torch.stack(
-        [
-            pack(_of_rank(whole.dk_BGKD, layout, r), _of_rank(whole.dv_BGKE, layout, r))
-            for r in range(ranks.size)
-        ]
-    )
-    mine_N = ranks.reduce_scatter("backward: reduce-scatter of dK/dV", parts_PN)
-    dk_BGKD, dv_BGKE = unpack(mine_N, k_BGKD, v_BGKE)
-    return Gradients(whole.dq_BHQD, dk_BGKD, dv_BGKE, whole.inputs)
+    for group in _groups(problem, q_BHQD, k_BGKD, v_BGKE):
+        here = sums.of_heads(group)
+        k, v = k_BGKD[:, group.kv], v_BGKE[:, group.kv]
+        k_BGSD, v_BGSE = _gather(problem, "backward: all-gather of K/V", k, v)
+        dk_BGSD, dv_BGSE = (torch.zeros_like(x, dtype=sums.dk_BGKD.dtype) for x in (k_BGSD, v_BGSE))
+        attend_backward(
+            problem.heads(group),
+            here.with_keys(dk_BGSD, dv_BGSE),
+            dout_BHQE[:, group.q],
+            q_BHQD[:, group.q],
+            k_BGSD,
+            v_BGSE,
+            out_BHQE[:, group.q],
+            lse_BHQ[:, group.q],
+            mine,
+            keys,
+        )
+        _scatter(problem, dk_BGSD, dv_BGSE, here)
+    return sums
 
 
 def _gather(
@@ -79,6 +97,21 @@ def _gather(
                 whole_BGSD[:, :, start : start + size] = block[:, :, i * size : (i + 1) * size]
         whole.append(whole_BGSD)
     return whole[0], whole[1]
+
+
+def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Gradients) -> None:
+    """The sum over ranks of this rank's tokens, into its own gradients."""
+    layout = problem.kv_layout
+    parts_PN = torch.stack(
+        [
+            pack(_of_rank(dk_BGSD, layout, rank), _of_rank(dv_BGSE, layout, rank))
+            for rank in range(layout.world_size)
+        ]
+    )
+    mine_N = problem.ranks.reduce_scatter("backward: reduce-scatter of dK/dV", parts_PN)
+    dk, dv = unpack(mine_N, mine.dk_BGKD, mine.dv_BGKE)
+    mine.dk_BGKD.copy_(dk)
+    mine.dv_BGKE.copy_(dv)
 
 
 def _all_keys(problem: Problem) -> tuple[Run, ...]:

@@ -12,15 +12,19 @@ Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ringfx.ops import bias_gradients
+from ringfx.ops.heads import HeadGroup
 from ringfx.ops.kernels import Scores, accumulation_dtype, math_backward
-from ringfx.ops.pieces import Piece, Run, pieces
+from ringfx.ops.memory import smaller, tried
+from ringfx.ops.pieces import Piece, Run, Tiling, pieces
 from ringfx.ops.problem import Problem
+from ringfx.ops.stats import span
 from ringfx.tiles import TileIndex, evaluate
 
 __all__ = ["Gradients", "Output", "attend", "attend_backward"]
@@ -31,12 +35,23 @@ Tensor = torch.Tensor
 class Output:
     """The running output of all local queries and its logsumexp."""
 
-    def __init__(self, q_BHQD: Tensor, v_head_dim: int) -> None:
+    def __init__(self, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+        self.out_BHQE, self.lse_BHQ = out_BHQE, lse_BHQ
+        self._touched = bytearray(lse_BHQ.shape[2])
+
+    @staticmethod
+    def empty(q_BHQD: Tensor, v_head_dim: int) -> Output:
+        """Of queries that have seen no key yet."""
         B, H, Q, _ = q_BHQD.shape
         kept_in = accumulation_dtype(q_BHQD.dtype)
-        self.out_BHQE = q_BHQD.new_empty(B, H, Q, v_head_dim, dtype=kept_in)
-        self.lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=kept_in)
-        self._touched = bytearray(Q)
+        return Output(
+            q_BHQD.new_empty(B, H, Q, v_head_dim, dtype=kept_in),
+            q_BHQD.new_full((B, H, Q), -math.inf, dtype=kept_in),
+        )
+
+    def of_heads(self, heads: slice) -> Output:
+        """The part of some heads, with a record of its own of what is written."""
+        return Output(self.out_BHQE[:, heads], self.lse_BHQ[:, heads])
 
     def merge(self, rows: Run, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
         """Adds what these rows give over keys that they have not seen yet."""
@@ -97,29 +112,33 @@ class Gradients:
             ],
         )
 
-    @staticmethod
-    def zeros_like_keys(other: Gradients) -> Gradients:
-        """The same sums for q and the captured tensors, new ones for another block's K and V."""
-        dk, dv = torch.zeros_like(other.dk_BGKD), torch.zeros_like(other.dv_BGKE)
-        return Gradients(other.dq_BHQD, dk, dv, other.inputs)
+    def of_heads(self, group: HeadGroup) -> Gradients:
+        """Views of some heads' gradients; those of captured tensors are shared."""
+        q, kv = group.q, group.kv
+        return Gradients(self.dq_BHQD[:, q], self.dk_BGKD[:, kv], self.dv_BGKE[:, kv], self.inputs)
+
+    def with_keys(self, dk_BGKD: Tensor, dv_BGKE: Tensor) -> Gradients:
+        """The same sums for q and captured tensors, others for K and V."""
+        return Gradients(self.dq_BHQD, dk_BGKD, dv_BGKE, self.inputs)
 
 
-def _local_pieces(
-    problem: Problem, q_runs: Sequence[Run], k_runs: Sequence[Run], q_BHQD: Tensor
-) -> list[Piece]:
+def _fitting(
+    problem: Problem,
+    q_BHQD: Tensor,
+    q_runs: Sequence[Run],
+    k_runs: Sequence[Run],
+    tiling: Tiling,
+    work: Callable[[Piece], bool],
+) -> None:
+    """Does the work of every piece; one that does not fit in memory is cut and done in parts."""
     B, H = q_BHQD.shape[:2]
     heads = (problem.first_head, problem.first_head + H)
-    return list(
-        pieces(
-            problem.spec,
-            q_runs,
-            k_runs,
-            problem.tiling,
-            b=(0, B),
-            h=heads,
-            inputs=problem.inputs,
-        )
-    )
+    found = pieces(problem.spec, q_runs, k_runs, tiling, b=(0, B), h=heads, inputs=problem.inputs)
+    for piece in found:
+        problem.stats.tiles += 1
+        if tried(partial(work, piece)) is None:
+            parts = smaller(problem, piece, B, H)
+            _fitting(problem, q_BHQD, [piece.q], [piece.k], parts, work)
 
 
 def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:
@@ -168,7 +187,8 @@ def attend(
     k_runs: Sequence[Run],
 ) -> None:
     """Merges the attention of the queries in ``q_runs`` over the keys in ``k_runs``."""
-    for piece in _local_pieces(problem, q_runs, k_runs, q_BHQD):
+
+    def work(piece: Piece) -> bool:
         out_BHQE, lse_BHQ = problem.kernel.forward(
             _rows(q_BHQD, piece.q),
             _rows(k_BGKD, piece.k),
@@ -176,6 +196,10 @@ def attend(
             _scores(problem, piece, q_BHQD),
         )
         output.merge(piece.q, out_BHQE, lse_BHQ)
+        return True
+
+    with span(problem.stats, f"{problem.ranks.layer}: tiles", "compute_s"):
+        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, work)
 
 
 def attend_backward(
@@ -191,7 +215,8 @@ def attend_backward(
     k_runs: Sequence[Run],
 ) -> None:
     """Adds the gradients of the pieces; ``out`` and ``lse`` are those of the whole rows."""
-    for piece in _local_pieces(problem, q_runs, k_runs, q_BHQD):
+
+    def work(piece: Piece) -> bool:
         arguments = (
             _rows(dout_BHQE, piece.q),
             _rows(q_BHQD, piece.q),
@@ -204,13 +229,21 @@ def attend_backward(
         if problem.bias_grads:
             dq, dk, dv, dbias_BHQK = math_backward(*arguments, wants_bias=True)
             assert dbias_BHQK is not None, "it was asked for"
-            assert problem.spec.bias is not None, "checked before"
-            index = _index(problem, piece, q_BHQD)
-            bias_gradients.add(
-                problem.spec.bias, dbias_BHQK, index, problem.inputs, gradients.inputs
-            )
+            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, gradients)
         else:
             dq, dk, dv = problem.kernel.backward(*arguments)
         _rows(gradients.dq_BHQD, piece.q).add_(dq)
         _rows(gradients.dk_BGKD, piece.k).add_(dk)
         _rows(gradients.dv_BGKE, piece.k).add_(dv)
+        return True
+
+    with span(problem.stats, f"{problem.ranks.layer}: tiles, backward", "compute_s"):
+        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, work)
+
+
+def _add_bias_gradients(
+    problem: Problem, piece: Piece, q_BHQD: Tensor, dbias_BHQK: Tensor, gradients: Gradients
+) -> None:
+    bias, index = problem.spec.bias, _index(problem, piece, q_BHQD)
+    assert bias is not None, "checked before"
+    bias_gradients.add(bias, dbias_BHQK, index, problem.inputs, gradients.inputs)

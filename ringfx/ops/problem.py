@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from ringfx.layout import Layout, LayoutKind
+from ringfx.ops.heads import HeadGroup
 from ringfx.ops.kernels import Kernel
 from ringfx.ops.pieces import Run, Tiling, runs_of
 from ringfx.ops.ranks import Ranks
+from ringfx.ops.stats import LayerStats
 from ringfx.spec import AttentionSpec
 
 __all__ = ["Problem"]
-
-FIRST_HEAD = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,9 +29,10 @@ class Problem:
     layout: LayoutKind
     kernel: Kernel
     tiling: Tiling
+    stats: LayerStats
     bias_grads: tuple[int, ...] = ()
     """Positions of the inputs whose gradient the backward must give."""
-    first_head: int = FIRST_HEAD
+    first_head: int = 0
     """Global index of the first local head: not 0 where heads are split."""
 
     @property
@@ -48,5 +49,6 @@ class Problem:
     def k_runs(self, rank: int) -> tuple[Run, ...]:
         return runs_of(self.kv_layout, rank)
 
-    def with_heads_from(self, first: int) -> Problem:
-        return replace(self, first_head=first)
+    def heads(self, group: HeadGroup) -> Problem:
+        """The same for a group of the local heads."""
+        return replace(self, first_head=self.first_head + group.first_head)

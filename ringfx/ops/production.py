@@ -1,63 +1,128 @@
 """The ring with its messages hidden behind the tiles.
 
-While a block is worked on, the next one is already on its way here and this one on its way to the
-next rank. In the backward the gradients of a block follow it one hop behind: what the previous
-ranks have added arrives while this rank computes its own share.
+The heads are taken in groups, each a ring of its own; one step is one group at one hop. When a step
+starts, the group's block leaves for the next rank and the next block is asked of the previous one;
+both are given until the step after this one. So a block travels while others are worked on, and
+memory holds little more than one block and one block of gradients:
 
-Blocks that the mask empties for everyone are not sent at all: the ring ends at the last hop that
-any rank needs, which all ranks derive from the positions alone and so agree on.
+    for hop in 0 .. hops-1:
+        for group in head groups:
+            start   my group's K/V -> next rank,  previous rank's -> spare buffer
+            merge   attention(queries of the group, K/V of the group)
+            wait    for the messages of the step before
+
+In the backward, what earlier ranks have added to a block's dK and dV travels beside the block, one
+hop behind, and is needed only when this rank has computed its own share. The owner's share stays at
+home; the others' comes back to it after the last hop.
+
+Blocks that the mask empties for everyone are not sent: the ring ends at the last hop that any rank
+needs, which all ranks derive from the positions alone and so agree on.
 
 Shapes: B batch, H query heads, G key/value heads, D and E the head dims of q, k and of v, N all
-elements of a block.
+elements of a group's block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
 import torch
 
-from ringfx.ops.blocks import pack, unpack
+from ringfx.layout import Layout, LayoutKind
+from ringfx.ops.blocks import pack_into, unpack
+from ringfx.ops.buffers import POOL
+from ringfx.ops.heads import MOST_GROUPS, HeadGroup, head_groups, ring_bytes
+from ringfx.ops.kernels import accumulation_dtype
 from ringfx.ops.local import Gradients, Output, attend, attend_backward
-from ringfx.ops.pieces import Tiling, pieces
+from ringfx.ops.pieces import Tiling, pieces, runs_of
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Exchange
+from ringfx.spec import AttentionSpec
 
 __all__ = ["backward", "forward", "hops_needed"]
 
 Tensor = torch.Tensor
 
+BLOCK_TAG, SHARE_TAG, HOME_TAG = 0, MOST_GROUPS, 2 * MOST_GROUPS
+"""Messages of different kinds and groups are told apart where they are under way together."""
 
-def hops_needed(problem: Problem, heads: int, batch: int) -> int:
+
+@lru_cache(maxsize=256)
+def hops_needed(spec: AttentionSpec, layout: LayoutKind, size: int) -> int:
     """How many blocks each rank must see, its own included: the same number on all ranks.
 
     Only positions count, never the captured tensors, which could differ between ranks.
     """
-    size = problem.ranks.size
+    q, k = Layout(layout, spec.q_len, size), Layout(layout, spec.kv_len, size)
     coarse = Tiling(masked=1 << 62)
+    anywhere = (0, 1 << 62)
     for hop in reversed(range(1, size)):
         for rank in range(size):
-            found = pieces(
-                problem.spec,
-                problem.q_runs(rank),
-                problem.k_runs((rank - hop) % size),
-                coarse,
-                b=(0, batch),
-                h=(0, heads),
-                inputs=None,
-            )
-            if next(found, None) is not None:
+            runs = runs_of(q, rank), runs_of(k, (rank - hop) % size)
+            if any(pieces(spec, *runs, coarse, b=anywhere, h=anywhere, inputs=None)):
                 return hop + 1
     return 1
 
 
-def _send_on(problem: Problem, operation: str, block_N: Tensor) -> Exchange:
-    ranks = problem.ranks
-    return ranks.exchange(
-        operation,
-        send=block_N,
-        to=ranks.neighbour(1),
-        receive=torch.empty_like(block_N),
-        source=ranks.neighbour(-1),
-    )
+def _groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
+    return head_groups(q, k, v, least_bytes=ring_bytes(q.device))
+
+
+class _InFlight:
+    """Messages under way, by the step that started them, and what to do when they have arrived."""
+
+    def __init__(self, num_groups: int) -> None:
+        # With two groups or more, a group's next turn is two steps away or more.
+        self._given = min(2, num_groups)
+        self._step = -1
+        self._messages: list[tuple[int, Exchange, Callable[[], None]]] = []
+
+    def next_step(self) -> None:
+        """Waits for what started one step before the last, or in the last if groups are one."""
+        self._step += 1
+        self._settle(self._step - self._given)
+
+    def add(self, exchange: Exchange, arrived: Callable[[], None]) -> None:
+        self._messages.append((self._step, exchange, arrived))
+
+    def settle(self) -> None:
+        """Waits for all."""
+        self._settle(self._step)
+
+    def _settle(self, up_to: int) -> None:
+        while self._messages and self._messages[0][0] <= up_to:
+            _, exchange, arrived = self._messages.pop(0)
+            exchange.wait()
+            arrived()
+
+
+class _Blocks:
+    """The K/V of each head group as they pass by, of the own rank first."""
+
+    def __init__(self, groups: Sequence[HeadGroup], k: Tensor, v: Tensor) -> None:
+        self.own = [(k[:, group.kv], v[:, group.kv]) for group in groups]
+        self.passing: list[Tensor | None] = [None] * len(groups)
+
+    def at(self, g: int) -> tuple[Tensor, Tensor]:
+        buffer_N = self.passing[g]
+        return self.own[g] if buffer_N is None else unpack(buffer_N, *self.own[g])
+
+    def leaving(self, g: int) -> tuple[Tensor, Tensor]:
+        """What is sent on and what is received into."""
+        k, v = self.own[g]
+        sent_N = self.passing[g]
+        if sent_N is None:
+            sent_N = pack_into(POOL.take(k.numel() + v.numel(), k.dtype, k.device), k, v)
+        received_N = POOL.take(sent_N.numel(), k.dtype, k.device)
+        return sent_N, received_N
+
+    def done(self, g: int, received_N: Tensor | None) -> None:
+        """The group's step at this hop is over, and the next block is here if there is one."""
+        old = self.passing[g]
+        if old is not None:
+            POOL.give(old)
+        self.passing[g] = received_N
 
 
 def forward(
@@ -65,20 +130,50 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
     ranks = problem.ranks
-    output = Output(q_BHQD, v_BGKE.shape[-1])
-    hops = hops_needed(problem, q_BHQD.shape[1], q_BHQD.shape[0])
-    block_N = pack(k_BGKD, v_BGKE) if hops > 1 else None
-    k, v = k_BGKD, v_BGKE
+    groups = _groups(q_BHQD, k_BGKD, v_BGKE)
+    hops = hops_needed(problem.spec, problem.layout, ranks.size)
+    output = Output.empty(q_BHQD, v_BGKE.shape[-1])
+    outputs = [output.of_heads(group.q) for group in groups]
+    blocks = _Blocks(groups, k_BGKD, v_BGKE)
+    in_flight = _InFlight(len(groups))
+    q_runs = problem.q_runs(ranks.rank)
     for hop in range(hops):
-        coming: Exchange | None = None
-        if block_N is not None and hop < hops - 1:
-            coming = _send_on(problem, f"forward: K/V, hop {hop + 1}", block_N)
-        owner = ranks.neighbour(-hop)
-        attend(problem, output, q_BHQD, k, v, problem.q_runs(ranks.rank), problem.k_runs(owner))
-        if coming is not None:
-            block_N = coming.wait()
-            k, v = unpack(block_N, k_BGKD, v_BGKE)
-    return output.finish()
+        k_runs = problem.k_runs(ranks.neighbour(-hop))
+        for g, group in enumerate(groups):
+            in_flight.next_step()
+            k, v = blocks.at(g)
+            if hop < hops - 1:
+                _start_blocks(problem, blocks, g, in_flight, f"forward: K/V, hop {hop + 1}")
+            attend(problem.heads(group), outputs[g], q_BHQD[:, group.q], k, v, q_runs, k_runs)
+            if hop == hops - 1:
+                blocks.done(g, None)
+    in_flight.settle()
+    for part in outputs:
+        part.finish()
+    return output.out_BHQE, output.lse_BHQ
+
+
+def _start_blocks(
+    problem: Problem, blocks: _Blocks, g: int, in_flight: _InFlight, operation: str
+) -> None:
+    ranks = problem.ranks
+    sent_N, received_N = blocks.leaving(g)
+    fresh = blocks.passing[g] is None
+
+    def arrived() -> None:
+        if fresh:
+            POOL.give(sent_N)
+        blocks.done(g, received_N)
+
+    exchange = ranks.exchange(
+        operation,
+        send=sent_N,
+        to=ranks.neighbour(1),
+        receive=received_N,
+        source=ranks.neighbour(-1),
+        tag=BLOCK_TAG + g,
+    )
+    in_flight.add(exchange, arrived)
 
 
 def backward(
@@ -92,48 +187,96 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    hops = hops_needed(problem, q_BHQD.shape[1], q_BHQD.shape[0])
+    groups = _groups(q_BHQD, k_BGKD, v_BGKE)
+    hops = hops_needed(problem.spec, problem.layout, ranks.size)
     mine = Gradients.zeros(problem, q_BHQD, k_BGKD, v_BGKE)
-    block_N = pack(k_BGKD, v_BGKE) if hops > 1 else None
-    k, v = k_BGKD, v_BGKE
-    following: Exchange | None = None
+    blocks = _Blocks(groups, k_BGKD, v_BGKE)
+    shares: list[Tensor | None] = [None] * len(groups)
+    in_flight = _InFlight(len(groups))
+    q_runs = problem.q_runs(ranks.rank)
     for hop in range(hops):
-        coming: Exchange | None = None
-        if block_N is not None and hop < hops - 1:
-            coming = _send_on(problem, f"backward: K/V, hop {hop + 1}", block_N)
-        share = mine if hop == 0 else Gradients.zeros_like_keys(mine)
-        attend_backward(
-            problem,
-            share,
-            dout_BHQE,
-            q_BHQD,
-            k,
-            v,
-            out_BHQE,
-            lse_BHQ,
-            problem.q_runs(ranks.rank),
-            problem.k_runs(ranks.neighbour(-hop)),
-        )
-        if coming is not None:
-            block_N = coming.wait()
-            k, v = unpack(block_N, k_BGKD, v_BGKE)
-        if hop == 0:
-            # The owner's share stays at home; what the others add comes back to it at the end.
-            continue
-        share_N = pack(share.dk_BGKD, share.dv_BGKE)
-        if following is not None:
-            share_N.add_(following.wait())
-        if hop < hops - 1:
-            following = _send_on(problem, f"backward: dK/dV, hop {hop + 1}", share_N)
-    if hops > 1:
-        home_N = ranks.exchange(
-            "backward: dK/dV, home",
-            send=share_N,
-            to=ranks.neighbour(1 - hops),
-            receive=torch.empty_like(share_N),
-            source=ranks.neighbour(hops - 1),
-        ).wait()
+        k_runs = problem.k_runs(ranks.neighbour(-hop))
+        for g, group in enumerate(groups):
+            in_flight.next_step()
+            k, v = blocks.at(g)
+            if hop < hops - 1:
+                _start_blocks(problem, blocks, g, in_flight, f"backward: K/V, hop {hop + 1}")
+            incoming = _start_share(problem, shares, g, f"backward: dK/dV, hop {hop}")
+            local = mine.of_heads(group)
+            if hop > 0:
+                share_N = POOL.take(
+                    k.numel() + v.numel(), accumulation_dtype(k.dtype), k.device
+                ).zero_()
+                local = local.with_keys(*unpack(share_N, k, v))
+                shares[g] = share_N
+            attend_backward(
+                problem.heads(group),
+                local,
+                dout_BHQE[:, group.q],
+                q_BHQD[:, group.q],
+                k,
+                v,
+                out_BHQE[:, group.q],
+                lse_BHQ[:, group.q],
+                q_runs,
+                k_runs,
+            )
+            if incoming is not None:
+                _add_incoming(incoming, share_N)
+            if hop == hops - 1:
+                blocks.done(g, None)
+            if 0 < hop == hops - 1:
+                _start_home(problem, mine.of_heads(group), share_N, g, hops, in_flight)
+    in_flight.settle()
+    return mine
+
+
+def _start_share(
+    problem: Problem, shares: list[Tensor | None], g: int, operation: str
+) -> Exchange | None:
+    """Sends on what this rank made of the group's dK/dV one hop ago, and receives the previous'."""
+    share_N, ranks = shares[g], problem.ranks
+    if share_N is None:
+        return None
+    incoming_N = POOL.take(share_N.numel(), share_N.dtype, share_N.device)
+    return ranks.exchange(
+        operation,
+        send=share_N,
+        to=ranks.neighbour(1),
+        receive=incoming_N,
+        source=ranks.neighbour(-1),
+        tag=SHARE_TAG + g,
+    )
+
+
+def _add_incoming(incoming: Exchange, share_N: Tensor) -> None:
+    incoming.wait()
+    sent_N, received_N = incoming.buffers
+    share_N.add_(received_N)
+    POOL.give(sent_N)
+    POOL.give(received_N)
+
+
+def _start_home(
+    problem: Problem, mine: Gradients, share_N: Tensor, g: int, hops: int, in_flight: _InFlight
+) -> None:
+    """The last hop's sum goes to the owner of the block, and that of the own block comes in."""
+    ranks = problem.ranks
+    home_N = POOL.take(share_N.numel(), share_N.dtype, share_N.device)
+
+    def arrived() -> None:
         dk, dv = unpack(home_N, mine.dk_BGKD, mine.dv_BGKE)
         mine.dk_BGKD.add_(dk)
         mine.dv_BGKE.add_(dv)
-    return mine
+        POOL.give(home_N)
+        POOL.give(share_N)
+
+    exchange = ranks.exchange(
+        "backward: dK/dV, home",
+        send=share_N,
+        to=ranks.neighbour(1 - hops),
+        receive=home_N,
+        source=ranks.neighbour(hops - 1),
+        tag=HOME_TAG + g,
+    )
+    in_flight.add(exchange, arrived)

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import _get_default_timeout
 
 from ringfx.errors import CommunicationError, InvalidArgument
+from ringfx.ops import stats
 
 __all__ = ["Exchange", "Ranks"]
 
@@ -59,9 +60,20 @@ class Ranks:
         return (self.rank + distance) % self.size
 
     def exchange(
-        self, operation: str, *, send: torch.Tensor, to: int, receive: torch.Tensor, source: int
+        self,
+        operation: str,
+        *,
+        send: torch.Tensor,
+        to: int,
+        receive: torch.Tensor,
+        source: int,
+        tag: int = 0,
     ) -> Exchange:
-        """Starts sending one buffer and receiving another; both contiguous, of equal size."""
+        """Starts sending one buffer and receiving another; both contiguous, of equal size.
+
+        All ranks call it in the same order. ``tag`` tells apart messages between the same two ranks
+        that are under way together (gloo; NCCL goes by the order).
+        """
         assert self.group is not None, "one rank alone has nobody to talk to"
         assert send.is_contiguous(), "buffers are contiguous"
         assert receive.is_contiguous(), "buffers are contiguous"
@@ -69,16 +81,18 @@ class Ranks:
             f"rank {self.rank} sends {tuple(send.shape)} {send.dtype} and expects "
             f"{tuple(receive.shape)} {receive.dtype}"
         )
-        receiving = dist.P2POp(dist.irecv, receive, group=self.group, group_peer=source)
-        sending = dist.P2POp(dist.isend, send, group=self.group, group_peer=to)
+        receiving = dist.P2POp(dist.irecv, receive, group=self.group, tag=tag, group_peer=source)
+        sending = dist.P2POp(dist.isend, send, group=self.group, tag=tag, group_peer=to)
         ops = [sending, receiving] if self.rank % 2 == 0 else [receiving, sending]
         peers = f"rank {source} (receiving) and rank {to} (sending)"
         works = self.guarded(operation, peers, lambda: dist.batch_isend_irecv(ops))
+        self._count(send)
         return Exchange(self, operation, works, [op.group_peer for op in ops], (send, receive))
 
     def all_gather(self, operation: str, local: torch.Tensor) -> torch.Tensor:
         """Everyone's tensor, stacked: [size, *local.shape]."""
         whole = local.new_empty((self.size, *local.shape))
+        self._count(local)
         self.collective(
             operation,
             lambda: _gather_single(whole.view(-1), local.contiguous().view(-1), group=self.group),
@@ -88,6 +102,7 @@ class Ranks:
     def reduce_scatter(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of the part for this rank; ``parts`` is [size, ...]."""
         mine = torch.empty_like(parts[0])
+        self._count(parts[1:])
         self.collective(
             operation,
             lambda: _scatter_single(mine.view(-1), parts.contiguous().view(-1), group=self.group),
@@ -103,16 +118,23 @@ class Ranks:
     def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """Sends ``parts[r]`` to rank r; the result holds what each rank sent here."""
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        self._count(parts[1:])
         self.collective(
             operation,
             lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.group),
         )
         return received
 
+    def _count(self, sent: torch.Tensor) -> None:
+        found = stats.layer(self.layer)
+        found.messages += 1
+        found.bytes_sent += sent.numel() * sent.element_size()
+
     def collective(self, operation: str, call: Callable[[], Any]) -> None:
         others = [str(r) for r in range(self.size) if r != self.rank]
         named = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        self.guarded(operation, f"ranks {named}", call)
+        with stats.span(stats.layer(self.layer), f"{self.layer}: {operation}", "wait_s"):
+            self.guarded(operation, f"ranks {named}", call)
 
     def guarded(self, operation: str, peers: str, call: Callable[[], T]) -> T:
         try:
@@ -147,8 +169,10 @@ class Exchange:
 
     def wait(self) -> torch.Tensor:
         """The received buffer, once both messages are through."""
-        for work, peer in zip(self.works, self.peers, strict=False):
-            self.ranks.guarded(self.operation, f"rank {peer}", partial(_finish, work))
+        layer = self.ranks.layer
+        with stats.span(stats.layer(layer), f"{layer}: {self.operation}", "wait_s"):
+            for work, peer in zip(self.works, self.peers, strict=False):
+                self.ranks.guarded(self.operation, f"rank {peer}", partial(_finish, work))
         return self.buffers[1]
 
 

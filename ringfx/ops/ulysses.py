@@ -77,7 +77,7 @@ def forward(
         _to_heads(ranks, problem.kv_layout, f"forward: all-to-all of {name}", _repeat(x, copies))
         for name, x in (("k", k_BGKD), ("v", v_BGKE))
     )
-    output = Output(q, v.shape[-1])
+    output = Output.empty(q, v.shape[-1])
     attend(_local_problem(problem, H), output, q, k, v, *_runs(problem))
     out, lse = output.finish()
     both = torch.cat([out, lse[..., None]], dim=-1)

@@ -151,8 +151,8 @@ def _within(term: Expr) -> int | None:
         return None
     if term[2][0] != "const" or not _is_relative(term[1][1]):
         return None
-    distance: int = term[2][1]
-    return distance - (term[0] == "lt")
+    distance: int = term[2][1] - (term[0] == "lt")
+    return distance
 
 
 def _linear_words(form: _Linear) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from ringfx.layout import Layout, LayoutKind
-from ringfx.ops import attention
+from ringfx.ops import attention, collective, heads
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import TileIndex, evaluate
 
@@ -167,8 +168,17 @@ def run(example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return parts, whole
 
 
-def run_all(examples: Sequence[Example]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def run_all(
+    examples: Sequence[Example], least_bytes: int | None = None
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Runs examples on this rank; ``least_bytes`` stands in for the size of a head group."""
     torch.set_num_threads(1)
+    if least_bytes is not None:
+        with (
+            mock.patch.multiple(heads, GROUP_BYTES={"cpu": least_bytes}),
+            mock.patch.object(collective, "GATHERED_BYTES", least_bytes),
+        ):
+            return run_all(examples)
     results = []
     for example in examples:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from ringfx.ops.production import hops_needed
 from tests.ops.cases import examples
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.ranks import RankPool
@@ -14,10 +15,13 @@ TOLERANCE = 1e-12
 
 
 def assert_equal_to_unsplit(
-    cases: Sequence[Example], pool: RankPool | None = None, tolerance: float = TOLERANCE
+    cases: Sequence[Example],
+    pool: RankPool | None = None,
+    tolerance: float = TOLERANCE,
+    least_bytes: int | None = None,
 ) -> None:
     """Runs the cases in one call of the pool, or here as one rank, and compares each."""
-    by_rank = pool.run(run_all, cases) if pool else [run_all(cases)]
+    by_rank = pool.run(run_all, cases, least_bytes) if pool else [run_all(cases)]
     wrong = []
     for example, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         found = difference(assemble(example, results), reference(example))
@@ -43,3 +47,18 @@ def test_every_kind_on_three_ranks(ranks3: RankPool) -> None:
 @pytest.mark.ranks
 def test_every_kind_on_four_ranks(ranks4: RankPool) -> None:
     assert_equal_to_unsplit(list(examples(4)), ranks4)
+
+
+@pytest.mark.ranks
+def test_head_groups_that_travel_apart(ranks3: RankPool) -> None:
+    """Messages of one head each: many steps in flight, and different ones on each rank."""
+    kinds = ["causal", "documents", "alibi, trained", "grouped heads, smaller v", "cross"]
+    assert_equal_to_unsplit(list(examples(3, kinds)), ranks3, least_bytes=64)
+
+
+@pytest.mark.ranks
+def test_a_ring_that_ends_early(ranks4: RankPool) -> None:
+    """In contiguous layout a window of 5 tokens needs one hop of three."""
+    cases = [e for e in examples(4, ["window"]) if e.strategy == "production"]
+    assert [hops_needed(e.spec, e.layout, 4) for e in cases] == [2, 4]
+    assert_equal_to_unsplit(cases, ranks4, least_bytes=64)
