@@ -316,7 +316,7 @@ def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
             f" the times are those of {profile.device}"
         )
     here = devices.device_name(profile.device)
-    if not _is_own(profile):
+    if profile.device == device and not _is_own(profile):
         this = (
             f"this machine has {here}" if here else f"this machine has no {profile.device} device"
         )

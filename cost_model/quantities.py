@@ -65,7 +65,7 @@ def parse_rate(text: str) -> float:
     InvalidArgument
         The text is no speed, or it is not positive.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)/s\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)/s\s*", text)
     unit = match[2].lower() if match else ""
     bits = unit.removesuffix("bit") + "b"
     factor = BYTE_UNITS.get(bits, 0) / 8 if unit.endswith("bit") else BYTE_UNITS.get(unit, 0)

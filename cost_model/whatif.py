@@ -20,7 +20,7 @@ from ringfx.layout import Layout
 from ringfx.passes.values import TokenAxis
 from ringfx.plan import Plan
 
-__all__ = ["Change", "longest_sequence", "parse_change", "replan", "sweep"]
+__all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,33 @@ latency_us=None)
         field, parse = FIELDS[name.strip()]
         given[field] = parse(value.strip())
     return Change(**given)  # type: ignore[arg-type]
+
+
+def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
+    """The name that is swept and a change for each value; ``a..b`` doubles from a to b.
+
+    >>> name, changes = parse_sweep("seq-len=8k..32k")
+    >>> name, [change.seq_len for change in changes]
+    ('seq-len', [8192, 16384, 32768])
+
+    Raises
+    ------
+    InvalidArgument
+        An unknown name, or values that are none.
+    """
+    name, _, values = text.partition("=")
+    first, dots, last = values.partition("..")
+    if not dots:
+        return name, tuple(parse_change(f"{name}={value}") for value in values.split(","))
+    (field, _), start = FIELDS.get(name, ("", None)), parse_change(f"{name}={first}")
+    low, high = getattr(start, field), getattr(parse_change(f"{name}={last}"), field)
+    steps = []
+    while low <= high:
+        steps.append(replace(start, **{field: low}))
+        low *= 2
+    if not steps:
+        raise InvalidArgument(f"{text!r} sweeps over nothing: {first} is above {last}.")
+    return name, tuple(steps)
 
 
 def _count(text: str) -> int:

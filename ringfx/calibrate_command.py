@@ -80,9 +80,10 @@ def _summary(profile: Profile, path: Path) -> str:
         f"  {row.operation}: {row.gbytes_per_s:.2f} GB/s, {row.latency_us:.0f} us"
         for row in profile.links
     ]
-    lines.append(
-        f"  memory {profile.memory_gbytes_per_s:.1f} GB/s,"
-        f" masks {profile.mask_ns_per_pair:.2f} ns a pair, {profile.overlap:.0%} of a message hidden by compute; the same thing measured"
-        f" again differs by {profile.noise - 1:.0%}"
-    )
+    hidden, again = f"{profile.overlap:.0%}", f"{profile.noise - 1:.0%}"
+    lines += [
+        f"  memory {profile.memory_gbytes_per_s:.1f} GB/s, masks {profile.mask_ns_per_pair:.2f} ns"
+        " a pair",
+        f"  {hidden} of a message hides behind compute; the same thing again differs by {again}",
+    ]
     return "\n".join([*lines, f"  written to {path}"])

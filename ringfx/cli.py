@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ringfx.errors import InvalidArgument, RingfxError
-
-if TYPE_CHECKING:
-    from ringfx.plan import Plan
+from ringfx.errors import RingfxError
 
 __all__ = ["app", "main"]
 
@@ -29,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MAKING, SHOWING = "The plan", "What of it is shown (default: the plan)"
+
 
 @app.callback()
 def _ringfx() -> None:
@@ -41,44 +39,110 @@ def plan(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="MODULE:FACTORY, file.py:FACTORY, a Hugging Face config.json, or with --hf the"
-            " name of a configuration class.",
+            help="MODULE:FACTORY, file.py:FACTORY, a Hugging Face config.json, with --hf the name"
+            " of a configuration class, or a plan saved with --json.",
         ),
     ],
-    seq_len: Annotated[str, typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.")],
-    world_size: Annotated[int, typer.Option(help="Ranks over which the sequence is split.", min=1)],
-    batch_size: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 1,
+    seq_len: Annotated[
+        str | None,
+        typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.", rich_help_panel=MAKING),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks over which the sequence is split.", min=1, rich_help_panel=MAKING),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences in the batch.", min=1, rich_help_panel=MAKING)
+    ] = 1,
     gpu_memory: Annotated[
-        str | None, typer.Option(help='Memory of one rank, such as "80GiB"; default: no limit.')
+        str | None,
+        typer.Option(
+            help='Memory of one rank, such as "80GiB"; default: no limit.', rich_help_panel=MAKING
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help='A strategy\'s name, or "GLOB=NAME" (may be repeated); default: auto.'),
+        typer.Option(
+            help='A strategy\'s name, or "GLOB=NAME" (may be repeated); default: auto.',
+            rich_help_panel=MAKING,
+        ),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Profile name or file; default: the one of this device.")
+        str | None,
+        typer.Option(
+            help="Profile name or file; default: the one of this device.", rich_help_panel=MAKING
+        ),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--infer", help="With a backward pass, or forward only.")
+        bool,
+        typer.Option(
+            "--train/--infer", help="With a backward pass, or forward only.", rich_help_panel=MAKING
+        ),
     ] = True,
     labels: Annotated[
-        bool, typer.Option(help="Pass labels where forward takes them (when training).")
+        bool,
+        typer.Option(
+            help="Pass labels where forward takes them (when training).", rich_help_panel=MAKING
+        ),
     ] = True,
     dtype: Annotated[
-        str | None, typer.Option(help="Floating type of the parameters, such as bfloat16.")
+        str | None,
+        typer.Option(
+            help="Floating type of the parameters, such as bfloat16.", rich_help_panel=MAKING
+        ),
     ] = None,
     hf: Annotated[
-        bool, typer.Option("--hf", help="TARGET is a transformers configuration class.")
+        bool,
+        typer.Option(
+            "--hf", help="TARGET is a transformers configuration class.", rich_help_panel=MAKING
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
+    ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER",
+            help="Every strategy of the layers that this glob names.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        typer.Option(
+            help="The same model elsewhere: world-size=16,link=50GB/s,seq-len=1M.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="Many plans: seq-len=8k..1M, or world-size=2,4,8.", rich_help_panel=SHOWING
+        ),
+    ] = None,
+    max_seq_len: Annotated[
+        bool,
+        typer.Option(
+            "--max-seq-len",
+            help="The longest sequence that fits --gpu-memory.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = False,
+    diff: Annotated[
+        Path | None,
+        typer.Option(help="What differs from this saved plan.", rich_help_panel=SHOWING),
+    ] = None,
 ) -> None:
     """Print which strategy each attention layer gets, what it costs, and why.
 
     Runs on fake tensors: no device, no process group and no memory for the model are needed.
     """
     with _one_line_errors():
-        made = _plan(
-            target,
+        from ringfx.plan_command import Request, View, run
+
+        request = Request(
+            target=target,
             seq_len=seq_len,
             world_size=world_size,
             batch_size=batch_size,
@@ -90,7 +154,15 @@ def plan(
             dtype=dtype,
             hf=hf,
         )
-        _show(made, as_json)
+        view = View(
+            as_json=as_json,
+            explain=explain,
+            what_if=what_if,
+            sweep=sweep,
+            max_seq_len=max_seq_len,
+            diff=diff,
+        )
+        run(request, view)
 
 
 @app.command()
@@ -133,79 +205,6 @@ def _one_line_errors() -> Iterator[None]:
     except RingfxError as error:
         print(f"ringfx: {error}", file=sys.stderr)
         raise typer.Exit(USER_MISTAKE) from error
-
-
-def _plan(
-    target: str,
-    *,
-    seq_len: str,
-    world_size: int,
-    batch_size: int,
-    gpu_memory: str | None,
-    strategy: Sequence[str],
-    profile: str | None,
-    train: bool,
-    labels: bool,
-    dtype: str | None,
-    hf: bool,
-) -> Plan:
-    status = Console(stderr=True).status("importing torch")
-    with status:
-        import torch
-
-        from ringfx import api
-        from ringfx.cost_model import parse_bytes, parse_tokens
-        from ringfx.target import Inputs, build, find_target
-
-        inputs = Inputs(
-            seq_len=parse_tokens(seq_len), batch_size=batch_size, labels=labels and train
-        )
-        budget = None if gpu_memory is None else parse_bytes(gpu_memory)
-        chosen = _strategy(strategy)
-        status.update(f"importing {target}")
-        factory = find_target(target, hf=hf, dtype=dtype)
-        status.update(f"building {target} on fake tensors")
-        with api.offline():
-            made = build(factory, inputs, target)
-            made.model.train(train)
-        status.update(f"planning {inputs.seq_len:,} tokens over {world_size} ranks")
-        with torch.set_grad_enabled(train):
-            return api.plan(
-                made.model,
-                made.args,
-                dict(made.kwargs),
-                world_size=world_size,
-                gpu_memory=budget,
-                profile=profile,
-                strategy=chosen,
-            )
-
-
-def _strategy(words: Sequence[str]) -> str | Mapping[str, str]:
-    """``NAME`` for the whole model, or ``GLOB=NAME`` rules in the order given."""
-    if not words:
-        return "auto"
-    if len(words) == 1 and "=" not in words[0]:
-        return words[0]
-    rules = [word.rpartition("=") for word in words]
-    for word, (glob, _, name) in zip(words, rules, strict=True):
-        if not glob or not name:
-            raise InvalidArgument(
-                f"--strategy {word!r}: several rules need the form GLOB=NAME,"
-                ' such as "model.layers.0.*=collective".'
-            )
-    return {glob: name for glob, _, name in rules}
-
-
-def _show(made: Plan, as_json: bool) -> None:
-    if as_json:
-        print(made.to_json())
-        return
-    console = Console()
-    if console.is_terminal:
-        console.print(made)
-    else:
-        print(made)
 
 
 if __name__ == "__main__":

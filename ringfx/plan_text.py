@@ -14,7 +14,17 @@ from rich.text import Text
 from ringfx.passes.values import Resharding
 from ringfx.plan import LayerPlan, MemoryPlan, Plan
 
-__all__ = ["TEXT_WIDTH", "fold", "format_bytes", "format_ms", "index_set", "render", "to_text"]
+__all__ = [
+    "TEXT_WIDTH",
+    "FoldedLayers",
+    "fold",
+    "format_bytes",
+    "format_ms",
+    "index_set",
+    "render",
+    "table_lines",
+    "to_text",
+]
 
 TEXT_WIDTH = 120
 """Columns of plain text: fixed, so that the same plan is the same text everywhere."""
@@ -35,7 +45,8 @@ def render(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
     parts += _section("outside attention", _moves(plan.reshardings))
     parts += _section("left as it stands", _declined(plan))
-    parts += _section(_memory_title(plan), _memory_lines(plan.memory))
+    if plan.memory.parts:
+        parts += _section(_memory_title(plan), _memory_lines(plan.memory))
     parts += _section("notes", plan.notes)
     return Group(*parts)
 
@@ -98,14 +109,14 @@ def _runs(indices: Sequence[int]) -> Iterator[str]:
 
 
 def _run_end(indices: Sequence[int], start: int) -> int:
-    """End of the longest arithmetic run from ``start``; one of two members is no run."""
-    stop = start + 1
-    while stop < len(indices) and indices[stop] - indices[stop - 1] == (
-        indices[start + 1] - indices[start]
-    ):
+    """End of the longest arithmetic run from ``start``; with other steps than 1, of four or more."""
+    if start + 1 == len(indices):
+        return start + 1
+    step = indices[start + 1] - indices[start]
+    stop = start + 2
+    while stop < len(indices) and indices[stop] - indices[stop - 1] == step:
         stop += 1
-    step = indices[start + 1] - indices[start] if stop > start + 1 else 0
-    return stop if stop - start >= 3 or step == 1 else start + 1
+    return stop if step == 1 or stop - start > 3 else start + 1
 
 
 def _run_text(run: Sequence[int]) -> str:
@@ -206,39 +217,43 @@ def _mode(plan: Plan) -> str:
 def _layer_table(plan: Plan) -> RenderableType:
     """One line of numbers for each group of equal layers, then what it is and why, indented."""
     groups = fold(plan.layers)
-    widths = [max((len(row[i]) for row in _cells(groups)), default=0) for i in range(len(_TITLES))]
-    lines = [Text(_line(_TITLES, widths), "bold"), Text("─" * len(_line(_TITLES, widths)), "dim")]
-    for group, cells in zip(groups, list(_cells(groups))[1:], strict=True):
-        lines.append(Text(_line(cells, widths), "bold"))
+    title, *rows = table_lines([_TITLES, *map(_cells, groups)], left=(0, 2))
+    lines = [Text(title, "bold"), Text("─" * max(map(len, (title, *rows))), "dim")]
+    for group, row in zip(groups, rows, strict=True):
+        lines.append(Text(row, "bold"))
         lines += [Text(f"    {detail}", "dim") for detail in _details(group)]
     return Padding(Group(*lines), (1, 0, 0, 0))
 
 
 _TITLES = ("attention", "", "strategy", "compute", "messages", "exposed", "total", "saved")
-_TEXT_COLUMNS = (0, 2)
 
 
-def _cells(groups: Sequence[FoldedLayers]) -> Iterator[tuple[str, ...]]:
-    """The titles, then a row of texts for each group."""
-    yield _TITLES
-    for group in groups:
-        layer, count = group.layers[0], len(group.layers)
-        times = (layer.compute_ms, layer.communication_ms, layer.exposed_ms, layer.total_ms)
-        yield (
-            group.name,
-            f"{count} x" if count > 1 else "",
-            layer.strategy,
-            *(format_ms(ms) for ms in times),
-            format_bytes(layer.saved_bytes),
-        )
+def _cells(group: FoldedLayers) -> tuple[str, ...]:
+    layer, count = group.layers[0], len(group.layers)
+    times = (layer.compute_ms, layer.communication_ms, layer.exposed_ms, layer.total_ms)
+    return (
+        group.name,
+        f"{count} x" if count > 1 else "",
+        layer.strategy,
+        *(format_ms(ms) for ms in times),
+        format_bytes(layer.saved_bytes),
+    )
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        cell.ljust(width) if i in _TEXT_COLUMNS else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+def table_lines(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Rows of cells in aligned columns; those in ``left`` are flush left, others right.
+
+    >>> table_lines([("name", "ms"), ("a", "12.5"), ("long", "3")], left=(0,))
+    ['name    ms', 'a     12.5', 'long     3']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
-    return "  ".join(padded)
 
 
 def _details(group: FoldedLayers) -> Iterator[str]:

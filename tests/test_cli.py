@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from typer.testing import CliRunner, Result
 
-import ringfx
 from ringfx.cli import app
 from ringfx.cost_model import choose
 from ringfx.errors import AttentionNotFound
@@ -81,10 +79,8 @@ class Planner:
 @pytest.fixture
 def planner(monkeypatch: pytest.MonkeyPatch) -> Planner:
     planner = Planner()
-    api = ModuleType("ringfx.api")
-    vars(api).update(offline=planner.offline, plan=planner.plan)
-    monkeypatch.setitem(sys.modules, "ringfx.api", api)
-    monkeypatch.setattr(ringfx, "api", api, raising=False)
+    monkeypatch.setattr("ringfx.api.offline", planner.offline)
+    monkeypatch.setattr("ringfx.api.plan", planner.plan)
     return planner
 
 

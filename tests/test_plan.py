@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import pytest
-from ringfx.passes.values import Declined, Resharding, TokenAxis
 
 from ringfx.errors import InvalidArgument
+from ringfx.passes.values import Declined, Resharding, TokenAxis
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.plan_text import fold, format_bytes, index_set
 from tests.cost_model.sites import causal_site
@@ -217,6 +217,7 @@ def test_calls_of_one_module_fold_under_its_name() -> None:
         ([0, 1], "{0,1}"),
         (list(range(32)), "{0..31}"),
         ([0, 2, 4, 6], "{0,2..6}"),
+        ([0, 2, 4], "{0,2,4}"),
         ([0, 1, 2, 5, 6, 7], "{0..2,5..7}"),
         ([0, 1, 3, 7], "{0,1,3,7}"),
         ([5, 11, 17, 23], "{5,11..23}"),

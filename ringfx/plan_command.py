@@ -1,0 +1,200 @@
+"""``ringfx plan``: make or read a plan, then show it the way that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ringfx import api
+from ringfx.cost_model import (
+    Profile,
+    StrategyChoice,
+    load_profile,
+    parse_bytes,
+    parse_tokens,
+)
+from ringfx.cost_model.whatif import (
+    longest_sequence,
+    parse_change,
+    parse_sweep,
+    replan,
+    sweep,
+)
+from ringfx.errors import InvalidArgument
+from ringfx.plan import Plan
+from ringfx.plan_views import diff_text, explain_text, sweep_text
+from ringfx.target import Inputs, build, find_target
+
+__all__ = ["Request", "View", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is planned."""
+
+    target: str
+    seq_len: str | None
+    world_size: int | None
+    batch_size: int
+    gpu_memory: str | None
+    strategy: Sequence[str]
+    profile: str | None
+    train: bool
+    labels: bool
+    dtype: str | None
+    hf: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What of it is shown; with nothing asked for, the plan."""
+
+    as_json: bool = False
+    explain: str | None = None
+    what_if: str | None = None
+    sweep: str | None = None
+    max_seq_len: bool = False
+    diff: Path | None = None
+
+
+def run(request: Request, view: View) -> None:
+    """Print what was asked for.
+
+    Raises
+    ------
+    RingfxError
+        Whatever is wrong with the request, the model or the profile.
+    """
+    plan = _saved(request) or _made(request)
+    _show(plan, request, view)
+
+
+# --- making -----------------------------------------------------------------------------------
+
+
+def _saved(request: Request) -> Plan | None:
+    """The plan in the file that the target names, if it is a saved plan."""
+    path = Path(request.target)
+    if path.suffix != ".json" or not path.exists() or '"schema"' not in path.read_text()[-200_000:]:
+        return None
+    if request.seq_len is not None or request.world_size is not None:
+        raise InvalidArgument(
+            f"{path} is a saved plan: its length and ranks are fixed. Do: leave --seq-len and"
+            " --world-size out, or ask --what-if world-size=16,seq-len=1M."
+        )
+    plan = Plan.from_json(path.read_text())
+    if request.gpu_memory is None:
+        return plan
+    return replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
+
+
+def _made(request: Request) -> Plan:
+    if request.seq_len is None or request.world_size is None:
+        raise InvalidArgument(
+            f"planning {request.target} needs --seq-len and --world-size;"
+            " just a saved plan goes without."
+        )
+    inputs = Inputs(
+        seq_len=parse_tokens(request.seq_len),
+        batch_size=request.batch_size,
+        labels=request.labels and request.train,
+    )
+    budget = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
+    chosen = strategy_choice(request.strategy)
+    with Console(stderr=True).status(f"importing {request.target}") as status:
+        factory = find_target(request.target, hf=request.hf, dtype=request.dtype)
+        status.update(f"building {request.target} on fake tensors")
+        with api.offline():
+            made = build(factory, inputs, request.target)
+            made.model.train(request.train)
+        status.update(f"planning {inputs.seq_len:,} tokens over {request.world_size} ranks")
+        with torch.set_grad_enabled(request.train):
+            return api.plan(
+                made.model,
+                made.args,
+                dict(made.kwargs),
+                world_size=request.world_size,
+                gpu_memory=budget,
+                profile=request.profile,
+                strategy=chosen,
+            )
+
+
+def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:
+    """``NAME`` for the whole model, or ``GLOB=NAME`` rules in the order given.
+
+    Raises
+    ------
+    InvalidArgument
+        Several names without globs.
+    """
+    if not words:
+        return "auto"
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    rules = [word.rpartition("=") for word in words]
+    for word, (glob, _, name) in zip(words, rules, strict=True):
+        if not glob or not name:
+            raise InvalidArgument(
+                f"--strategy {word!r}: several rules need the form GLOB=NAME,"
+                ' such as "model.layers.0.*=collective".'
+            )
+    return {glob: name for glob, _, name in rules}
+
+
+# --- showing ----------------------------------------------------------------------------------
+
+
+def _show(plan: Plan, request: Request, view: View) -> None:
+    """Views that stand alone, in the order of the help; the plan itself where none is asked for."""
+    texts = _views(plan, request, view)
+    for text in texts:
+        print(text)
+    if texts:
+        return
+    if view.as_json:
+        print(plan.to_json())
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(plan)
+    else:
+        print(plan)
+
+
+def _views(plan: Plan, request: Request, view: View) -> list[str]:
+    texts = []
+    chosen: StrategyChoice = strategy_choice(request.strategy)
+    if view.explain is not None:
+        texts.append(explain_text(plan, view.explain, _profile(plan, request)))
+    if view.what_if is not None:
+        change = parse_change(view.what_if)
+        changed = replan(plan, change, _profile(plan, request), chosen)
+        both = f"{changed}\n\n{diff_text(plan, changed)}"
+        texts.append(changed.to_json() if view.as_json else both)
+    if view.sweep is not None:
+        name, changes = parse_sweep(view.sweep)
+        results = sweep(plan, changes, _profile(plan, request), chosen)
+        texts.append(sweep_text(name, changes, results))
+    if view.max_seq_len:
+        longest = longest_sequence(plan, _profile(plan, request), chosen)
+        texts.append(f"longest sequence that fits: {longest:,} tokens")
+    if view.diff is not None:
+        texts.append(diff_text(Plan.from_json(_text(view.diff)), plan))
+    return texts
+
+
+def _profile(plan: Plan, request: Request) -> Profile:
+    """The profile that made the plan: by the name given, else by the plan's."""
+    return load_profile(request.profile or plan.profile, device=plan.device)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ringfx.cost_model import choose
+from ringfx.cost_model.quantities import parse_rate
+from ringfx.cost_model.whatif import (
+    Change,
+    longest_sequence,
+    parse_change,
+    parse_sweep,
+    replan,
+    sweep,
+)
+from ringfx.errors import InvalidArgument, OutOfMemory
+from ringfx.passes.values import TokenAxis
+from ringfx.plan import MemoryPart, MemoryPlan, Plan
+from tests.cost_model.sites import causal_site, shipped
+
+H100 = shipped("h100-sxm-published")
+
+
+def _plan(tokens: int = 2**16, gpu_memory: int | None = None, world_size: int = 8) -> Plan:
+    layers = choose([causal_site(i, tokens) for i in range(4)], world_size=world_size, profile=H100)
+    return Plan(
+        world_size=world_size,
+        gpu_memory=gpu_memory,
+        device="cuda",
+        profile=H100.name,
+        profile_origin=H100.origin,
+        layers=layers,
+        axes=(
+            TokenAxis(
+                axis="tokens", length=tokens, layout="zigzag", local_length=tokens // world_size
+            ),
+        ),
+        memory=MemoryPlan(
+            parts=(
+                MemoryPart(cause="parameters", bytes=2**20, kind="whole"),
+                MemoryPart(cause="logits", bytes=2**24, kind="split"),
+                MemoryPart(cause="attention", bytes=5, kind="attention"),
+            )
+        ),
+    )
+
+
+def test_no_change_gives_the_same_layers() -> None:
+    plan = _plan()
+    assert replan(plan, Change(), H100).layers == plan.layers
+
+
+def test_other_ranks_and_lengths_are_as_if_planned_so() -> None:
+    moved = replan(_plan(), Change(world_size=16, seq_len=2**18), H100)
+    assert moved.layers == _plan(2**18, world_size=16).layers
+    assert moved.axes == _plan(2**18, world_size=16).axes
+    assert moved.notes[-1] == "attention only: what moves outside it was not derived again"
+
+
+def test_a_slower_link_never_makes_a_plan_faster() -> None:
+    plan = _plan()
+    speeds = (1e12, 1e11, 1e10, 1e9, 1e8)
+    times = [replan(plan, Change(link_bytes_per_s=speed), H100).total_ms for speed in speeds]
+    assert times == sorted(times)
+    assert times[0] < times[-1]
+    assert replan(plan, Change(latency_us=1e5), H100).total_ms > plan.total_ms
+
+
+def test_memory_outside_attention_scales_with_ranks_and_length() -> None:
+    """The budget that just holds attention, parameters and the split part at 16 ranks."""
+    plan = _plan()
+    attention = replan(plan, Change(world_size=16), H100).layers
+    needed = sum(x.saved_bytes for x in attention) + max(x.workspace_bytes for x in attention)
+    exact = needed + 2**20 + 2**24 // 2
+    assert replan(plan, Change(world_size=16, gpu_memory=exact), H100).layers == attention
+    tight = Change(world_size=16, gpu_memory=exact - 1)
+    (result,) = sweep(plan, [tight], H100)
+    assert isinstance(result, OutOfMemory) or result.layers != attention
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
+    plan = _plan(gpu_memory=2**31)
+    longest = longest_sequence(plan, H100)
+    assert longest > 2**16
+    replan(plan, Change(seq_len=longest), H100)
+    with pytest.raises(OutOfMemory):
+        replan(plan, Change(seq_len=longest + 2 * plan.world_size), H100)
+
+
+def test_the_longest_sequence_needs_a_budget() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        longest_sequence(_plan(), H100)
+    assert str(caught.value) == (
+        "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
+    )
+
+
+def test_a_sweep_reports_what_does_not_fit_beside_what_does() -> None:
+    plan = replace(_plan(), gpu_memory=2**31)
+    _, changes = parse_sweep("seq-len=64k..4M")
+    results = sweep(plan, changes, H100)
+    assert isinstance(results[0], Plan)
+    assert isinstance(results[-1], OutOfMemory)
+
+
+def test_changes_are_read_from_pairs() -> None:
+    assert parse_change("gpu-memory=80GiB, latency-us=5") == Change(
+        gpu_memory=80 * 2**30, latency_us=5.0
+    )
+    _, changes = parse_sweep("world-size=2,3,12")
+    assert [change.world_size for change in changes] == [2, 3, 12]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "colour=red",
+            "'colour=red' is no change. Do: give pairs such as world-size=16,link=50GB/s;"
+            " names: world-size, seq-len, gpu-memory, link, latency-us.",
+        ),
+        (
+            "world-size",
+            "'world-size' is no change. Do: give pairs such as world-size=16,link=50GB/s;"
+            " names: world-size, seq-len, gpu-memory, link, latency-us.",
+        ),
+        ("world-size=none", "'none' is not a whole number above 0."),
+        ("link=fast", '\'fast\' is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'),
+    ],
+)
+def test_what_is_no_change_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        parse_change(text)
+    assert str(caught.value) == message
+
+
+def test_a_sweep_over_nothing_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"sweeps over nothing: 1M is above 8k\."):
+        parse_sweep("seq-len=1M..8k")
+    with pytest.raises(InvalidArgument, match="is no change"):
+        parse_sweep("colour=1..8")
+
+
+@pytest.mark.parametrize("text", ["50", "GB/s", "0GB/s", "5 parsec/s", "1..2GB/s"])
+def test_what_is_no_speed_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="is not a speed"):
+        parse_rate(text)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ringfx.cli import app
+from ringfx.cost_model import choose
+from ringfx.cost_model.whatif import Change, parse_sweep, replan, sweep
+from ringfx.errors import InvalidArgument
+from ringfx.plan import Plan
+from ringfx.plan_views import diff_text, explain_text, sweep_text
+from tests.cost_model.sites import causal_site, full_site, shipped
+
+H100 = shipped("h100-sxm-published")
+
+
+def _plan(*, world_size: int = 12) -> Plan:
+    sites = [causal_site(i, 2**16) if i % 2 else full_site(i, 2**16) for i in range(6)]
+    return Plan(
+        world_size=world_size,
+        gpu_memory=None,
+        device="cuda",
+        profile=H100.name,
+        profile_origin=H100.origin,
+        layers=choose(sites, world_size=world_size, profile=H100),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    path.write_text(_plan().to_json())
+    return path
+
+
+def _run(*words: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *words])
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def test_explain_gives_every_strategy_its_numbers_or_its_refusal() -> None:
+    text = explain_text(_plan(), "model.layers.3.*", H100)
+    lines = text.split("\n")
+    assert lines[0] == "model.layers.3.self_attn: causal, 65,536 tokens, 12 ranks"
+    assert [line.split()[0] for line in lines[3:5]] != ["*", "*"]
+    for strategy in ("production", "collective", "simple"):
+        assert any((strategy in line and "GiB" in line) or "MiB" in line for line in lines)
+    assert sum(line.strip().startswith("*") for line in lines) == 1
+    assert any(
+        line.startswith("  ulysses cannot run here") or "ulysses cannot run: " in line
+        for line in lines
+    )
+    assert "heads % ranks == 0; here 32 heads, 12 ranks" in text
+    assert "  chosen: fastest of 3; next " in text
+
+
+def test_explain_folds_equal_layers_and_shows_all_that_a_glob_names() -> None:
+    text = explain_text(_plan(), "*", H100)
+    assert "model.layers.{0,2,4}.self_attn: none" in text
+    assert "model.layers.{1,3,5}.self_attn: causal" in text
+
+
+def test_explain_of_no_layer_lists_the_layers() -> None:
+    with pytest.raises(InvalidArgument, match=r"no attention named 'decoder.*It has 6: model\."):
+        explain_text(_plan(), "decoder", H100)
+
+
+# --- two plans ----------------------------------------------------------------------------------
+
+
+def test_equal_plans_have_no_difference() -> None:
+    assert diff_text(_plan(), _plan()) == "the plans are equal"
+
+
+def test_a_difference_names_settings_layers_and_totals() -> None:
+    before, after = _plan(), replan(_plan(), Change(world_size=2, gpu_memory=2**40), H100)
+    lines = diff_text(before, after).split("\n")
+    assert lines[:2] == ["ranks: 12 -> 2", "budget: none -> 1.00 TiB"]
+    assert any(line.startswith("model.layers.{1,3,5}.self_attn: ") for line in lines)
+    assert lines[-2].startswith("attention a step: ")
+    assert "%)" in lines[-2]
+    assert lines[-1].startswith("attention's memory: ")
+
+
+def test_a_difference_shows_a_strategy_that_changes() -> None:
+    plan = _plan()
+    forced = replan(plan, Change(), H100, {"model.layers.0.*": "simple"})
+    (line,) = [x for x in diff_text(plan, forced).split("\n") if "layers.0." in x]
+    assert f"{plan.layers[0].strategy} -> simple, " in line
+
+
+def test_layers_of_one_plan_only_are_named() -> None:
+    plan = _plan()
+    shorter = Plan.from_json(json.dumps({**json.loads(plan.to_json()), "layers": []}))
+    assert "model.layers.{0,2,4}.self_attn: only in the first plan" in diff_text(plan, shorter)
+    assert "model.layers.{0,2,4}.self_attn: only in the second plan" in diff_text(shorter, plan)
+
+
+# --- many plans ---------------------------------------------------------------------------------
+
+
+def test_a_sweep_has_a_line_for_each_value() -> None:
+    plan = replan(_plan(), Change(gpu_memory=2**32), H100)
+    name, changes = parse_sweep("seq-len=64k..1M")
+    lines = sweep_text(name, changes, sweep(plan, changes, H100)).split("\n")
+    assert lines[0].split()[:2] == ["seq-len", "strategies"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "65,536", "131,072", "262,144", "524,288", "1,048,576",
+    ]  # fmt: skip
+    assert "no choice of strategies fits: 12 ranks need at least" in lines[-1]
+
+
+# --- through the command -----------------------------------------------------------------------
+
+
+def test_a_saved_plan_is_shown_again(saved: Path) -> None:
+    result = _run(str(saved))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(_plan())
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["--explain", "*.0.*"], "model.layers.0.self_attn: none, 65,536 tokens, 12 ranks"),
+        (["--what-if", "world-size=4"], "ringfx plan for 4 ranks on cuda"),
+        (["--sweep", "world-size=2,4"], "world-size  strategies"),
+        (["--max-seq-len", "--gpu-memory", "8GiB"], "longest sequence that fits: "),
+    ],
+)
+def test_views_of_a_saved_plan(saved: Path, words: list[str], start: str) -> None:
+    result = _run(str(saved), *words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(start)
+
+
+def test_what_if_shows_the_changed_plan_and_the_difference(saved: Path) -> None:
+    text = _run(str(saved), "--what-if", "world-size=4").stdout
+    assert "ranks: 12 -> 4" in text
+    changed = Plan.from_json(_run(str(saved), "--what-if", "world-size=4", "--json").stdout)
+    assert changed.world_size == 4
+
+
+def test_diff_compares_with_a_saved_plan(saved: Path) -> None:
+    assert _run(str(saved), "--diff", str(saved)).stdout == "the plans are equal\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--diff", "absent.json"], "ringfx: absent.json cannot be read: No such file"),
+        (["--max-seq-len"], "ringfx: the longest sequence needs a budget."),
+        (["--explain", "decoder"], "ringfx: the plan has no attention named 'decoder'."),
+        (["--seq-len", "8k"], "is a saved plan: its length and ranks are fixed."),
+    ],
+)
+def test_mistakes_give_one_text_and_exit_code_2(
+    saved: Path, words: list[str], message: str
+) -> None:
+    result = _run(str(saved), *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_model_needs_its_length_and_ranks() -> None:
+    result = _run("models:make")
+    assert result.exit_code == 2
+    assert result.stderr.strip() == (
+        "ringfx: planning models:make needs --seq-len and --world-size;"
+        " just a saved plan goes without."
+    )
