@@ -2,7 +2,7 @@
 
 q, kv, o: elements of a rank's queries, of its keys and values together, of its output; r: rows of
 the output over all heads; e bytes of an element, a of a sum (float32); p ranks; c copies of K/V
-heads; s scores of a stored tile over all heads. The larger of forward and backward counts.
+heads; N groups of heads. The larger of forward and backward counts.
 """
 
 from __future__ import annotations
@@ -39,34 +39,44 @@ def _output(local: Local) -> int:
     return (out + 2 * rows) * local.accumulator_bytes + out * local.itemsize
 
 
-def _ring_forward(local: Local) -> int:
+def _simple_forward(local: Local) -> int:
     """2 kv e: the block at hand and the one that arrives; and the output."""
     return 2 * local.kv_items * local.itemsize + _output(local)
 
 
 def _simple_backward(local: Local) -> int:
     """2 kv e + (q + kv) a for the sums + 2 kv a: gradients packed and arriving."""
-    sums = local.q_items + local.kv_items
-    return (
-        2 * local.kv_items * local.itemsize + (sums + 2 * local.kv_items) * local.accumulator_bytes
-    )
+    kv, a = local.kv_items, local.accumulator_bytes
+    return 2 * kv * local.itemsize + (local.q_items + 3 * kv) * a
+
+
+def _production_forward(local: Local) -> int:
+    """(1 + 2/N) kv e: a block passing by and two groups of it on their way; and the output."""
+    return _passing(local) + _output(local)
 
 
 def _production_backward(local: Local) -> int:
-    """2 kv e + (q + kv) a + 4 kv a: own sums; this hop's share, packed, sent, arriving."""
-    return _simple_backward(local) + 2 * local.kv_items * local.accumulator_bytes
+    """(1 + 2/N) kv e + (q + kv) a for the sums + (1 + 3/N) kv a: a share passing by likewise."""
+    shares = local.kv_items + 3 * local.kv_items // local.ring_groups
+    sums = local.q_items + local.kv_items
+    return _passing(local) + (sums + shares) * local.accumulator_bytes
+
+
+def _passing(local: Local) -> int:
+    return (local.kv_items + 2 * local.kv_items // local.ring_groups) * local.itemsize
 
 
 def _collective_forward(local: Local) -> int:
-    """o a + (2p + 1) kv e: own block packed, all blocks as they arrive, and in order."""
+    """(2p + 1) kv e / N: own block packed, all blocks as they arrive, and in order; the output."""
     gathered = (2 * local.world_size + 1) * local.kv_items * local.itemsize
-    return local.out_items * local.accumulator_bytes + gathered
+    return gathered // local.gathered_groups + _output(local)
 
 
 def _collective_backward(local: Local) -> int:
-    """p kv e + (q + 3 p kv) a: K, V whole; dK, dV whole, cut for each rank, and stacked."""
-    whole = local.world_size * local.kv_items
-    return whole * local.itemsize + (local.q_items + 3 * whole) * local.accumulator_bytes
+    """(q + kv) a + p kv (e + 3a) / N: K, V; dK, dV whole, cut for each rank, and stacked."""
+    whole = local.world_size * local.kv_items // local.gathered_groups
+    sums = (local.q_items + local.kv_items) * local.accumulator_bytes
+    return sums + whole * (local.itemsize + 3 * local.accumulator_bytes)
 
 
 def _copies(local: Local) -> int:
@@ -95,9 +105,9 @@ def _local_backward(local: Local) -> int:
 
 FOOTPRINTS: Mapping[str, tuple[Callable[[Local], int], Callable[[Local], int]]] = {
     #              forward              backward
-    "simple": (_ring_forward, _simple_backward),
+    "simple": (_simple_forward, _simple_backward),
     "collective": (_collective_forward, _collective_backward),
-    "production": (_ring_forward, _production_backward),
+    "production": (_production_forward, _production_backward),
     "ulysses": (_ulysses_forward, _ulysses_backward),
     "local": (_output, _local_backward),
 }

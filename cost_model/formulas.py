@@ -95,17 +95,22 @@ def simple(local: Local, profile: Profile, direction: Direction) -> Phase:
 def production(local: Local, profile: Profile, direction: Direction) -> Phase:
     """A ring whose next block travels while the kernel works; it ends with the last hop needed.
 
+    With the heads in N groups, each hop is N calls and N messages of 1/N of the bytes:
+
     forward     sum over h < H-1 of max(t_h, m(KV)), + t_(H-1)
     backward    the same, with m(dKV) beside each t_h from the second hop on: the gradients of the
-                hop before travel then; the last ones go home exposed, m(dKV)
+                hop before travel then; the last group's go home exposed, m(dKV) / N
     """
-    hops = _hop_seconds(local, profile, "production", direction, all_hops=False)
+    groups = local.ring_groups
+    hops = _hop_seconds(local, profile, "production", direction, all_hops=False, groups=groups)
     num = len(hops)
-    beside = [_kv(local, profile)] * (num - 1) + [0.0]
+    beside = [_kv(local, profile, groups)] * (num - 1) + [0.0]
     home_s = 0.0
     if direction == "backward" and num > 1:
-        home_s = _kv_gradients(local, profile)
-        beside = [m + (home_s if h >= 2 else 0.0) for h, m in enumerate(beside)]
+        gradients_s = _kv_gradients(local, profile, groups)
+        beside = [m + (gradients_s if h >= 2 else 0.0) for h, m in enumerate(beside)]
+        beside[-1] += gradients_s * (groups - 1) / groups
+        home_s = gradients_s / groups
     exposed = sum(_exposed(t, m, profile.overlap) for t, m in zip(hops, beside, strict=True))
     return Phase(
         compute_s=sum(hops),
@@ -117,17 +122,20 @@ def production(local: Local, profile: Profile, direction: Direction) -> Phase:
 def collective(local: Local, profile: Profile, direction: Direction) -> Phase:
     """K and V are gathered whole, then attended at once; their gradients are reduce-scattered.
 
+    Where all of K and V is much, in N groups of heads, one after the other:
+
     forward     t + gather(KV)
     backward    t + gather(KV) + scatter(dKV)
     """
-    p, kernel = local.world_size, kernel_name(local.site, "collective", profile)
+    p, groups = local.world_size, local.gathered_groups
+    kernel = kernel_name(local.site, "collective", profile)
     work = gathered_work(local.site.spec, local.layout, p)
-    compute_s = max(kernel_seconds(profile, kernel, local.site, w, direction) for w in work)
-    others = (p - 1) * local.kv_items
-    messages_s = message_seconds(profile, "all_gather", p, others * local.itemsize)
+    compute_s = max(_seconds(profile, kernel, local.site, w, direction, groups) for w in work)
+    others = (p - 1) * local.kv_items / groups
+    messages_s = groups * message_seconds(profile, "all_gather", p, others * local.itemsize)
     if direction == "backward":
         gradient_bytes = others * local.accumulator_bytes
-        messages_s += message_seconds(profile, "reduce_scatter", p, gradient_bytes)
+        messages_s += groups * message_seconds(profile, "reduce_scatter", p, gradient_bytes)
     return Phase(compute_s=compute_s, communication_s=messages_s, exposed_s=messages_s)
 
 
@@ -181,32 +189,47 @@ FORMULAS: Mapping[str, Formula] = {
 
 
 def _hop_seconds(
-    local: Local, profile: Profile, strategy: str, direction: Direction, *, all_hops: bool
+    local: Local,
+    profile: Profile,
+    strategy: str,
+    direction: Direction,
+    *,
+    all_hops: bool,
+    groups: int = 1,
 ) -> list[float]:
     """The slowest rank's kernel time of each hop."""
     kernel = kernel_name(local.site, strategy, profile)
     table = ring_work(local.site.spec, local.layout, local.world_size)
     hops = [
-        max(_seconds(profile, kernel, local.site, work, direction) for work in column)
+        max(_seconds(profile, kernel, local.site, work, direction, groups) for work in column)
         for column in zip(*table, strict=True)
     ]
     return hops + [0.0] * (local.world_size - len(hops)) if all_hops else hops
 
 
 def _seconds(
-    profile: Profile, kernel: str, site: AttentionSite, work: Work, direction: Direction
+    profile: Profile,
+    kernel: str,
+    site: AttentionSite,
+    work: Work,
+    direction: Direction,
+    groups: int,
 ) -> float:
-    return kernel_seconds(profile, kernel, site, work, direction) if work.calls else 0.0
+    """Kernel time with the heads in groups: as many calls as groups, each on its share."""
+    if not work.calls:
+        return 0.0
+    return groups * kernel_seconds(profile, kernel, site, work, direction, 1 / groups)
 
 
-def _kv(local: Local, profile: Profile) -> float:
-    size = local.kv_items * local.itemsize
-    return message_seconds(profile, "send_recv", local.world_size, size)
+def _kv(local: Local, profile: Profile, groups: int = 1) -> float:
+    """All groups' K and V to the next rank."""
+    size = local.kv_items * local.itemsize / groups
+    return groups * message_seconds(profile, "send_recv", local.world_size, size)
 
 
-def _kv_gradients(local: Local, profile: Profile) -> float:
-    size = local.kv_items * local.accumulator_bytes
-    return message_seconds(profile, "send_recv", local.world_size, size)
+def _kv_gradients(local: Local, profile: Profile, groups: int = 1) -> float:
+    size = local.kv_items * local.accumulator_bytes / groups
+    return groups * message_seconds(profile, "send_recv", local.world_size, size)
 
 
 def _exposed(compute_s: float, message_s: float, overlap: float) -> float:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ringfx.cost_model import terms
 from ringfx.layout import Layout, LayoutKind
+from ringfx.ops.collective import GATHERED_BYTES
+from ringfx.ops.heads import head_groups, ring_bytes
 from ringfx.passes.values import AttentionSite
 
 __all__ = ["Local", "local_share"]
@@ -60,6 +64,29 @@ class Local:
         items = self.q_items + self.kv_items + self.out_items
         saved = items * self.itemsize + self.rows * self.accumulator_bytes
         return saved if self.site.trains else 0
+
+    def groups(self, least_bytes: int) -> int:
+        """Groups of heads that are sent one by one, each of at least so many bytes of K and V."""
+        site, dtype = self.site, getattr(torch, self.site.dtype)
+        q, k, v = (
+            torch.empty(site.batch, heads, tokens, dim, dtype=dtype, device="meta")
+            for heads, tokens, dim in (
+                (site.heads, self.q_len, site.head_dim),
+                (site.kv_heads, self.kv_len, site.head_dim),
+                (site.kv_heads, self.kv_len, site.v_head_dim),
+            )
+        )
+        return len(head_groups(q, k, v, least_bytes=least_bytes))
+
+    @property
+    def ring_groups(self) -> int:
+        """Groups of ``production``."""
+        return self.groups(ring_bytes(torch.device(self.site.device)))
+
+    @property
+    def gathered_groups(self) -> int:
+        """Groups of ``collective``."""
+        return self.groups(GATHERED_BYTES // self.world_size)
 
 
 def local_share(site: AttentionSite, world_size: int) -> Local:

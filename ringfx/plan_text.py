@@ -109,7 +109,7 @@ def _runs(indices: Sequence[int]) -> Iterator[str]:
 
 
 def _run_end(indices: Sequence[int], start: int) -> int:
-    """End of the longest arithmetic run from ``start``; with other steps than 1, of four or more."""
+    """End of the longest arithmetic run from ``start``; with a step above 1, of four or more."""
     if start + 1 == len(indices):
         return start + 1
     step = indices[start + 1] - indices[start]
