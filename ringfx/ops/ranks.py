@@ -6,7 +6,7 @@ the layer, the operation and the rank waited for, within the group's timeout.
 
 from __future__ import annotations
 
-import datetime
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.distributed.distributed_c10d import _get_default_timeout
 
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.ops import stats
@@ -147,14 +146,6 @@ class Ranks:
                 "output for the first error; raise the group's timeout if they are only slow."
             ) from error
 
-    @property
-    def timeout(self) -> datetime.timedelta:
-        assert self.group is not None, "one rank alone waits for nobody"
-        options = getattr(self.group, "options", None)
-        found = getattr(options, "_timeout", None)
-        default: datetime.timedelta = _get_default_timeout(dist.get_backend(self.group))
-        return found or default
-
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
@@ -181,4 +172,6 @@ def _finish(work: dist.Work) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Without the place in gloo's own sources that it starts with."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", line)

@@ -1,0 +1,149 @@
+"""Random configurations: the error is at most twice that of the unsplit kernel in the same dtype.
+
+The error of a tensor x is ||x - x64|| / max(||x64||, G / 1000), with x64 from softmax written out
+in float64 on the same (rounded) data and G the largest norm of any of the tensors: some gradients
+are zero in theory. Norms, not maxima: which of two kernels has the larger worst element is chance.
+Where the unsplit kernel happens to be exact, one rounding of the dtype is allowed.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ringfx.tiles import TileIndex, evaluate
+from tests.ops.cases import CAUSAL, H, K, Q, conjunction, spec
+from tests.ops.oracle import Data, Example, Result, assemble, data, reference, run_all
+from tests.ranks import RankPool
+
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FIXED_SLOPES = ("mul", ("div", ("add", H, ("const", 1)), ("const", -8)), ("sub", Q, K))
+
+
+def random_example(seed: int, world_size: int) -> Example:
+    draw = random.Random(seed)
+    q_len = draw.randint(1, 90)
+    kv_len = q_len if draw.random() < 0.7 else draw.randint(1, 90)
+    kv_heads = draw.choice((1, 2, 3))
+    heads = kv_heads * draw.choice((1, 2, 4))
+    masks = [
+        None,
+        CAUSAL,
+        conjunction(CAUSAL, ("gt", K, ("sub", Q, ("const", draw.randint(1, 40))))),
+        ("le", ("abs", ("sub", Q, K)), ("const", draw.randint(0, 30))),
+        ("or", CAUSAL, ("lt", K, ("const", draw.randint(1, 20)))),
+        ("eq", ("floordiv", Q, ("const", 16)), ("floordiv", K, ("const", 16))),
+        ("ne", ("mod", ("add", Q, K), ("const", 3)), ("const", 0)),
+    ]
+    strategies = ["simple", "collective", "production"]
+    if heads % world_size == 0:
+        strategies.append("ulysses")
+    head_dim = draw.choice((8, 16, 24))
+    strategy = draw.choice(strategies)
+    layout = draw.choice(("contiguous", "zigzag"))
+    return Example(
+        spec=replace(
+            spec(q_len, kv_len, keep=draw.choice(masks)),
+            bias=draw.choice((None, None, FIXED_SLOPES)),
+            soft_cap=draw.choice((None, None, None, 5.0)),
+        ),
+        batch=draw.choice((1, 2, 3)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=draw.choice((head_dim, head_dim, 8, 32)),
+        dtype=draw.choice(DTYPES),
+        strategy=strategy,
+        layout=layout,
+        seed=seed,
+        label=f"seed {seed}, {world_size} ranks, {strategy}, {layout}",
+    )
+
+
+def unsplit(example: Example) -> Result:
+    """torch's own attention over whole sequences in the example's dtype."""
+    found: Data = data(example)
+    s = example.spec
+    q, k, v = (x.detach().clone().requires_grad_() for x in (found.q, found.k, found.v))
+    index = TileIndex(
+        b=torch.arange(example.batch),
+        h=torch.arange(example.heads),
+        q=torch.arange(s.q_len),
+        k=torch.arange(s.kv_len),
+    )
+    wide = torch.float64 if example.dtype == torch.float64 else torch.float32
+    shape = (example.batch, example.heads, s.q_len, s.kv_len)
+    mask = torch.zeros(shape, dtype=wide)
+    if s.bias is not None:
+        mask = mask + evaluate(s.bias, index, ())
+    if s.keep is not None:
+        mask = mask.masked_fill(~evaluate(s.keep, index, ()).expand(shape), -torch.inf)
+    groups = example.heads // example.kv_heads
+    wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if s.soft_cap is None:
+        out = F.scaled_dot_product_attention(q, wide_k, wide_v, mask.to(q.dtype), scale=s.scale)
+    else:
+        scores = s.scale * (q.to(wide) @ wide_k.to(wide).transpose(-1, -2))
+        scores = s.soft_cap * torch.tanh(scores / s.soft_cap) + mask
+        empty = (mask == -torch.inf).all(-1, keepdim=True)
+        p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        out = (p @ wide_v.to(wide)).to(q.dtype)
+    grads = torch.autograd.grad(out, (q, k, v), found.dout)
+    return Result(
+        out=out.detach().double(),
+        grads={n: g.double() for n, g in zip("qkv", grads, strict=True)},
+    )
+
+
+def errors(found: Result, oracle: Result) -> dict[str, float]:
+    pairs = {"out": (found.out, oracle.out)}
+    pairs |= {f"d{name}": (found.grads[name], oracle.grads[name]) for name in oracle.grads}
+    largest = max(float(exact.norm()) for _, exact in pairs.values())
+    return {
+        name: float((x - exact).norm()) / max(float(exact.norm()), 1e-3 * largest)
+        for name, (x, exact) in pairs.items()
+    }
+
+
+def compare(seeds: range, world_size: int, pool: RankPool | None) -> list[str]:
+    examples = [random_example(seed, world_size) for seed in seeds]
+    by_rank = pool.run(run_all, examples, 2048) if pool else [run_all(examples, 2048)]
+    wrong = []
+    for example, results in zip(examples, zip(*by_rank, strict=True), strict=True):
+        oracle = reference(example)
+        ours = errors(assemble(example, results), oracle)
+        theirs = errors(unsplit(example), oracle)
+        rounding = torch.finfo(example.dtype).eps
+        for name, error in ours.items():
+            if not error <= 2 * theirs[name] + rounding + 1e-12:
+                wrong.append(f"{example}\n  {name}: {error:.2e}, unsplit {theirs[name]:.2e}")
+    return wrong
+
+
+def test_random_configurations_on_one_rank() -> None:
+    assert compare(range(0, 60), 1, None) == []
+
+
+@pytest.mark.ranks
+def test_random_configurations_on_two_ranks(ranks2: RankPool) -> None:
+    assert compare(range(1000, 1060), 2, ranks2) == []
+
+
+@pytest.mark.ranks
+def test_random_configurations_on_three_ranks(ranks3: RankPool) -> None:
+    assert compare(range(2000, 2060), 3, ranks3) == []
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_two_thousand_random_configurations(
+    ranks2: RankPool, ranks3: RankPool, ranks4: RankPool
+) -> None:
+    wrong = compare(range(10_000, 10_500), 1, None)
+    for size, pool in ((2, ranks2), (3, ranks3), (4, ranks4)):
+        wrong += compare(range(10_000 * size, 10_000 * size + 500), size, pool)
+    assert wrong == []
