@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,27 +14,38 @@ __all__ = ["RULES"]
 
 
 def canonical(call: Call) -> OpAxes:
-    """Query and key tokens stay local: the strategy moves what crosses; the rest is whole."""
+    """Query and key tokens stay local: the strategy moves what crosses; the rest is whole.
+
+    Batch and heads stay local too where no captured tensor is read by their index.
+    """
     q, k, v = (a.meta["val"].shape for a in call.node.args[:3])  # type: ignore[union-attr]
     operands = _qkv(q, k, v)
     rest = (None,) * (len(call.operands) - 3)
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(whole=["d", "e"]),
+        share=shares(whole=["d", "e", *_indexed(operands, rest)]),
         together=frozenset({"s", "t"}),
     )
 
 
 def sdpa(call: Call) -> OpAxes:
     q, k, v = call.shape("query"), call.shape("key"), call.shape("value")
+    operands = _qkv(q, k, v)
     rest = (None,) * (len(call.operands) - 3)
     return OpAxes(
-        operands=(*_qkv(q, k, v), *rest),
+        operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(whole=["s", "t", "d", "e"]),
+        share=shares(whole=["s", "t", "d", "e", *_indexed(operands, rest)]),
         reason="this attention is not in canonical form",
     )
+
+
+def _indexed(operands: Sequence[Labels], rest: Sequence[None]) -> set[str]:
+    """Batch and heads, if a mask or a captured tensor may be read by their index."""
+    if not rest:
+        return set()
+    return {name for labels in operands for dim in labels[:-2] for name in dim}
 
 
 def _qkv(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[Labels, Labels, Labels]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -58,11 +59,19 @@ def einsum(call: Call) -> OpAxes:
 
 
 def convolution(call: Call) -> OpAxes:
-    """Batch stays local; space too where the kernel sees one point; channels are contracted."""
+    """Batch stays local; space too where the kernel sees one point; channels are contracted.
+
+    Output channels stay local without groups, which tie them to input channels.
+    """
     names = ("input", "weight", "bias")
     x, w = call.shape("input"), call.shape("weight")
-    stride = call["stride"]
-    points = [w[2 + i] == 1 and _at(stride, i) == 1 for i in range(len(x) - 2)]
+    if call.get("transposed"):
+        return _only_batch(call)
+    stride, padding = call["stride"], call["padding"]
+    points = [
+        w[2 + i] == 1 and _at(stride, i) == 1 and (isinstance(padding, str) or not _at(padding, i))
+        for i in range(len(x) - 2)
+    ]
     space = [(f"s{i}",) if point else (f"in{i}",) for i, point in enumerate(points)]
     after = [(f"s{i}",) if point else (f"out{i}",) for i, point in enumerate(points)]
     by_name: dict[str, Labels] = {
@@ -75,9 +84,20 @@ def convolution(call: Call) -> OpAxes:
     return OpAxes(
         operands=labels,
         results=(_sized((("n",), ("o",), *after), call.result_shape),),
-        share=shares(whole=["c", "w", *seen]),
+        share=shares(whole=["c", "w", *seen, *(["o"] if call["groups"] != 1 else [])]),
         reason="its kernel sees neighbours along the axis",
     )
+
+
+def _only_batch(call: Call) -> OpAxes:
+    x, result = _all_whole(call.shape("input"), "in"), _all_whole(call.result_shape, "out")
+    rest = tuple(_all_whole(shape, f"w{i}") for i, shape in enumerate(call.shapes[1:]))
+    batch: Labels = ((("n",) if call.result_shape[0] != 1 else ()),)
+    every = [name for dims in (x[1:], *rest, result[1:]) for dim in dims for name in dim]
+    return OpAxes(
+        operands=(batch + x[1:], *rest), results=(batch + result[1:],),
+        share=shares(whole=every), reason="a transposed convolution sees neighbours",
+    )  # fmt: skip
 
 
 def _at(value: int | Sequence[int], i: int) -> int:
@@ -102,6 +122,19 @@ def linear(call: Call) -> OpAxes:
     )(call)  # fmt: skip
 
 
+def biased(product: AxisRule, out: str) -> AxisRule:
+    """A product added to ``self``, which broadcasts to it."""
+
+    def rule(call: Call) -> OpAxes:
+        axes_of_product = product(call)
+        shape = call.shape("self")
+        names = out.split()[len(out.split()) - len(shape) :]
+        bias = tuple((n,) if size != 1 else () for n, size in zip(names, shape, strict=True))
+        return replace(axes_of_product, operands=(bias, *axes_of_product.operands[1:]))
+
+    return rule
+
+
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.linear.default: linear,
     aten.matmul.default: matmul,
@@ -110,9 +143,9 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         self="b r m", mat2="b m c", out="b r c", sum="m", fill={"self": 0, "mat2": 0}
     ),
     aten.mv.default: axes(self="r m", vec="m", out="r", sum="m", fill={"self": 0, "vec": 0}),
-    aten.addmm.default: axes(self="... c", mat1="r m", mat2="m c", out="r c", whole="m"),
-    aten.baddbmm.default: axes(
-        self="... r c", batch1="b r m", batch2="b m c", out="b r c", whole="m"
+    aten.addmm.default: biased(axes(mat1="r m", mat2="m c", out="r c", whole="m"), "r c"),
+    aten.baddbmm.default: biased(
+        axes(batch1="b r m", batch2="b m c", out="b r c", whole="m"), "b r c"
     ),
     aten.einsum.default: einsum,
     **dict.fromkeys(

@@ -43,17 +43,22 @@ def cross_entropy(call: Call) -> OpAxes:
 
 
 def elementwise_loss(call: Call) -> OpAxes:
-    """mse, l1, bce, kl and their kin: pointwise, then summed, over broadcast operands."""
+    """mse, l1 and their kin: pointwise, then summed, over broadcast operands.
+
+    A sum may be partial along what every operand carries: elsewhere padding could not be made 0.
+    """
     wide = torch.broadcast_shapes(*call.shapes)
     operands = tuple(broadcast(shape, wide) for shape in call.shapes)
     labels = broadcast(wide, wide)
     summed = [x for dim in labels for x in dim]
     reduction = call["reduction"]
+    carried = [{x for dim in dims for x in dim} for dims in operands]
+    partial = [x for x in summed if reduction == SUM and all(x in each for each in carried)]
     return OpAxes(
         operands=operands,
         results=(labels if reduction == NONE else (),),
         share=shares(
-            sum=summed if reduction == SUM else [], whole=summed if reduction == MEAN else []
+            sum=partial, whole=[x for x in summed if reduction != NONE and x not in partial]
         ),
         fill=dict.fromkeys(range(len(operands)), 0) if reduction == SUM else {},
     )

@@ -101,10 +101,11 @@ def repeat_interleave(call: Call) -> OpAxes:
     shape = call.shapes[0]
     labels = numbered(shape)
     if call["dim"] is None or not isinstance(call["repeats"], int):
+        out = tuple((f"out{i}",) if s != 1 else () for i, s in enumerate(call.result_shape))
         return OpAxes(
-            operands=tuple(numbered(s) for s in call.shapes),
-            results=(tuple((f"out{i}",) for i in range(len(call.result_shape))),),
-            share=shares(whole=[x for dim in labels for x in dim]),
+            operands=(None,) * len(call.operands),
+            results=(out,),
+            share=shares(whole=[x for dim in out for x in dim]),
             reason="it flattens or repeats by a tensor of counts",
         )
     at = call.dim("dim", len(shape))
@@ -120,7 +121,7 @@ def slice_(call: Call) -> OpAxes:
     labels = numbered(shape)
     size = shape[at]
     if result[at] == size:
-        return OpAxes(operands=(labels,), results=(labels,))
+        return regroup(call)
     start = _bounded(call["start"], size, 0)
     out = list(labels)
     out[at] = ("window",) if result[at] != 1 else ()
@@ -146,8 +147,8 @@ def narrow(call: Call) -> OpAxes:
     shape, result = call.shapes[0], call.result_shape
     at = call.dim("dim", len(shape))
     labels = numbered(shape)
-    if result[at] == shape[at]:
-        return OpAxes(operands=(labels,), results=(labels,))
+    if result[at] == shape[at] and len(call.operands) == 1:
+        return regroup(call)
     out = list(labels)
     out[at] = ("window",) if result[at] != 1 else ()
     start = call["start"]
@@ -163,7 +164,7 @@ def narrow(call: Call) -> OpAxes:
 
 
 def parts(call: Call) -> OpAxes:
-    """split, chunk: every result is a window of the axis."""
+    """split, chunk: every result is a window of the axis, also where there is only one."""
     shape = call.shapes[0]
     at = call.dim("dim", len(shape))
     labels = numbered(shape)
@@ -172,7 +173,7 @@ def parts(call: Call) -> OpAxes:
     start = 0
     for i, part in enumerate(call.result_shapes):
         dims = list(labels)
-        if part[at] == shape[at]:
+        if part[at] == shape[at] and "split_sizes" not in call.arguments:
             return OpAxes(operands=(labels,), results=(labels,))
         dims[at] = (f"part{i}",) if part[at] != 1 else ()
         if part[at] != 1:
