@@ -1,0 +1,363 @@
+"""Sample calls of every row of the axis table, in sizes that the caller chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Sample", "samples"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One call; tensors may stand anywhere among the arguments."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    splits: bool = True
+    """Whether the row lets any label of this call go split."""
+
+    def __str__(self) -> str:
+        shown = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in self.args]
+        return f"{self.op}{tuple(shown)}{dict(self.kwargs) or ''}"
+
+
+def real(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64) + 0.5
+
+
+def truth(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) < 0.5
+
+
+def whole(top: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, top, shape)
+
+
+def samples(a: int, b: int, c: int, d: int) -> list[Sample]:
+    """Calls over dimensions of these sizes, which may be equal or all different."""
+    groups = (
+        _pointwise(a, b, c),
+        _composites(a, b, c),
+        _views(a, b, c),
+        _parts(a, b, c),
+        _products(a, b, c, d),
+        _convolutions(a, b, c, d),
+        _reductions(a, b, c),
+        _along(a, b, c),
+        _lookups(a, b, c, d),
+        _made(a, b, c),
+        _losses(a, b, c),
+    )
+    return [sample for group in groups for sample in group]
+
+
+def _pointwise(a: int, b: int, c: int) -> list[Sample]:
+    """Some of the many operators that have a row by their tag alone."""
+    x, y = real(a, b, c), real(b, c)
+    return [
+        Sample(aten.add.Tensor, (x, y)),
+        Sample(aten.mul.Tensor, (real(a, 1, c), real(b, 1))),
+        Sample(aten.gelu.default, (x,)),
+        Sample(aten.where.self, (truth(a, 1, c), y, real())),
+        Sample(aten.pow.Tensor_Scalar, (x, 2)),
+        Sample(aten.clamp.default, (x, -1, 1)),
+        Sample(aten.rsqrt.default, (positive(a, b),)),
+    ]
+
+
+def _composites(a: int, b: int, c: int) -> list[Sample]:
+    x, y, mask = real(a, b, c), positive(b, c), truth(a, b, c)
+    unary = (
+        aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy, aten.lift_fresh,
+        aten.positive, aten.selu, aten.relu6, aten.isfinite, aten.zeros_like, aten.ones_like,
+        aten.square, aten.resolve_conj, aten.resolve_neg, aten.nan_to_num, aten.log_sigmoid,
+        aten.real, aten.conj,
+    )  # fmt: skip
+    by_tensor = (
+        aten.rsub, aten.true_divide, aten.divide, aten.multiply, aten.subtract, aten.greater,
+        aten.greater_equal, aten.less, aten.less_equal, aten.not_equal,
+    )  # fmt: skip
+    of_bools = (aten.__and__, aten.__or__, aten.__xor__)
+    return [
+        *(Sample(op.default, (x,)) for op in unary),
+        *(Sample(op.Tensor, (x, y)) for op in by_tensor),
+        *(Sample(op.Scalar, (x, 0.5)) for op in by_tensor),
+        *(Sample(op.Tensor, (mask, truth(b, 1))) for op in of_bools),
+        *(Sample(op.Scalar, (whole(9, a, b), 3)) for op in (aten.__and__, aten.__or__)),
+        Sample(aten.bitwise_and.Tensor, (mask, truth(b, 1))),
+        Sample(aten.imag.default, (torch.complex(x, x),)),
+        Sample(aten.complex.default, (x, y.expand(a, b, c))),
+        Sample(aten.polar.default, (x.abs(), x)),
+        Sample(aten.to.dtype, (x, torch.float32)),
+        Sample(aten.to.device, (x, torch.device("cpu"), torch.float32)),
+        Sample(aten.to.dtype_layout, (x,), {"dtype": torch.float32}),
+        Sample(aten.to.other, (x, real(c))),
+        Sample(aten._to_copy.default, (x,), {"dtype": torch.float32}),
+        Sample(aten.type_as.default, (x, torch.zeros(c))),
+        Sample(aten.where.ScalarOther, (mask, x, 0.0)),
+        Sample(aten.where.ScalarSelf, (mask, 0.0, x)),
+        Sample(aten.where.Scalar, (mask, 0.0, 1.0)),
+        Sample(aten.masked_fill.Scalar, (x, truth(b, 1), 0.0)),
+        Sample(aten.masked_fill.Tensor, (x, truth(b, 1), real())),
+        Sample(aten.float_power.Tensor_Scalar, (x, 2)),
+        Sample(aten.float_power.Tensor_Tensor, (x.abs(), y)),
+        Sample(aten.full_like.default, (x, 3.0)),
+        Sample(aten.empty_like.default, (x,)),
+        Sample(aten.expand_as.default, (real(b, 1), x)),
+        Sample(aten.copy.default, (x, y)),
+        Sample(aten.floor_divide.default, (x, y)),
+        Sample(aten.floor_divide.Scalar, (x, 2)),
+        Sample(aten.addcmul.default, (x, y, real(c))),
+        Sample(aten.isclose.default, (x, x + 1)),
+        Sample(aten.clip.default, (x, -1, 1)),
+        Sample(aten.dropout.default, (x, 0.5, False)),
+        Sample(aten.dropout.default, (x, 0.0, True)),
+        Sample(aten.dropout.default, (x, 0.5, True), splits=False),
+    ]
+
+
+def _views(a: int, b: int, c: int) -> list[Sample]:
+    x = real(a, b, c)
+    flat = real(a, b * c)
+    return [
+        Sample(aten.view.default, (flat, [a, b, c])),
+        Sample(aten.view.default, (x, [a * b, c])),
+        Sample(aten.reshape.default, (x, [a, 1, b * c])),
+        Sample(aten.reshape.default, (real(a * b, c), [a, b * c])),
+        Sample(aten._unsafe_view.default, (x, [-1, c])),
+        Sample(aten.flatten.using_ints, (x, 1, 2)),
+        Sample(aten.unflatten.int, (flat, 1, [b, c])),
+        Sample(aten.squeeze.default, (real(a, 1, b),)),
+        Sample(aten.squeeze.dim, (real(a, 1, b), 1)),
+        Sample(aten.squeeze.dim, (x, 1)),
+        Sample(aten.squeeze.dims, (real(1, a, 1, b), [0, 2])),
+        Sample(aten.view_as.default, (flat, x)),
+        Sample(aten.reshape_as.default, (x, flat)),
+        Sample(aten.ravel.default, (x,)),
+        Sample(aten.atleast_1d.default, (x,)),
+        Sample(aten.atleast_2d.default, (real(a),)),
+        Sample(aten.permute.default, (x, [2, 0, 1])),
+        Sample(aten.permute.default, (x, [-2, -1, 0])),
+        Sample(aten.transpose.int, (x, 1, -1)),
+        Sample(aten.swapaxes.default, (x, 0, 2)),
+        Sample(aten.swapdims.default, (x, 0, -1)),
+        Sample(aten.t.default, (real(a, b),)),
+        Sample(aten.t.default, (real(a),)),
+        Sample(aten.mT.default, (x,)),
+        Sample(aten.adjoint.default, (x,)),
+        Sample(aten.numpy_T.default, (x,)),
+        Sample(aten.movedim.int, (x, 0, 2)),
+        Sample(aten.movedim.int, (real(a, b, c, 2), -1, 1)),
+        Sample(aten.movedim.intlist, (x, [0, 1], [2, 0])),
+        Sample(aten.moveaxis.int, (x, -1, 0)),
+        Sample(aten.moveaxis.intlist, (x, [2, 0], [0, 1])),
+        Sample(aten.unsqueeze.default, (x, 1)),
+        Sample(aten.unsqueeze.default, (x, -1)),
+        Sample(aten.expand.default, (real(a, 1, c), [b, a, b, c])),
+        Sample(aten.expand.default, (real(a, 1, c), [-1, b, -1])),
+        Sample(aten.repeat.default, (real(a, b), [2, 3, 1])),
+        Sample(aten.repeat_interleave.self_int, (x, 2, 1)),
+        Sample(aten.repeat_interleave.self_int, (x, 2), splits=False),
+        Sample(aten.repeat_interleave.self_Tensor, (x, whole(3, b), 1)),
+    ]
+
+
+def _parts(a: int, b: int, c: int) -> list[Sample]:
+    x = real(a, b, c)
+    return [
+        Sample(aten.slice.Tensor, (x, 1, 0, b)),
+        Sample(aten.slice.Tensor, (x, 1, 1, -1)),
+        Sample(aten.slice.Tensor, (x, -1, -3, 9223372036854775807)),
+        Sample(aten.slice.Tensor, (x, 0, 0, a, 2)),
+        Sample(aten.narrow.default, (x, 1, 0, b)),
+        Sample(aten.narrow.default, (x, -1, 1, 2)),
+        Sample(aten.split.Tensor, (x, 2, 1)),
+        Sample(aten.split_with_sizes.default, (x, [1, b - 1], 1)),
+        Sample(aten.split_with_sizes.default, (x, [b], 1)),
+        Sample(aten.split.Tensor, (x, b, 1)),
+        Sample(aten.chunk.default, (x, 2, -1)),
+        Sample(aten.chunk.default, (x, 1, 1)),
+        Sample(aten.tensor_split.sections, (x, 2, 1)),
+        Sample(aten.select.int, (x, 1, -1)),
+        Sample(aten.unbind.int, (x, 1)),
+        Sample(aten.cat.default, ([x, real(a, 2, c), real(a, 1, c)], 1)),
+        Sample(aten.cat.default, ([x], 1)),
+        Sample(aten.concat.default, ([x, x], -1)),
+        Sample(aten.stack.default, ([x, x], 1)),
+        Sample(aten.stack.default, ([x], -1)),
+        Sample(aten.pad.default, (x, [0, 0, 1, 2])),
+        Sample(aten.pad.default, (x, [1, -1])),
+        Sample(aten.constant_pad_nd.default, (x, [0, 1], 0.5)),
+    ]
+
+
+def _products(a: int, b: int, c: int, d: int) -> list[Sample]:
+    x = real(a, b, c)
+    return [
+        Sample(aten.linear.default, (x, real(d, c))),
+        Sample(aten.linear.default, (x, real(d, c), real(d))),
+        Sample(aten.matmul.default, (x, real(c, d))),
+        Sample(aten.matmul.default, (real(a, 1, b, c), real(d, c, b))),
+        Sample(aten.matmul.default, (x, real(c))),
+        Sample(aten.matmul.default, (real(c), real(a, c, d))),
+        Sample(aten.matmul.default, (real(c), real(c))),
+        Sample(aten.mm.default, (real(a, b), real(b, c))),
+        Sample(aten.bmm.default, (x, real(a, c, d))),
+        Sample(aten.mv.default, (real(a, b), real(b))),
+        Sample(aten.addmm.default, (real(c), real(a, b), real(b, c))),
+        Sample(aten.addmm.default, (real(a, 1), real(a, b), real(b, c))),
+        Sample(aten.baddbmm.default, (real(a, b, d), x, real(a, c, d))),
+        Sample(aten.baddbmm.default, (real(1, 1, d), x, real(a, c, d))),
+        Sample(aten.einsum.default, ("abc, dc -> abd", [x, real(d, c)])),
+        Sample(aten.einsum.default, ("ab,b->a", [real(a, b), real(b)])),
+        Sample(aten.einsum.default, ("ab,c->b", [real(a, b), real(c)])),
+        Sample(aten.einsum.default, ("...c,dc->...d", [x, real(d, c)]), splits=False),
+        Sample(aten.outer.default, (real(a), real(b))),
+    ]
+
+
+def _convolutions(a: int, b: int, c: int, d: int) -> list[Sample]:
+    line, point = real(a, b, c), real(d, b, 1)
+    plane = real(a, 2, b, c)
+    return [
+        Sample(aten.conv1d.default, (line, point, real(d))),
+        Sample(aten.conv1d.default, (line, real(d, b, 3), None, [1], [1])),
+        Sample(aten.conv1d.padding, (line, real(d, b, 3), None, [1], "same")),
+        Sample(aten.conv1d.default, (line, real(b, 1, 3), None, [1], [1], [1], b)),
+        Sample(aten.conv1d.default, (line, point, None, [1], [1])),
+        Sample(aten.conv2d.default, (plane, real(d, 2, 1, 3), real(d))),
+        Sample(aten.conv2d.padding, (plane, real(d, 2, 1, 3), real(d), [1], "same")),
+        Sample(aten.conv2d.default, (plane, real(d, 2, 2, 2), None, [2, 2])),
+        Sample(aten.conv3d.default, (real(a, 2, b, c, 4), real(d, 2, 1, 2, 1))),
+        Sample(aten.convolution.default, (line, point, real(d), [1], [0], [1], False, [0], 1)),
+        Sample(
+            aten.convolution.default,
+            (line, real(b, d, 1), real(d), [1], [0], [1], True, [0], 1),
+        ),
+    ]
+
+
+def _reductions(a: int, b: int, c: int) -> list[Sample]:
+    x = real(a, b, c)
+    of_all = (
+        aten.sum, aten.mean, aten.max, aten.min, aten.prod, aten.any, aten.all, aten.argmax,
+        aten.argmin, aten.var, aten.amax, aten.amin, aten.linalg_vector_norm,
+    )  # fmt: skip
+    along = (
+        aten.max.dim, aten.min.dim, aten.prod.dim_int, aten.any.dim, aten.all.dim,
+        aten.argmax.default, aten.argmin.default,
+    )  # fmt: skip
+    over = (
+        aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
+        aten.count_nonzero.dim_IntList, aten.logsumexp.default, aten.var.dim, aten.std.dim,
+        aten.var.correction, aten.std.correction, aten.var_mean.correction,
+    )  # fmt: skip
+    return [
+        *(Sample(op.default, (x,), splits=op in (aten.sum, aten.mean)) for op in of_all),
+        *(Sample(op, (x, 1)) for op in along),
+        *(Sample(op, (x, [1])) for op in over),
+        Sample(aten.sum.dim_IntList, (x, [0, -1], True)),
+        Sample(aten.sum.dim_IntList, (truth(a, b), [1])),
+        Sample(aten.mean.dim, (x, [0, -1], True)),
+        Sample(aten.mean.dim, (x, [1]), {"dtype": torch.float32}),
+        Sample(aten.linalg_vector_norm.default, (x, 2, [1])),
+        Sample(aten.norm.ScalarOpt_dim, (x, 2, [1], True)),
+        Sample(aten.norm.Scalar, (x, 2)),
+    ]
+
+
+def _along(a: int, b: int, c: int) -> list[Sample]:
+    x = real(a, b, c)
+    return [
+        Sample(aten.softmax.int, (x, -1)),
+        Sample(aten._softmax.default, (x, 1, False)),
+        Sample(aten._safe_softmax.default, (x, -1)),
+        Sample(aten.log_softmax.int, (x, 1)),
+        Sample(aten._log_softmax.default, (x, -1, False)),
+        Sample(aten.cumsum.default, (x, 1)),
+        Sample(aten.cumprod.default, (x, -1)),
+        Sample(aten.logcumsumexp.default, (x, 1)),
+        Sample(aten.sort.default, (x, 1)),
+        Sample(aten.argsort.default, (x, -1)),
+        Sample(aten.topk.default, (x, 2, 1)),
+        Sample(aten.diff.default, (x, 1, 1)),
+        Sample(aten.flip.default, (x, [1])),
+        Sample(aten.roll.default, (x, [1], [1])),
+        Sample(aten.roll.default, (x, [1]), splits=False),
+        Sample(aten.tril.default, (x,)),
+        Sample(aten.triu.default, (x, 1)),
+        Sample(aten.layer_norm.default, (x, [c], real(c), real(c))),
+        Sample(aten.layer_norm.default, (x, [b, c])),
+        Sample(aten.rms_norm.default, (x, [c], real(c))),
+        Sample(aten.group_norm.default, (real(a, 6, c), 2, real(6), real(6))),
+    ]
+
+
+def _lookups(a: int, b: int, c: int, d: int) -> list[Sample]:
+    x = real(a, b, c)
+    return [
+        Sample(aten.embedding.default, (real(d, c), whole(d, a, b))),
+        Sample(aten.index_select.default, (x, 1, whole(b, d))),
+        Sample(aten.index.Tensor, (x, [whole(a, d)])),
+        Sample(aten.index.Tensor, (x, [None, whole(b, d, 1), whole(c, 3)])),
+        Sample(aten.index.Tensor, (x, [whole(a, d), None, whole(c, d)])),
+        Sample(aten.index.Tensor, (x, [truth(a, b)]), splits=False),
+        Sample(aten.gather.default, (x, 1, whole(b, a, d, c))),
+        Sample(aten.gather.default, (x, 2, whole(c, a, b - 1, 3))),
+        Sample(aten.take_along_dim.default, (x, whole(b, a, d, c), 1)),
+        Sample(aten.one_hot.default, (whole(d, a, b), d)),
+    ]
+
+
+def _made(a: int, b: int, c: int) -> list[Sample]:
+    x = real(a, b, c)
+    sized = (aten.zeros.default, aten.ones.default, aten.rand.default, aten.randn.default)
+    like = (aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default)
+    return [
+        *(Sample(op, ([a, b],)) for op in sized),
+        *(Sample(op, (x, [a, b])) for op in like),
+        Sample(aten.full.default, ([a, b], 2.0)),
+        Sample(aten.new_full.default, (x, [a, b], 2.0)),
+        Sample(aten.scalar_tensor.default, (2.0,)),
+        Sample(aten.arange.default, (a,)),
+        Sample(aten.arange.start, (1, a)),
+        Sample(aten.arange.start_step, (0, a, 2)),
+        Sample(aten.linspace.default, (0, 1, a)),
+        Sample(aten.eye.default, (a,)),
+        Sample(aten.eye.m, (a, b)),
+        Sample(aten.rand_like.default, (x,)),
+        Sample(aten.randn_like.default, (x,)),
+        Sample(aten.randint.default, (9, [a, b])),
+        Sample(aten.randint.low, (1, 9, [a, b])),
+        Sample(aten.randperm.default, (a,)),
+        Sample(aten.bernoulli.default, (x.sigmoid(),)),
+        Sample(aten.bernoulli.p, (x, 0.5)),
+        Sample(aten.empty.memory_format, ([a, b],)),
+    ]
+
+
+def _losses(a: int, b: int, c: int) -> list[Sample]:
+    """Each with no reduction, as a mean (which capture writes as sum / count), and as a sum."""
+    entropy = aten.cross_entropy_loss.default
+    elementwise = (aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss)
+    calls: list[tuple[Any, ...]] = []
+    for reduction in (0, 1, 2):
+        calls += [
+            (reduction, entropy, real(a, c), whole(c, a), None, reduction),
+            (reduction, entropy, real(a, c, b), whole(c, a, b), positive(c), reduction, 1, 0.1),
+            (reduction, entropy, real(a, c), real(a, c).softmax(1), None, reduction),
+            *((reduction, op.default, real(a, b), real(a, b), reduction) for op in elementwise),
+            (reduction, aten.mse_loss.default, real(a, b), real(b), reduction),
+        ]
+    return [Sample(op, tuple(args), splits=reduction != 1) for reduction, op, *args in calls]
