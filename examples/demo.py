@@ -40,9 +40,15 @@ def main() -> int:
         console.print(str(failure), markup=False, highlight=False)
         return 1
     stock, *others = runs
-    console.print(others[-1].plan, markup=False, highlight=False)
+    console.print(others[-1].plan, markup=False, highlight=False, soft_wrap=True)
     console.print(_loss_table(runs))
     console.print(_summary_table(runs))
+    for run in others:
+        difference, where = largest_gradient_difference(stock, run)
+        console.print(
+            f"{run.setting.name}: the gradient that differs most, by {difference:.1e}: {where}",
+            highlight=False,
+        )
     wrong = [text for run in others for text in disagreements(stock, run)]
     for text in wrong:
         console.print(f"DISAGREES: {text}", style="bold red", highlight=False)
@@ -111,11 +117,12 @@ def _loss_table(runs: Sequence[Run]) -> Table:
 def _summary_table(runs: Sequence[Run]) -> Table:
     stock = runs[0]
     table = Table(title="What a step costs, and how far its gradients are from unsplit")
-    for name in ("run", "ranks x threads", "s / step", "MiB / rank", "worst gradient", "of"):
-        table.add_column(name, justify="left" if name in ("run", "of") else "right")
+    table.caption_justify = "left"
+    for name in ("run", "ranks x threads", "s / step", "MiB / rank", "worst gradient"):
+        table.add_column(name, justify="left" if name == "run" else "right")
     for run in runs:
         extra = run.worst_extra_bytes
-        difference, where = largest_gradient_difference(stock, run)
+        difference, _ = largest_gradient_difference(stock, run)
         table.add_row(
             run.setting.name,
             f"{run.setting.ranks} x {run.setting.threads}",
@@ -123,12 +130,12 @@ def _summary_table(runs: Sequence[Run]) -> Table:
             f"{statistics.median(run.seconds[1:] or run.seconds):.2f}",
             "not measured" if extra is None else f"{extra / 2**20:.0f}",
             "" if run is stock else f"{difference:.1e}",
-            "" if run is stock else where,
         )
     table.caption = (
-        "s / step: median without the first, which compiles. MiB / rank: peak resident memory of "
-        "one step\nbeyond parameters, gradients and optimiser state, worst rank. Worst gradient: "
-        "of any parameter on any rank."
+        "s / step: median without the first, which compiles.\n"
+        "MiB / rank: peak resident memory of one step beyond what stays\n"
+        "(parameters, gradients, optimiser state), worst rank.\n"
+        "worst gradient: relative difference of any parameter on any rank."
     )
     return table
 

@@ -114,4 +114,4 @@ def test_the_demo_succeeds_on_a_short_sequence() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All runs agree" in done.stdout
-    assert "model.layers.3.self_attn" in done.stdout
+    assert "model.layers.{0..3}.self_attn" in done.stdout

@@ -1,0 +1,279 @@
+"""What cannot be done right is refused in words, on every rank, before a wrong number or a hang."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+import ringfx
+from tests.end_to_end.models import llama, plain, tokens
+from tests.harness import RankPool, raises
+
+pytestmark = pytest.mark.ranks
+
+
+def call(model: nn.Module, drawn: torch.Tensor, **options: Any) -> Any:
+    return ringfx.optimize(model, **{"compiler": "eager"} | options)(drawn)
+
+
+class NoAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.mlp(self.embed(input_ids))
+        return result
+
+
+def no_attention() -> None:
+    call(NoAttention(), tokens(16))
+
+
+def test_a_model_without_attention(ranks2: RankPool) -> None:
+    for text in raises(ranks2, no_attention):
+        assert text.startswith("AttentionNotFound: ")
+
+
+def unknown_strategy() -> None:
+    call(plain()(), tokens(16), strategy="quickest")
+
+
+def test_an_unknown_strategy_lists_the_known_ones(ranks2: RankPool) -> None:
+    for text in raises(ranks2, unknown_strategy):
+        assert text.startswith("InvalidArgument: ")
+        assert "'quickest'" in text
+        for name in ("auto", "simple", "collective", "production", "ulysses"):
+            assert name in text
+
+
+def unknown_compiler() -> None:
+    call(plain()(), tokens(16), compiler="gcc")
+
+
+def test_an_unknown_compiler_lists_the_known_ones(ranks2: RankPool) -> None:
+    for text in raises(ranks2, unknown_compiler):
+        assert text.startswith("InvalidArgument: ")
+        assert "'gcc'" in text
+        assert "aot_eager" in text
+
+
+def strategy_for_no_layer() -> None:
+    call(plain()(), tokens(16), strategy={"blocks.7.*": "simple"})
+
+
+def test_a_pattern_that_matches_no_layer_lists_the_layers(ranks2: RankPool) -> None:
+    for text in raises(ranks2, strategy_for_no_layer):
+        assert text.startswith("InvalidArgument: ")
+        assert "blocks.7.*" in text
+        assert "blocks.0" in text
+
+
+def heads_do_not_divide() -> None:
+    call(plain()(), tokens(16), strategy="ulysses")
+
+
+def test_a_strategy_that_cannot_run_names_the_layer_and_the_numbers(ranks3: RankPool) -> None:
+    for text in raises(ranks3, heads_do_not_divide):
+        assert text.startswith("StrategyRefused: ")
+        assert "blocks.0" in text
+        assert "models.py:" in text
+        assert "4 heads" in text
+        assert "3 ranks" in text
+
+
+def mesh_of_words() -> None:
+    call(plain()(), tokens(16), mesh="everyone")
+
+
+def mesh_of_two_dimensions() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tokens"))
+    call(plain()(), tokens(16), mesh=mesh)
+
+
+@pytest.mark.parametrize("function", [mesh_of_words, mesh_of_two_dimensions])
+def test_a_mesh_of_the_wrong_kind(ranks2: RankPool, function: Callable[[], None]) -> None:
+    for text in raises(ranks2, function):
+        assert text.startswith("InvalidArgument: ")
+        assert "mesh" in text
+
+
+def one_mesh_dimension(seq_len: int) -> float:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tokens"))
+    drawn = tokens(seq_len)
+    with torch.no_grad():
+        ours = call(plain()(), drawn, mesh=mesh["tokens"])
+        return float((ours - plain()()(drawn)).abs().max())
+
+
+def test_one_dimension_of_a_mesh_is_the_right_kind(ranks2: RankPool) -> None:
+    assert max(ranks2.run(one_mesh_dimension, 16)) < 1e-5
+
+
+def different_lengths() -> None:
+    call(plain()(), tokens(16 + dist.get_rank()))
+
+
+def test_ranks_with_different_input_shapes(ranks2: RankPool) -> None:
+    for text in raises(ranks2, different_lengths):
+        assert text.startswith("AgreementError: ")
+        assert "16" in text
+        assert "17" in text
+        assert "rank 0" in text
+        assert "rank 1" in text
+
+
+def different_strategies() -> None:
+    call(plain()(), tokens(16), strategy=("simple", "collective")[dist.get_rank()])
+
+
+def test_ranks_with_different_plans(ranks2: RankPool) -> None:
+    for text in raises(ranks2, different_strategies):
+        assert text.startswith("AgreementError: ")
+        assert "simple" in text
+        assert "collective" in text
+
+
+def different_tokens_on_the_second_call() -> None:
+    model = ringfx.optimize(plain()(), compiler="eager")
+    model(tokens(16))
+    model(tokens(16, seed=5 + dist.get_rank()))
+
+
+def test_ranks_with_different_tokens_on_any_call(ranks2: RankPool) -> None:
+    """A DistributedSampler left in place: shapes are equal, data is not."""
+    for text in raises(ranks2, different_tokens_on_the_second_call):
+        assert text.startswith("AgreementError: ")
+        assert "input_ids" in text
+        assert "rank 0" in text
+        assert "rank 1" in text
+
+
+class OnVectors(nn.Module):
+    """Attention over float inputs, with whatever is done to its result."""
+
+    def __init__(self, afterwards: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.project = nn.Linear(8, 8)
+        self.afterwards = afterwards
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.project(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        result = mixed.transpose(1, 2).flatten(2)
+        return result if self.afterwards is None else self.afterwards(result)
+
+
+def vectors(seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, 17, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def different_vectors() -> None:
+    call(OnVectors(), vectors(dist.get_rank()))
+
+
+def test_ranks_with_different_float_inputs_on_the_first_call(ranks2: RankPool) -> None:
+    for text in raises(ranks2, different_vectors):
+        assert text.startswith("AgreementError: ")
+        assert "x" in text
+
+
+def different_weights() -> None:
+    model = OnVectors()
+    if dist.get_rank() == 1:
+        nn.init.normal_(model.project.weight)
+    call(model, vectors())
+
+
+def test_ranks_that_start_from_different_weights(ranks2: RankPool) -> None:
+    for text in raises(ranks2, different_weights):
+        assert text.startswith("AgreementError: ")
+        assert "project.weight" in text
+
+
+@torch.library.custom_op("ringfx_tests::mystery", mutates_args=())
+def mystery(x: torch.Tensor) -> torch.Tensor:
+    """Mixes tokens in a way that no axis rule can know."""
+    return x.flip(1).cumsum(1)
+
+
+@mystery.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def without_a_rule(on_unsupported: str) -> float:
+    with torch.no_grad():
+        ours = call(OnVectors(mystery), vectors(), on_unsupported=on_unsupported)
+        return float((ours - OnVectors(mystery)(vectors())).abs().max())
+
+
+def test_an_operator_without_an_axis_rule_is_named_with_its_line(ranks2: RankPool) -> None:
+    for text in raises(ranks2, without_a_rule, "error"):
+        assert text.startswith("NoAxisRule: ")
+        assert "ringfx_tests.mystery" in text.replace("::", ".")
+        assert "test_bad_input.py:" in text
+        assert "on_unsupported='gather'" in text
+
+
+def test_it_may_be_gathered_instead_and_stays_right(ranks2: RankPool) -> None:
+    assert max(ranks2.run(without_a_rule, "gather")) < 1e-5
+
+
+def broken_in_the_middle(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x.cumsum(1).sin()
+
+
+def a_broken_graph() -> tuple[float, list[str]]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringfx").addHandler(handler)
+    with torch.no_grad():
+        ours = call(OnVectors(broken_in_the_middle), vectors())
+        difference = float((ours - OnVectors(broken_in_the_middle)(vectors())).abs().max())
+    logging.getLogger("ringfx").removeHandler(handler)
+    return difference, said
+
+
+def test_a_graph_break_shows_the_frame_and_stays_right(ranks2: RankPool) -> None:
+    for difference, said in ranks2.run(a_broken_graph):
+        assert difference < 1e-5
+        assert any("graph break at" in text and "test_bad_input.py:" in text for text in said), said
+
+
+def test_after_an_error_the_same_ranks_go_on(ranks2: RankPool) -> None:
+    """A refusal loses nothing: the group still works and a right call still runs."""
+    assert max(ranks2.run(after_a_refusal)) < 1e-5
+
+
+def after_a_refusal() -> float:
+    drawn = tokens(16)
+    for bad in (no_attention, different_lengths, different_strategies):
+        with pytest.raises(ringfx.RingfxError):
+            bad()
+    with torch.no_grad():
+        return float((call(plain()(), drawn) - plain()()(drawn)).abs().max())
+
+
+def llama_in_a_dictionary_of_layers() -> list[str]:
+    """A mapping from module-path patterns to strategies."""
+    chosen = {"model.layers.0.*": "simple", "model.layers.1.*": "collective"}
+    model = ringfx.optimize(llama()(), compiler="eager", strategy=chosen)
+    model(input_ids=tokens(16), labels=tokens(16)).loss.backward()
+    return [layer.strategy for layer in model.plan.layers]
+
+
+def test_strategies_by_module_path(ranks2: RankPool) -> None:
+    assert ranks2.run(llama_in_a_dictionary_of_layers) == [["simple", "collective"]] * 2

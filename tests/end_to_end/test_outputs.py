@@ -1,0 +1,161 @@
+"""Split outputs are gathered when touched, and only then; nothing quadratic exists on the way."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import ringfx
+from examples.peak_memory import extra_bytes
+from tests.end_to_end.models import llama, plain, tokens
+from tests.harness import RankPool
+
+VOCAB = 1009
+MIB = 2**20
+
+
+def optimized_llama(**sizes: Any) -> nn.Module:
+    return ringfx.optimize(llama(vocab_size=VOCAB, **sizes)(), compiler="eager")
+
+
+def communicated_bytes(function: Any) -> int:
+    """Bytes of all tensors that this rank gave to collectives or sent."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        function()
+    total = 0
+    for event in recorded.events():
+        if event.name.startswith(("gloo:", "c10d::")) and event.input_shapes:
+            sizes = [torch.Size(s).numel() for s in event.input_shapes if s]
+            total += 4 * sum(sizes)
+    return total
+
+
+def bytes_untouched_and_touched(seq_len: int) -> tuple[int, int]:
+    model = optimized_llama()
+    drawn = tokens(seq_len, vocab=VOCAB)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model(input_ids=drawn, labels=drawn)
+
+    call()  # compiles, and compares parameters once
+    untouched = communicated_bytes(lambda: call().loss.item())
+    touched = communicated_bytes(lambda: call().logits.sum().item())
+    return untouched, touched
+
+
+@pytest.mark.ranks
+def test_logits_that_nobody_reads_are_never_gathered(ranks2: RankPool) -> None:
+    seq_len = 128
+    shard = seq_len // 2 * VOCAB * 4
+    for untouched, touched in ranks2.run(bytes_untouched_and_touched, seq_len):
+        assert untouched < shard / 2
+        assert touched >= shard
+
+
+def ways_to_read(seq_len: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a user may do with logits, beside the stock model's."""
+    stock = llama()()
+    model = ringfx.optimize(llama()(), compiler="eager")
+    drawn = tokens(seq_len, 2)
+    with torch.no_grad():
+        expected = stock(input_ids=drawn).logits
+        ways: dict[str, Any] = {
+            "indexing": lambda logits: logits[:, -1],
+            "argmax": lambda logits: logits.argmax(-1),
+            "float": lambda logits: logits.float() * 2,
+            "softmax": lambda logits: torch.nn.functional.softmax(logits, -1),
+            "numpy": lambda logits: torch.from_numpy(logits.numpy()),
+            "shape": lambda logits: torch.tensor(logits.shape),
+            "list": lambda logits: torch.tensor(logits[0, :2].tolist()),
+        }
+        return {
+            name: (way(model(input_ids=drawn).logits), way(expected)) for name, way in ways.items()
+        }
+
+
+@pytest.mark.ranks
+def test_a_gathered_output_is_read_like_any_tensor(ranks3: RankPool) -> None:
+    for read in ranks3.run(ways_to_read, 25):
+        for name, (ours, expected) in read.items():
+            assert type(ours) is torch.Tensor, name
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def local_output(seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's tokens, and the stock model's whole output."""
+    model = ringfx.optimize(plain()(), compiler="eager", outputs="local")
+    drawn = tokens(seq_len)
+    with torch.no_grad():
+        return model(drawn), plain()()(drawn)
+
+
+@pytest.mark.ranks
+def test_local_outputs_are_each_ranks_own_tokens(ranks2: RankPool) -> None:
+    """Causal layers run zigzag: rank r holds chunks r and 2p - 1 - r."""
+    results = ranks2.run(local_output, 16)
+    whole = results[0][1]
+    for rank, (mine, _) in enumerate(results):
+        first, last = whole.split(4, 1)[rank], whole.split(4, 1)[3 - rank]
+        torch.testing.assert_close(torch.as_tensor(mine), torch.cat([first, last], 1))
+
+
+def quadratic_memory(seq_len: int) -> int | None:
+    model = ringfx.optimize(llama(hidden_size=16, head_dim=8)(), compiler="eager")
+    drawn = tokens(seq_len)
+
+    def step() -> None:
+        model(input_ids=drawn, labels=drawn).loss.backward()
+
+    step()
+    return extra_bytes(step)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.ranks
+def test_no_matrix_of_all_queries_and_keys_exists(ranks2: RankPool) -> None:
+    """At 8192 tokens it has 64 MiB as bool, and all else that the step needs about as much."""
+    whole = quadratic_memory(8192), quadratic_memory(4096)
+    split = [*zip(*(ranks2.run(quadratic_memory, s) for s in (8192, 4096)), strict=True)]
+    for longer, shorter in (whole, *split):
+        assert longer is not None
+        assert shorter is not None
+        assert 0.1 * shorter < longer - shorter < 1.4 * shorter  # a quadratic part would triple
+
+
+def rank_touches_alone(rank: int) -> str | None:
+    """What the rank that touches hears; the others wait for it at the end."""
+    model = optimized_llama()
+    drawn = tokens(16, vocab=VOCAB)
+    with torch.no_grad():
+        logits = model(input_ids=drawn).logits
+    heard = None
+    if dist.get_rank() == rank:
+        try:
+            logits.sum()
+        except ringfx.RingfxError as error:
+            heard = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return heard
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_split_output_touched_by_one_rank_is_an_error_and_no_hang(
+    ranks2: RankPool, rank: int
+) -> None:
+    heard = ranks2.run(functools.partial(rank_touches_alone, rank))
+    assert heard[1 - rank] is None
+    text = heard[rank]
+    assert text is not None
+    assert text.startswith("AgreementError: ")
+    assert "lm_head" in text
+    assert f"ranks [{1 - rank}] did not touch it" in text
+    assert "outputs='local'" in text

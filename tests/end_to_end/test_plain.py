@@ -1,0 +1,85 @@
+"""A transformer in plain torch: SDPA with is_causal, learned positions, a loss written by hand."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.end_to_end.models import plain, shifted_loss, tokens, tokens_and_labels
+from tests.harness import Case, RankPool, compare_all
+
+pytestmark = pytest.mark.ranks
+
+STRATEGIES = ("simple", "collective", "production", "auto")
+
+
+def first(output: Any) -> torch.Tensor:
+    result: torch.Tensor = output[0]
+    return result
+
+
+def loss_outside(seq_len: int, logits: torch.Tensor) -> torch.Tensor:
+    return shifted_loss(logits, tokens(seq_len, 2))
+
+
+def mean_square(output: torch.Tensor) -> torch.Tensor:
+    return output.square().mean()
+
+
+def only_tokens(seq_len: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens(seq_len, 2)}
+
+
+def positional_tokens(seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = tokens(seq_len, 2)
+    return drawn, drawn
+
+
+def cases(seq_len: int, **more: Any) -> list[Case]:
+    fields: dict[str, Any] = {"model": plain(), "loss": first} | more
+    inputs = fields.pop("inputs", tokens_and_labels(seq_len, 2))
+    return [
+        Case(
+            inputs=inputs,
+            options={"strategy": strategy, "compiler": "eager"},
+            label=f"S={seq_len}, {strategy}",
+            **fields,
+        )
+        for strategy in STRATEGIES
+    ]
+
+
+def check(pool: RankPool, some: list[Case]) -> None:
+    for found in compare_all(pool, some):
+        found.check()
+        assert len(found.strategies) == 2, found.ranks[0].plan
+
+
+@pytest.mark.parametrize("seq_len", [48, 61])
+def test_the_shift_written_by_slices_crosses_shard_boundaries(
+    ranks3: RankPool, seq_len: int
+) -> None:
+    check(ranks3, cases(seq_len))
+
+
+def test_in_float64_to_1e_10(ranks2: RankPool, ranks3: RankPool) -> None:
+    check(ranks2, cases(61, dtype=torch.float64))
+    check(ranks3, cases(61, dtype=torch.float64))
+
+
+def test_a_loss_computed_outside_the_model(ranks2: RankPool) -> None:
+    outside = functools.partial(loss_outside, 61)
+    inputs = functools.partial(only_tokens, 61)
+    check(ranks2, cases(61, inputs=inputs, loss=outside))
+
+
+def test_attention_without_a_mask(ranks3: RankPool) -> None:
+    inputs = functools.partial(only_tokens, 61)
+    check(ranks3, cases(61, model=plain(causal=False), inputs=inputs, loss=mean_square))
+
+
+def test_positional_arguments(ranks2: RankPool) -> None:
+    check(ranks2, cases(48, inputs=functools.partial(positional_tokens, 48)))

@@ -1,0 +1,61 @@
+"""Planning for hardware that is not there: an 8B model at a million tokens, on a laptop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ringfx.passes.values import AttentionSite
+from ringfx.plan import Plan
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "dtype": "bfloat16",
+}
+SECONDS = 30
+BYTES = 3 * 10**9
+
+
+def planned(folder: Path) -> tuple[Plan, float, int]:
+    """The plan, the processor seconds that it took and the most memory that it held."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(LLAMA_8B))
+    command = [sys.executable, "-m", "ringfx.cli", "plan", str(config), "--seq-len", "1048576"]
+    command += ["--world-size", "8", "--json"]
+    with (folder / "plan.json").open("w") as output, (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, (folder / "log").read_text()
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    return plan, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+
+
+def test_an_8b_llama_at_a_million_tokens_is_planned_in_seconds(tmp_path: Path) -> None:
+    plan, seconds, peak_bytes = planned(tmp_path)
+    assert seconds < SECONDS
+    assert peak_bytes < BYTES
+    assert [layer.name for layer in plan.layers] == [
+        f"model.layers.{number}.self_attn" for number in range(32)
+    ]
+    for layer in plan.layers:
+        assert layer.source.rpartition(":")[2].isdigit(), layer.source
+        assert is_grouped_causal(layer.site), layer.site
+
+
+def is_grouped_causal(site: AttentionSite) -> bool:
+    sizes = (site.batch, site.heads, site.kv_heads, site.head_dim, site.q_len, site.kv_len)
+    return site.spec.is_causal and sizes == (1, 32, 8, 128, 1048576, 1048576)
