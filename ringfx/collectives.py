@@ -24,6 +24,7 @@ __all__ = [
     "gather_shared",
     "gather_tokens",
     "mask_tokens",
+    "pick_token",
     "share",
     "slice_tokens",
     "sum_partials",
@@ -78,6 +79,19 @@ def gather_plain(
     whole = whole.reshape(*shape[:dim], outer * order.shape[0] * inner, *shape[dim + 1 :])
     # Strides are those of the unsplit program: random draws follow them.
     return whole.contiguous()
+
+
+def pick_token(
+    x: torch.Tensor, own: torch.Tensor, element: int, dim: int, outer: int, inner: int
+) -> torch.Tensor:
+    """The row of one token where this rank has it, zeros elsewhere; ``dim`` is removed.
+
+    ``own`` is int64 [local tokens]: the element that each local token is.
+    """
+    assert outer == inner == 1, "a token that is picked stands alone in its dimension"
+    here = own == element
+    row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
+    return torch.where(here.any(), row, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def take_plain(

@@ -57,6 +57,8 @@ class OpAxes:
     """For a partial sum: operand -> the value that padded tokens must hold."""
     together: frozenset[str] = frozenset()
     """Labels that may be split at the same time: the operator itself moves what crosses."""
+    pick: int | None = None
+    """The call takes this one element of its summed label: only its owner has it."""
     mean: bool = False
     """The call divides by the number of elements that it sums."""
     reason: str = ""

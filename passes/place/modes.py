@@ -59,6 +59,10 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
         return Unsplittable("its result holds the token axis twice or in pieces")
     if axes.regroup:
         return _regroup(operands, results, line)
+    if axes.pick is not None and any(
+        isinstance(c, Carried) and c.outer * c.inner != 1 for c in operands
+    ):
+        return Unsplittable("it takes single elements of an axis that holds more than tokens")
     if axes.windows:
         return _window(lines, node, operands, results, line)
     return _labelled(lines, axes, node, operands, results, line)

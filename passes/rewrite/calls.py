@@ -33,6 +33,8 @@ def local_call(
     if axes.regroup:
         shape = local_shape(placement, node)
         return graph.call_function(aten.reshape.default, (operands[0], list(shape)))
+    if mode.partial and axes.pick is not None:
+        return _pick(graph, placement, node, axes.pick, operands[0], crossings)
     if mode.partial:
         operands = _filled(graph, placement, node, axes, mode, operands, crossings)
         if axes.mean:
@@ -92,6 +94,25 @@ def _filled(
             args = (operands[i], valid, axes.fill[i], *where)
             result[i] = graph.call_function(collectives.mask_tokens, args)
     return result
+
+
+def _pick(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    element: int,
+    operand: Node,
+    crossings: Crossings,
+) -> Node:
+    """One token of a split value: its owner's row, summed with zeros of the others."""
+    carried = placement.lines.carried(Call(node).operands[0])
+    assert isinstance(carried, Carried)
+    where = (element, carried.dim, carried.outer, carried.inner)
+    own = crossings.own(carried)
+    row = graph.call_function(collectives.pick_token, (operand, own, *where))
+    if node.meta["val"].dim() == Call(node).operands[0].meta["val"].dim():  # a slice keeps it
+        row = graph.call_function(aten.unsqueeze.default, (row, carried.dim))
+    return crossings.reduce(node, row)
 
 
 def _mean(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ class Crossings:
     def valid(self, carried: Carried) -> Node:
         """bool [local tokens]: which local tokens are elements of the axis."""
         return self._member_node(carried, "valid")
+
+    def own(self, carried: Carried) -> Node:
+        """int64 [local tokens]: which element of the axis each local token is, if it is one."""
+        return self._member_node(carried, "own")
+
+    def report_gradients(self, bucket: Sequence[Node]) -> None:
+        """The message in backward that completes the gradients of a bucket of inputs."""
+        size = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in bucket)
+        self._report(
+            bucket[0], "all_reduce", size, f"completes the gradients of {len(bucket)} inputs"
+        )
 
     def reduce(self, node: Node, partial: Node) -> Node:
         value = node.meta["val"]
@@ -143,6 +155,8 @@ class Crossings:
                 aten.slice.Tensor, order, 0, member.offset, member.offset + member.length
             )
         own = self._prologue(aten.sub.Tensor, positions, member.offset)
+        if kind == "own":
+            return own
         with self.graph.inserting_after(own):
             if kind == "index":
                 return self._prologue(aten.clamp.default, own, 0, member.length - 1)

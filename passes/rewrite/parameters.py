@@ -65,6 +65,7 @@ def _buckets(values: Sequence[Node]) -> list[list[Node]]:
 
 
 def _enter(graph: Graph, bucket: Sequence[Node], crossings: Crossings) -> None:
+    crossings.report_gradients(bucket)
     natural = [crossings.natural_of(n) for n in bucket]
     shared = graph.call_function(collectives.share, (natural, crossings.group))
     shared.meta["ringfx_crossing"] = True

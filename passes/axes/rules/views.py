@@ -124,9 +124,17 @@ def slice_(call: Call) -> OpAxes:
         return regroup(call)
     start = _bounded(call["start"], size, 0)
     out = list(labels)
-    out[at] = ("window",) if result[at] != 1 else ()
+    if result[at] == 1:
+        out[at] = ()
+        return OpAxes(
+            operands=(labels,),
+            results=(tuple(out),),
+            share=shares(sum=[f"d{at}"]),
+            pick=start,
+        )
+    out[at] = ("window",)
     windows: tuple[Window, ...] = ()
-    if call["step"] == 1 and result[at] != 1:
+    if call["step"] == 1:
         windows = (Window(f"d{at}", "window", start, result[at]),)
     return OpAxes(
         operands=(labels,),
@@ -189,8 +197,19 @@ def parts(call: Call) -> OpAxes:
     )
 
 
-def without(call: Call) -> OpAxes:
-    """select, unbind: one element of the axis at a time."""
+def select(call: Call) -> OpAxes:
+    """One element of an axis: its owner's, and zero from everyone else."""
+    labels = numbered(call.shapes[0])
+    at = call.dim("dim", len(labels))
+    return OpAxes(
+        operands=(labels,),
+        results=(labels[:at] + labels[at + 1 :],),
+        share=shares(sum=[f"d{at}"]),
+        pick=call["index"] % call.shapes[0][at],
+    )
+
+
+def unbind(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     at = call.dim("dim", len(labels))
     rest = labels[:at] + labels[at + 1 :]
@@ -329,8 +348,8 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.split_with_sizes.default: parts,
     aten.chunk.default: parts,
     aten.tensor_split.sections: parts,
-    aten.select.int: without,
-    aten.unbind.int: without,
+    aten.select.int: select,
+    aten.unbind.int: unbind,
     aten.cat.default: cat,
     aten.concat.default: cat,
     aten.stack.default: stack,
