@@ -21,7 +21,7 @@ def numbered(shape: Sequence[int]) -> Labels:
 def regroup(call: Call) -> OpAxes:
     """A row-major reshape: the axes are those of the operand, grouped by the result's sizes."""
     return OpAxes(
-        operands=(numbered(call.shapes[0]),),
+        operands=(numbered(call.shapes[0]),) + (None,) * (len(call.operands) - 1),
         results=(numbered(call.result_shape),),
         regroup=True,
     )
