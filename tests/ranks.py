@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import faulthandler
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -32,6 +33,8 @@ __all__ = ["RankError", "RankPool", "error_text", "raises"]
 HOST = "127.0.0.1"
 GRACE_S = 20.0
 """After one rank failed the others may still fail by themselves, which says more than a kill."""
+EXIT_S = 5.0
+"""Idle ranks leave by themselves when their pipe closes."""
 
 
 class RankError(RuntimeError):
@@ -113,8 +116,10 @@ class RankPool:
         for rank in self._ranks:
             with contextlib.suppress(OSError):
                 rank.pipe.close()
+        deadline = time.monotonic() + EXIT_S
         for rank in self._ranks:
-            rank.process.kill()  # nothing to save, and leaving torch politely takes seconds
+            rank.process.join(timeout=max(0.0, deadline - time.monotonic()))
+            rank.process.kill()  # for those that hang; of no effect on the others
             rank.process.join()
         self._ranks = []
         self._store = None
@@ -226,7 +231,9 @@ def _work(setup: _Setup, pipe: Connection) -> None:
             try:
                 job: _Job = pipe.recv()
             except (EOFError, OSError):
-                return
+                # Gives back the semaphores of libraries, or the parent warns about them.
+                multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+                os._exit(0)  # tearing torch down takes seconds, and there is nothing to save
             pipe.send(_answer(job, setup, PrefixStore(f"call{job.number}", store)))
 
 
@@ -247,7 +254,10 @@ def _answer(job: _Job, setup: _Setup, store: Store) -> _Answer:
         dist.destroy_process_group()
         return _Answer(result=result)
     except BaseException:
-        return _Answer(error=traceback.format_exc())
+        answer = _Answer(error=traceback.format_exc())
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()  # neighbours that wait for this rank hear of it at once
+        return answer
 
 
 def error_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
