@@ -25,10 +25,12 @@ def _drop_empty_parts(node: Node) -> None:
     """cat skips legacy 1-D tensors of no elements (a cache that holds nothing yet)."""
     parts: Any = node.args[0]
     kept = [p for p in parts if p.meta["val"].numel() > 0]
-    same_dtype = kept and kept[0].meta["val"].dtype == node.meta["val"].dtype
-    if len(kept) == 1 and same_dtype:
+    dtype = node.meta["val"].dtype
+    if len(kept) == 1 and kept[0].meta["val"].dtype == dtype:
         node.replace_all_uses_with(kept[0])
-    elif kept:
+    elif len(kept) == 1:  # the empty part only promotes the type (autocast: float32 and bfloat16)
+        node.target, node.args = aten.to.dtype, (kept[0], dtype)
+    elif kept and all(p.meta["val"].dtype == dtype for p in kept):
         node.args = (kept, *node.args[1:])
 
 
