@@ -6,6 +6,7 @@ profile (constants with their origins) -> formulas (time and memory of one layer
 
 from ringfx.cost_model.choose import choose
 from ringfx.cost_model.formulas import Prediction, predict
+from ringfx.cost_model.memory import predict_memory
 from ringfx.cost_model.overrides import StrategyChoice
 from ringfx.cost_model.profile import Profile, available_profiles, load_profile
 from ringfx.cost_model.quantities import parse_bytes, parse_tokens
@@ -20,4 +21,5 @@ __all__ = [
     "parse_bytes",
     "parse_tokens",
     "predict",
+    "predict_memory",
 ]

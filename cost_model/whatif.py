@@ -115,15 +115,14 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
     scale = 1.0 if change.seq_len is None else change.seq_len / tokens(plan)
     sites = [scaled_site(layer.site, scale) for layer in plan.layers]
     budget = change.gpu_memory or plan.gpu_memory
-    fixed, split = outside_bytes(plan)
     layers = choose(
         sites,
         world_size=world_size,
         profile=changed_profile(profile, change),
         gpu_memory=budget,
         strategy=strategy,
-        fixed_bytes=fixed,
-        split_bytes=round(split * scale * plan.world_size / world_size),
+        fixed_bytes=plan.memory.whole_bytes,
+        split_bytes=round(plan.memory.split_bytes * scale * plan.world_size / world_size),
     )
     return replace(
         plan,
@@ -154,13 +153,6 @@ def changed_profile(profile: Profile, change: Change) -> Profile:
 def tokens(plan: Plan) -> int:
     """The length that a change of ``seq_len`` speaks of: that of the longest sequence."""
     return max((layer.site.kv_len for layer in plan.layers), default=1)
-
-
-def outside_bytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of one rank outside attention: those that stay with more ranks, and that split."""
-    fixed = sum(part.bytes for part in plan.memory.parts if part.kind == "whole")
-    split = sum(part.bytes for part in plan.memory.parts if part.kind == "split")
-    return fixed, split
 
 
 def _changed_axis(axis: TokenAxis, scale: float, world_size: int) -> TokenAxis:

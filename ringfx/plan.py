@@ -101,6 +101,16 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Outside attention: what stays the same with more ranks."""
+        return sum(part.bytes for part in self.parts if part.kind == "whole")
+
+    @property
+    def split_bytes(self) -> int:
+        """Outside attention: what falls with more ranks."""
+        return sum(part.bytes for part in self.parts if part.kind == "split")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -1,0 +1,201 @@
+"""Which values of a program are kept for its backward, and what is alive when.
+
+A backward needs some values of the forward: both operands of a product, the output of an
+exponential. Each is either kept, or computed again from kept ones by cheap operators; what is kept
+is the cheapest set that cuts every way from an expensive result to a needed value: a minimum vertex
+cut, as torch's own partitioner for ``aot_eager`` and ``inductor`` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+__all__ = ["Values", "kept_values", "needed_by", "op_name", "outputs_of", "values_of"]
+
+# fmt: off
+EXPENSIVE = frozenset([
+    "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "grouped_mm", "_grouped_mm",
+    "convolution", "conv1d", "conv2d", "attention", "scaled_dot_product_attention", "embedding",
+    "cross_entropy_loss", "nll_loss", "sort", "topk", "cumsum", "index_put", "scatter",
+    "dropout", "native_dropout", "bernoulli", "rand", "rand_like",
+])
+"""Operators that are not run twice: products, lookups, orders, draws."""
+
+NEEDS_OUTPUT = frozenset([
+    "softmax", "_softmax", "log_softmax", "tanh", "sigmoid", "rsqrt", "sqrt", "exp", "relu",
+])
+NEEDS_NOTHING = frozenset([
+    "add", "sub", "rsub", "neg", "sum", "mean", "cat", "stack", "pad", "constant_pad_nd", "to",
+    "_to_copy", "clone", "contiguous", "copy", "detach", "embedding", "index_select", "cumsum",
+    "slice_scatter", "arange", "zeros", "ones", "full", "new_zeros", "eq", "ne", "le", "lt", "ge",
+    "gt", "logical_and", "logical_or", "logical_not", "bitwise_and",
+])
+NEEDS_OPERANDS = frozenset([
+    "mul", "div", "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum",
+])
+"""Each operand, if another one has a gradient. What no set names needs all its inputs."""
+# fmt: on
+
+KEEPS_ITS_OWN = frozenset(["cross_entropy_loss"])
+"""Keeps an array of its own as large as its input, the log-probabilities, and not its input."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Values:
+    """The tensors of a program that have memory of their own, in program order."""
+
+    nodes: tuple[Node, ...]
+    """All nodes of the graph, by position."""
+    owner: Mapping[Node, Node]
+    """For a view the value whose memory it shows; itself for all others."""
+    bytes: Mapping[Node, int]
+    """Of one rank; 0 for views and for inputs, which are counted apart."""
+    has_grad: frozenset[Node]
+
+    def of(self, nodes: Iterable[Node]) -> int:
+        """Bytes of several values, each once."""
+        return sum(self.bytes[node] for node in {self.owner[n] for n in nodes})
+
+    def hidden(self, node: Node) -> int:
+        """Bytes that an operator keeps for its backward and that are no value of the program."""
+        if node not in self.has_grad or op_name(node) not in KEEPS_ITS_OWN:
+            return 0
+        return self.of(n for n in node.all_input_nodes if n in self.has_grad)
+
+
+def op_name(node: Node) -> str:
+    """``aten.mul.Tensor`` -> ``mul``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).split("::")[1]
+    return getattr(target, "__name__", str(target))
+
+
+def values_of(
+    graph: Graph, size: Callable[[Node], int], input_has_grad: Mapping[Node, bool]
+) -> Values:
+    """Memory, views and gradients of all nodes.
+
+    Parameters
+    ----------
+    size
+        Bytes of a node's tensor on one rank.
+    input_has_grad
+        For each placeholder whether a gradient is wanted for it.
+    """
+    nodes = tuple(graph.nodes)
+    owner: dict[Node, Node] = {}
+    sizes: dict[Node, int] = {}
+    has_grad: set[Node] = set()
+    grad_enabled = True
+    for node in nodes:
+        if op_name(node) == "_set_grad_enabled":
+            grad_enabled = bool(node.args[0])
+        source = _viewed(node)
+        owner[node] = owner[source] if source is not None else node
+        is_value = node.op == "call_function" and source is None and _tensor(node) is not None
+        sizes[node] = size(node) if is_value else 0
+        if (node.op == "placeholder" and input_has_grad.get(node, False)) or (
+            grad_enabled and _is_float(node) and has_grad.intersection(node.all_input_nodes)
+        ):
+            has_grad.add(node)
+    return Values(nodes=nodes, owner=owner, bytes=sizes, has_grad=frozenset(has_grad))
+
+
+def _tensor(node: Node) -> torch.Tensor | None:
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_float(node: Node) -> bool:
+    value = _tensor(node)
+    return value is not None and value.dtype.is_floating_point
+
+
+def _viewed(node: Node) -> Node | None:
+    """The input that a view shows, or that a conversion to the same dtype returns."""
+    value, inputs = _tensor(node), node.all_input_nodes
+    if node.op != "call_function" or value is None or not inputs:
+        return None
+    name, source = op_name(node), _tensor(inputs[0])
+    if name in ("to", "_to_copy") and source is not None and source.dtype == value.dtype:
+        return inputs[0]
+    if name in ("reshape", "contiguous", "flatten"):
+        is_plain = source is not None and source.is_contiguous()
+        return inputs[0] if is_plain else None
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    returns = target._schema.returns
+    return inputs[0] if returns and returns[0].alias_info is not None else None
+
+
+def outputs_of(values: Values) -> frozenset[Node]:
+    """What the program hands to its caller, who holds it until after the backward."""
+    return frozenset(values.owner[n] for n in values.nodes[-1].all_input_nodes)
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+
+def needed_by(node: Node, values: Values) -> Iterable[Node]:
+    """Values whose memory the backward of one operator reads."""
+    if node not in values.has_grad or node.op != "call_function":
+        return ()
+    if values.owner[node] is not node:
+        return ()
+    name = op_name(node)
+    inputs = [n for n in node.all_input_nodes if _tensor(n) is not None]
+    if name in NEEDS_NOTHING:
+        needed: Sequence[Node] = ()
+    elif name in NEEDS_OUTPUT:
+        needed = (node,)
+    elif name == "attention":
+        needed = (*inputs, node)
+    elif name in KEEPS_ITS_OWN:
+        needed = [n for n in inputs if not _is_float(n)]
+    elif name in NEEDS_OPERANDS:
+        needed = [n for n in inputs if any(o in values.has_grad for o in inputs if o is not n)]
+        needed = needed if len(inputs) > 1 else []
+    else:
+        needed = inputs
+    return dict.fromkeys(values.owner[n] for n in needed)
+
+
+def kept_values(values: Values) -> frozenset[Node]:
+    """The cheapest values to keep so that every needed one is kept or can be computed again.
+
+    What an expensive operator's backward reads must lie in memory whole, so it is kept itself;
+    only what cheap operators read can be computed again on the way.
+    """
+    network = nx.DiGraph()
+    sizes = values.bytes
+    for node in values.nodes:
+        if node.op != "call_function" or values.owner[node] is not node or not sizes[node]:
+            continue
+        network.add_edge((node, "in"), (node, "out"), capacity=sizes[node])
+        if op_name(node) in EXPENSIVE:
+            network.add_edge("expensive", (node, "in"))
+            continue
+        for source in {values.owner[n] for n in node.all_input_nodes}:
+            if sizes[source]:
+                network.add_edge((source, "out"), (node, "in"))
+    for node in values.nodes:
+        for needed in needed_by(node, values):
+            if sizes[needed]:
+                network.add_edge((needed, "out"), "needed")
+                if op_name(node) in EXPENSIVE:
+                    network.add_edge("expensive", (needed, "in"))
+    if "expensive" not in network or "needed" not in network:
+        return frozenset()
+    _, (reached, _) = nx.minimum_cut(network, "expensive", "needed")
+    return frozenset(
+        node
+        for node in values.nodes
+        if (node, "in") in reached and (node, "out") in network and (node, "out") not in reached
+    )

@@ -1,0 +1,237 @@
+"""Memory of whole programs, against torch's own partitioner and against what a step took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_function, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import ringfx
+from ringfx import pipeline
+from ringfx.cost_model.liveness import kept_values, values_of
+from ringfx.cost_model.memory import predict_memory
+from ringfx.passes.values import Captured
+from ringfx.plan import MemoryPlan
+
+MIB = 2**20
+
+
+def _captured(function: Callable[..., Any], *inputs: Tensor) -> Captured:
+    graph_module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    return Captured(
+        graph_module=graph_module,
+        input_names=tuple(f"input_{i}" for i in range(len(inputs))),
+        is_parameter=tuple(x.requires_grad and x.is_leaf and x.dim() == 2 for x in inputs),
+        needs_grad=tuple(x.requires_grad for x in inputs),
+    )
+
+
+def _predicted(captured: Captured, world_size: int = 1, split: bool = True) -> MemoryPlan:
+    return predict_memory(
+        captured, carries_tokens=lambda node: split, layers={}, world_size=world_size
+    )
+
+
+def _part(plan: MemoryPlan, cause: str) -> int:
+    return sum(part.bytes for part in plan.parts if part.cause == cause)
+
+
+def _mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
+
+
+def _deep(x: Tensor, *weights: Tensor) -> Tensor:
+    for i in range(0, len(weights), 3):
+        x = _mlp(x, *weights[i : i + 3])
+    return x
+
+
+def _weights(num_layers: int) -> list[Tensor]:
+    shapes = [(192, 64), (192, 64), (64, 192)] * num_layers
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+
+
+def _attention(x: Tensor, w: Tensor) -> Tensor:
+    q, k = F.linear(x, w), F.linear(x.tanh(), w)
+    return torch.softmax(q @ k.transpose(-1, -2), -1) @ x
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "gated mlp": (_mlp, [torch.randn(512, 64, requires_grad=True), *_weights(1)]),
+    "three gated mlps": (_deep, [torch.randn(512, 64, requires_grad=True), *_weights(3)]),
+    "written-out attention": (
+        _attention,
+        [torch.randn(2, 128, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)],
+    ),
+}
+
+
+def _kept_by_torch(function: Callable[..., Tensor], inputs: list[Tensor]) -> int:
+    """Bytes that torch's partitioner hands from forward to backward, inputs and views apart."""
+    found: list[int] = []
+
+    def forward(graph_module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        (output,) = graph_module.graph.find_nodes(op="output")
+        results, given = set(), set(graph_module.graph.find_nodes(op="placeholder"))
+        for node in output.args[0][1:]:
+            while node.target in (
+                torch.ops.aten.view.default,
+                torch.ops.aten.t.default,
+                torch.ops.aten._unsafe_view.default,
+                torch.ops.aten.transpose.int,
+                torch.ops.aten.expand.default,
+            ):
+                node = node.args[0]
+            results.add(node)
+        sizes = [n.meta["val"] for n in results - given]
+        found.append(sum(v.numel() * v.element_size() for v in sizes if v.numel() > 1000))
+        return graph_module
+
+    compiled = aot_function(
+        function,
+        fw_compiler=forward,
+        bw_compiler=lambda graph_module, example_inputs: graph_module,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    compiled(*inputs).sum().backward()
+    return found[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_much_is_kept_as_torchs_partitioner_keeps(name: str) -> None:
+    function, inputs = CASES[name]
+    captured = _captured(function, *inputs)
+    graph = captured.graph_module.graph
+    has_grad = dict(zip(graph.find_nodes(op="placeholder"), captured.needs_grad, strict=True))
+
+    def size(node: torch.fx.Node) -> int:
+        value: Tensor = node.meta["val"]
+        return value.numel() * value.element_size()
+
+    values = values_of(graph, size, has_grad)
+    kept = sum(values.bytes[node] for node in kept_values(values))
+    assert kept == pytest.approx(_kept_by_torch(function, inputs), rel=0.1)
+
+
+def test_what_carries_tokens_is_divided_by_the_ranks_and_parameters_are_not() -> None:
+    function, inputs = CASES["three gated mlps"]
+    captured = _captured(function, *inputs)
+    one, four = _predicted(captured), _predicted(captured, 4)
+    kept = "activations kept for backward"
+    assert _part(four, kept) == pytest.approx(_part(one, kept) / 4, rel=0.01)
+    assert _part(four, "parameters") == _part(one, "parameters")
+    assert _part(_predicted(captured, 4, split=False), kept) == _part(one, kept)
+
+
+def test_gradients_are_joined_to_messages_where_there_is_someone_to_send_them_to() -> None:
+    weights = [torch.randn(512, 512, requires_grad=True) for _ in range(2)]
+    captured = _captured(lambda x, a, b: x @ a @ b, torch.randn(4, 512), *weights)
+    assert _part(_predicted(captured, 2), "gradients joined and summed") == 2 * MIB
+    assert _part(_predicted(captured, 1), "gradients joined and summed") == 0
+
+
+def test_without_gradients_values_live_until_their_last_use() -> None:
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(10):
+            x = x.exp()
+        return x
+
+    captured = _captured(chain, torch.randn(MIB // 4))
+    plan = _predicted(captured)
+    assert plan.peak_bytes == 2 * MIB
+    assert plan.unknown == ()
+
+
+def test_no_grad_regions_keep_nothing() -> None:
+    def frozen(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = (x @ w).exp().sin()
+        return x * scale
+
+    inputs = [torch.randn(512, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)]
+    captured = _captured(frozen, *inputs)
+    names = {node.name for node in _kept(captured)}
+    assert names == {"sin"}
+
+
+def _kept(captured: Captured) -> frozenset[torch.fx.Node]:
+    graph = captured.graph_module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    has_grad = dict(zip(inputs, captured.needs_grad, strict=True))
+    return kept_values(values_of(graph, lambda node: 4096, has_grad))
+
+
+class Small(nn.Module):
+    """A decoder with a loss: attention, gated feed-forward, a vocabulary."""
+
+    def __init__(self, width: int, layers: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(3 * width, width, bias=False) for _ in range(layers))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for qkv, up, down in zip(self.qkv, self.up, self.down, strict=True):
+            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in qkv(x).chunk(3, -1))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + mixed.transpose(1, 2).flatten(2)
+            x = x + down(F.silu(up(x)))
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def _measured_peak(step: Callable[[], None]) -> int:
+    """Bytes allocated above the start, at most, from the profiler's record of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    results: Any = found.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize(("width", "layers", "vocabulary"), [(128, 4, 256), (64, 2, 4000)])
+def test_the_peak_of_a_step_is_predicted_within_10_percent(
+    width: int, layers: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[Captured] = []
+    rewrite = pipeline.rewrite
+    monkeypatch.setattr(
+        pipeline,
+        "rewrite",
+        lambda program, *args, **options: (
+            captured.append(program) or rewrite(program, *args, **options)
+        ),
+    )
+    torch.manual_seed(0)
+    model = Small(width, layers, vocabulary)
+    optimized = ringfx.optimize(model, compiler="aot_eager")
+    ids = torch.randint(0, vocabulary, (1, 1024))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        optimized(ids, ids).backward()
+
+    step()
+    measured = _measured_peak(step)
+    predicted = predict_memory(
+        captured[0],
+        carries_tokens=lambda node: True,
+        layers={layer.site.node: layer for layer in optimized.plan.layers},
+        world_size=1,
+    )
+    beyond = predicted.peak_bytes - _part(predicted, "parameters")
+    assert beyond == pytest.approx(measured, rel=0.1)
