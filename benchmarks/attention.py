@@ -42,7 +42,7 @@ from ringfx import ops
 from ringfx.layout import Layout
 from ringfx.ops import kernels, stats
 from ringfx.ops.buffers import POOL
-from ringfx.ops.local import Gradients, Output, attend, attend_backward
+from ringfx.ops.local import Output, Sums, attend, attend_backward
 from ringfx.ops.pieces import Run, Tiling
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
@@ -174,9 +174,10 @@ def _rows(case: Case, rank: int, size: int) -> Callable[[], None]:
         attend(problem, output, q, k, v, mine, keys)
         out, lse = output.finish()
         if case.backward:
-            sums = Gradients.zeros(problem, q, k, v)
+            sums = Sums.empty(problem, q, k, v)
             out = out.to(q.dtype)
             attend_backward(problem, sums, dout, q, k, v, out, lse, mine, keys)
+            sums.finish()
 
     return step
 

@@ -14,7 +14,7 @@ import torch
 from ringfx.layout import Layout
 from ringfx.ops.blocks import pack, unpack
 from ringfx.ops.heads import HeadGroup, head_groups
-from ringfx.ops.local import Gradients, Output, attend, attend_backward
+from ringfx.ops.local import Gradients, Output, Sum, Sums, attend, attend_backward
 from ringfx.ops.pieces import Run
 from ringfx.ops.problem import Problem
 
@@ -57,16 +57,16 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    sums = Gradients.zeros(problem, q_BHQD, k_BGKD, v_BGKE)
+    sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     mine, keys = problem.q_runs(ranks.rank), _all_keys(problem)
     for group in _groups(problem, q_BHQD, k_BGKD, v_BGKE):
         here = sums.of_heads(group)
         k, v = k_BGKD[:, group.kv], v_BGKE[:, group.kv]
         k_BGSD, v_BGSE = _gather(problem, "backward: all-gather of K/V", k, v)
-        dk_BGSD, dv_BGSE = (torch.zeros_like(x, dtype=sums.dk_BGKD.dtype) for x in (k_BGSD, v_BGSE))
+        gathered = Sums(here.dq, Sum.empty(k_BGSD), Sum.empty(v_BGSE), sums.inputs)
         attend_backward(
             problem.heads(group),
-            here.with_keys(dk_BGSD, dv_BGSE),
+            gathered,
             dout_BHQE[:, group.q],
             q_BHQD[:, group.q],
             k_BGSD,
@@ -76,8 +76,9 @@ def backward(
             mine,
             keys,
         )
-        _scatter(problem, dk_BGSD, dv_BGSE, here)
-    return sums
+        found = gathered.finish()
+        _scatter(problem, found.dk_BGKD, found.dv_BGKE, here)
+    return Gradients(sums.dq.total_BHND, sums.dk.total_BHND, sums.dv.total_BHND, sums.inputs)
 
 
 def _gather(
@@ -99,7 +100,7 @@ def _gather(
     return whole[0], whole[1]
 
 
-def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Gradients) -> None:
+def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Sums) -> None:
     """The sum over ranks of this rank's tokens, into its own gradients."""
     layout = problem.kv_layout
     parts_PN = torch.stack(
@@ -109,9 +110,9 @@ def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Gradients
         ]
     )
     mine_N = problem.ranks.reduce_scatter("backward: reduce-scatter of dK/dV", parts_PN)
-    dk, dv = unpack(mine_N, mine.dk_BGKD, mine.dv_BGKE)
-    mine.dk_BGKD.copy_(dk)
-    mine.dv_BGKE.copy_(dv)
+    dk, dv = unpack(mine_N, mine.dk.total_BHND, mine.dv.total_BHND)
+    mine.dk.total_BHND.copy_(dk)
+    mine.dv.total_BHND.copy_(dv)
 
 
 def _all_keys(problem: Problem) -> tuple[Run, ...]:

@@ -114,11 +114,15 @@ def _math_forward(
     q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     s_BHQK, _ = _math_scores(q_BHQD, k_BGKD, scores)
-    lse_BHQ = torch.logsumexp(s_BHQK, dim=-1)
-    p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
+    # Relative to the row's maximum, not to its logsumexp: a large logsumexp has lost digits.
+    top_BHQ = finite(s_BHQK.amax(-1))
+    p_BHQK = s_BHQK.sub_(top_BHQ[..., None]).exp_()
+    sum_BHQ = p_BHQK.sum(-1)
     p_BGRK = _grouped(p_BHQK, v_BGKE.shape[1])
-    out_BGRE = p_BGRK @ v_BGKE.to(p_BGRK.dtype)
-    return out_BGRE.view(*q_BHQD.shape[:3], v_BGKE.shape[-1]), lse_BHQ
+    out_BHQE = (p_BGRK @ v_BGKE.to(p_BGRK.dtype)).view(*q_BHQD.shape[:3], v_BGKE.shape[-1])
+    empty_BHQ = sum_BHQ == 0
+    out_BHQE = out_BHQE.div_(sum_BHQ.masked_fill(empty_BHQ, 1.0)[..., None])
+    return out_BHQE, top_BHQ + sum_BHQ.log()
 
 
 def _math_backward(

@@ -27,9 +27,34 @@ from ringfx.ops.problem import Problem
 from ringfx.ops.stats import span
 from ringfx.tiles import TileIndex, evaluate
 
-__all__ = ["Gradients", "Output", "attend", "attend_backward"]
+__all__ = ["Gradients", "Output", "Sum", "Sums", "attend", "attend_backward"]
 
 Tensor = torch.Tensor
+
+
+class _Written:
+    """Which local rows of an uninitialised tensor hold something; the others are made 0 late.
+
+    Writing the first result instead of adding it to zeros saves two passes over memory.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._rows = bytearray(length)
+
+    def is_fresh(self, a: int, b: int) -> bool:
+        return self._rows.find(1, a, b) < 0
+
+    def mark(self, a: int, b: int) -> None:
+        self._rows[a:b] = b"\1" * (b - a)
+
+    def fill(self, x_BHNE: Tensor, a: int, b: int) -> None:
+        """Zeros where nothing was written."""
+        start = self._rows.find(0, a, b)
+        while start >= 0:
+            stop = self._rows.find(1, start, b)
+            stop = b if stop < 0 else stop
+            x_BHNE[:, :, start:stop].zero_()
+            start = self._rows.find(0, stop, b)
 
 
 class Output:
@@ -37,7 +62,7 @@ class Output:
 
     def __init__(self, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
         self.out_BHQE, self.lse_BHQ = out_BHQE, lse_BHQ
-        self._touched = bytearray(lse_BHQ.shape[2])
+        self._written = _Written(lse_BHQ.shape[2])
 
     @staticmethod
     def empty(q_BHQD: Tensor, v_head_dim: int) -> Output:
@@ -58,68 +83,100 @@ class Output:
         a, b = rows.offset, rows.offset + rows.length
         old_out, old_lse = self.out_BHQE[:, :, a:b], self.lse_BHQ[:, :, a:b]
         lse_BHQ = lse_BHQ.to(old_lse.dtype)
-        if not any(self._touched[a:b]):
+        if self._written.is_fresh(a, b):
             old_out.copy_(out_BHQE)
             old_lse.copy_(lse_BHQ)
         else:
-            self._fill(a, b)
-            weight_BHQ = torch.sigmoid(lse_BHQ - old_lse)
-            weight_BHQ.masked_fill_(lse_BHQ == -math.inf, 0.0)
-            old_out.lerp_(out_BHQE.to(old_out.dtype), weight_BHQ[..., None])
-            old_lse.copy_(torch.logaddexp(old_lse, lse_BHQ))
-        self._touched[a:b] = b"\1" * (b - a)
+            self._written.fill(self.out_BHQE, a, b)
+            # Two weights, not one and its complement: an infinity must not become NaN.
+            nothing_BHQ = lse_BHQ == -math.inf
+            new_BHQ = torch.sigmoid(lse_BHQ - old_lse).masked_fill_(nothing_BHQ, 0.0)
+            old_BHQ = torch.sigmoid(old_lse - lse_BHQ).masked_fill_(nothing_BHQ, 1.0)
+            merged_lse = torch.logaddexp(old_lse, lse_BHQ)
+            old_out.mul_(old_BHQ[..., None]).addcmul_(
+                out_BHQE.to(old_out.dtype), new_BHQ[..., None]
+            )
+            old_lse.copy_(merged_lse)
+        self._written.mark(a, b)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The output and logsumexp; rows that saw no key are 0 and -inf."""
-        self._fill(0, len(self._touched))
+        self._written.fill(self.out_BHQE, 0, self.lse_BHQ.shape[2])
         return self.out_BHQE, self.lse_BHQ
 
-    def _fill(self, a: int, b: int) -> None:
-        """Rows that nothing was written to yet become 0."""
-        start = self._touched.find(0, a, b)
-        while start >= 0:
-            stop = self._touched.find(1, start, b)
-            stop = b if stop < 0 else stop
-            self.out_BHQE[:, :, start:stop].zero_()
-            start = self._touched.find(0, stop, b)
+
+class Sum:
+    """A running gradient of local tokens, [B, H, N, D]."""
+
+    def __init__(self, total_BHND: Tensor) -> None:
+        self.total_BHND = total_BHND
+        self._written = _Written(total_BHND.shape[2])
+
+    @staticmethod
+    def empty(like_BHND: Tensor) -> Sum:
+        kept_in = accumulation_dtype(like_BHND.dtype)
+        return Sum(like_BHND.new_empty(like_BHND.shape, dtype=kept_in))
+
+    def add(self, rows: Run, value_BHND: Tensor) -> None:
+        a, b = rows.offset, rows.offset + rows.length
+        old = self.total_BHND[:, :, a:b]
+        if self._written.is_fresh(a, b):
+            old.copy_(value_BHND)
+        else:
+            self._written.fill(self.total_BHND, a, b)
+            old.add_(value_BHND)
+        self._written.mark(a, b)
+
+    def finish(self) -> Tensor:
+        """The sum; 0 for tokens that nothing was added to."""
+        self._written.fill(self.total_BHND, 0, self.total_BHND.shape[2])
+        return self.total_BHND
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Running gradients in the accumulation dtype; ``inputs`` those of the captured tensors."""
+    """Finished gradients in the accumulation dtype; ``inputs`` those of the captured tensors."""
 
     dq_BHQD: Tensor
     dk_BGKD: Tensor
     dv_BGKE: Tensor
     inputs: Sequence[Tensor | None]
 
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Gradients while pieces are added to them."""
+
+    dq: Sum
+    dk: Sum
+    dv: Sum
+    inputs: Sequence[Tensor | None]
+
     @staticmethod
-    def zeros(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Gradients:
-        kept_in = accumulation_dtype(q_BHQD.dtype)
-        dq, dk, dv = (
-            torch.zeros_like(x, dtype=kept_in, memory_format=torch.contiguous_format)
-            for x in (q_BHQD, k_BGKD, v_BGKE)
-        )
-        return Gradients(
-            dq,
-            dk,
-            dv,
-            [
-                torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
-                if i in problem.bias_grads
-                else None
-                for i, x in enumerate(problem.inputs)
-            ],
+    def empty(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Sums:
+        inputs = [
+            torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+            if i in problem.bias_grads
+            else None
+            for i, x in enumerate(problem.inputs)
+        ]
+        return Sums(Sum.empty(q_BHQD), Sum.empty(k_BGKD), Sum.empty(v_BGKE), inputs)
+
+    def of_heads(self, group: HeadGroup) -> Sums:
+        """Some heads' sums, with records of their own; those of captured tensors are shared."""
+        return Sums(
+            Sum(self.dq.total_BHND[:, group.q]),
+            Sum(self.dk.total_BHND[:, group.kv]),
+            Sum(self.dv.total_BHND[:, group.kv]),
+            self.inputs,
         )
 
-    def of_heads(self, group: HeadGroup) -> Gradients:
-        """Views of some heads' gradients; those of captured tensors are shared."""
-        q, kv = group.q, group.kv
-        return Gradients(self.dq_BHQD[:, q], self.dk_BGKD[:, kv], self.dv_BGKE[:, kv], self.inputs)
+    def with_keys(self, dk_BGKD: Tensor, dv_BGKE: Tensor) -> Sums:
+        """The same sums for q and captured tensors, new ones for other keys."""
+        return Sums(self.dq, Sum(dk_BGKD), Sum(dv_BGKE), self.inputs)
 
-    def with_keys(self, dk_BGKD: Tensor, dv_BGKE: Tensor) -> Gradients:
-        """The same sums for q and captured tensors, others for K and V."""
-        return Gradients(self.dq_BHQD, dk_BGKD, dv_BGKE, self.inputs)
+    def finish(self) -> Gradients:
+        return Gradients(self.dq.finish(), self.dk.finish(), self.dv.finish(), self.inputs)
 
 
 def _fitting(
@@ -204,7 +261,7 @@ def attend(
 
 def attend_backward(
     problem: Problem,
-    gradients: Gradients,
+    sums: Sums,
     dout_BHQE: Tensor,
     q_BHQD: Tensor,
     k_BGKD: Tensor,
@@ -229,12 +286,12 @@ def attend_backward(
         if problem.bias_grads:
             dq, dk, dv, dbias_BHQK = math_backward(*arguments, wants_bias=True)
             assert dbias_BHQK is not None, "it was asked for"
-            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, gradients)
+            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
         else:
             dq, dk, dv = problem.kernel.backward(*arguments)
-        _rows(gradients.dq_BHQD, piece.q).add_(dq)
-        _rows(gradients.dk_BGKD, piece.k).add_(dk)
-        _rows(gradients.dv_BGKE, piece.k).add_(dv)
+        sums.dq.add(piece.q, dq)
+        sums.dk.add(piece.k, dk)
+        sums.dv.add(piece.k, dv)
         return True
 
     with span(problem.stats, f"{problem.ranks.layer}: tiles, backward", "compute_s"):
@@ -242,8 +299,8 @@ def attend_backward(
 
 
 def _add_bias_gradients(
-    problem: Problem, piece: Piece, q_BHQD: Tensor, dbias_BHQK: Tensor, gradients: Gradients
+    problem: Problem, piece: Piece, q_BHQD: Tensor, dbias_BHQK: Tensor, sums: Sums
 ) -> None:
     bias, index = problem.spec.bias, _index(problem, piece, q_BHQD)
     assert bias is not None, "checked before"
-    bias_gradients.add(bias, dbias_BHQK, index, problem.inputs, gradients.inputs)
+    bias_gradients.add(bias, dbias_BHQK, index, problem.inputs, sums.inputs)

@@ -34,7 +34,7 @@ from ringfx.ops.blocks import pack_into, unpack
 from ringfx.ops.buffers import POOL
 from ringfx.ops.heads import MOST_GROUPS, HeadGroup, head_groups, ring_bytes
 from ringfx.ops.kernels import accumulation_dtype
-from ringfx.ops.local import Gradients, Output, attend, attend_backward
+from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.pieces import Tiling, pieces, runs_of
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Exchange
@@ -189,7 +189,8 @@ def backward(
     ranks = problem.ranks
     groups = _groups(q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
-    mine = Gradients.zeros(problem, q_BHQD, k_BGKD, v_BGKE)
+    mine = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
+    parts = [mine.of_heads(group) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)
     shares: list[Tensor | None] = [None] * len(groups)
     in_flight = _InFlight(len(groups))
@@ -202,11 +203,10 @@ def backward(
             if hop < hops - 1:
                 _start_blocks(problem, blocks, g, in_flight, f"backward: K/V, hop {hop + 1}")
             incoming = _start_share(problem, shares, g, f"backward: dK/dV, hop {hop}")
-            local = mine.of_heads(group)
+            local = parts[g]
             if hop > 0:
-                share_N = POOL.take(
-                    k.numel() + v.numel(), accumulation_dtype(k.dtype), k.device
-                ).zero_()
+                kept_in = accumulation_dtype(k.dtype)
+                share_N = POOL.take(k.numel() + v.numel(), kept_in, k.device)
                 local = local.with_keys(*unpack(share_N, k, v))
                 shares[g] = share_N
             attend_backward(
@@ -221,14 +221,20 @@ def backward(
                 q_runs,
                 k_runs,
             )
+            local.dk.finish()
+            local.dv.finish()
             if incoming is not None:
                 _add_incoming(incoming, share_N)
             if hop == hops - 1:
                 blocks.done(g, None)
             if 0 < hop == hops - 1:
-                _start_home(problem, mine.of_heads(group), share_N, g, hops, in_flight)
+                _start_home(
+                    problem, local=parts[g], share_N=share_N, g=g, hops=hops, in_flight=in_flight
+                )
     in_flight.settle()
-    return mine
+    for part in parts:
+        part.dq.finish()
+    return Gradients(mine.dq.total_BHND, mine.dk.total_BHND, mine.dv.total_BHND, mine.inputs)
 
 
 def _start_share(
@@ -258,16 +264,16 @@ def _add_incoming(incoming: Exchange, share_N: Tensor) -> None:
 
 
 def _start_home(
-    problem: Problem, mine: Gradients, share_N: Tensor, g: int, hops: int, in_flight: _InFlight
+    problem: Problem, *, local: Sums, share_N: Tensor, g: int, hops: int, in_flight: _InFlight
 ) -> None:
     """The last hop's sum goes to the owner of the block, and that of the own block comes in."""
     ranks = problem.ranks
     home_N = POOL.take(share_N.numel(), share_N.dtype, share_N.device)
 
     def arrived() -> None:
-        dk, dv = unpack(home_N, mine.dk_BGKD, mine.dv_BGKE)
-        mine.dk_BGKD.add_(dk)
-        mine.dv_BGKE.add_(dv)
+        dk, dv = unpack(home_N, local.dk.total_BHND, local.dv.total_BHND)
+        local.dk.total_BHND.add_(dk)
+        local.dv.total_BHND.add_(dv)
         POOL.give(home_N)
         POOL.give(share_N)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from ringfx.ops.blocks import pack, unpack
-from ringfx.ops.local import Gradients, Output, attend, attend_backward
+from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.problem import Problem
 
 __all__ = ["backward", "forward"]
@@ -56,16 +56,15 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    sums = Gradients.zeros(problem, q_BHQD, k_BGKD, v_BGKE)
+    sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     block_N = pack(k_BGKD, v_BGKE) if ranks.size > 1 else None
-    dk, dv = sums.dk_BGKD, sums.dv_BGKE
+    travelling_N: Tensor | None = None
     k, v = k_BGKD, v_BGKE
     for hop in range(ranks.size):
         owner = ranks.neighbour(-hop)
-        here = Gradients(sums.dq_BHQD, dk, dv, sums.inputs)
         attend_backward(
             problem,
-            here,
+            sums,
             dout_BHQE,
             q_BHQD,
             k,
@@ -77,12 +76,19 @@ def backward(
         )
         if block_N is None:
             break
-        moved_N = _pass_on(problem, f"backward: dK/dV, hop {hop + 1}", pack(dk, dv))
-        dk, dv = unpack(moved_N, dk, dv)
+        share_N = pack(sums.dk.finish(), sums.dv.finish())
+        if travelling_N is not None:
+            share_N += travelling_N
+        travelling_N = _pass_on(problem, f"backward: dK/dV, hop {hop + 1}", share_N)
+        sums = sums.with_keys(sums.dk.total_BHND, sums.dv.total_BHND)
         if hop < ranks.size - 1:
             block_N = _pass_on(problem, f"backward: K/V, hop {hop + 1}", block_N)
             k, v = unpack(block_N, k_BGKD, v_BGKE)
-    return Gradients(sums.dq_BHQD, dk, dv, sums.inputs)
+    found = sums.finish()
+    if travelling_N is None:
+        return found
+    dk, dv = unpack(travelling_N, k_BGKD, v_BGKE)
+    return Gradients(found.dq_BHQD, dk, dv, found.inputs)
 
 
 def _pass_on(problem: Problem, operation: str, block_N: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ringfx.layout import Layout
-from ringfx.ops.local import Gradients, Output, attend, attend_backward
+from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.pieces import Run
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
@@ -107,12 +107,13 @@ def backward(
         _to_heads(ranks, problem.kv_layout, f"backward: all-to-all of {name}", _repeat(x, copies))
         for name, x in (("k", k_BGKD), ("v", v_BGKE))
     )
-    sums = Gradients.zeros(problem, q, k, v)
+    sums = Sums.empty(problem, q, k, v)
     attend_backward(_local_problem(problem, H), sums, dout, q, k, v, out, lse, *_runs(problem))
-    dq = _to_tokens(ranks, problem.q_layout, "backward: all-to-all of dq", sums.dq_BHQD)
+    found = sums.finish()
+    dq = _to_tokens(ranks, problem.q_layout, "backward: all-to-all of dq", found.dq_BHQD)
     dk, dv = (
         _to_tokens(ranks, problem.kv_layout, f"backward: all-to-all of {name}", x)
-        for name, x in (("dk", sums.dk_BGKD), ("dv", sums.dv_BGKE))
+        for name, x in (("dk", found.dk_BGKD), ("dv", found.dv_BGKE))
     )
     return Gradients(dq, _add_copies(dk, copies), _add_copies(dv, copies), sums.inputs)
 
