@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,11 +295,23 @@ def _target(made: Any, inputs: Inputs, name: str) -> Target:
         args = made[1] if isinstance(made[1], tuple | list) else None
         kwargs = made[2] if len(made) == 3 else {}
         if args is not None and isinstance(kwargs, Mapping):
+            _check_call(made[0], args, kwargs, name)
             return Target(model=made[0], args=tuple(args), kwargs=kwargs)
     raise InvalidArgument(
         f"{name} gave {_described(made)}. Do: return a torch.nn.Module,"
         " a tuple (model, args) or (model, args, kwargs), or a Hugging Face configuration."
     )
+
+
+def _check_call(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidArgument(
+            f"{name}: the inputs that it gave do not fit {type(model).__name__}.forward: {error}."
+        ) from error
 
 
 def _described(value: object) -> str:

@@ -41,6 +41,7 @@ def make(): return Tiny()
 def sized(seq_len, batch_size): return Dense(), (torch.zeros(batch_size, seq_len, 4),), {"y": 1}
 def pair(): return Tiny(), (torch.zeros(1, 5, dtype=torch.int64),)
 def dense(): return Dense()
+def few(): return Dense(), (torch.zeros(1),)
 def nothing(): return None
 def odd(): return Tiny(), "inputs"
 def broken(): return Tiny(width="wide")
@@ -261,6 +262,11 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
             ["factories:odd"],
             "ringfx: factories:odd gave a tuple of Tiny, str. Do: return a torch.nn.Module,"
             " a tuple (model, args) or (model, args, kwargs), or a Hugging Face configuration.",
+        ),
+        (
+            ["factories:few"],
+            "ringfx: factories:few: the inputs that it gave do not fit Dense.forward:"
+            " missing a required argument: 'y'.",
         ),
         (
             ["factories:dense"],
