@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
 from ringfx.errors import AttentionNotFound
-from ringfx.outputs import SplitSpec, wrap
+from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
@@ -38,6 +38,7 @@ class Backend:
         return sum(len(plan.layers) for plan in self.plans)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        example_inputs = [_whole(v) for v in example_inputs]
         lowered = lower(gm, example_inputs, self.settings, self.world)
         self.plans.append(lowered.plan)
         _announce(lowered)
@@ -78,6 +79,7 @@ class Runner:
         )
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        inputs = tuple(_whole(v) for v in inputs)
         if self._agreement is not None:
             self._agreement.check(inputs)
         results = self._compiled(*inputs, *self._extra)
@@ -110,12 +112,20 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
 def no_attention_text(plans: Sequence[Plan]) -> str:
     declined = [d for plan in plans for d in plan.declined]
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
+    breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
+    broken = "".join(f"\n  {note}" for note in breaks)
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
         + (f"Near misses:{near}\n" if near else "")
+        + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
         + "Ringfx recognises torch.nn.functional.scaled_dot_product_attention. Do: call it in the "
         "model (Hugging Face: attn_implementation='sdpa'), or run the model without ringfx."
     )
+
+
+def _whole(value: Any) -> Any:
+    """A split output of an earlier call that comes back as an input is gathered."""
+    return value.whole() if isinstance(value, SplitTensor) else value
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
@@ -155,17 +165,13 @@ def _summary(plan: Plan) -> str:
 
 def _announce(lowered: Lowered) -> None:
     for note in lowered.plan.notes:
-        log.info(note)
+        log.log(logging.WARNING if note.startswith("graph break") else logging.INFO, note)
     for move in lowered.plan.reshardings:
         if move.kind == "gather":
             log.warning(
                 "%s (%s): gathers %.1f MiB on every rank: %s",
                 move.name or move.node, move.source, move.bytes_moved / 2**20, move.reason,
             )  # fmt: skip
-    if lowered.captured.graph_break is not None and lowered.local.outputs:
-        log.warning(
-            "graph break at %s; split values are gathered there", lowered.captured.graph_break
-        )
 
 
 def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:

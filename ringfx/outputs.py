@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from ringfx.collectives import gather_plain, take_plain
@@ -30,7 +31,7 @@ _LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
 _outputs = itertools.count()
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SplitSpec:
     """How one output is split; ``dim`` is [outer, tokens, inner]."""
 
@@ -44,7 +45,7 @@ class SplitSpec:
     inner: int
     rank: int
     group: str
-    number: int = 0
+    number: int = field(default=0, compare=False)
     """Counts outputs as they are made: every rank makes them in the same order."""
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +74,20 @@ class SplitTensor(torch.Tensor):
         )
         made._local, made._spec, made._whole = local, spec, None
         return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], SplitSpec]:
+        """For Dynamo, when a split output (a key/value cache) is the next call's input."""
+        return ["_local"], self._spec
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], spec: SplitSpec, outer_size: Any, outer_stride: Any
+    ) -> SplitTensor:
+        return SplitTensor(inner["_local"], spec)
+
+    def whole(self) -> torch.Tensor:
+        """The whole value on every rank; all ranks ask together."""
+        return self._gathered()
 
     def to_local(self) -> torch.Tensor:
         """This rank's tokens, padding included."""
@@ -114,6 +129,8 @@ class SplitTensor(torch.Tensor):
         """The whole value; gathered once, on first touch, by all ranks together."""
         if self._whole is None:
             spec = self._spec
+            if isinstance(self._local, FakeTensor):  # Dynamo looks at shapes only
+                return self._local.new_empty(spec.shape)
             _agree_to_touch(spec)
             with torch.no_grad():
                 self._whole = gather_plain(

@@ -67,7 +67,7 @@ def lower(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=device,
         profile=profile.name, profile_origin=profile.origin, layers=layers,
         declined=sites.declined, axes=_token_axes(lines), reshardings=local.reshardings,
-        notes=(*profile.notes, *unknown),
+        notes=(*profile.notes, *unknown, *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(captured=captured, plan=plan, local=local, digest=_digest(captured, plan))
 
@@ -90,6 +90,12 @@ def _refuse_unknown(
         f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
         for n in touching
     )
+
+
+def _graph_break(captured: Captured) -> tuple[str, ...]:
+    if captured.graph_break is None:
+        return ()
+    return (f"graph break at {captured.graph_break}; split values are gathered there",)
 
 
 def _parameter_bytes(captured: Captured) -> int:

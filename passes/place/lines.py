@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import networkx as nx
 import torch
 from torch.fx import Node
 
@@ -115,6 +116,7 @@ def find_lines(
     """
     nodes = {n.name: n for n in graph.nodes}
     unbalanced: dict[Dim, bool] = {}
+    met: list[tuple[Dim, Dim]] = []
     for site in sites:
         q, k = nodes[site.node].args[0], nodes[site.node].args[1]
         assert isinstance(q, Node)
@@ -123,9 +125,14 @@ def find_lines(
             axis = axes.dims(operand)[2]
             if axis:
                 unbalanced.setdefault(axis, False)
-        q_axis = axes.dims(q)[2]
-        if q_axis:
+        q_axis, k_axis = axes.dims(q)[2], axes.dims(k)[2]
+        if q_axis and k_axis:
             unbalanced[q_axis] |= not site.balanced
+            met.append((q_axis, k_axis))
+    # An attention operator has one layout: lines that meet in one are laid out alike.
+    for together in nx.connected_components(nx.Graph(met)):
+        zigzag = any(unbalanced[axis] for axis in together)
+        unbalanced |= dict.fromkeys(together, zigzag)
     return _build(axes, unbalanced, world_size)
 
 

@@ -63,6 +63,8 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
         isinstance(c, Carried) and c.outer * c.inner != 1 for c in operands
     ):
         return Unsplittable("it takes single elements of an axis that holds more than tokens")
+    if axes.together and not _whole_lines(lines, axes, operands):
+        return Unsplittable("its queries or keys are only a part of a token axis, or one token")
     if axes.windows:
         return _window(lines, node, operands, results, line)
     return _labelled(lines, axes, node, operands, results, line)
@@ -70,6 +72,25 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
 
 def _on(carried: Carried | Tangle | None, line: int) -> bool:
     return isinstance(carried, Carried) and carried.line == line
+
+
+def _whole_lines(lines: Lines, axes: OpAxes, operands: list[Carried | Tangle | None]) -> bool:
+    """Whether an operator that moves tokens itself is given whole lines of one layout.
+
+    It knows the layout and the lengths, but no windows: a window is stored where its line is.
+    """
+    kinds = set()
+    for carried, labels in zip(operands, axes.operands, strict=True):
+        if labels is None:
+            continue
+        if not isinstance(carried, Carried) or not set(labels[carried.dim]) <= axes.together:
+            return False
+        line = lines.lines[carried.line]
+        alone = carried.outer * carried.inner == 1
+        if not alone or carried.member != line.members[0]:
+            return False
+        kinds.add(line.layout.kind)
+    return len(kinds) == 1
 
 
 def _regroup(
