@@ -181,6 +181,11 @@ MATH = Kernel(name="math", forward=_math_forward, backward=_math_backward, store
 # --- torch's flash kernel for CPU -----------------------------------------------------------------
 
 
+FEWEST_KEYS = 16
+"""torch 2.13's kernel takes a row of NaN scores for a masked one, and gives 0, where keys are fewer
+than a vector register holds."""
+
+
 def same_head_dims(
     q_BHQD: Tensor, k_BGKD: Tensor, *values: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -212,6 +217,8 @@ def _has_matrix_units() -> bool:
 def _cpu_forward(
     q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
+    if k_BGKD.shape[2] < FEWEST_KEYS:
+        return _math_forward(q_BHQD, k_BGKD, v_BGKE, scores)
     E = v_BGKE.shape[-1]
     q_BHQD, k_BGKD, v_BGKE = (_computed_in(x) for x in (q_BHQD, k_BGKD, v_BGKE))
     q_BHQD, k_BGKD, (v_BGKE,) = same_head_dims(q_BHQD, k_BGKD, v_BGKE)
