@@ -100,6 +100,10 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one page with charts to this file.", rich_help_panel=SHOWING),
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +160,7 @@ def plan(
         )
         view = View(
             as_json=as_json,
+            html=html,
             explain=explain,
             what_if=what_if,
             sweep=sweep,

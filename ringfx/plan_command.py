@@ -18,14 +18,17 @@ from ringfx.cost_model import (
     parse_tokens,
 )
 from ringfx.cost_model.whatif import (
+    Change,
     longest_sequence,
     parse_change,
     parse_sweep,
     replan,
     sweep,
+    tokens,
 )
 from ringfx.errors import InvalidArgument
 from ringfx.plan import Plan
+from ringfx.plan_html import to_html
 from ringfx.plan_views import diff_text, explain_text, sweep_text
 from ringfx.target import Inputs, build, find_target
 
@@ -54,6 +57,7 @@ class View:
     """What of it is shown; with nothing asked for, the plan."""
 
     as_json: bool = False
+    html: Path | None = None
     explain: str | None = None
     what_if: str | None = None
     sweep: str | None = None
@@ -151,6 +155,10 @@ def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:
 
 def _show(plan: Plan, request: Request, view: View) -> None:
     """Views that stand alone, in the order of the help; the plan itself where none is asked for."""
+    if view.html is not None:
+        write_html(plan, view.html, _profile(plan, request), strategy_choice(request.strategy))
+        print(f"written to {view.html}")
+        return
     texts = _views(plan, request, view)
     for text in texts:
         print(text)
@@ -186,6 +194,18 @@ def _views(plan: Plan, request: Request, view: View) -> list[str]:
     if view.diff is not None:
         texts.append(diff_text(Plan.from_json(_text(view.diff)), plan))
     return texts
+
+
+def write_html(plan: Plan, path: Path, profile: Profile, strategy: StrategyChoice) -> None:
+    """The page of a plan, with the same model at lengths from an eighth to eight times."""
+    lengths = [max(1, round(tokens(plan) * 2.0**i)) for i in range(-3, 4)]
+    changes = [Change(seq_len=length) for length in dict.fromkeys(lengths)]
+    found = sweep(plan, changes, profile, strategy)
+    curves = [(change.seq_len or 0, result) for change, result in zip(changes, found, strict=True)]
+    try:
+        path.write_text(to_html(plan, curves))
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _profile(plan: Plan, request: Request) -> Profile:

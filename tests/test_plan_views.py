@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from ringfx.cli import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
-from ringfx.plan import Plan
+from ringfx.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.plan_html import to_html
 from ringfx.plan_views import diff_text, explain_text, sweep_text
 from tests.cost_model.sites import causal_site, full_site, shipped
 
@@ -175,3 +178,73 @@ def test_a_model_needs_its_length_and_ranks() -> None:
         "ringfx: planning models:make needs --seq-len and --world-size;"
         " just a saved plan goes without."
     )
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    """Texts, tags that stay open, and addresses that a page refers to."""
+
+    VOID = ("meta", "br", "rect", "circle", "line", "polyline", "tr", "td", "th", "li", "p")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_is_one_well_formed_file_with_everything_in_it(
+    saved: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.html"
+    assert _run(str(saved), "--html", str(out)).stdout == f"written to {out}\n"
+    page = _Page()
+    page.feed(out.read_text())
+    assert page.open == []
+    assert page.addresses == []
+    text = " ".join(" ".join(page.texts).split())
+    for words in (
+        "ringfx plan for 12 ranks on cuda",
+        "model.layers.{0,2,4}.self_attn",
+        "Time of one step by layer",
+        "Other sequence lengths",
+        "524,288",
+    ):
+        assert words in text, words
+    assert out.read_text().count("<svg") == 3
+    assert "<script" not in out.read_text()
+
+
+def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
+    plan = dataclasses.replace(
+        _plan(),
+        memory=MemoryPlan(
+            parts=(MemoryPart(cause="parameters", bytes=2**30, kind="whole"),),
+            unknown=("optimiser state",),
+        ),
+        notes=("a <b> & c",),
+    )
+    page = to_html(plan)
+    assert "Memory of one rank at the peak: 1.00 GiB" in page
+    assert "not counted: optimiser state" in page
+    assert "a &lt;b&gt; &amp; c" in page
+
+
+def test_a_page_that_cannot_be_written_says_so(saved: Path, tmp_path: Path) -> None:
+    result = _run(str(saved), "--html", str(tmp_path / "absent" / "plan.html"))
+    assert result.exit_code == 2
+    assert "plan.html cannot be written: No such file or directory." in result.stderr
