@@ -105,6 +105,9 @@ def tried(sample: Sample) -> Trial:
     axes = rule(call)
     operands = tuple(n.meta["val"] for n in call.operands)
     results = result_values(node)
+    assert [len(x) for x in axes.results] == [r.dim() for r in results], sample
+    for x, dims in zip(operands, axes.operands, strict=True):
+        assert dims is None or len(dims) == x.dim(), sample
     operand_dims: tuple[Dims | None, ...] = axes.operands
     result_dims: tuple[Dims, ...] = axes.results
     if axes.regroup:
@@ -206,6 +209,9 @@ def padded(trial: Trial, i: int, x: torch.Tensor, label: Any) -> torch.Tensor:
 def check_sum(trial: Trial, label: Any, at: int) -> None:
     sizes = trial.sizes()
     total: Any = 0
+    if trial.axes.pick is not None:
+        check_pick(trial, label)
+        return
     for part in (range(0, at), range(at, sizes[label])):
         operands = [
             padded(trial, i, cut(x, dims, label, part, sizes), label)
@@ -216,6 +222,15 @@ def check_sum(trial: Trial, label: Any, at: int) -> None:
         total = total / (trial.operands[0].numel() // trial.results[0].numel())
     (whole,) = trial.results
     torch.testing.assert_close(total, whole, msg=lambda m: f"{trial.sample}, {label}: {m}")
+
+
+def check_pick(trial: Trial, label: Any) -> None:
+    """The rank that has the element gives its row, and all others zero."""
+    (x,), (whole,) = trial.operands, trial.results
+    ((d, _, _),) = opened(trial.operand_dims[0] or (), label, trial.sizes())
+    assert trial.axes.pick is not None
+    row = x.select(d, trial.axes.pick)
+    torch.testing.assert_close(row.reshape(whole.shape), whole)
 
 
 def partial(trial: Trial, operands: Sequence[torch.Tensor]) -> torch.Tensor:
