@@ -13,6 +13,7 @@ from ringfx.agreement import Agreement
 from ringfx.errors import AttentionNotFound
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.rewrite import SplitOutput
+from ringfx.passes.values import Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
 from ringfx.plan import Plan
@@ -32,6 +33,7 @@ class Backend:
         self.settings = settings
         self.world = world
         self.plans: list[Plan] = []
+        self._announced: set[str] = set()
 
     @property
     def num_sites(self) -> int:
@@ -41,7 +43,7 @@ class Backend:
         example_inputs = [_whole(v) for v in example_inputs]
         lowered = lower(gm, example_inputs, self.settings, self.world)
         self.plans.append(lowered.plan)
-        _announce(lowered)
+        self._announce(lowered)
         if len(self.plans) == 1 and not self.num_sites and lowered.captured.graph_break is None:
             raise AttentionNotFound(no_attention_text(self.plans))
         device = _device(example_inputs)
@@ -50,6 +52,18 @@ class Backend:
             lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
         )
         return Runner(lowered, compiled, extra, self.settings, self.world)
+
+    def _announce(self, lowered: Lowered) -> None:
+        """Say once what a user should know: graph breaks, gathers, doubts about the profile."""
+        loud = [n for n in lowered.plan.notes if n.startswith("graph break")]
+        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind == "gather"]
+        for text in loud:
+            if text not in self._announced:
+                log.log(logging.WARNING if self.world.rank == 0 else logging.DEBUG, text)
+        for note in lowered.plan.notes:
+            if note not in self._announced:
+                log.info(note)
+        self._announced |= {*loud, *lowered.plan.notes}
 
 
 class Runner:
@@ -163,15 +177,10 @@ def _summary(plan: Plan) -> str:
     return f"{len(plan.layers)} attentions ({chosen}), {axes}, digest {plan.digest()}"
 
 
-def _announce(lowered: Lowered) -> None:
-    for note in lowered.plan.notes:
-        log.log(logging.WARNING if note.startswith("graph break") else logging.INFO, note)
-    for move in lowered.plan.reshardings:
-        if move.kind == "gather":
-            log.warning(
-                "%s (%s): gathers %.1f MiB on every rank: %s",
-                move.name or move.node, move.source, move.bytes_moved / 2**20, move.reason,
-            )  # fmt: skip
+def _gather_text(move: Resharding) -> str:
+    size = move.bytes_moved / 2**20
+    where = ", ".join(x for x in (move.name, move.source) if x)
+    return f"{where}: gathers {size:.1f} MiB on every rank for {move.reason}"
 
 
 def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
