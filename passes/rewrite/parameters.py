@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Graph, Node
 
 from ringfx import collectives
@@ -53,17 +54,20 @@ def _used_whole_by_split(value: Node, placement: Placement) -> bool:
 
 
 def _buckets(values: Sequence[Node]) -> list[list[Node]]:
-    """Consecutive values of one type, up to a size."""
+    """Values of one type up to a size, in order; one that fills a bucket goes alone."""
     total = sum(_bytes(v) for v in values)
     largest = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, total // NUM_BUCKETS))
     buckets: list[list[Node]] = []
+    filling: dict[torch.dtype, list[Node]] = {}
     for value in values:
-        last = buckets[-1] if buckets else []
-        same_type = bool(last) and last[0].meta["val"].dtype == value.meta["val"].dtype
-        if same_type and sum(map(_bytes, last)) + _bytes(value) <= largest:
-            last.append(value)
-        else:
-            buckets.append([value])
+        dtype = value.meta["val"].dtype
+        bucket = filling.get(dtype)
+        if bucket is not None and sum(map(_bytes, bucket)) + _bytes(value) <= largest:
+            bucket.append(value)
+            continue
+        buckets.append([value])
+        if _bytes(value) < largest:
+            filling[dtype] = buckets[-1]
     return buckets
 
 
