@@ -1,0 +1,172 @@
+"""Models of many shapes: outputs and every gradient as unsplit, on two ranks, in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import ringfx
+from tests.harness import Case, Comparison, RankDifference, RankPool, compare_here, raises
+from tests.passes import models
+
+pytestmark = pytest.mark.ranks
+
+Tensor = torch.Tensor
+
+
+def ids(seq_len: int, batch: int = 2, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, models.VOCAB, (batch, seq_len), generator=generator)
+
+
+def one(seq_len: int = 11, batch: int = 2) -> tuple[Tensor, ...]:
+    return (ids(seq_len, batch),)
+
+
+def two(source: int = 13, target: int = 8) -> tuple[Tensor, ...]:
+    return ids(source), ids(target, seed=4)
+
+
+def embeddings(seq_len: int = 11) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(2, seq_len, models.HIDDEN, generator=generator).requires_grad_(),)
+
+
+def plane(height: int = 5, width: int = 6) -> tuple[Tensor, ...]:
+    return (torch.randn(2, height, width, models.HIDDEN),)
+
+
+def padded(seq_len: int = 11) -> dict[str, Any]:
+    padding = torch.zeros(2, seq_len, dtype=torch.bool)
+    padding[1, -4:] = True
+    return {"ids": ids(seq_len), "padding": padding}
+
+
+def causal(seq_len: int = 11) -> dict[str, Any]:
+    return {"ids": ids(seq_len), "causal": True}
+
+
+def total(output: Any) -> Tensor:
+    """A loss in which every element of every output counts differently."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    floating = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    loss = floating[0].new_zeros(())
+    for x in floating:
+        weights = torch.arange(x.numel(), dtype=x.dtype).view(x.shape).cos()
+        loss = loss + (x * weights).square().sum() + x.mean()
+    return loss
+
+
+def losses_only(output: models.Answer) -> Tensor:
+    return torch.stack(list(output.losses.values())).sum()
+
+
+def part(
+    model: Callable[[], Any], inputs: Callable[[], Any] = one, **more: Any
+) -> Mapping[str, Any]:
+    return {"model": model, "inputs": inputs, "loss": total} | more
+
+
+P = functools.partial
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "one causal model": part(models.Causal),
+    "an even length": part(models.Causal, P(one, 12)),
+    "tied weights": part(models.Tied),
+    "frozen parameters": part(models.Frozen),
+    "only the head trains": part(models.FrozenBelow),
+    "no gradients": part(models.Causal, backward=False),
+    "fewer tokens than ranks": part(models.Causal, P(one, 1)),
+    "two tokens": part(models.Causal, P(one, 2)),
+    "three tokens": part(models.Causal, P(one, 3)),
+    "batch as large as the sequence": part(models.Causal, P(one, 8, 8)),
+    "batch of one": part(models.Causal, P(one, 11, 1)),
+    "sequence as long as hidden": part(models.Causal, P(one, models.HIDDEN)),
+    "sequence as long as the vocabulary": part(models.Causal, P(one, models.VOCAB)),
+    "sequence as long as a head": part(models.Causal, P(one, 8)),
+    "sequence as long as heads": part(models.Causal, P(one, 3)),
+    "encoder and decoder": part(models.EncoderDecoder, two),
+    "encoder and decoder of equal length": part(models.EncoderDecoder, P(two, 12, 12)),
+    "one target token": part(models.EncoderDecoder, P(two, 9, 1)),
+    "one source token": part(models.EncoderDecoder, P(two, 1, 9)),
+    "gradients of embeddings given as input": part(models.FromEmbeddings, embeddings),
+    "sequence first": part(models.SequenceFirst),
+    "nn.TransformerEncoder": part(models.TorchEncoder),
+    "nn.TransformerEncoder, sequence first": part(P(models.TorchEncoder, False)),
+    "nn.TransformerEncoder, causal": part(models.TorchEncoder, causal),
+    "nn.TransformerEncoder, padding": part(P(models.TorchEncoder, norm_first=True), padded),
+    "nn.Transformer": part(models.TorchTransformer, two),
+    "experts": part(models.Experts),
+    "class token and pooling": part(models.Pooled),
+    "two token axes in a tensor": part(models.Axial, plane),
+    "two token axes of equal length": part(models.Axial, P(plane, 6, 6)),
+    "latents": part(models.Latents),
+    "operators along tokens": part(models.Neighbours),
+    "pairs of tokens merged": part(models.Shortened, P(one, 12)),
+    "statistics over tokens": part(models.Gated),
+    "a window that attends": part(P(models.Cropped, 1, None)),
+    "a window that attends, even length": part(P(models.Cropped, 1, None), P(one, 12)),
+    "a window from the start": part(P(models.Cropped, 0, -1), P(one, 12)),
+    "the last tokens read all": part(P(models.LastReads, 4)),
+    "the last tokens read all, contiguous": part(P(models.LastReads, 4, causal=False)),
+    "the last token reads all": part(P(models.LastReads, 1)),
+    "all but the first token read all": part(P(models.LastReads, 11), P(one, 12)),
+    "learned keys in front": part(models.Memory),
+    "halves": part(models.Halves, P(one, 12)),
+    "blocks of tokens": part(models.Blocked, P(one, 12)),
+    "single tokens": part(models.Picks),
+    "tokens repeated": part(models.Repeated),
+    "a dataclass of lists": part(models.Structured),
+    "several losses, outputs untouched": part(models.Structured, loss=losses_only),
+    "a dictionary": part(models.Dictionary),
+}
+
+
+def case(name: str) -> Case:
+    fields: dict[str, Any] = dict(CASES[name])
+    options = {"compiler": "eager", "on_unsupported": "gather"}
+    return Case(dtype=torch.float64, options=options, label=name, **fields)
+
+
+def outcomes(names: Sequence[str]) -> dict[str, RankDifference | str]:
+    """What this rank finds for each case: the differences, or the error that it met."""
+    return {name: outcome(name) for name in names}
+
+
+def outcome(name: str) -> RankDifference | str:
+    try:
+        (found,) = compare_here(case(name)).ranks
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(ranks2: RankPool) -> Sequence[Mapping[str, RankDifference | str]]:
+    """All cases in one call of the pool, since a call costs a new process group."""
+    return ranks2.run(outcomes, list(CASES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_of_the_unsplit_model(
+    found: Sequence[Mapping[str, RankDifference | str]], name: str
+) -> None:
+    ranks = tuple(by_rank[name] for by_rank in found)
+    differences = tuple(r for r in ranks if isinstance(r, RankDifference))
+    assert len(differences) == len(ranks), ranks
+    Comparison(label=name, dtype=torch.float64, ranks=differences).check()
+    assert differences[0].strategies, "no attention was found"
+
+
+def test_a_break_inside_torch_nn_is_named_where_it_hides_all_attention(ranks2: RankPool) -> None:
+    """nn.Transformer asks whether its mask is causal, and all of it then runs uncompiled."""
+    for text in raises(ranks2, undecided_transformer):
+        assert text.startswith("AttentionNotFound: ")
+
+
+def undecided_transformer() -> None:
+    model = ringfx.optimize(models.TorchTransformer(says_causal=None), compiler="eager")
+    model(*two())
