@@ -58,7 +58,7 @@ types: $(INSTALLED)
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
-	  $(wildcard tests/*.py tests/end_to_end/*.py examples/*.py benchmarks/*.py)
+	  $(wildcard tests/*.py tests/end_to_end/*.py examples/*.py) benchmarks/memory.py
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory

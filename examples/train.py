@@ -14,6 +14,7 @@ import json
 import os
 import pydoc_data.topics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)  # every rank starts from the same weights
     stock = LlamaForCausalLM(config())
+    model: Callable[..., Any]
     if options.ringfx:
         model = ringfx.optimize(stock, strategy=options.strategy, compiler=options.compiler)
     else:
@@ -86,8 +88,8 @@ class Report:
         torch.save({name: p.grad for name, p in self.stock.named_parameters()}, self.gradients)
 
 
-def train(model: nn.Module, options: argparse.Namespace, report: Report) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def train(model: Callable[..., Any], options: argparse.Namespace, report: Report) -> None:
+    optimizer = torch.optim.AdamW(report.stock.parameters(), lr=1e-3)
 
     def one_step(step: int) -> float:
         tokens = batch(step, options.seq_len)

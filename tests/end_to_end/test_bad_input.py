@@ -270,7 +270,7 @@ def after_a_refusal() -> float:
 def llama_in_a_dictionary_of_layers() -> list[str]:
     """A mapping from module-path patterns to strategies."""
     chosen = {"model.layers.0.*": "simple", "model.layers.1.*": "collective"}
-    model = ringfx.optimize(llama()(), compiler="eager", strategy=chosen)
+    model: Any = ringfx.optimize(llama()(), compiler="eager", strategy=chosen)
     model(input_ids=tokens(16), labels=tokens(16)).loss.backward()
     return [layer.strategy for layer in model.plan.layers]
 
