@@ -7,16 +7,12 @@ a busy neighbour. Ranks are started here on one machine, or found in the environ
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,20 +34,16 @@ from ringfx.cost_model.measure_links import (
     measure_overlap,
     message_sizes,
 )
+from ringfx.cost_model.on_ranks import Progress, on_ranks
 from ringfx.cost_model.profile import Collective, Profile, Scope
 from ringfx.cost_model.records import AttentionRecord, MessageRecord
-from ringfx.errors import CommunicationError
 from ringfx.ops.ranks import Ranks
 
-__all__ = ["Measurements", "Progress", "calibrate", "make_profile"]
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""(what is measured, how many are done, how many there are)."""
+__all__ = ["Measurements", "calibrate", "make_profile"]
 
 T = TypeVar("T")
 
 NOISE_BLOCKS = 3
-TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,95 +80,13 @@ def calibrate(
     CommunicationError
         A rank failed; the text holds its last words.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _under_torchrun(device, effort, progress)
-    return _on_this_machine(device, num_ranks, effort, progress)
+    return on_ranks(_measure, effort, device=device, num_ranks=num_ranks, progress=progress)
 
 
-def _under_torchrun(device: str, effort: Effort, progress: Progress) -> Measurements | None:
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        return _measure(device, effort, progress if dist.get_rank() == 0 else _silent)
-    finally:
-        dist.destroy_process_group()
+# --- what every rank does -----------------------------------------------------------------------
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress of a rank that nobody watches."""
-
-
-# --- ranks started here ---------------------------------------------------------------------------
-
-
-def _on_this_machine(
-    device: str, num_ranks: int, effort: Effort, progress: Progress
-) -> Measurements:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-        processes = [
-            context.Process(
-                target=_rank, args=(rank, num_ranks, folder, device, effort, sender), daemon=True
-            )
-            for rank, (_, sender) in enumerate(pipes)
-        ]
-        for process in processes:
-            process.start()
-        for _, sender in pipes:
-            sender.close()
-        try:
-            return _watched(pipes[0][0], progress)
-        finally:
-            for process in processes:
-                process.join(timeout=5)
-                process.kill()
-
-
-def _watched(receiver: Connection, progress: Progress) -> Measurements:
-    """What rank 0 measured, while showing how far it is."""
-    while True:
-        try:
-            message = receiver.recv()
-        except EOFError as error:
-            raise CommunicationError(
-                "calibration: rank 0 ended without a result. Do: run again with fewer --ranks, and"
-                " read what the ranks printed above."
-            ) from error
-        if isinstance(message, Measurements):
-            return message
-        if isinstance(message, str):
-            raise CommunicationError(f"calibration: rank 0 failed: {message}")
-        progress(*message)
-
-
-def _rank(
-    rank: int, num_ranks: int, folder: str, device: str, effort: Effort, sender: Connection
-) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{Path(folder) / 'store'}",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=TIMEOUT,
-    )
-    try:
-        sender.send(_measure(device, effort, lambda *step: sender.send(step)))
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {error}")
-    finally:
-        dist.destroy_process_group()
-
-
-# --- what every rank does -------------------------------------------------------------------------
-
-
-def _measure(device: str, effort: Effort, progress: Progress) -> Measurements:
-    world = dist.group.WORLD
-    assert world is not None, "a process group was initialised"
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), world, "calibration")
+def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> Measurements:
     link, scope, per_node = _link(ranks)
     steps = _Steps(progress, len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + 4)
     kernels = tuple(

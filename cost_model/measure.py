@@ -28,7 +28,9 @@ __all__ = [
     "measure_kernel",
     "memory_gbytes_per_s",
     "software",
+    "spread",
     "synchronise",
+    "timed_once",
 ]
 
 MASK_SIDE = 512
@@ -134,17 +136,18 @@ def _kernel_call(device: str, case: KernelCase) -> Callable[[], object]:
 
 def timed(run: Callable[[], object], device: str, effort: Effort) -> list[float]:
     """Milliseconds of each repetition after a warm-up."""
-    _once(run, device)
+    timed_once(run, device)
     times_ms: list[float] = []
     start = time.perf_counter()
     while (
         len(times_ms) < effort.min_repeats or time.perf_counter() - start < effort.seconds_per_case
     ):
-        times_ms.append(_once(run, device))
+        times_ms.append(timed_once(run, device))
     return times_ms
 
 
-def _once(run: Callable[[], object], device: str) -> float:
+def timed_once(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one run, the device waited for before and after."""
     synchronise(device)
     start = time.perf_counter()
     run()

@@ -197,6 +197,41 @@ def calibrate(
         run(ranks=ranks, device=device, quick=quick, name=name, out=out, records=records)
 
 
+@app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Tokens of the whole sequence.")] = "4k",
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Default: as many as heads.", min=1)] = None,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
+    causal: Annotated[bool, typer.Option("--causal/--full")] = True,
+    window: Annotated[int | None, typer.Option(help="Keys that a query sees.", min=1)] = None,
+    train: Annotated[bool, typer.Option("--train/--infer")] = True,
+    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    profile: Annotated[str | None, typer.Option(help="Profile to predict with.")] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each strategy is run.", min=1)] = 7,
+) -> None:
+    """Measure every strategy at one attention, beside what was predicted."""
+    with _one_line_errors():
+        from ringfx.bench_command import Attention, run
+
+        asked = Attention(
+            tokens=tokens,
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            causal=causal,
+            window=window,
+            train=train,
+            device=device,
+        )
+        run(asked, ranks=ranks, profile=profile, rounds=rounds)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

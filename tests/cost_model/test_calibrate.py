@@ -90,7 +90,7 @@ def test_the_command_writes_a_profile_that_plans_find_by_device(
 
 @pytest.mark.ranks
 def test_a_rank_that_fails_is_an_error_with_its_last_words() -> None:
-    with pytest.raises(CommunicationError, match="calibration: rank 0 failed: "):
+    with pytest.raises(CommunicationError, match="measurement: rank 0 failed: "):
         calibrate(
             "cpu",
             num_ranks=1,

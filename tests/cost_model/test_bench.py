@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from ringfx.cli import app
+from ringfx.cost_model.bench import Timing, regret
+from ringfx.cost_model.formulas import Phase, Prediction
+
+
+def _timing(name: str, predicted: float, measured: float, spread: float = 0.0) -> Timing:
+    prediction = Prediction(
+        strategy=name,
+        kernel="cpu_flash",
+        forward=Phase(compute_s=predicted / 1e3),
+        backward=Phase(),
+        saved_bytes=0,
+        workspace_bytes=0,
+    )
+    return Timing(prediction=prediction, median_ms=measured, spread=spread)
+
+
+def test_regret_is_what_the_choice_costs_over_the_best() -> None:
+    assert regret([_timing("a", 1, 10), _timing("b", 2, 20)]) == 1.0
+    assert regret([_timing("a", 1, 30), _timing("b", 2, 20)]) == 1.5
+
+
+def test_differences_inside_the_spread_are_ties() -> None:
+    near = [_timing("a", 1, 21, spread=0.03), _timing("b", 2, 20, spread=0.03)]
+    assert regret(near) == 1.0
+    far = [_timing("a", 1, 22, spread=0.03), _timing("b", 2, 20, spread=0.03)]
+    assert regret(far) == pytest.approx(1.1)
+
+
+def test_error_is_relative_to_the_measurement() -> None:
+    assert _timing("a", 12, 10).error == pytest.approx(0.2)
+
+
+@pytest.mark.ranks
+def test_the_command_measures_every_strategy_that_can_run() -> None:
+    words = ["--tokens", "256", "--heads", "4", "--head-dim", "16", "--rounds", "2"]
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.split("\n")
+    assert lines[0].startswith("causal, 256 tokens, 2 ranks, profile ")
+    assert {line.split()[0] for line in lines[2:6]} == {
+        "simple", "collective", "production", "ulysses",
+    }  # fmt: skip
+    assert lines[6].startswith("chosen ")
+    assert "regret" in lines[6]
