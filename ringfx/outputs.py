@@ -87,7 +87,8 @@ class SplitTensor(torch.Tensor):
 
     def whole(self) -> torch.Tensor:
         """The whole value on every rank; all ranks ask together."""
-        return self._gathered()
+        whole: torch.Tensor = self._gathered()
+        return whole
 
     def to_local(self) -> torch.Tensor:
         """This rank's tokens, padding included."""
@@ -125,6 +126,7 @@ class SplitTensor(torch.Tensor):
 
         return func(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
         """The whole value; gathered once, on first touch, by all ranks together."""
         if self._whole is None:

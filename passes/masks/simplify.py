@@ -87,6 +87,10 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
         return c
     if a == FALSE and b == TRUE:
         return simplify("not", c)
+    if b == FALSE and is_boolean(a):
+        return simplify("and", c, a)
+    if a == TRUE and is_boolean(b):
+        return simplify("or", c, b)
     return None
 
 
@@ -136,8 +140,9 @@ def _is(e: Expr, value: float) -> bool:
 def _comparison(head: str, a: Expr, b: Expr) -> Expr:
     """Comparisons of q and k alone as ``k <= q + c`` or ``k > q - c``."""
     left, right = _affine(a), _affine(b)
+    plain = (_FLIPPED[head], b, a) if head in _FLIPPED else (head, a, b)
     if left is None or right is None:
-        return (_FLIPPED[head], b, a) if head in _FLIPPED else (head, a, b)
+        return plain
     q, k, c = (x - y for x, y in zip(left, right, strict=True))
     if head in ("ge", "gt"):
         q, k, c, head = -q, -k, -c, _FLIPPED[head]
@@ -157,7 +162,7 @@ def _comparison(head: str, a: Expr, b: Expr) -> Expr:
         return ("lt", ("q",), const(1 - c))
     if (q, k) == (-1, 0):
         return ("ge", ("q",), const(c))
-    return (head, a, b)
+    return plain
 
 
 def _plus(e: Expr, c: int) -> Expr:
