@@ -73,8 +73,9 @@ def simulate(ring: Ring, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -
         output = Output.empty(shards[rank][0], v.shape[3])
         for hop in range(ring.size):
             owner = (rank - hop) % ring.size
-            runs = problem.q_runs(rank), problem.k_runs(owner)
-            attend(problem, output, shards[rank][0], *shards[owner][1:], *runs)
+            q_runs, k_runs = problem.q_runs(rank), problem.k_runs(owner)
+            _, k_there, v_there = shards[owner]
+            attend(problem, output, shards[rank][0], k_there, v_there, q_runs, k_runs)
         outputs.append(output.finish())
     found = [[out.to(q.dtype)] for out, _ in outputs]
     if dout is not None:
@@ -84,10 +85,11 @@ def simulate(ring: Ring, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -
             d_local, (out,), lse = ring.tokens(dout, rank), found[rank], outputs[rank][1]
             for hop in range(ring.size):
                 owner = (rank - hop) % ring.size
-                runs = problem.q_runs(rank), problem.k_runs(owner)
+                q_runs, k_runs = problem.q_runs(rank), problem.k_runs(owner)
+                _, k_there, v_there = shards[owner]
                 part = Sums(sums[rank].dq, sums[owner].dk, sums[owner].dv, ())
                 attend_backward(
-                    problem, part, d_local, q_local, *shards[owner][1:], out, lse, *runs
+                    problem, part, d_local, q_local, k_there, v_there, out, lse, q_runs, k_runs
                 )
         for rank, total in enumerate(sums):
             done = total.finish()
@@ -110,9 +112,9 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -> None:
     if dout is None:
         F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*leaves, is_causal=True)
-    torch.autograd.grad(out, leaves, dout)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.autograd.grad(out, (q, k, v), dout)
 
 
 def main() -> None:

@@ -40,6 +40,13 @@ def key_padding() -> Sequence[torch.Tensor]:
     return (kept,)
 
 
+def long_padding() -> Sequence[torch.Tensor]:
+    """Rows without keys in tiles that are large enough for fused kernels."""
+    kept = torch.ones(BATCH, 100, dtype=torch.bool)
+    kept[0, :40] = False
+    return (kept,)
+
+
 def slopes() -> Sequence[torch.Tensor]:
     return (torch.rand(HEADS, dtype=torch.float64),)
 
@@ -74,6 +81,10 @@ KINDS: Mapping[str, Example] = {
     "padding": Example(spec=spec(keep=conjunction(CAUSAL, PADDING)), make_inputs=key_padding),
     "padding, mean of v": Example(
         spec=spec(keep=conjunction(CAUSAL, PADDING), fully_masked="mean"), make_inputs=key_padding
+    ),
+    "padding, 100 tokens": Example(
+        spec=spec(100, keep=conjunction(CAUSAL, PADDING), fully_masked="mean"),
+        make_inputs=long_padding,
     ),
     "prefix": Example(spec=spec(keep=PREFIX)),
     "alibi": Example(spec=spec(keep=CAUSAL, bias=ALIBI), make_inputs=slopes),

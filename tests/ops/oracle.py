@@ -143,7 +143,9 @@ def run(example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     rank, size, group = 0, 1, ""
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-        group = dist.group.WORLD.group_name
+        world = dist.group.WORLD
+        assert world is not None, "it is initialised"
+        group = world.group_name
     found, spec = data(example), example.spec
     q_layout = Layout(example.layout, spec.q_len, size)
     kv_layout = Layout(example.layout, spec.kv_len, size)
@@ -163,9 +165,14 @@ def run(example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
     assert out.dtype == q.dtype
     out.backward(split(found.dout, q_layout, rank))
-    parts = {"out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
-    whole = {f"inputs[{i}]": x.grad for i, x in enumerate(inputs) if x.requires_grad}
+    parts = {"out": out.detach(), "q": _grad(q), "k": _grad(k), "v": _grad(v)}
+    whole = {f"inputs[{i}]": _grad(x) for i, x in enumerate(inputs) if x.requires_grad}
     return parts, whole
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None, "a gradient was lost"
+    return leaf.grad
 
 
 def run_all(

@@ -37,7 +37,7 @@ def _failing(call: Callable[..., Any], fails: Callable[[int, int], bool]) -> Cal
 
 
 def _with_failures(fails: Callable[[int, int], bool]) -> Any:
-    replaced = {
+    replaced: dict[str, Any] = {
         name: replace(
             kernel,
             forward=_failing(kernel.forward, fails),

@@ -16,9 +16,9 @@ Tensor = torch.Tensor
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*leaves, is_causal=causal)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -26,10 +26,11 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[
 def test_the_error_does_not_grow_with_eight_ranks(dtype: torch.dtype, keep: Expr | None) -> None:
     """At most twice the single fused kernel's error against float64, in every tensor."""
     torch.manual_seed(0)
-    data = torch.randn(4, 1, 2, 512, 32).to(dtype)
-    exact = _fused(*data.double(), causal=keep is not None)
-    single = _fused(*data, causal=keep is not None)
-    ring = simulate(Ring(size=8, keep=keep), *data)
+    q, k, v, dout = torch.randn(4, 1, 2, 512, 32).to(dtype)
+    causal = keep is not None
+    exact = _fused(q.double(), k.double(), v.double(), dout.double(), causal)
+    single = _fused(q, k, v, dout, causal)
+    ring = simulate(Ring(size=8, keep=keep), q, k, v, dout)
     for name, x64, theirs, ours in zip(("out", "dq", "dk", "dv"), exact, single, ring, strict=True):
         error = float((ours.double() - x64).norm())
         assert error <= 2 * float((theirs.double() - x64).norm()), (name, error)
@@ -64,19 +65,15 @@ def test_odd_values_come_out_where_the_unsplit_kernel_has_them(
     """With a causal mask: in the rows that attend the odd key; what 0 * nan gives in the others
     depends on a kernel's blocks."""
     for results in ranks2.run(_with_odd_values, causal):
-        expected = [
-            F.scaled_dot_product_attention(*_odd(which, value), is_causal=causal)
-            for which in range(3)
-            for value in (torch.nan, torch.inf)
-        ]
+        expected = []
+        for which in range(3):
+            for value in (torch.nan, torch.inf):
+                q, k, v = _odd(which, value)
+                expected.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
         rows = torch.arange(24) >= (5 if causal else 0)
         for (label, ours), theirs in zip(results, expected, strict=True):
-            torch.testing.assert_close(
-                ours[:, :, rows],
-                theirs[:, :, rows],
-                equal_nan=True,
-                msg=lambda text, label=label: f"{label}: {text}",
-            )
+            same = torch.isclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert same[:, :, rows].all(), label
 
 
 def _held_rows(length: int) -> int:

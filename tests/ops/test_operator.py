@@ -54,7 +54,12 @@ def test_fake_tensors_need_no_process_group() -> None:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, q_len: int, **settings: Any) -> Tensor:
-    given = {"strategy": "production", "layout": "contiguous", "group": "", "inputs": ()}
+    given: dict[str, Any] = {
+        "strategy": "production",
+        "layout": "contiguous",
+        "group": "",
+        "inputs": (),
+    }
     given |= {"spec": spec(q_len, keep=CAUSAL).to_json()} | settings
     return ops.attention(q, k, v, given.pop("inputs"), **given)
 
@@ -103,10 +108,10 @@ def test_compiled_on_ranks(ranks2: RankPool) -> None:
 
 
 def test_autocast_gives_what_sdpa_gives() -> None:
-    leaves = [x.detach() for x in _leaves()[:3]]
+    q, k, v = (x.detach() for x in _leaves()[:3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ops.ring_attention(*leaves)
-        expected = torch.nn.functional.scaled_dot_product_attention(*leaves)
+        out = ops.ring_attention(q, k, v)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert out.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
 
@@ -151,8 +156,9 @@ def test_a_wrong_call_says_what_is_wrong(
     settings: dict[str, Any], error: type[RingfxError], text: str
 ) -> None:
     q = torch.randn(2, 4, 9, 8)
+    given: dict[str, Any] = {"q_len": 9, "name": "layers.3"} | settings
     with pytest.raises(error) as raised:
-        _attention(q, q, q, **({"q_len": 9, "name": "layers.3"} | settings))
+        _attention(q, q, q, **given)
     assert text in str(raised.value)
 
 
