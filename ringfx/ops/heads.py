@@ -39,15 +39,27 @@ def ring_bytes(device: torch.device) -> int:
 
 
 def head_groups(
-    q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKE: torch.Tensor, *, least_bytes: int
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKE: torch.Tensor,
+    *,
+    least_bytes: int,
+    threads: int = 1,
 ) -> tuple[HeadGroup, ...]:
     """At most 8 groups of equal size, with at least so many bytes of K and V each.
 
-    Only shapes decide, which are equal on all ranks, and so all ranks cut alike.
+    Only what is equal on all ranks decides, and so all ranks cut alike.
+
+    Parameters
+    ----------
+    threads
+        What the ranks agreed on: torch's CPU kernel gives each thread a (batch, head) pair in its
+        backward, so a group with fewer pairs than threads would leave some idle.
     """
     heads, kv_heads = q_BHQD.shape[1], k_BGKD.shape[1]
     moved = (k_BGKD.numel() + v_BGKE.numel()) * k_BGKD.element_size()
-    count = max(1, min(moved // least_bytes, MOST_GROUPS, kv_heads))
+    pairs = q_BHQD.shape[0] * heads
+    count = max(1, min(moved // least_bytes, MOST_GROUPS, kv_heads, pairs // threads))
     while kv_heads % count:
         count -= 1
     size, ratio = kv_heads // count, heads // kv_heads

@@ -65,8 +65,9 @@ def hops_needed(spec: AttentionSpec, layout: LayoutKind, size: int) -> int:
     return 1
 
 
-def _groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
-    return head_groups(q, k, v, least_bytes=ring_bytes(q.device))
+def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
+    threads = problem.ranks.fewest_threads() if q.device.type == "cpu" else 1
+    return head_groups(q, k, v, least_bytes=ring_bytes(q.device), threads=threads)
 
 
 class _InFlight:
@@ -130,7 +131,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
     ranks = problem.ranks
-    groups = _groups(q_BHQD, k_BGKD, v_BGKE)
+    groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
     output = Output.empty(q_BHQD, v_BGKE.shape[-1])
     outputs = [output.of_heads(group.q) for group in groups]
@@ -187,7 +188,7 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    groups = _groups(q_BHQD, k_BGKD, v_BGKE)
+    groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
     mine = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     parts = [mine.of_heads(group) for group in groups]

@@ -7,6 +7,7 @@ the layer, the operation and the rank waited for, within the group's timeout.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,15 @@ class Ranks:
 
     def neighbour(self, distance: int) -> int:
         return (self.rank + distance) % self.size
+
+    def fewest_threads(self) -> int:
+        """The fewest CPU threads that any rank computes with, as agreed at the first call."""
+        if self.group is None:
+            return torch.get_num_threads()
+        found: int = self.guarded(
+            "agreement on threads", "all ranks", partial(_fewest_threads, self.group)
+        )
+        return found
 
     def exchange(
         self,
@@ -169,6 +179,18 @@ class Exchange:
 
 def _finish(work: dist.Work) -> None:
     work.wait()
+
+
+_AGREED: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+def _fewest_threads(group: dist.ProcessGroup) -> int:
+    """Asked once a group: the ranks run one program, so they all ask at the same point."""
+    if group not in _AGREED:
+        fewest = torch.tensor(torch.get_num_threads())
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=group)
+        _AGREED[group] = int(fewest)
+    return _AGREED[group]
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,7 +112,7 @@ def errors(found: Result, oracle: Result) -> dict[str, float]:
     """Norm of the error of the output and of each gradient over the largest norm of any."""
     pairs = {"out": (found.out, oracle.out)}
     pairs |= {f"d{name}": (found.grads[name], oracle.grads[name]) for name in oracle.grads}
-    largest = max(float(exact.norm()) for _, exact in pairs.values())
+    largest = max(float(exact.norm()) for _, exact in pairs.values()) or 1.0
     return {name: float((x - exact).norm()) / largest for name, (x, exact) in pairs.items()}
 
 
