@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
 
-__all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
+__all__ = ["INLINED", "REFUSED", "Inliner", "autocast_kept", "refuse_unsupported"]
 
 INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph", "wrap_with_autocast"})
 """Higher-order operators whose body is run in place."""
@@ -63,6 +64,28 @@ def _reason(node: torch.fx.Node) -> str | None:
     return None
 
 
+def _autocast_state(device: str) -> tuple[torch.dtype, bool]:
+    return torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def _set_autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> None:
+    """Tracing only records that an autocast region begins; without this, types would be wrong."""
+    torch.set_autocast_enabled(device, enabled)
+    if dtype is not None:
+        torch.set_autocast_dtype(device, dtype)
+
+
+@contextlib.contextmanager
+def autocast_kept() -> Iterator[None]:
+    """Restore the autocast state of every device type, whatever tracing did to it."""
+    before = {device: _autocast_state(device) for device in ("cpu", "cuda")}
+    try:
+        yield
+    finally:
+        for device, (dtype, enabled) in before.items():
+            _set_autocast(device, dtype, enabled)
+
+
 class Inliner(torch.fx.Interpreter):
     """Runs Dynamo's graph and, in place, the bodies of the higher-order operators in INLINED.
 
@@ -74,13 +97,25 @@ class Inliner(torch.fx.Interpreter):
         super().__init__(gm, garbage_collect_values=True)
         self._region = region
         self._regions = 0
+        self._where = ""
+        self._autocast: list[tuple[str, torch.dtype, bool]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self._autocast.append((args[0], *_autocast_state(args[0])))
+            entered = super().call_function(target, args, kwargs)
+            _set_autocast(*args[:3])
+            return entered
+        if target is torch.amp.autocast_mode._exit_autocast:
+            device, dtype, enabled = self._autocast.pop()
+            _set_autocast(device, dtype, enabled)
+            return super().call_function(target, args, kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._inline(target.name(), args, kwargs)
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        self._where = describe_node(n)
         if self._region is not None and n.op in ("call_function", "call_method"):
             n.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             n.meta["ac_graph_id"] = self._region
@@ -89,8 +124,12 @@ class Inliner(torch.fx.Interpreter):
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "wrap_with_autocast":
             device, dtype, enabled, cache, body, *operands = args
+            before = _autocast_state(device)
             with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-                return Inliner(body, self._region).run(*operands)
+                _set_autocast(device, dtype, enabled)
+                result = Inliner(body, self._region).run(*operands)
+                _set_autocast(device, *before)
+            return result
         if name == "invoke_subgraph":
             body, _identifier, *operands = args
         else:
@@ -99,8 +138,8 @@ class Inliner(torch.fx.Interpreter):
         if name == "tag_activation_checkpoint":
             if kwargs.get("context_fn") is not None or body.meta.get("_checkpoint_context_fn"):
                 raise CaptureRefused(
-                    "torch.utils.checkpoint with a context_fn (selective checkpointing) is not "
-                    "carried. Do: use plain torch.utils.checkpoint, which is."
+                    f"{self._where}: torch.utils.checkpoint with a context_fn (selective "
+                    "checkpointing) is not carried. Do: use plain torch.utils.checkpoint, which is."
                 )
             self._regions += 1
             region = self._regions if region is None else region

@@ -50,7 +50,7 @@ def capture(
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     mode = _fake_mode(example_inputs)
     fakes = [_fake(mode, v) for v in example_inputs]
-    with mode, fx_traceback.preserve_node_meta():
+    with mode, fx_traceback.preserve_node_meta(), constructs.autocast_kept():
         traced = make_fx(
             lambda *args: constructs.Inliner(gm).run(*args),
             pre_dispatch=True,
