@@ -134,17 +134,19 @@ class Profile:
         return (r for r in self.kernels if r.kernel == name and r.direction == direction)
 
     def link(self, operation: Collective, world_size: int) -> LinkRow:
-        """The row of the slowest link that the collective crosses."""
+        """The row of the slowest link that the collective crosses.
+
+        A profile of one machine has no other row than its own: it stands for more ranks too.
+        """
         scope: Scope = "node" if world_size <= self.ranks_per_node else "network"
         rows = {row.scope: row for row in self.links if row.operation == operation}
-        if scope not in rows:
+        if not rows:
             raise ProfileError(
-                f"profile {self.name!r} has no row for {operation!r} between ranks of"
-                f" {'one node' if scope == 'node' else 'several nodes'} ({world_size} ranks,"
-                f" {self.ranks_per_node} a node). Do: run `ringfx calibrate` under torchrun on such"
-                " ranks, or use a profile that has one."
+                f"profile {self.name!r} has no row for {operation!r}: it cannot predict"
+                f" {world_size} ranks. Do: run `ringfx calibrate` with 2 ranks or more, or use a"
+                " profile that has one."
             )
-        return rows[scope]
+        return rows.get(scope) or next(iter(rows.values()))
 
     def missing_rows(self, dtypes: Iterable[str]) -> tuple[str, ...]:
         """One note for each dtype that is predicted with another dtype's figures."""

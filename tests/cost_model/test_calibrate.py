@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from typer.testing import CliRunner
 from ringfx.cli import app
 from ringfx.cost_model import load_profile, predict
 from ringfx.cost_model.calibrate import Measurements, calibrate, make_profile
+from ringfx.cost_model.from_records import fit_kernels, fit_links
 from ringfx.cost_model.measure import Effort, kernel_cases, spread
-from ringfx.cost_model.profile import profile_json, read_profile
-from ringfx.cost_model.records import read_records
+from ringfx.cost_model.profile import KernelRow, profile_json, read_profile
+from ringfx.cost_model.records import AttentionRecord, MessageRecord, read_records
 from ringfx.errors import CommunicationError, ProfileError
-from tests.cost_model.sites import causal_site
+from tests.cost_model.sites import causal_site, shipped
 
 HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14)
 
@@ -116,3 +118,15 @@ def test_the_spread_is_half_the_interquartile_range() -> None:
     assert spread([1.0, 2.0]) == 0
     assert spread([1.0, 1.0, 1.0, 1.0]) == 0
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(0.5)
+
+
+def test_the_shipped_measurements_are_what_their_records_give() -> None:
+    text = (resources.files("ringfx.cost_model") / "records" / "amd-epyc-2-ranks.jsonl").read_text()
+    records = read_records(text, "amd-epyc-2-ranks.jsonl")
+    kernels, _ = fit_kernels([r for r in records if isinstance(r, AttentionRecord)])
+    messages = [r for r in records if isinstance(r, MessageRecord)]
+    links, _ = fit_links(messages, {"loopback": "node"})
+    profile = shipped("amd-epyc-2-ranks")
+    for found, kept in zip((*kernels, *links), (*profile.kernels, *profile.links), strict=True):
+        rate = "gflops" if isinstance(found, KernelRow) else "gbytes_per_s"
+        assert getattr(found, rate) == pytest.approx(getattr(kept, rate), rel=0.02)

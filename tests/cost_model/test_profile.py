@@ -37,16 +37,21 @@ def test_every_shipped_row_has_an_origin_and_a_finite_rate() -> None:
 def test_a_profile_found_for_a_foreign_device_is_announced(on_device: Any) -> None:
     on_device("Quantum 9000")
     notes = load_profile(None, device="cpu").notes
-    assert notes[0] == (
-        "profile cpu-default describes AMD EPYC, this machine has Quantum 9000:"
+    assert (
+        "profile amd-epyc-2-ranks describes AMD EPYC, this machine has Quantum 9000:"
         " the times are those of the profile's device"
-    )
+    ) in notes
 
 
 def test_a_profile_is_announced_where_there_is_no_such_device(on_device: Any) -> None:
     on_device(None)
     notes = load_profile("h100-sxm-published", device="cuda").notes
     assert "describes H100, this machine has no cuda device:" in notes[0]
+
+
+def test_a_measured_profile_of_this_device_is_found_before_an_assumed_one(on_device: Any) -> None:
+    on_device("AMD EPYC 7763")
+    assert load_profile(None, device="cpu").kind == "measured"
 
 
 def test_assumed_and_published_numbers_are_announced_on_their_own_device(on_device: Any) -> None:
@@ -147,12 +152,20 @@ def test_a_missing_kernel_and_a_missing_link_are_errors_not_guesses() -> None:
     cpu = shipped("cpu-default")
     with pytest.raises(ProfileError, match="'cpu-default' has no row for the 'magic' kernel"):
         cpu.kernel("magic", "float32", "forward")
+    alone = read_profile(json.dumps({**_fields(), "links": []}), "mine")
+    with pytest.raises(ProfileError) as caught:
+        alone.link("send_recv", 4)
+    assert str(caught.value) == (
+        "profile 'cpu-default' has no row for 'send_recv': it cannot predict 4 ranks."
+        " Do: run `ringfx calibrate` with 2 ranks or more, or use a profile that has one."
+    )
+
+
+def test_a_profile_of_one_machine_stands_for_more_ranks() -> None:
     fields = _fields()
     fields["links"] = [row for row in fields["links"] if row["scope"] == "node"]
-    with pytest.raises(
-        ProfileError, match=r"has no row for 'send_recv' between ranks of several nodes \(128 ranks"
-    ):
-        read_profile(json.dumps(fields), "mine").link("send_recv", 128)
+    one_machine = read_profile(json.dumps({**fields, "ranks_per_node": 2}), "mine")
+    assert one_machine.link("send_recv", 128) == one_machine.link("send_recv", 2)
 
 
 def test_float32_stands_in_for_a_missing_dtype_and_is_announced() -> None:
