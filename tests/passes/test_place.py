@@ -1,0 +1,116 @@
+"""Which calls run split, which run whole and why, on small programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ringfx.pipeline import Lowered
+from tests.passes import models
+from tests.passes.programs import lowered
+
+aten = torch.ops.aten
+
+
+def ids(seq_len: int = 11, batch: int = 2) -> torch.Tensor:
+    return torch.zeros(batch, seq_len, dtype=torch.int64)
+
+
+def split_calls(program: Lowered) -> list[str]:
+    return [str(node.target) for node in program.local.placement.modes]
+
+
+def gathers(program: Lowered) -> list[str]:
+    return [move.reason for move in program.plan.reshardings if move.kind == "gather"]
+
+
+def calls(program: Lowered) -> list[str]:
+    graph = program.captured.graph_module.graph
+    return [str(n.target) for n in graph.nodes if n.op == "call_function"]
+
+
+def test_a_causal_model_runs_split_from_end_to_end() -> None:
+    program = lowered(models.Causal(), ids())
+    assert gathers(program) == []
+    assert split_calls(program) == calls(program)
+    (line,) = program.local.placement.lines.lines
+    assert (line.layout.kind, line.length) == ("zigzag", 11)
+    assert program.local.placement.reasons == {}
+
+
+@pytest.mark.parametrize("seq_len", [models.HIDDEN, models.VOCAB, 40, 8, models.HEADS, 2])
+def test_sizes_that_coincide_change_nothing(seq_len: int) -> None:
+    usual, equal = (lowered(models.Causal(), ids(n, 2)) for n in (11, seq_len))
+    assert split_calls(equal) == split_calls(usual)
+    assert gathers(equal) == []
+    assert len(equal.local.placement.lines.lines) == 1
+
+
+def test_one_rank_splits_nothing() -> None:
+    program = lowered(models.Causal(), ids(), ranks=1)
+    assert split_calls(program) == []
+    assert program.plan.reshardings == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "reasons"),
+    [
+        (
+            models.Neighbours,
+            lambda: ids(),
+            ["its kernel sees neighbours", "it scans", "it shifts", "it sorts"],
+        ),
+        (models.Experts, lambda: ids(), ["it looks elements up along the axis"]),
+        (models.Gated, lambda: ids(), ["it normalises along the axis", "it reduces the axis"]),
+        (models.Shortened, lambda: ids(12), ["in pieces"]),
+    ],
+)
+def test_what_needs_all_tokens_says_why(
+    model: Callable[[], Any], inputs: Callable[[], Any], reasons: list[str]
+) -> None:
+    program = lowered(model(), inputs(), on_unsupported="gather")
+    found = " / ".join(program.local.placement.reasons.values())
+    for reason in reasons:
+        assert reason in found, (reason, found)
+    assert gathers(program)
+    assert any("attention" in name for name in split_calls(program))
+
+
+def test_two_token_axes_in_one_tensor_stay_whole() -> None:
+    program = lowered(models.Axial(), torch.zeros(2, 5, 6, models.HIDDEN))
+    reasons = set(program.local.placement.reasons.values())
+    assert any("twice or in pieces" in reason for reason in reasons)
+
+
+def test_queries_and_keys_of_one_attention_share_a_layout() -> None:
+    program = lowered(models.EncoderDecoder(), ids(13), ids(8))
+    kinds = {line.layout.kind for line in program.local.placement.lines.lines}
+    assert len(program.local.placement.lines.lines) == 2
+    assert kinds == {"zigzag"}
+    assert gathers(program) == []
+
+
+def test_attention_over_a_window_of_other_tokens_says_why_it_is_whole() -> None:
+    program = lowered(models.Cropped(1, None), ids())
+    whole = [
+        reason
+        for node, reason in program.local.placement.reasons.items()
+        if "attention" in str(node.target)
+    ]
+    assert len(whole) == 1
+    assert "part of a token axis" in whole[0]
+
+
+def test_a_mean_over_tokens_is_a_partial_sum_and_no_gather() -> None:
+    class Mean(models.Base):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.first(self.embed(given)).mean((0, 1))
+            return result
+
+    program = lowered(Mean(), ids())
+    assert gathers(program) == []
+    partial = [n for n, mode in program.local.placement.modes.items() if mode.partial]
+    assert [str(n.target) for n in partial] == ["aten.mean.dim"]
