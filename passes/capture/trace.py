@@ -11,7 +11,6 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfx.errors import CaptureRefused
 from ringfx.passes.capture import constructs
 from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.gradients import stamp_gradients
@@ -60,6 +59,8 @@ def capture(
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
     functionalize(traced)
     traced = decompose_unknown(traced, mode, fakes, known)
+    for node, value in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta.setdefault("val", value)  # numbers: sizes that Dynamo passes along
     stamp_origins(traced.graph)
     simplify(traced)
     stamp_gradients(traced.graph, needs_grad)
@@ -85,15 +86,21 @@ def _fake_mode(values: Sequence[Any]) -> FakeTensorMode:
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    """The value as a fake of static shape: one program is compiled for each sequence length.
+
+    Reading a symbolic size as a number makes Dynamo guard on it, so other lengths compile anew.
+    """
+    if isinstance(value, torch.SymInt):
+        return int(value)
     if not isinstance(value, torch.Tensor):
-        if isinstance(value, torch.SymInt):
-            raise CaptureRefused(
-                "a symbolic size reached capture; ringfx compiles one program for each sequence "
-                "length. Do: compile with dynamic=False (ringfx.optimize does)."
-            )
         return value
     if isinstance(value, FakeTensor) and value.fake_mode is mode:
-        return value
+        if not any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride())):
+            return value
+        sizes, strides = [int(s) for s in value.shape], [int(s) for s in value.stride()]
+        with mode:
+            made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return made.requires_grad_(value.requires_grad)
     return mode.from_tensor(value, static_shapes=True)
 
 
