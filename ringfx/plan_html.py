@@ -27,6 +27,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 860px; margin: 2rem auto
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem }
 table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right }
+td { white-space: nowrap } td:first-child, td.text { white-space: normal; overflow-wrap: anywhere }
 th:first-child, td:first-child, .text { text-align: left }
 small, .quiet { color: var(--quiet) }
 svg { width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: currentColor }

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -248,3 +251,31 @@ def test_a_page_that_cannot_be_written_says_so(saved: Path, tmp_path: Path) -> N
     result = _run(str(saved), "--html", str(tmp_path / "absent" / "plan.html"))
     assert result.exit_code == 2
     assert "plan.html cannot be written: No such file or directory." in result.stderr
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser on this machine")
+def test_a_browser_draws_the_page_to_its_end(saved: Path, tmp_path: Path) -> None:
+    """Every chart has a size and nothing is wider than the window, as the browser measures it."""
+    assert BROWSER is not None
+    out = tmp_path / "plan.html"
+    _run(str(saved), "--html", str(out))
+    script = (
+        "<script>addEventListener('load', () => { const size = e => e.getBoundingClientRect();"
+        "document.title = JSON.stringify({charts: [...document.querySelectorAll('svg')]"
+        ".map(e => size(e).height > 20 && size(e).width > 300),"
+        "wide: document.documentElement.scrollWidth <= innerWidth})})</script></body>"
+    )
+    out.write_text(out.read_text().replace("</body>", script))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", out.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    title = html.unescape(done.stdout.split("<title>")[1].split("</title>")[0])
+    assert json.loads(title) == {"charts": [True, True, True], "wide": True}
