@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule
 
-from ringfx.cost_model import choose, load_profile
+from ringfx.cost_model import choose, load_profile, predict_memory
 from ringfx.errors import NoAxisRule
 from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.rules import find_rule
@@ -42,7 +43,7 @@ class Lowered:
 def lower(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
 ) -> Lowered:
-    """Capture, detect, recover masks, name axes, choose, place, rewrite and verify."""
+    """Capture, detect, recover masks, name axes, place, choose, rewrite and verify."""
     captured = capture(gm, example_inputs, known=find_rule)
     sites = recover(captured, detect(captured))
     graph = captured.graph_module.graph
@@ -51,23 +52,31 @@ def lower(
     lines = find_lines(graph, axes, sites.found, world.size)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
+    placement = place(graph, lines)
+
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
+    memory = partial(
+        predict_memory, captured, carries_tokens=placement.is_split, world_size=world.size
+    )
+    outside = memory(layers={})
     layers = choose(
         sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
-        strategy=settings.strategy, fixed_bytes=_parameter_bytes(captured),
+        strategy=settings.strategy, fixed_bytes=outside.whole_bytes,
+        split_bytes=outside.split_bytes,
     )  # fmt: skip
 
-    placement = place(graph, lines)
+    dtypes = {site.dtype for site in sites.found}
     strategies = {layer.site.node: layer.strategy for layer in layers}
     local = rewrite(captured, placement, strategies, group=world.group)
     verify(captured, sites, local)
 
     plan = Plan(
-        world_size=world.size, gpu_memory=settings.gpu_memory, device=device,
+        world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, layers=layers,
         declined=sites.declined, axes=_token_axes(lines), reshardings=local.reshardings,
-        notes=(*profile.notes, *unknown, *_graph_break(captured)),
+        memory=memory(layers={layer.site.node: layer for layer in layers}),
+        notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(captured=captured, plan=plan, local=local, digest=_digest(captured, plan))
 
@@ -96,15 +105,6 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
     if captured.graph_break is None:
         return ()
     return (f"graph break at {captured.graph_break}; split values are gathered there",)
-
-
-def _parameter_bytes(captured: Captured) -> int:
-    nodes = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
-    return sum(
-        n.meta["val"].numel() * n.meta["val"].element_size()
-        for n, is_parameter in zip(nodes, captured.is_parameter, strict=True)
-        if is_parameter
-    )
 
 
 def _token_axes(lines: Lines) -> tuple[TokenAxis, ...]:
