@@ -112,13 +112,7 @@ def test_refused_by_name_or_carried_exactly(name: str) -> None:
         assert "Do: " in text
 
 
-NO_LINE = pytest.mark.xfail(strict=True, reason="raised while tracing, without the node")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=NO_LINE if n == "selective checkpointing" else ()) for n in REFUSED],
-)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_names_the_line(name: str) -> None:
     text = refusal_of(name)
     assert text is None or re.search(r"(constructs|models)\.py:\d+", text), text
@@ -245,17 +239,12 @@ def test_a_mean_over_no_target_is_nan_as_in_torch() -> None:
     assert torch.isnan(ringfx.optimize(model, compiler="eager")(**given))
 
 
-REGION = pytest.mark.xfail(
-    strict=True, reason="values in an autocast region are captured as if it were off"
-)
-
-
 @pytest.mark.parametrize(
     ("dtype", "region"),
     [
         pytest.param(torch.float32, False, id="ambient"),
         pytest.param(torch.bfloat16, False, id="ambient, bfloat16 model"),
-        pytest.param(torch.float32, True, id="inside the model", marks=REGION),
+        pytest.param(torch.float32, True, id="inside the model"),
         pytest.param(torch.bfloat16, True, id="inside the model, bfloat16 model"),
     ],
 )

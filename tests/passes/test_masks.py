@@ -92,16 +92,8 @@ def matrices(program: Captured, q_len: int, kv_len: int) -> list[str]:
     return both
 
 
-FLIPPED = pytest.mark.xfail(
-    strict=True, reason="a comparison of q + k is put the other way round and not turned"
-)
 WHERE = pytest.mark.xfail(strict=True, reason="where(c, a, False) is not read as c and a")
-XFAIL = {
-    ("reversed", "square"): FLIPPED,
-    ("reversed", "more keys"): FLIPPED,
-    ("reversed", "more queries"): FLIPPED,
-    ("window by triu", "square"): WHERE,
-}
+XFAIL = {("window by triu", "square"): WHERE}
 
 
 def examples() -> list[Any]:
@@ -156,7 +148,6 @@ def normal_form(expr: tiles.Expr) -> tiles.Expr:
     return simplify(head, *(normal_form(part) for part in parts))
 
 
-@FLIPPED
 @given(expr=booleans())
 @settings(max_examples=300)
 def test_a_normal_form_says_the_same(expr: tiles.Expr) -> None:
