@@ -58,6 +58,8 @@ class Result:
 
     out: Tensor
     grads: Mapping[str, Tensor] = field(default_factory=dict)
+    largest_lse: float = 0.0
+    """Largest magnitude of any row's logsumexp, where known."""
 
 
 def data(example: Example) -> Data:
@@ -117,6 +119,7 @@ def reference(example: Example) -> Result:
     s = s.masked_fill(empty, 0.0)
     if spec.sinks:
         s = torch.cat([s, inputs[-1][None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    largest_lse = float(s.detach().logsumexp(-1).abs().max())
     p = torch.softmax(s, -1)[..., : spec.kv_len]
     if spec.fully_masked == "zero" or spec.sinks:
         p = p.masked_fill(empty, 0.0)
@@ -124,7 +127,8 @@ def reference(example: Example) -> Result:
     leaves = {"q": q, "k": k, "v": v}
     leaves |= {f"inputs[{i}]": x for i, x in enumerate(inputs) if x.requires_grad}
     grads = torch.autograd.grad(out, list(leaves.values()), found.dout.double())
-    return Result(out=out.detach(), grads=dict(zip(leaves, grads, strict=True)))
+    named = dict(zip(leaves, grads, strict=True))
+    return Result(out=out.detach(), grads=named, largest_lse=largest_lse)
 
 
 def split(x: Tensor, layout: Layout, rank: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 The error of a tensor x is ||x - x64||, with x64 from softmax written out in float64 on the same
 (rounded) data. Norms, not maxima: which of two kernels has the larger worst element is chance.
-Some gradients are zero in theory, and there a kernel may be exact by luck, so one rounding of the
-largest tensor is allowed besides.
+Besides, one rounding of the largest tensor and of the float32 logsumexp is allowed: a tile's
+backward has its weights from the logsumexp, while torch's unsplit attention falls back to storing
+all of them where head dims differ, and then is exact where a row has one key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.layout import LayoutKind
-from ringfx.ops.kernels import MATH, Scores
+from ringfx.ops.kernels import MATH, Scores, accumulation_dtype
 from ringfx.tiles import CAUSAL, H, K, Q, TileIndex, conjunction, evaluate
 from tests.ops.cases import spec
 from tests.ops.oracle import Data, Example, Result, assemble, data, reference, run_all
@@ -124,7 +125,8 @@ def compare(seeds: range, world_size: int, pool: RankPool | None) -> list[str]:
         oracle = reference(example)
         ours = errors(assemble(example, results), oracle)
         theirs = errors(unsplit(example), oracle)
-        rounding = torch.finfo(example.dtype).eps
+        kept_in = torch.finfo(accumulation_dtype(example.dtype))
+        rounding = torch.finfo(example.dtype).eps + kept_in.eps * oracle.largest_lse
         for name, error in ours.items():
             if not error <= 2 * theirs[name] + rounding + 1e-12:
                 wrong.append(f"{example}\n  {name}: {error:.2e}, unsplit {theirs[name]:.2e}")
