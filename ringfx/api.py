@@ -24,6 +24,14 @@ __all__ = ["Optimized", "offline", "optimize", "plan"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
+_NEVER_UNSPLIT = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 4096,
+    "fail_on_recompile_limit_hit": True,
+}
+"""Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
+each, the model would run unsplit from the ninth on. Here it compiles on, and never without a word."""
+
 
 class Optimized:
     """What ``optimize`` adds to a model's class; parameters, names and methods are the model's."""
@@ -32,14 +40,14 @@ class Optimized:
 
     @property
     def plan(self) -> Plan:
-        """The plan of what has run so far.
+        """The plan of the last call.
 
         Raises
         ------
         RingfxError
             Before the first call: the plan depends on the inputs' shapes.
         """
-        plans = self._ringfx_backend.plans
+        plans = self._ringfx_backend.ran
         if not plans:
             raise RingfxError(
                 "this model has not run yet, and its plan depends on the shapes of its inputs. "
@@ -49,14 +57,16 @@ class Optimized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
+        backend.ran.clear()
         try:
-            result = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            with torch._dynamo.config.patch(_NEVER_UNSPLIT):
+                result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, RingfxError):
                 raise failure.inner_exception from None
             raise
-        if backend.plans and not backend.num_sites:
-            raise AttentionNotFound(no_attention_text(backend.plans))
+        if backend.ran and not any(plan.layers for plan in backend.ran):
+            raise AttentionNotFound(no_attention_text(backend.ran))
         return result
 
 

@@ -33,6 +33,8 @@ class Backend:
         self.settings = settings
         self.world = world
         self.plans: list[Plan] = []
+        self.ran: list[Plan] = []
+        """Plans of the programs that the model's current or last call ran."""
         self._announced: set[str] = set()
 
     @property
@@ -51,7 +53,7 @@ class Backend:
         compiled = hand_over(
             lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
         )
-        return Runner(lowered, compiled, extra, self.settings, self.world)
+        return Runner(lowered, compiled, extra, self)
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once what a user should know: graph breaks, gathers, doubts about the profile."""
@@ -74,10 +76,12 @@ class Runner:
         lowered: Lowered,
         compiled: Compiled,
         extra: Sequence[torch.Tensor],
-        settings: Settings,
-        world: World,
+        backend: Backend,
     ) -> None:
+        settings, world = backend.settings, backend.world
         self._compiled = compiled
+        self._plan = lowered.plan
+        self._ran = backend.ran
         self._extra = list(extra)
         self._gather = lowered.captured.graph_break is not None
         self._outputs_form = settings.outputs
@@ -93,6 +97,7 @@ class Runner:
         )
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        self._ran.append(self._plan)
         inputs = tuple(_whole(v) for v in inputs)
         if self._agreement is not None:
             self._agreement.check(inputs)

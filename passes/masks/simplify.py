@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ringfx.tiles import Expr
+from ringfx.tiles import CAUSAL, Expr
 
 __all__ = ["FALSE", "TRUE", "const", "simplify"]
 
@@ -49,24 +49,31 @@ def simplify(head: str, *args: Expr) -> Expr:
     return (head, *args)
 
 
+def _true(e: Expr) -> bool:
+    """Whether it is the constant true; 1.0 equals True in Python and is another constant."""
+    return e[0] == "const" and e[1] is True
+
+
+def _false(e: Expr) -> bool:
+    return e[0] == "const" and e[1] is False
+
+
 def _and(a: Expr, b: Expr) -> Expr | None:
-    if FALSE in (a, b):
+    if _false(a) or _false(b):
         return FALSE
-    if a in (TRUE, b):
-        return _truth(b)
-    return _truth(a) if b == TRUE else None
+    if _true(a) or a == b:
+        return b
+    if _true(b):
+        return a
+    return ("and", b, a) if b == CAUSAL and a != CAUSAL else None  # causal stands first
 
 
 def _or(a: Expr, b: Expr) -> Expr | None:
-    if TRUE in (a, b):
+    if _true(a) or _true(b):
         return TRUE
-    if a in (FALSE, b):
-        return _truth(b)
-    return _truth(a) if b == FALSE else None
-
-
-def _truth(a: Expr) -> Expr:
-    return a
+    if _false(a) or a == b:
+        return b
+    return a if _false(b) else None
 
 
 def _not(a: Expr) -> Expr | None:
@@ -79,18 +86,16 @@ def _not(a: Expr) -> Expr | None:
 
 
 def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
-    if c == TRUE or a == b:
+    if _true(c) or (a == b and type(a[-1]) is type(b[-1])):
         return a
-    if c == FALSE:
+    if _false(c):
         return b
-    if a == TRUE and b == FALSE:
-        return c
-    if a == FALSE and b == TRUE:
-        return simplify("not", c)
-    if b == FALSE and is_boolean(a):
-        return simplify("and", c, a)
-    if a == TRUE and is_boolean(b):
+    if _true(a) and is_boolean(b):
         return simplify("or", c, b)
+    if _false(b) and is_boolean(a):
+        return simplify("and", c, a)
+    if _false(a) and is_boolean(b):
+        return simplify("and", simplify("not", c), b)
     return None
 
 
@@ -104,6 +109,15 @@ def _mul(a: Expr, b: Expr) -> Expr | None:
     if _is(a, 1):
         return b
     return a if _is(b, 1) else None
+
+
+def _bool(a: Expr) -> Expr | None:
+    """A cast to bool is taken inside a choice, so that tril and triu of ones become comparisons."""
+    if is_boolean(a):
+        return a
+    if a[0] == "where":
+        return simplify("where", a[1], simplify("bool", a[2]), simplify("bool", a[3]))
+    return None
 
 
 def _same(if_equal: Expr) -> Callable[[Expr, Expr], Expr | None]:
@@ -121,7 +135,7 @@ _RULES: Mapping[str, Callable[..., Expr | None]] = {
     "eq": _same(TRUE),
     "ne": _same(FALSE),
     "int": lambda a: a if a[0] in ("b", "h", "q", "k", "int") else None,
-    "bool": lambda a: a if is_boolean(a) else None,
+    "bool": lambda a: _bool(a),
     "max": lambda a, b: a if a == b else None,
     "min": lambda a, b: a if a == b else None,
 }

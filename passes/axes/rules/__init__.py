@@ -43,5 +43,6 @@ def find_rule(target: object) -> AxisRule | None:
     """The row for an operator; operators tagged pointwise share one."""
     rule = AXIS_RULES.get(target)
     if rule is None and isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
-        return pointwise.elementwise
+        draws = torch.Tag.nondeterministic_seeded in target.tags
+        return pointwise.random_elementwise if draws else pointwise.elementwise
     return rule

@@ -29,17 +29,23 @@ def broadcast(shape: Sequence[int], result: Sequence[int]) -> Labels:
     return tuple((f"d{i + skipped}",) if size != 1 else () for i, size in enumerate(shape))
 
 
-def dropout(call: Call) -> OpAxes:
-    """The identity when it drops nothing; otherwise one random draw for the whole tensor."""
-    if not call["train"] or call["p"] == 0:
-        return elementwise(call)
-    labels = broadcast(call.result_shape, call.result_shape)
+def random_elementwise(call: Call) -> OpAxes:
+    """One random draw for the whole tensor: every split draws what the unsplit model does."""
+    axes = elementwise(call)
+    tensors = [t for t in (*axes.operands, *axes.results) if t is not None]
+    every = {label for dims in tensors for dim in dims for label in dim}
     return OpAxes(
-        operands=(labels,),
-        results=(labels,),
-        share=shares(whole=[label for dim in labels for label in dim]),
+        operands=axes.operands,
+        results=axes.results,
+        share=shares(whole=sorted(every)),
         reason="its random draws are those of the whole tensor",
     )
+
+
+def dropout(call: Call) -> OpAxes:
+    """The identity when it drops nothing."""
+    identity = not call["train"] or call["p"] == 0
+    return elementwise(call) if identity else random_elementwise(call)
 
 
 _COMPOSITES = (

@@ -1,0 +1,48 @@
+"""What ``ringfx.optimize`` promises at one rank, whatever the model: lengths, plans, identity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ringfx
+
+LENGTHS = range(4, 16)
+"""More than Dynamo's own limit of recompilations (8), after which it would run the model as it is."""
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_every_length_runs_its_own_plan_however_many_there_are() -> None:
+    torch._dynamo.reset()
+    stock = Attention()
+    model = ringfx.optimize(stock, compiler="eager")
+    for length in (*LENGTHS, *LENGTHS):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(model(x), stock(x))
+        assert [axis.length for axis in model.plan.axes] == [length]  # type: ignore[attr-defined]
+        assert len(model.plan.layers) == 1  # type: ignore[attr-defined]
+
+
+def test_the_model_keeps_its_class_names_and_parameters() -> None:
+    stock = Attention()
+    model = ringfx.optimize(stock, compiler="eager")
+    assert isinstance(model, Attention)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert model.qkv.weight is stock.qkv.weight
+
+
+def test_a_plan_is_asked_for_before_the_first_call() -> None:
+    model = ringfx.optimize(Attention(), compiler="eager")
+    with pytest.raises(ringfx.RingfxError, match="has not run yet"):
+        _ = model.plan
