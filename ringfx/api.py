@@ -30,7 +30,7 @@ _NEVER_UNSPLIT = {
     "fail_on_recompile_limit_hit": True,
 }
 """Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
-each, the model would run unsplit from the ninth on. Here it compiles on, and never without a word."""
+each, the model would run unsplit from the ninth on. Here it compiles on, or says why not."""
 
 
 class Optimized:

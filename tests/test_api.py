@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 import ringfx
 
 LENGTHS = range(4, 16)
-"""More than Dynamo's own limit of recompilations (8), after which it would run the model as it is."""
+"""More than Dynamo's own limit of recompilations (8), after which it runs a model as it is."""
 
 
 class Attention(nn.Module):
@@ -26,12 +28,12 @@ class Attention(nn.Module):
 def test_every_length_runs_its_own_plan_however_many_there_are() -> None:
     torch._dynamo.reset()
     stock = Attention()
-    model = ringfx.optimize(stock, compiler="eager")
+    model: Any = ringfx.optimize(stock, compiler="eager")
     for length in (*LENGTHS, *LENGTHS):
         x = torch.randn(2, length, 16)
         torch.testing.assert_close(model(x), stock(x))
-        assert [axis.length for axis in model.plan.axes] == [length]  # type: ignore[attr-defined]
-        assert len(model.plan.layers) == 1  # type: ignore[attr-defined]
+        assert [axis.length for axis in model.plan.axes] == [length]
+        assert len(model.plan.layers) == 1
 
 
 def test_the_model_keeps_its_class_names_and_parameters() -> None:
@@ -43,6 +45,6 @@ def test_the_model_keeps_its_class_names_and_parameters() -> None:
 
 
 def test_a_plan_is_asked_for_before_the_first_call() -> None:
-    model = ringfx.optimize(Attention(), compiler="eager")
+    model: Any = ringfx.optimize(Attention(), compiler="eager")
     with pytest.raises(ringfx.RingfxError, match="has not run yet"):
         _ = model.plan

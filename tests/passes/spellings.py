@@ -115,7 +115,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     ),
     "chunks, causal": Spelling(
         lambda q, k: (rows(q) // 4 == columns(k) // 4) & (columns(k) <= rows(q)),
-        "chunks of 4, causal",
+        "causal, chunks of 4",
     ),
     "prefix": Spelling(
         lambda q, k: (columns(k) <= rows(q)) | (columns(k) < 5), "causal or first 5 keys"
@@ -129,7 +129,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     ),
     "documents, causal": Spelling(
         lambda q, k, starts: same_document(starts) & (columns(k) <= rows(q)),
-        "packed documents, causal",
+        "causal, packed documents",
         documents,
         square=True,
     ),
@@ -174,7 +174,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     ),
     "a matrix": Spelling(lambda q, k, given: given, "a mask given as input", matrix),
     "a matrix, causal": Spelling(
-        lambda q, k, given: given & (columns(k) <= rows(q)), "a mask given as input, causal", matrix
+        lambda q, k, given: given & (columns(k) <= rows(q)), "causal, a mask given as input", matrix
     ),
     "times -1e9": Spelling(
         lambda q, k: (1.0 - (columns(k) <= rows(q)).float()) * -1e9, "full, bias"
