@@ -56,12 +56,12 @@ class Backend:
         return Runner(lowered, compiled, extra, self)
 
     def _announce(self, lowered: Lowered) -> None:
-        """Say once what a user should know: graph breaks, gathers, doubts about the profile."""
+        """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
         loud = [n for n in lowered.plan.notes if n.startswith("graph break")]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind == "gather"]
         for text in loud:
             if text not in self._announced:
-                log.log(logging.WARNING if self.world.rank == 0 else logging.DEBUG, text)
+                log.warning(text)
         for note in lowered.plan.notes:
             if note not in self._announced:
                 log.info(note)
