@@ -171,11 +171,11 @@ def _comparison(head: str, a: Expr, b: Expr) -> Expr:
     if (q, k) == (0, 1):
         return ("lt", ("k",), const(1 - c))
     if (q, k) == (0, -1):
-        return ("ge", ("k",), const(c))
+        return ("ge", ("k",), const(c)) if c > 0 else TRUE  # positions are never negative
     if (q, k) == (1, 0):
         return ("lt", ("q",), const(1 - c))
     if (q, k) == (-1, 0):
-        return ("ge", ("q",), const(c))
+        return ("ge", ("q",), const(c)) if c > 0 else TRUE
     return plain
 
 
