@@ -140,19 +140,8 @@ class _Gather(torch.autograd.Function):
         return mine, None, None, None, None, None, None, None, None
 
 
-class _GatherShared(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        index: torch.Tensor,
-        order: torch.Tensor,
-        valid: torch.Tensor,
-        *where: Any,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(index, valid)
-        ctx.where = where
-        return gather_plain(x, order, *where)
+class _GatherShared(_Gather):
+    """The same forward; the gradients of all ranks are parts of a sum."""
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
