@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -14,21 +13,18 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.detect import Candidate, Detected
 from ringfx.passes.detect.find import decline
-from ringfx.passes.masks.lift import Index, Lifter
-from ringfx.passes.masks.simplify import FALSE, TRUE, const, simplify
+from ringfx.passes.masks.additive import Mask, split_additive
+from ringfx.passes.masks.documents import in_positions
+from ringfx.passes.masks.lift import Index, Lifter, Lifters, renumbered
+from ringfx.passes.masks.simplify import TRUE
+from ringfx.passes.masks.structure import first_of_equals
 from ringfx.passes.values import AttentionSite, Captured, Declined, Sites
 from ringfx.spec import AttentionSpec
-from ringfx.tiles import Expr
+from ringfx.tiles import Box
 
 __all__ = ["recover"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mask:
-    keep: Expr | None
-    bias: Expr | None
 
 
 def recover(captured: Captured, detected: Detected) -> Sites:
@@ -39,8 +35,10 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     """
     found: list[AttentionSite] = []
     declined = list(detected.declined)
+    graph = captured.graph_module.graph
+    lifters = Lifters(first_of_equals(graph))
     for candidate in detected.candidates:
-        answer = _canonicalize(captured.graph_module.graph, candidate)
+        answer = _canonicalize(graph, candidate, lifters.of(_box(candidate)))
         if isinstance(answer, Declined):
             declined.append(answer)
         else:
@@ -49,38 +47,55 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     return Sites(found=tuple(found), declined=tuple(declined))
 
 
-def _canonicalize(graph: torch.fx.Graph, candidate: Candidate) -> AttentionSite | Declined:
-    lifter = Lifter()
+def _canonicalize(
+    graph: torch.fx.Graph, candidate: Candidate, lifter: Lifter
+) -> AttentionSite | Declined:
     mask = _mask(candidate, lifter)
-    learned = [n.name for n in lifter.captured if needs_grad(n)]
+    (keep, bias), captured = renumbered((mask.keep, mask.bias), lifter.captured)
+    learned = [n.name for n in captured if needs_grad(n)]
     if learned:
         return decline(
             candidate.node, f"its bias {learned[0]} is learned; no ring carries that yet"
         )
+    q_len, kv_len = _lengths(candidate)
     spec = AttentionSpec(
         scale=candidate.scale,
-        q_len=int(candidate.q.meta["val"].shape[-2]),
-        kv_len=int(candidate.k.meta["val"].shape[-2]),
-        keep=mask.keep,
-        bias=mask.bias,
+        q_len=q_len,
+        kv_len=kv_len,
+        keep=keep,
+        bias=bias,
         dropout=candidate.dropout,
+        fully_masked=mask.fully_masked,
     )
-    node = _replace(graph, candidate, lifter.captured, spec)
+    node = _replace(graph, candidate, captured, spec)
     return _site(candidate, node, spec)
 
 
+def _lengths(candidate: Candidate) -> tuple[int, int]:
+    return int(candidate.q.meta["val"].shape[-2]), int(candidate.k.meta["val"].shape[-2])
+
+
+def _box(candidate: Candidate) -> Box:
+    """The ranges of the score tensor's indices."""
+    shape = candidate.q.meta["val"].shape
+    q_len, kv_len = _lengths(candidate)
+    batch = max(int(x.meta["val"].shape[0]) for x in (candidate.q, candidate.k, candidate.v))
+    heads = int(shape[1]) if len(shape) == 4 else 1
+    return Box(b=(0, max(batch, 1)), h=(0, heads), q=(0, q_len), k=(0, kv_len))
+
+
 def _mask(candidate: Candidate, lifter: Lifter) -> Mask:
-    keep: Expr | None = None
-    bias: Expr | None = None
+    mask = Mask()
     if candidate.mask is not None:
         lifted = lifter.aligned(candidate.mask, _index_of(candidate))
         if candidate.mask.meta["val"].dtype == torch.bool:
-            keep = lifted
+            mask = Mask(keep=lifted)
         else:
-            keep, bias = _split_additive(lifted)
+            mask = split_additive(lifted, lifter.make, *_lengths(candidate))
+    keep = in_positions(mask.keep, lifter.captured, lifter.same)
     if candidate.is_causal:
         keep = tiles.conjunction(keep, tiles.CAUSAL)
-    return Mask(keep=None if keep == TRUE else keep, bias=bias)
+    return replace(mask, keep=None if keep == TRUE else keep)
 
 
 def _index_of(candidate: Candidate) -> Index:
@@ -89,47 +104,6 @@ def _index_of(candidate: Candidate) -> Index:
     if rank == 3:
         return (("b",), ("q",), ("k",))
     return (("b",), ("h",), ("q",), ("k",))
-
-
-def _split_additive(expr: Expr) -> tuple[Expr | None, Expr | None]:
-    """An additive mask as (kept, added): terms that are 0 or -inf only say what is kept."""
-    keeps: list[Expr] = []
-    added: list[Expr] = []
-    for term in _terms(expr):
-        kept = _zero_or_minus_inf(term)
-        if kept is not None:
-            keeps.append(kept)
-        elif term != const(0.0):
-            added.append(term)
-    bias = None
-    for term in added:
-        bias = term if bias is None else simplify("add", bias, term)
-    return tiles.conjunction(*(k for k in keeps if k != TRUE)), bias
-
-
-def _terms(expr: Expr) -> list[Expr]:
-    if expr[0] in ("float", "double") and expr[1][0] in ("where", "add"):
-        return _terms(expr[1])
-    if expr[0] != "add":
-        return [expr]
-    return _terms(expr[1]) + _terms(expr[2])
-
-
-def _zero_or_minus_inf(term: Expr) -> Expr | None:
-    """What is kept by a term that is 0 where kept and -inf elsewhere."""
-    if term == const(0.0):
-        return TRUE
-    if term == const(-math.inf):
-        return FALSE
-    if term[0] != "where":
-        return None
-    _, condition, yes, no = term
-    left, right = _zero_or_minus_inf(yes), _zero_or_minus_inf(no)
-    if left is None or right is None:
-        return None
-    inside = simplify("and", condition, left)
-    outside = simplify("and", simplify("not", condition), right)
-    return simplify("or", inside, outside)
 
 
 def _replace(

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ringfx.tiles import CAUSAL, Expr
 
-__all__ = ["FALSE", "TRUE", "const", "simplify"]
+__all__ = [
+    "COMPARISONS",
+    "FALSE",
+    "TRUE",
+    "const",
+    "is_boolean",
+    "is_choice",
+    "leaves",
+    "on_leaves",
+    "simplify",
+]
 
 TRUE: Expr = ("const", True)
 FALSE: Expr = ("const", False)
+
+COMPARISONS = frozenset({"le", "lt", "ge", "gt", "eq", "ne"})
+MOST_LEAVES = 8
 
 _FOLD: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg,
@@ -25,6 +39,7 @@ _FOLD: Mapping[str, Callable[..., Any]] = {
     "where": lambda c, a, b: a if c else b,
 }  # fmt: skip
 
+_PUSHED = frozenset(_FOLD) - {"where"}
 _FLIPPED = {"ge": "le", "gt": "lt"}
 _NEGATED = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}
 
@@ -36,10 +51,12 @@ def const(value: Any) -> Expr:
 def simplify(head: str, *args: Expr) -> Expr:
     """The expression ``(head, *args)`` in normal form; the arguments already are."""
     if head in _FOLD and all(a[0] == "const" for a in args):
-        values = [a[1] for a in args]
-        divides = head in ("floordiv", "mod", "div")
-        if not (divides and values[1] == 0):
-            return const(_FOLD[head](*values))
+        folded = _folded(head, [a[1] for a in args])
+        if folded is not None:
+            return folded
+    pushed = _into_choices(head, args)
+    if pushed is not None:
+        return pushed
     rule = _RULES.get(head)
     result = rule(*args) if rule else None
     if result is not None:
@@ -47,6 +64,62 @@ def simplify(head: str, *args: Expr) -> Expr:
     if head in ("le", "lt", "ge", "gt"):
         return _comparison(head, *args)
     return (head, *args)
+
+
+def _folded(head: str, values: list[Any]) -> Expr | None:
+    """The constant, unless float32 arithmetic on a tile would round it."""
+    if head in ("floordiv", "mod", "div") and values[1] == 0:
+        return None
+    try:
+        result = _FOLD[head](*values)
+        if head not in COMPARISONS and any(isinstance(v, float) for v in (*values, result)):
+            narrow = _single(_FOLD[head](*map(_single, values)))
+            if not (result == narrow or (result != result and narrow != narrow)):
+                return None
+    except (OverflowError, ValueError):
+        return None
+    return const(result)
+
+
+def _single(value: Any) -> Any:
+    """The nearest float32; what float32 cannot hold at all belongs to float64."""
+    if not isinstance(value, float):
+        return value
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return value
+
+
+def is_choice(e: Expr) -> bool:
+    """Whether it is a constant, or chosen among constants."""
+    return e[0] == "const" or (e[0] == "where" and is_choice(e[2]) and is_choice(e[3]))
+
+
+def leaves(e: Expr) -> tuple[Expr, ...]:
+    """The constants that a choice chooses among."""
+    return (e,) if e[0] == "const" else (*leaves(e[2]), *leaves(e[3]))
+
+
+def on_leaves(change: Callable[[Expr], Expr], e: Expr) -> Expr:
+    """The choice among changed constants."""
+    if e[0] == "const":
+        return change(e)
+    return simplify("where", e[1], on_leaves(change, e[2]), on_leaves(change, e[3]))
+
+
+def _into_choices(head: str, args: Sequence[Expr]) -> Expr | None:
+    """An operator on choices among constants is a choice: ``(1 - where(c, 1, 0)) * -1e9``."""
+    if head not in _PUSHED or all(a[0] == "const" for a in args) or not all(map(is_choice, args)):
+        return None
+    if math.prod(len(leaves(a)) for a in args) > MOST_LEAVES:
+        return None
+    at = next(i for i, a in enumerate(args) if a[0] == "where")
+    _, condition, yes, no = args[at]
+    parts = [simplify(head, *args[:at], part, *args[at + 1 :]) for part in (yes, no)]
+    if not all(map(is_choice, parts)):
+        return None
+    return simplify("where", condition, *parts)
 
 
 def _true(e: Expr) -> bool:
@@ -96,6 +169,12 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
         return simplify("and", c, a)
     if _false(a) and is_boolean(b):
         return simplify("and", simplify("not", c), b)
+    if _true(b) and is_boolean(a):
+        return simplify("or", simplify("not", c), a)
+    if a[0] == "where" and a[1] == c:
+        return simplify("where", c, a[2], b)
+    if b[0] == "where" and b[1] == c:
+        return simplify("where", c, a, b[3])
     return None
 
 
@@ -120,6 +199,15 @@ def _bool(a: Expr) -> Expr | None:
     return None
 
 
+def _number(one: Any, zero: Any) -> Callable[[Expr], Expr | None]:
+    """A cast of a boolean to numbers is a choice."""
+    return lambda a: simplify("where", a, const(one), const(zero)) if is_boolean(a) else None
+
+
+def _int(a: Expr) -> Expr | None:
+    return a if a[0] in ("b", "h", "q", "k", "int") else _number(1, 0)(a)
+
+
 def _same(if_equal: Expr) -> Callable[[Expr, Expr], Expr | None]:
     return lambda a, b: if_equal if a == b else None
 
@@ -134,7 +222,9 @@ _RULES: Mapping[str, Callable[..., Expr | None]] = {
     "mul": _mul,
     "eq": _same(TRUE),
     "ne": _same(FALSE),
-    "int": lambda a: a if a[0] in ("b", "h", "q", "k", "int") else None,
+    "int": _int,
+    "float": _number(1.0, 0.0),
+    "double": _number(1.0, 0.0),
     "bool": lambda a: _bool(a),
     "max": lambda a, b: a if a == b else None,
     "min": lambda a, b: a if a == b else None,

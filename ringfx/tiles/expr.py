@@ -17,6 +17,7 @@ printed, written as JSON and sent as the argument of an operator:
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -46,41 +47,84 @@ K: Expr = ("k",)
 CAUSAL: Expr = ("le", K, Q)
 LEAVES = frozenset({"b", "h", "q", "k", "const", "at"})
 
-TILE_OPS: Mapping[str, Callable[..., torch.Tensor]] = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.true_divide,
-    "floordiv": torch.floor_divide,
-    "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
-    "mod": torch.remainder,
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "tanh": torch.tanh,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "pow": torch.pow,
-    "le": torch.le,
-    "lt": torch.lt,
-    "ge": torch.ge,
-    "gt": torch.gt,
-    "eq": torch.eq,
-    "ne": torch.ne,
-    "and": torch.logical_and,
-    "or": torch.logical_or,
-    "xor": torch.logical_xor,
-    "not": torch.logical_not,
-    "where": torch.where,
-    "int": lambda a: a.to(torch.int64),
-    "float": lambda a: a.to(torch.float32),
-    "double": lambda a: a.to(torch.float64),
-    "half": lambda a: a.to(torch.float16),
-    "bfloat16": lambda a: a.to(torch.bfloat16),
-    "bool": lambda a: a.to(torch.bool),
+
+def _on_tensors(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """For operations that take no Python numbers."""
+    return lambda *args: operation(*(torch.as_tensor(a) for a in args))
+
+
+def _cast(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda a: torch.as_tensor(a).to(dtype)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    if not isinstance(b, torch.Tensor):
+        return torch.clamp(torch.as_tensor(a), max=b)
+    return torch.minimum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, max=a)
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    if not isinstance(b, torch.Tensor):
+        return torch.clamp(torch.as_tensor(a), min=b)
+    return torch.maximum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, min=a)
+
+
+TILE_OPS: Mapping[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "floordiv": operator.floordiv,
+    "truncdiv": lambda a, b: torch.div(torch.as_tensor(a), b, rounding_mode="trunc"),
+    "mod": operator.mod,
+    "fmod": lambda a, b: torch.fmod(torch.as_tensor(a), b),
+    "neg": operator.neg,
+    "abs": abs,
+    "pow": operator.pow,
+    "min": _minimum,
+    "max": _maximum,
+    "le": operator.le,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "and": _on_tensors(torch.logical_and),
+    "or": _on_tensors(torch.logical_or),
+    "xor": _on_tensors(torch.logical_xor),
+    "not": _on_tensors(torch.logical_not),
+    "bitand": _on_tensors(torch.bitwise_and),
+    "bitor": _on_tensors(torch.bitwise_or),
+    "bitxor": _on_tensors(torch.bitwise_xor),
+    "where": lambda c, a, b: torch.where(torch.as_tensor(c), a, b),
+    "exp": _on_tensors(torch.exp),
+    "log": _on_tensors(torch.log),
+    "log2": _on_tensors(torch.log2),
+    "log1p": _on_tensors(torch.log1p),
+    "sqrt": _on_tensors(torch.sqrt),
+    "rsqrt": _on_tensors(torch.rsqrt),
+    "reciprocal": _on_tensors(torch.reciprocal),
+    "tanh": _on_tensors(torch.tanh),
+    "sigmoid": _on_tensors(torch.sigmoid),
+    "softplus": _on_tensors(torch.nn.functional.softplus),
+    "relu": _on_tensors(torch.relu),
+    "sin": _on_tensors(torch.sin),
+    "cos": _on_tensors(torch.cos),
+    "sign": _on_tensors(torch.sign),
+    "floor": _on_tensors(torch.floor),
+    "ceil": _on_tensors(torch.ceil),
+    "round": _on_tensors(torch.round),
+    "trunc": _on_tensors(torch.trunc),
+    "isinf": _on_tensors(torch.isinf),
+    "isnan": _on_tensors(torch.isnan),
+    "int": _cast(torch.int64),
+    "float": _cast(torch.float32),
+    "double": _cast(torch.float64),
+    "half": _cast(torch.float16),
+    "bfloat16": _cast(torch.bfloat16),
+    "bool": _cast(torch.bool),
 }
+"""What each operator computes; operands are tensors, or Python numbers with a number's types."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +146,20 @@ class TileIndex:
 
 def evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The expression's values on one tile, broadcastable to [B, H, Q, K]."""
+    return torch.as_tensor(_evaluate(expr, index, inputs), device=index.q.device)
+
+
+def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> Any:
+    """A constant stays a Python number: as in a model's code, it decides no type."""
     head, *args = expr
     if head in ("b", "h", "q", "k"):
         return index.broadcast(head)
     if head == "const":
-        return torch.as_tensor(args[0], device=index.q.device)
+        return args[0]
     if head == "at":
-        places = [evaluate(e, index, inputs) for e in args[1:]]
+        places = [_evaluate(e, index, inputs) for e in args[1:]]
         return inputs[args[0]][tuple(places)]
-    return TILE_OPS[head](*(evaluate(e, index, inputs) for e in args))
+    return TILE_OPS[head](*(_evaluate(e, index, inputs) for e in args))
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

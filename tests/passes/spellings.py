@@ -149,7 +149,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     ),
     "padding and causal, both additive": Spelling(
         lambda q, k, kept: additive(kept[:, None, None, :]) + additive(columns(k) <= rows(q)),
-        "key padding, causal",
+        "causal, key padding",
         padding,
     ),
     "padding of queries and keys": Spelling(
@@ -177,7 +177,7 @@ SPELLINGS: Mapping[str, Spelling] = {
         lambda q, k, given: given & (columns(k) <= rows(q)), "causal, a mask given as input", matrix
     ),
     "times -1e9": Spelling(
-        lambda q, k: (1.0 - (columns(k) <= rows(q)).float()) * -1e9, "full, bias"
+        lambda q, k: (1.0 - (columns(k) <= rows(q)).float()) * -1e9, "causal"
     ),
     "times finfo.min": Spelling(
         lambda q, k, kept: (1.0 - kept[:, None, None, :].float()) * torch.finfo(torch.float32).min,
