@@ -32,6 +32,11 @@ class Captured:
     """One readable name for each placeholder: a parameter's path or an argument's name."""
     is_parameter: tuple[bool, ...]
     needs_grad: tuple[bool, ...]
+    writes: tuple[int, ...] = ()
+    """Inputs (buffers, mostly) that the user's program writes: their new values are the program's
+    last results, and are copied into the user's tensors after each run."""
+    returned: Mapping[int, int] = field(default_factory=dict)
+    """Results that are a written input itself: index of the result -> index of the input."""
     graph_break: str | None = None
     """The user frame that broke the graph after this program, if one did."""
 

@@ -83,6 +83,8 @@ class Runner:
         self._plan = lowered.plan
         self._ran = backend.ran
         self._extra = list(extra)
+        self._writes = lowered.captured.writes
+        self._returned = lowered.captured.returned
         self._gather = lowered.captured.graph_break is not None
         self._outputs_form = settings.outputs
         self._specs = [
@@ -101,8 +103,25 @@ class Runner:
         inputs = tuple(_whole(v) for v in inputs)
         if self._agreement is not None:
             self._agreement.check(inputs)
-        results = self._compiled(*inputs, *self._extra)
-        return [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
+        results = self._compiled(*self._kept(inputs), *self._extra)
+        finished = [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
+        return self._write(inputs, finished)
+
+    def _kept(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs, and copies of those that are written later: backward may need the old."""
+        if not torch.is_grad_enabled():
+            return list(inputs)
+        return [x.clone() if i in self._writes else x for i, x in enumerate(inputs)]
+
+    def _write(self, inputs: Sequence[Any], results: list[Any]) -> list[Any]:
+        """Copy new values into the user's tensors, and return those where the user does."""
+        given = len(results) - len(self._writes)
+        for i, value in zip(self._writes, results[given:], strict=True):
+            inputs[i].copy_(value)
+        return [
+            inputs[self._returned[i]] if i in self._returned else result
+            for i, result in enumerate(results[:given])
+        ]
 
     def _finish(self, result: Any, spec: SplitSpec | None) -> Any:
         if spec is None:

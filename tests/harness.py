@@ -1,8 +1,8 @@
 """Compares a model under ringfx with the unsplit original, on every rank.
 
 The oracle is the stock model in eager mode, run whole on each rank, in float32 or float64. What is
-compared: every output tensor, the loss, and the gradient of *every* parameter (and of inputs that
-require one). A gradient g agrees with the oracle's g* to
+compared: every output tensor, buffers and inputs as the call left them, the loss, and the gradient
+of *every* parameter (and of inputs that require one). A gradient g agrees with the oracle's g* to
 
     max|g - g*|  <=  tolerance * max(max|g*|, 1e-4 * G),    G = the largest max|g*| of any parameter
 
@@ -250,7 +250,8 @@ def _outcome(case: Case, call: nn.Module, owner: nn.Module, inputs: Any) -> _Out
         if case.backward:
             assert loss is not None, "the output has no loss and the case gives no loss function"
             loss.backward()
-    return _Outcome(_touched(output), _plain(loss), _gradients(owner, leaves))
+    outputs = _touched(output) | _written(owner, leaves)
+    return _Outcome(outputs, _plain(loss), _gradients(owner, leaves))
 
 
 def _fresh_leaves(inputs: Any) -> Any:
@@ -288,6 +289,15 @@ def _touched(output: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found[f"output{pytree.keystr(path)}"] = _plain(value)  # type: ignore[assignment]
     return found
+
+
+def _written(owner: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+    """Buffers and inputs as the call left them: a model may write into both."""
+    found = {f"buffer {name}": value for name, value in owner.named_buffers()}
+    for path, value in pytree.tree_leaves_with_path(inputs):
+        if isinstance(value, torch.Tensor):
+            found[f"input{pytree.keystr(path)}"] = value
+    return {name: _plain(value) for name, value in found.items()}  # type: ignore[misc]
 
 
 def _plain(value: torch.Tensor | None) -> torch.Tensor | None:

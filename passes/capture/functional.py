@@ -1,104 +1,470 @@
-"""In-place operators become functional ones, so that a value never changes after it was made."""
+"""In-place operators become functional ones, so that a value never changes after it was made.
+
+One walk copies the program. A write makes a new value; if what is written is a view, the new value
+is put back into its base (``aliases.py``), and every other view of that base that is still read is
+made again. New values of inputs and buffers become further results of the program, which the
+runner copies into the user's tensors once the program has run.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 
 from ringfx.errors import CaptureRefused
+from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, storage_of
+from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
 
-__all__ = ["functionalize"]
+__all__ = ["Functional", "functionalize"]
+
+aten = torch.ops.aten
+_ADVICE = "Do: use the out-of-place form (x = x + y instead of x += y)."
 
 
-def functionalize(gm: torch.fx.GraphModule) -> None:
-    """Replace each in-place operator on a value that nothing else aliases.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Functional:
+    """A program without in-place operators."""
+
+    graph_module: GraphModule
+    writes: tuple[int, ...] = ()
+    """Inputs whose new values are the last results of the program."""
+    returned: Mapping[int, int] = field(default_factory=dict)
+    """Results that are the written input itself: result -> input."""
+
+
+def functionalize(gm: GraphModule, mode: FakeTensorMode, inputs_need: Sequence[bool]) -> Functional:
+    """The same program with every write made a value.
 
     Raises
     ------
     CaptureRefused
-        When the written value is an input, a buffer, or shares memory with another live value.
+        For a write whose meaning, or gradient, the functional form would not keep.
     """
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            _replace(gm, node, order)
-    gm.graph.lint()
+    if not any(_mutates(node) or node.op == "get_attr" for node in gm.graph.nodes):
+        return Functional(graph_module=gm)
+    return _Functionalizer(gm, mode, inputs_need).run()
 
 
-def _replace(
-    gm: torch.fx.GraphModule, node: torch.fx.Node, order: dict[torch.fx.Node, int]
-) -> None:
-    written = node.args[0]
-    functional = _functional_counterpart(node.target)
-    if functional is None or not isinstance(written, torch.fx.Node):
-        _refuse(node, "it has no functional counterpart")
-        return
-    if written.op in ("placeholder", "get_attr"):
-        _refuse(node, f"it writes into {written.name}, an input or buffer of the model")
-    shared = [n.name for n in _aliases(written) if _used_after(n, node, order)]
-    if shared:
-        _refuse(node, f"what it writes into is also seen through {', '.join(shared)}")
-    node.target = functional
-    later = [u for u in written.users if u is not node and order.get(u, -1) > order[node]]
-    for user in later:
-        user.replace_input_with(written, node)
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _functional_counterpart(op: object) -> OpOverload | None:
-    assert isinstance(op, OpOverload), op
-    packet_name = op._schema.name.split("::")[1]
-    namespace = op.namespace
-    if not packet_name.endswith("_"):
-        return None
-    packet = getattr(getattr(torch.ops, namespace), packet_name.rstrip("_"), None)
-    found: OpOverload | None = getattr(packet, op._overloadname, None) if packet else None
-    return found
+class _Functionalizer:
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode, inputs_need: Sequence[bool]) -> None:
+        self.gm = gm
+        self.mode = mode
+        self.inputs_need = inputs_need
+        self.graph = Graph()
+        self.plain: dict[Node, Node] = {}
+        """What stands for a value that is no tensor (a list of views, a context)."""
+        self.aliases: dict[Node, Alias] = {}
+        self.by_storage: dict[int, list[Alias]] = {}
+        self.written: list[Alias] = []
+        """Bases that were written, in the order of their first write."""
+        self.grad_enabled = torch.is_grad_enabled()
+        self.last_use = _last_uses(gm.graph)
+        self.time = 0
+        self.now: Node
 
+    def run(self) -> Functional:
+        inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        need = dict(zip(inputs, self.inputs_need, strict=True))
+        for time, node in enumerate(self.gm.graph.nodes):
+            self.time, self.now = time, node
+            if node.op == "output":
+                writes, returned = self._output(node, inputs)
+                break
+            if _mutates(node):
+                self._write(node)
+            else:
+                self._keep(node, need.get(node, False))
+        made = GraphModule(self.gm, self.graph)
+        made.graph.lint()
+        return Functional(graph_module=made, writes=writes, returned=returned)
 
-def _views_of(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Users of the node whose result may share its memory."""
-    return [
-        user
-        for user in node.users
-        if isinstance(user.target, OpOverload)
-        and any(
-            r.alias_info is not None and not r.alias_info.is_write
-            for r in user.target._schema.returns
+    # --- values that are read -----------------------------------------------------------------
+
+    def _current(self, node: Node) -> Node:
+        alias = self.aliases.get(node)
+        return self.plain[node] if alias is None else alias.current
+
+    def _keep(self, node: Node, need: bool) -> None:
+        if node.target is torch._C._set_grad_enabled:
+            self.grad_enabled = bool(node.args[0])
+        new = self._copy(node)
+        if node.op == "placeholder":
+            mark(new, need and self.grad_enabled)
+        storage = storage_of(node.meta.get("val"))
+        if storage is None:
+            self.plain[node] = new
+        else:
+            self._adopt(node, new, storage)
+
+    def _copy(self, node: Node, base: Alias | None = None) -> Node:
+        """The call in the new program; where it is a view, of what ``base`` holds now."""
+
+        def current(n: Node) -> Node:
+            shares = base is not None and n in self.aliases and _shares(n, base.made_by)
+            return base.current if shares and base is not None else self._current(n)
+
+        new = self.graph.node_copy(node, current)
+        if new.target is aten.view.default:  # a new value may have other strides
+            new.target = aten.reshape.default
+        mark(new, self.grad_enabled)
+        return new
+
+    def _adopt(self, node: Node, new: Node, storage: int) -> None:
+        """Note a tensor and what it shares memory with."""
+        known = self.by_storage.setdefault(storage, [])
+        parent = self._parent(node, storage)
+        if known and parent is None:
+            parent = next((a for a in known if _same(a.made_by, node)), None)
+        constant = node.op == "get_attr"  # x.data is traced as a constant of x's memory
+        alias = Alias(
+            current=parent.current if constant and parent is not None else new,
+            made_by=node,
+            parent=parent,
+            detached=constant or node.target is aten.detach.default or not self.grad_enabled,
+            last_use=self.last_use[node],
         )
-        and user.args
-        and user.args[0] is node
-    ]
+        if parent is not None:
+            parent.children.append(alias)
+        known.append(alias)
+        self.aliases[node] = alias
+
+    def _parent(self, node: Node, storage: int) -> Alias | None:
+        """The operand that a view is a view of; for a part of a split, the operand of the split."""
+        sources = list(node.all_input_nodes)
+        if node.target is operator.getitem and sources[0] not in self.aliases:
+            sources = list(sources[0].all_input_nodes)
+        for source in sources:
+            if source in self.aliases and storage_of(source.meta["val"]) == storage:
+                return self.aliases[source]
+        return None
+
+    # --- writes -------------------------------------------------------------------------------
+
+    def _write(self, node: Node) -> None:
+        op = node.target
+        assert isinstance(op, OpOverload)
+        if torch.Tag.inplace_view in op.tags:
+            self._change_shape(node)
+            return
+        targets = _written(node)
+        if any(t not in self.aliases for t in targets):
+            self._refuse("what it writes into cannot be followed")
+        values = self._values(node, targets)
+        for target, value in zip(targets, values, strict=True):
+            self._assign(self.aliases[target], self._fitted(target, value))
+        self._bind_results(node, targets)
+
+    def _values(self, node: Node, targets: list[Node]) -> list[Node]:
+        """The new value of each written operand."""
+        special = _SPECIAL.get(node.target)
+        if special is not None:
+            made = special(self, node)
+            if made is not None:
+                return [made]
+        op = functional_overload(node.target)  # type: ignore[arg-type]
+        if op is None:
+            self._refuse("it has no functional counterpart")
+        assert op is not None
+        args, kwargs = _arguments_for(op, node)
+        args, kwargs = torch.fx.node.map_arg((args, kwargs), self._current)
+        new = self.emit(op, *args, **kwargs)
+        if len(op._schema.returns) == 1:
+            return [new]
+        return [self.emit(operator.getitem, new, i) for i in range(len(targets))]
+
+    def _fitted(self, target: Node, value: Node) -> Node:
+        """Of the type and shape that the written tensor has and keeps."""
+        old, new = target.meta["val"], value.meta["val"]
+        if new.shape != old.shape:
+            self._refuse(f"it would change a shape from {tuple(old.shape)} to {tuple(new.shape)}")
+        # Under autocast a value's type is only known when the program runs.
+        if new.dtype != old.dtype or (old.is_floating_point() and _autocast_matters(self.now)):
+            return self.emit(aten.to.dtype, value, old.dtype)
+        return value
+
+    def _assign(self, alias: Alias, value: Node) -> None:
+        self._check(alias)
+        while alias.parent is not None:
+            value = put(self.emit, alias, value)
+            alias = alias.parent
+        alias.current = value
+        if alias not in self.written:
+            self.written.append(alias)
+        self._show(alias)
+
+    def _check(self, alias: Alias) -> None:
+        """Raise where a functional form would lose meaning."""
+        root, here = alias.root, alias.made_by
+        bases = [a for a in self.by_storage[storage_of(here.meta["val"])] if a.parent is None]  # type: ignore[index]
+        if len(bases) > 1:
+            names = ", ".join(a.made_by.name for a in bases)
+            self._refuse(f"the program was given the memory it writes into twice ({names})")
+        if root.made_by.op == "get_attr":
+            self._refuse("it writes into a constant of the program")
+        tracked = needs_grad(root.current)
+        if tracked and not self.grad_enabled:
+            self._refuse(
+                "it writes without gradients into a value that has one: later uses would have to "
+                "pass the gradient of what was overwritten"
+            )
+        while alias.parent is not None:
+            if tracked and alias.detached:
+                self._refuse("it writes through a detached view of a value that has a gradient")
+            if not can_put(alias):
+                self._refuse(f"it writes through {alias.made_by.target}, which has no inverse")
+            alias = alias.parent
+
+    def _show(self, alias: Alias) -> None:
+        """Make the views of a new value again, as far as somebody still reads them."""
+        for child in alias.children:
+            if not child.needed_after(self.time):
+                continue
+            child.current = self._again(child)
+            if child.detached and needs_grad(child.current):
+                child.current = self.emit(aten.detach.default, child.current)
+            self._show(child)
+
+    def _again(self, alias: Alias) -> Node:
+        assert alias.parent is not None
+        made_by, base = alias.made_by, alias.parent.made_by
+        if made_by.op != "call_function" or same_elements(base.meta["val"], made_by.meta["val"]):
+            return alias.parent.current
+        if made_by.target is operator.getitem:
+            source = made_by.args[0]
+            assert isinstance(source, Node)
+            if source not in self.aliases:
+                parts = self._copy(source, alias.parent)
+                return self.emit(operator.getitem, parts, made_by.args[1])
+        return self._copy(made_by, alias.parent)
+
+    def _bind_results(self, node: Node, targets: list[Node]) -> None:
+        """The results of an in-place operator are what it wrote."""
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            self._rename(node, self.aliases[targets[0]])
+        elif val is not None and node.users:
+            for user in node.users:
+                assert user.target is operator.getitem, user.format_node()
+            self.plain[node] = self.aliases[targets[0]].current
+            self._refuse("several of its results are read")
+
+    def _rename(self, node: Node, alias: Alias) -> None:
+        self.aliases[node] = alias
+        alias.last_use = max(alias.last_use, self.last_use[node])
+
+    def _change_shape(self, node: Node) -> None:
+        """x.unsqueeze_(0): from here on x is a view of what it was."""
+        op = functional_overload(node.target)  # type: ignore[arg-type]
+        source = node.args[0]
+        if op is None or source not in self.aliases:
+            self._refuse("it has no functional counterpart")
+        assert op is not None
+        assert isinstance(source, Node)
+        old = self.aliases[source]
+        if old.made_by.op == "placeholder":
+            self._refuse("it changes the shape of an input")
+        names = [n for n, a in self.aliases.items() if a is old]
+        node.target = op  # the old program is not used again
+        self._keep(node, False)
+        for name in names:
+            self._rename(name, self.aliases[node])
+
+    # --- results ------------------------------------------------------------------------------
+
+    def _output(self, node: Node, inputs: list[Node]) -> tuple[tuple[int, ...], Mapping[int, int]]:
+        results = node.args[0]
+        assert isinstance(results, (tuple, list))
+        written = [a for a in self.written if a.made_by.op == "placeholder"]
+        places = {id(a): inputs.index(a.made_by) for a in written}
+        returned = {
+            i: places[id(self.aliases[r])]
+            for i, r in enumerate(results)
+            if isinstance(r, Node) and id(self.aliases.get(r)) in places
+        }
+        values = torch.fx.node.map_arg(tuple(results), self._current)
+        new = self.graph.output((*values, *(a.current for a in written)))
+        new.meta = dict(node.meta)
+        return tuple(places.values()), returned
+
+    # --- emitting -----------------------------------------------------------------------------
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call that stands where the current call of the old program stands."""
+        new = self.graph.call_function(target, args, kwargs)
+        new.meta = {k: v for k, v in self.now.meta.items() if k not in ("val", "tensor_meta")}
+        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            new.meta["val"] = target(*values[0], **values[1])
+        mark(new, self.grad_enabled)
+        return new
+
+    def current(self, value: Any) -> Any:
+        """An argument of the current call in the new program."""
+        return self._current(value) if isinstance(value, Node) else value
+
+    def _refuse(self, reason: str) -> None:
+        raise CaptureRefused(
+            f"{describe_node(self.now)}: this operator writes in place and {reason}. {_ADVICE}"
+        )
 
 
-def _aliases(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Every other value that may share memory with this one."""
-    base = node
-    while (
-        isinstance(base.target, OpOverload)
-        and any(r.alias_info is not None for r in base.target._schema.returns)
-        and isinstance(base.args[0], torch.fx.Node)
-    ):
-        base = base.args[0]
-    found, stack = [], [base]
-    while stack:
-        current = stack.pop()
-        if current is not node:
-            found.append(current)
-        stack.extend(_views_of(current))
+def _shares(a: Node, b: Node) -> bool:
+    return storage_of(a.meta["val"]) == storage_of(b.meta["val"])
+
+
+def _same(a: Node, b: Node) -> bool:
+    return same_elements(a.meta["val"], b.meta["val"])
+
+
+def _autocast_matters(node: Node) -> bool:
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+        or any(n.target is torch.amp.autocast_mode._enter_autocast for n in node.graph.nodes)
+    )
+
+
+def _last_uses(graph: Graph) -> dict[Node, int]:
+    """When each value is last read, by itself or as what an in-place operator returned."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last: dict[Node, int] = {}
+    for node in reversed(graph.nodes):
+        last[node] = max(
+            (max(order[u], last[u] if _mutates(u) else -1) for u in node.users), default=-1
+        )
+    return last
+
+
+def _written(node: Node) -> list[Node]:
+    """The operands that a call writes into, in the order of its schema."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found: list[Node] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        values = value if isinstance(value, (tuple, list)) else [value]
+        found += [v for v in values if isinstance(v, Node)]
     return found
 
 
-def _used_after(
-    value: torch.fx.Node, write: torch.fx.Node, order: dict[torch.fx.Node, int]
-) -> bool:
-    if value.op in ("placeholder", "get_attr"):
-        return True
-    return any(order.get(u, -1) > order[write] for u in value.users if u is not write)
+def functional_overload(op: OpOverload) -> OpOverload | None:
+    """The operator that returns what this one writes.
+
+    >>> functional_overload(torch.ops.aten.add_.Tensor)
+    <OpOverload(op='aten.add', overload='Tensor')>
+    >>> functional_overload(torch.ops.aten.bernoulli_.float)
+    <OpOverload(op='aten.bernoulli', overload='p')>
+    """
+    name = op._schema.name.split("::")[1]
+    if name in _NO_VALUE:
+        return None
+    in_place = name.endswith("_")
+    if name.startswith("__i"):
+        name = "__" + name[3:]
+    elif in_place:
+        name = _RENAMED.get(name, name[:-1])
+    packet = getattr(getattr(torch.ops, op.namespace), name, None)
+    wanted = [_parameter(a) for a in op._schema.arguments if in_place or not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found: OpOverload = getattr(packet, overload)
+        if [
+            _parameter(a) for a in found._schema.arguments
+        ] == wanted and not found._schema.is_mutable:
+            return found
+    return None
 
 
-def _refuse(node: torch.fx.Node, reason: str) -> None:
-    raise CaptureRefused(
-        f"{describe_node(node)}: this operator writes in place and {reason}. "
-        "Do: use the out-of-place form (x = x + y instead of x += y)."
-    )
+_NO_VALUE = frozenset({"set_", "resize_", "resize_as_"})
+"""Change what memory a tensor is, not what it holds."""
+_RENAMED = {"normal_": "normal_functional"}
+
+
+def _parameter(argument: Any) -> tuple[str, str]:
+    return argument.name, str(argument.type)
+
+
+def _arguments_for(op: OpOverload, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments without those that only say where the result goes."""
+    keep = {a.name for a in op._schema.arguments}
+    return node.args, {k: v for k, v in node.kwargs.items() if k in keep}
+
+
+# --- operators that are clearer in other words ------------------------------------------------
+
+
+def _copied(f: _Functionalizer, node: Node) -> Node:
+    """x.copy_(y): y in x's shape and type."""
+    old = node.args[0].meta["val"]  # type: ignore[union-attr]
+    value = f.current(node.args[1])
+    if not isinstance(value, Node):
+        return f.emit(aten.full_like.default, f.current(node.args[0]), value)
+    given = value.meta["val"]
+    if given.device != old.device:
+        value = f.emit(aten.to.device, value, old.device, old.dtype)
+    elif given.dtype != old.dtype:
+        value = f.emit(aten.to.dtype, value, old.dtype)
+    return value if given.shape == old.shape else _expanded(f, value, old)
+
+
+def _expanded(f: _Functionalizer, value: Node, old: torch.Tensor) -> Node:
+    surplus = value.meta["val"].dim() - old.dim()
+    if surplus > 0:  # leading dimensions of size 1
+        value = f.emit(aten.reshape.default, value, list(value.meta["val"].shape[surplus:]))
+    return f.emit(aten.expand.default, value, list(old.shape))
+
+
+def _filled(f: _Functionalizer, node: Node) -> Node:
+    old = node.args[0].meta["val"]  # type: ignore[union-attr]
+    value = f.current(node.args[1])
+    if not isinstance(value, Node):
+        return f.emit(aten.full_like.default, f.current(node.args[0]), value)
+    return _expanded(f, f.emit(aten.to.dtype, value, old.dtype), old)
+
+
+def _zeroed(f: _Functionalizer, node: Node) -> Node:
+    return f.emit(aten.full_like.default, f.current(node.args[0]), 0)
+
+
+def _chosen(f: _Functionalizer, node: Node) -> Node | None:
+    """x[mask] = number, as a choice between two values of one shape."""
+    base, indices, value, *accumulate = node.args
+    places = [i for i in indices if i is not None]  # type: ignore[union-attr]
+    given = value.meta["val"]  # type: ignore[union-attr]
+    if any(accumulate) or node.kwargs or len(places) != 1 or given.numel() != 1:
+        return None
+    mask = places[0]
+    assert isinstance(mask, Node)
+    if mask.meta["val"].dtype != torch.bool:
+        return None
+    rank, before = base.meta["val"].dim(), list(indices).index(mask)  # type: ignore[union-attr, arg-type]
+    shape = mask.meta["val"].shape
+    after = rank - before - len(shape)
+    here = f.current(mask)
+    if before or after:
+        here = f.emit(aten.reshape.default, here, [1] * before + list(shape) + [1] * after)
+    number = f.current(value)
+    if given.dim():
+        number = f.emit(aten.reshape.default, number, [])
+    return f.emit(aten.where.self, here, number, f.current(base))
+
+
+_SPECIAL: Mapping[object, Callable[[_Functionalizer, Node], Node | None]] = {
+    aten.copy_.default: _copied,
+    aten.fill_.Scalar: _filled,
+    aten.fill_.Tensor: _filled,
+    aten.zero_.default: _zeroed,
+    aten.index_put_.default: _chosen,
+}

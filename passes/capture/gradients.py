@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["needs_grad", "stamp_gradients"]
+__all__ = ["mark", "needs_grad", "stamp_gradients"]
 
 _KEY = "ringfx_needs_grad"
 _NOT_DIFFERENTIABLE = frozenset({torch.ops.aten.detach.default})
@@ -16,17 +16,25 @@ def needs_grad(node: torch.fx.Node) -> bool:
     return bool(node.meta.get(_KEY, False))
 
 
+def mark(node: torch.fx.Node, enabled: bool) -> None:
+    """Note whether a value has a gradient, given whether gradients are on and its operands' marks.
+
+    A placeholder's own need is ``enabled``.
+    """
+    node.meta[_KEY] = enabled and (node.op == "placeholder" or _differentiable(node))
+
+
 def stamp_gradients(graph: torch.fx.Graph, inputs_need: Sequence[bool]) -> None:
     """Mark every value that depends on a trainable input while gradients were enabled."""
     enabled = torch.is_grad_enabled()
     needed = iter(inputs_need)
     for node in graph.nodes:
         if node.op == "placeholder":
-            node.meta[_KEY] = next(needed) and enabled
-        elif node.target is torch._C._set_grad_enabled:
+            mark(node, next(needed) and enabled)
+            continue
+        if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        else:
-            node.meta[_KEY] = enabled and _differentiable(node)
+        mark(node, enabled)
 
 
 def _differentiable(node: torch.fx.Node) -> bool:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.passes.capture import constructs
+from ringfx.passes.capture.definitions import DEFINITIONS
 from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
@@ -53,12 +54,12 @@ def capture(
         traced = make_fx(
             lambda *args: constructs.Inliner(gm).run(*args),
             pre_dispatch=True,
-            decomposition_table=LOSS_DECOMPOSITIONS,
+            decomposition_table=LOSS_DECOMPOSITIONS | DEFINITIONS,
         )(*fakes)
     names = tuple(_input_name(n) for n in placeholders)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
-    functionalize(traced)
-    traced = decompose_unknown(traced, mode, fakes, known)
+    written = functionalize(traced, mode, needs_grad)
+    traced = decompose_unknown(written.graph_module, mode, fakes, known)
     for node, value in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta.setdefault("val", value)  # numbers: sizes that Dynamo passes along
     stamp_origins(traced.graph)
@@ -70,6 +71,8 @@ def capture(
         input_names=names,
         is_parameter=tuple(isinstance(v, torch.nn.Parameter) for v in example_inputs),
         needs_grad=needs_grad,
+        writes=written.writes,
+        returned=written.returned,
         graph_break=_graph_break(gm),
     )
 

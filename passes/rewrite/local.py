@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -143,7 +144,9 @@ class _Rewriter:
 
     def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:
         split: list[SplitOutput | None] = []
-        for value in node.args[0]:  # type: ignore[union-attr]
+        results: Any = node.args[0]
+        given = len(results) - len(self.captured.writes)
+        for value in results[:given]:
             carried = self.placement.lines.carried(value) if isinstance(value, Node) else None
             if isinstance(value, Node) and self.placement.is_split(value):
                 assert isinstance(carried, Carried)
@@ -151,8 +154,11 @@ class _Rewriter:
                 split.append(SplitOutput(carried=carried, shape=shape))
             else:
                 split.append(None)
-        self.graph.node_copy(node, lambda n: self.natural[n])
-        return tuple(split)
+        local = torch.fx.node.map_arg(tuple(results[:given]), self.natural.__getitem__)
+        # What is written into the user's own tensors is whole, as they are.
+        written = [self._wanted(value, Form.WHOLE, node) for value in results[given:]]
+        self.graph.output((*local, *written))
+        return (*split, *(None for _ in written))
 
 
 def _inputs(node: Node) -> list[Node]:

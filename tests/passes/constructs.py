@@ -18,6 +18,13 @@ from tests.passes.models import HEADS, HIDDEN, Block
 Tensor = torch.Tensor
 
 
+def total(output: Any) -> Tensor:
+    """A loss in which every element counts differently."""
+    leaves = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    parts = [t * torch.arange(t.numel(), dtype=t.dtype).view(t.shape).cos() for t in leaves]
+    return torch.stack([part.square().sum() for part in parts if part.numel()]).sum()
+
+
 class Around(nn.Module):
     """Two blocks; subclasses put a construct between or around them."""
 

@@ -16,6 +16,7 @@ from ringfx.errors import RingfxError
 from ringfx.passes.capture.gradients import needs_grad
 from tests.harness import Case, compare_here
 from tests.passes import constructs
+from tests.passes.constructs import total
 from tests.passes.models import HIDDEN
 from tests.passes.programs import captured
 
@@ -26,13 +27,6 @@ Tensor = torch.Tensor
 def x() -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     return (torch.randn(2, SEQ_LEN, HIDDEN, generator=generator).requires_grad_(),)
-
-
-def total(output: Any) -> Tensor:
-    """A loss in which every element counts differently."""
-    leaves = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
-    parts = [t * torch.arange(t.numel(), dtype=t.dtype).view(t.shape).cos() for t in leaves]
-    return torch.stack([part.square().sum() for part in parts if part.numel()]).sum()
 
 
 def alike(model: Callable[[], nn.Module], inputs: Callable[[], Any] = x, **more: Any) -> None:

@@ -93,6 +93,23 @@ def one_hot(call: Call) -> OpAxes:
     )
 
 
+def slice_scatter(call: Call) -> OpAxes:
+    """x with a slice of it replaced: other dimensions stay local."""
+    labels = numbered(call.shape("self"))
+    at = call.dim("dim", len(labels))
+    placed = list(numbered(call.shape("src")))
+    placed[at] = ("placed",) if placed[at] else ()
+    return OpAxes(
+        operands=(labels, tuple(placed)), results=(labels,),
+        share=shares(whole=[f"d{at}", "placed"]),
+        reason="it writes into a part of the axis",
+    )  # fmt: skip
+
+
+def written_by_index(call: Call) -> OpAxes:
+    return _opaque(call, "it writes elements by index")
+
+
 def _opaque(call: Call, reason: str) -> OpAxes:
     operands = tuple(
         tuple((f"o{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
@@ -111,6 +128,25 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.index_select.default: index_select,
     aten.index.Tensor: index,
     aten.gather.default: gather,
+    aten.diagonal.default: lambda call: _opaque(call, "it takes a diagonal"),
     aten.take_along_dim.default: lambda call: _opaque(call, "it looks elements up"),
     aten.one_hot.default: one_hot,
+    aten.slice_scatter.default: slice_scatter,
+    **dict.fromkeys(
+        (
+            aten.index_put.default,
+            aten.index_add.default,
+            aten.index_copy.default,
+            aten.index_fill.int_Scalar,
+            aten.index_fill.int_Tensor,
+            aten.scatter.src,
+            aten.scatter.value,
+            aten.scatter_add.default,
+            aten.scatter_reduce.two,
+            aten.masked_scatter.default,
+            aten.diagonal_scatter.default,
+            aten.put.default,
+        ),
+        written_by_index,
+    ),
 }

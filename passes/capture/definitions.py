@@ -1,0 +1,137 @@
+"""Operators whose call hides writes, or a whole layer, spelled out in what they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["DEFINITIONS"]
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Tensor:  # fmt: skip
+    """The operator itself, and statistics that its schema does not say it writes.
+
+    mean and variance are over all dimensions but the channels (dimension 1); running values move
+    by ``momentum``, the running variance towards the unbiased one.
+    """
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if training:
+        over = [d for d in range(x.dim()) if d != 1]
+        mean = wide.mean(over)
+        var = (wide - mean.view(shape)).square().mean(over)
+        count = x.numel() // x.shape[1]
+        _move(running_mean, mean, momentum)
+        _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    else:
+        assert running_mean is not None and running_var is not None  # noqa: PT018
+        mean, var = running_mean, running_var
+    y = (wide - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)
+
+
+def _move(running: Tensor | None, new: Tensor, momentum: float) -> None:
+    if running is not None:
+        running.mul_(1 - momentum).add_(new.detach().to(running.dtype), alpha=momentum)
+
+
+def instance_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, use_input_stats: bool, momentum: float, eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:  # fmt: skip
+    """A batch norm of each sample alone; running values move by the mean over samples."""
+    if not use_input_stats:
+        return batch_norm(
+            x, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
+        )
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    over = list(range(2, x.dim()))
+    mean = x.mean(over, keepdim=True)
+    var = (x - mean).square().mean(over, keepdim=True)
+    count = math.prod(x.shape[2:])
+    _move(running_mean, mean.flatten(1).mean(0), momentum)
+    _move(running_var, var.flatten(1).mean(0) * (count / max(count - 1, 1)), momentum)
+    y = (x - mean) * torch.rsqrt(var + eps)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def encoder_layer(
+    x: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor,
+    proj_weight: Tensor, proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float,
+    norm_weight_1: Tensor, norm_bias_1: Tensor, norm_weight_2: Tensor, norm_bias_2: Tensor,
+    ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor, ffn_bias_2: Tensor,
+    mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor:  # fmt: skip
+    """What nn.TransformerEncoderLayer computes, which runs as one operator without gradients."""
+
+    def norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(y, (embed_dim,), weight, bias, eps)
+
+    def attend(y: Tensor) -> Tensor:
+        packed = F.linear(y, qkv_weight, qkv_bias)
+        mixed = _attention(packed, num_heads, mask, mask_type)
+        return F.linear(mixed, proj_weight, proj_bias)
+
+    def feed_forward(y: Tensor) -> Tensor:
+        inner = F.linear(y, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else F.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    first, second = (norm_weight_1, norm_bias_1), (norm_weight_2, norm_bias_2)
+    if norm_first:
+        x = x + attend(norm(x, *first))
+        return x + feed_forward(norm(x, *second))
+    x = norm(x + attend(x), *first)
+    return norm(x + feed_forward(x), *second)
+
+
+def multi_head_attention(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, num_head: int, qkv_weight: Tensor,
+    qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, mask: Tensor | None = None,
+    need_weights: bool = True, average_attn_weights: bool = True, mask_type: int | None = None,
+) -> Any:  # fmt: skip
+    """Self-attention of nn.MultiheadAttention without gradients; weights are refused elsewhere."""
+    if need_weights or query is not key or key is not value:
+        return NotImplemented
+    packed = F.linear(query, qkv_weight, qkv_bias)
+    mixed = _attention(packed, num_head, mask, mask_type)
+    return F.linear(mixed, proj_weight, proj_bias), query.new_empty(0)
+
+
+def _attention(packed: Tensor, heads: int, mask: Tensor | None, mask_type: int | None) -> Tensor:
+    """Scaled dot product attention on [B, S, 3 E]."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
+    mixed = F.scaled_dot_product_attention(q, k, v, _kept(mask, mask_type))
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _kept(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask_type == 1:  # [B, S]: padding keys
+        mask = mask[:, None, None, :]
+    return mask.logical_not()  # the operator reads any number but 0 as "left out"
+
+
+DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten.batch_norm.default: batch_norm,
+    aten.instance_norm.default: instance_norm,
+    aten._transformer_encoder_layer_fwd.default: encoder_layer,
+    aten._native_multi_head_attention.default: multi_head_attention,
+}

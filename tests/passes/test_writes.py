@@ -1,0 +1,185 @@
+"""In-place operators keep their meaning: values, gradients, and what the user's tensors hold."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+import ringfx
+from ringfx.errors import CaptureRefused
+from ringfx.passes.capture.functional import functional_overload
+from tests.harness import Case, compare_all, compare_here
+from tests.passes.constructs import Around, total
+from tests.passes.models import HIDDEN
+from tests.passes.programs import captured
+from tests.passes.writes import BUFFERS, WRITES, Writes, WritesBuffers
+from tests.ranks import RankPool
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+SEQ_LEN = 7
+
+
+def x() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(2, SEQ_LEN, HIDDEN, generator=generator).requires_grad_(),)
+
+
+def case(label: str, compiler: str = "eager", **more: Any) -> Case:
+    model: Callable[[], Around] = functools.partial(
+        Writes if label in WRITES else WritesBuffers, label
+    )
+    fields: dict[str, Any] = {"steps": 2 if label in BUFFERS else 1} | more
+    return Case(
+        model=model, inputs=x, dtype=torch.float64, loss=total, options={"compiler": compiler},
+        label=label, **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("label", [*WRITES, *BUFFERS])
+def test_a_write_keeps_outputs_gradients_and_buffers(label: str) -> None:
+    compare_here(case(label)).check()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("a view of a view of a view", "shifted to the right", "by a mask", "BatchNorm"),
+        pytest.param((*WRITES, *BUFFERS), marks=pytest.mark.slow, id="all"),
+    ],
+)  # fmt: skip
+def test_writes_are_right_on_two_ranks(ranks2: RankPool, labels: tuple[str, ...]) -> None:
+    for found in compare_all(ranks2, [case(label) for label in labels]):
+        found.check()
+
+
+@pytest.mark.parametrize("label", ["overlapping views", "a running mean", "BatchNorm"])
+def test_a_write_keeps_its_gradient_through_autograd_of_the_compiler(label: str) -> None:
+    compare_here(case(label, "aot_eager")).check()
+
+
+def test_without_gradients_a_cache_is_written_in_place() -> None:
+    compare_here(case("a cache written by slice", backward=False)).check()
+
+
+def test_no_write_is_left_in_the_program() -> None:
+    program = captured(WritesBuffers("a cache written by slice"), *x())
+    calls = [n for n in program.graph_module.graph.nodes if n.op == "call_function"]
+    written = [n for n in calls if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    assert not written
+    (place,) = program.writes
+    assert program.input_names[place] == "cache"
+    assert all(n.meta["ringfx_source"] for n in calls)
+
+
+def test_a_shift_to_the_right_is_two_functional_calls() -> None:
+    program = captured(Writes("shifted to the right"), *x())
+    targets = [n.target for n in program.graph_module.graph.nodes]
+    assert targets.count(aten.slice_scatter.default) == 1
+    assert aten.where.self in targets
+
+
+class WritesInput(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.last(self.first(x))
+
+
+class WritesAndReturnsInput(Around):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        y = self.last(self.first(x * 2))
+        x[:, :2] += 1
+        return x, y, x[:, 1:]
+
+
+@pytest.mark.parametrize("model", [WritesInput, WritesAndReturnsInput])
+def test_an_input_is_written_as_the_model_writes_it(model: type[Around]) -> None:
+    def inputs() -> tuple[Tensor, ...]:
+        return (x()[0].detach(),)
+
+    settings: dict[str, Any] = {"dtype": torch.float64, "loss": total}
+    compare_here(
+        Case(model=model, inputs=inputs, options={"compiler": "eager"}, **settings)
+    ).check()
+
+
+def test_what_the_model_returns_is_the_tensor_that_it_wrote() -> None:
+    given = x()[0].detach()
+    returned = ringfx.optimize(WritesAndReturnsInput(), compiler="eager")(given)
+    assert returned[0] is given
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    y = x * 2
+    with torch.no_grad():
+        y.mul_(3)
+    return y
+
+
+def through_detach(x: Tensor) -> Tensor:
+    y = x * 2
+    y.detach().mul_(3)
+    return y
+
+
+def through_unfold(x: Tensor) -> Tensor:
+    y = x.detach() * 2
+    y.unfold(1, 2, 2).mul_(3)
+    return y + x
+
+
+REFUSED: Mapping[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "without a gradient": (without_gradient, "writes without gradients into a value that has one"),
+    "through detach": (through_detach, "through a detached view"),
+    "through unfold": (through_unfold, "aten.unfold.default, which has no inverse"),
+}
+
+
+class Refused(Around):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def between(self, x: Tensor) -> Tensor:
+        return REFUSED[self.name][0](x)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_write_whose_gradient_would_change_is_refused(name: str) -> None:
+    with pytest.raises(CaptureRefused, match=re.escape(REFUSED[name][1])) as caught:
+        ringfx.optimize(Refused(name), compiler="eager")(*x())
+    assert re.search(r"test_writes\.py:\d+", str(caught.value))
+    assert "Do: " in str(caught.value)
+
+
+class TwoInputs(Around):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        x.mul_(2)
+        return self.last(self.first(x)) + y
+
+
+def test_memory_that_is_given_twice_is_not_written() -> None:
+    given = x()[0].detach()
+    with pytest.raises(CaptureRefused, match="was given the memory it writes into twice"):
+        ringfx.optimize(TwoInputs(), compiler="eager")(given, given[:, :, :1])
+
+
+@pytest.mark.parametrize(
+    ("written", "functional"),
+    [
+        (aten.add_.Tensor, aten.add.Tensor),
+        (aten.bernoulli_.float, aten.bernoulli.p),
+        (aten.normal_.default, aten.normal_functional.default),
+        (aten.__ior__.Tensor, aten.__or__.Tensor),
+        (aten.mul.out, aten.mul.Tensor),
+        (aten.set_.source_Tensor, None),
+        (aten.resize_.default, None),
+    ],
+)
+def test_the_functional_form_has_the_same_arguments(written: Any, functional: Any) -> None:
+    assert functional_overload(written) == functional
