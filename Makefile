@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := ringfx passes cost_model tests examples benchmarks
 
-.PHONY: install demo test check test-all format lint types bench-memory clean
+.PHONY: install demo test check test-all format lint types corpus bench-memory clean
 
 install: $(INSTALLED)
 
@@ -58,7 +58,11 @@ types: $(INSTALLED)
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
-	  $(wildcard tests/*.py tests/end_to_end/*.py examples/*.py) benchmarks/memory.py
+	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) benchmarks/memory.py
+
+# Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.
+corpus: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.corpus $(CORPUS_ARGS)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory

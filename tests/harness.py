@@ -186,14 +186,14 @@ def compare_here(case: Case) -> Comparison:
 
 
 def gradient_differences(
-    ours: Mapping[str, torch.Tensor | None], oracle: Mapping[str, torch.Tensor | None]
+    ours: Mapping[str, torch.Tensor | None],
+    oracle: Mapping[str, torch.Tensor | None],
+    floor: float = GRADIENT_FLOOR,
 ) -> dict[str, float]:
     """Relative difference of each gradient, by the definition in the module's header."""
     assert ours.keys() == oracle.keys(), set(ours) ^ set(oracle)
     largest = max((_magnitude(g) for g in oracle.values() if g is not None), default=0.0)
-    return {
-        name: _difference(ours[name], oracle[name], GRADIENT_FLOOR * largest) for name in oracle
-    }
+    return {name: _difference(ours[name], oracle[name], floor * largest) for name in oracle}
 
 
 @dataclass(frozen=True, eq=False)

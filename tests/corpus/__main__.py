@@ -1,0 +1,83 @@
+"""``python -m tests.corpus``: every architecture at one rank and split, and the tables in docs."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import time
+from collections.abc import Sequence
+
+from tests.corpus.measure import Outcome, measure
+from tests.corpus.report import Record, load, save, write_tables
+from tests.corpus.row import Variant
+from tests.corpus.table import VARIANTS
+from tests.ranks import RankError, RankPool
+
+LIMIT_S = 150.0
+COLLECTIVE_LIMIT_S = 40.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    chosen = [v for v in VARIANTS if _wanted(v, options.only)]
+    if options.failing:
+        before = load()
+        chosen = [v for v in chosen if v.name not in before or before[v.name].verdict != "equal"]
+    if options.missing:
+        chosen = [v for v in chosen if v.name not in load()]
+    pools = {n: RankPool(n, timeout_s=LIMIT_S, collective_timeout_s=COLLECTIVE_LIMIT_S)
+             for n in sorted(set(options.ranks))}  # fmt: skip
+    records = load()
+    started = time.monotonic()
+    try:
+        for number, variant in enumerate(chosen, 1):
+            record = examine(variant, pools)
+            records = {**records, variant.name: record}
+            save(records)
+            print(f"[{number}/{len(chosen)}] {record.line()}", flush=True)
+            if options.limit and time.monotonic() - started > options.limit:
+                print(f"stopped after {options.limit} s; {len(chosen) - number} are left")
+                break
+    finally:
+        for pool in pools.values():
+            pool.close()
+    write_tables(records)
+    bad = [v.name for v in chosen if v.name in records and records[v.name].verdict == "WRONG"]
+    print(f"{len(chosen)} variants, {len(bad)} wrong" + "".join(f"\n  {name}" for name in bad))
+    return 1 if bad else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.corpus", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="llama, 't5*/sdpa'")
+    parser.add_argument("--failing", action="store_true", help="only what is not equal so far")
+    parser.add_argument("--missing", action="store_true", help="only what has no result yet")
+    parser.add_argument("--limit", type=float, default=0, help="stop after this many seconds")
+    return parser.parse_args(arguments)
+
+
+def _wanted(variant: Variant, names: Sequence[str]) -> bool:
+    both = (variant.row.name, variant.name)
+    return not names or any(fnmatch.fnmatch(text, name) for name in names for text in both)
+
+
+def examine(variant: Variant, pools: dict[int, RankPool]) -> Record:
+    """The variant at one rank, and on every number of ranks asked for."""
+    return Record.of(variant, {n: _on(pool, variant) for n, pool in pools.items()})
+
+
+def _on(pool: RankPool, variant: Variant) -> list[Outcome]:
+    started = time.monotonic()
+    try:
+        outcomes: list[Outcome] = pool.run(measure, variant.name)
+        return outcomes
+    except RankError as error:
+        kind = "HANG" if "did not answer" in str(error) else "CRASH"
+        seconds = round(time.monotonic() - started, 1)
+        return [Outcome(seconds=seconds, error=f"{kind}: {str(error)[-3000:]}")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

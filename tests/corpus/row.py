@@ -1,0 +1,60 @@
+"""What the table says about one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+__all__ = ["Inputs", "Row", "Variant"]
+
+Inputs: TypeAlias = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One architecture: a tiny random model of it, its inputs, and what must be found in it."""
+
+    name: str
+    model: str
+    """Class in ``transformers``."""
+    config: Mapping[str, Any]
+    """Keyword arguments of the model's configuration class."""
+    inputs: Inputs
+    sites: int | Mapping[str, int]
+    """Attentions over a sequence that must be found; by implementation where that differs."""
+    declined: tuple[str, ...] = ()
+    """Words of the reason of each look-alike that must be declined, in program order."""
+    attention: tuple[str, ...] = ("sdpa", "eager")
+    """The implementations to run (``attn_implementation``)."""
+    dtype: str = "float32"
+    """float64 where discrete routing could flip by rounding alone."""
+    experts: str | None = None
+    """How experts are computed (``experts_implementation``); None: as the library chooses."""
+    train: bool = False
+    """In training mode; every dropout of the configuration is zero."""
+    calls: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the call, such as ``use_cache``."""
+    quick: tuple[str, ...] = ()
+    """The implementations that ``make test`` runs."""
+
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(Variant(row=self, attention=a) for a in self.attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row under one attention implementation."""
+
+    row: Row
+    attention: str
+
+    @property
+    def name(self) -> str:
+        """``llama/sdpa``."""
+        return f"{self.row.name}/{self.attention}"
+
+    @property
+    def sites(self) -> int:
+        sites = self.row.sites
+        return sites if isinstance(sites, int) else sites[self.attention]

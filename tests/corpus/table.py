@@ -1,0 +1,14 @@
+"""The whole table."""
+
+from __future__ import annotations
+
+from tests.corpus.decoders import DECODERS
+from tests.corpus.encoders import ENCODERS
+from tests.corpus.row import Row, Variant
+from tests.corpus.seq2seq import SEQ2SEQ
+from tests.corpus.vision_audio import VISION_AUDIO
+
+__all__ = ["ROWS", "VARIANTS"]
+
+ROWS: tuple[Row, ...] = (*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION_AUDIO)
+VARIANTS: tuple[Variant, ...] = tuple(variant for row in ROWS for variant in row.variants())

@@ -1,0 +1,95 @@
+"""Encoders of images, video and sound, and towers of two kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.corpus.inputs import both, features, frames, images, waves
+from tests.corpus.row import Row
+
+__all__ = ["VISION_AUDIO"]
+
+VIT = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 30, "patch_size": 6,
+}  # fmt: skip
+WAVES = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "conv_dim": (24, 24), "conv_kernel": (10, 3), "conv_stride": (5, 4), "vocab_size": 32,
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
+    "apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def vit(**sizes: Any) -> dict[str, Any]:
+    return VIT | sizes
+
+
+def row(name: str, model: str, config: dict[str, Any], **fields: Any) -> Row:
+    given: dict[str, Any] = {"inputs": images(), "sites": 2} | fields
+    return Row(name=name, model=model, config=config, **given)
+
+
+SDPA = ("sdpa",)
+ONLY_EAGER: Any = {"attention": ("eager",)}
+
+# fmt: off
+VISION_AUDIO: tuple[Row, ...] = (
+    row("vit", "ViTForImageClassification", vit(), train=True, quick=SDPA),
+    row("vit-square", "ViTModel", vit(image_size=42), inputs=images(42)),
+    row("deit", "DeiTForImageClassificationWithTeacher", vit()),
+    row("beit", "BeitForImageClassification", vit(use_relative_position_bias=True)),
+    row("data2vec_vision", "Data2VecVisionModel", vit(use_shared_relative_position_bias=True)),
+    row("dinov2", "Dinov2ForImageClassification", vit()),
+    row("dinov2_registers", "Dinov2WithRegistersModel", vit(num_register_tokens=3)),
+    row("dinov3", "DINOv3ViTModel", vit(num_register_tokens=3)),
+    row("ijepa", "IJepaModel", vit()),
+    row("siglip", "SiglipModel", {"text_config": TEXT | {"max_position_embeddings": 13},
+        "vision_config": VIT}, inputs=both(), sites=5, declined=("query",)),
+    row("clip", "CLIPModel", {"text_config": TEXT, "vision_config": VIT, "projection_dim": 20},
+        inputs=both(), sites=4),
+    row("clip-vision", "CLIPVisionModel", vit(), inputs=images()),
+    row("clip-text", "CLIPTextModel", TEXT, inputs=both()),
+    row("yolos", "YolosForObjectDetection", vit(image_size=[30, 30], num_detection_tokens=5,
+        num_labels=3)),
+    row("vit_mae", "ViTMAEModel", vit(mask_ratio=0.0)),
+    row("dpt", "DPTForDepthEstimation", vit(backbone_out_indices=[0, 1], neck_hidden_sizes=[12,
+        16], reassemble_factors=[1, 1], fusion_hidden_size=12, head_in_index=-1)),
+    row("pvt", "PvtForImageClassification", {"image_size": 32, "hidden_sizes": [16, 24],
+        "depths": [1, 1], "num_attention_heads": [1, 2], "patch_sizes": [4, 2], "strides": [4, 2],
+        "sequence_reduction_ratios": [2, 1], "mlp_ratios": [2, 2], "num_encoder_blocks": 2},
+        inputs=images(32), **ONLY_EAGER),
+    row("segformer", "SegformerForImageClassification", {"num_encoder_blocks": 2, "depths": [1, 1],
+        "sr_ratios": [2, 1], "hidden_sizes": [16, 24], "patch_sizes": [7, 3], "strides": [4, 2],
+        "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}, inputs=images(32), **ONLY_EAGER),
+    row("swin", "SwinForImageClassification", {"image_size": 32, "patch_size": 4, "embed_dim": 16,
+        "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}, inputs=images(32), sites=3),
+    row("swinv2", "Swinv2ForImageClassification", {"image_size": 32, "patch_size": 4,
+        "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4},
+        inputs=images(32), sites=3, **ONLY_EAGER),
+    row("videomae", "VideoMAEModel", vit(image_size=16, patch_size=8, num_frames=4,
+        tubelet_size=2), inputs=frames()),
+    row("timesformer", "TimesformerModel", vit(image_size=16, patch_size=8, num_frames=4),
+        inputs=frames(), sites=4, **ONLY_EAGER),
+    row("vivit", "VivitModel", vit(image_size=16, num_frames=4, tubelet_size=[2, 8, 8]),
+        inputs=frames()),
+    row("wav2vec2", "Wav2Vec2Model", WAVES, inputs=waves()),
+    row("wav2vec2-padded", "Wav2Vec2Model", WAVES | {"feat_extract_norm": "layer",
+        "do_stable_layer_norm": True}, inputs=waves(padding=True)),
+    row("hubert", "HubertModel", WAVES, inputs=waves()),
+    row("wavlm", "WavLMModel", WAVES | {"num_buckets": 16, "max_bucket_distance": 32},
+        inputs=waves(), **ONLY_EAGER),
+    row("data2vec_audio", "Data2VecAudioModel", WAVES, inputs=waves()),
+    row("ast", "ASTForAudioClassification", VIT | {"num_mel_bins": 16, "max_length": 61,
+        "frequency_stride": 4, "time_stride": 4, "patch_size": 8}, inputs=features("input_values",
+        61, 16)),
+    row("whisper-encoder", "WhisperForAudioClassification", {"d_model": 48, "encoder_layers": 2,
+        "encoder_attention_heads": 4, "encoder_ffn_dim": 80, "num_mel_bins": 16,
+        "max_source_positions": 61, "vocab_size": 96, "decoder_layers": 1},
+        inputs=features("input_features", 16, 122)),
+)
