@@ -51,6 +51,12 @@ class OpAxes:
     regroup: bool = False
     """A row-major reshape of its only operand: results are given by sizes, not by labels."""
     windows: tuple[Window, ...] = ()
+    joins: int | None = None
+    """The operands are pieces of this dimension of the result, one after the other."""
+    pieces: tuple[int, ...] = ()
+    """Where in that dimension each operand starts."""
+    lookups: Mapping[str, int] = field(default_factory=dict)
+    """Labels of the first operand that are read by number: label -> operand that holds them."""
     size_arg: str | None = None
     """The argument that holds result sizes and must be rewritten to local ones."""
     fill: Mapping[int, float | int] = field(default_factory=dict)

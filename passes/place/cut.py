@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Node
 
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Share, result_values
+from ringfx.passes.axes.space import Dim
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.place.lines import Carried, Lines
 from ringfx.passes.place.modes import Form, Split, Unsplittable, split_mode
@@ -92,11 +94,16 @@ def _cut(
             continue
         if node.target is attention:
             connect(node.name, SPLIT, None)
-        connect(node.name, SPLIT, _work(lines, node) * (ranks - 1) // ranks + 1)
+        saved = int(_work(lines, node) * (1 - _stored(lines, node, line) / ranks))
+        connect(node.name, SPLIT, max(saved, 0) + 1)
+        connect(WHOLE, node.name, max(-saved, 0))
         if mode.partial:
             connect(WHOLE, node.name, COMMUNICATION * _bytes(node) + 1)
     for node in graph.nodes:
         _connect_uses(connect, lines, line, node, modes)
+    for together in _tied(lines, line, modes):
+        for one, other in pairwise((*together, together[0])):
+            connect(one.name, other.name, None)
     _, (_, split_side) = nx.minimum_cut(network, WHOLE, SPLIT)
     return {n for n in modes if n.name in split_side}
 
@@ -132,21 +139,26 @@ def _connect_uses(
     if not isinstance(carried, Carried) or carried.line != line:
         return
     maker = value.all_input_nodes[0] if value.target is operator.getitem else value
-    vertex = str(maker.name) if maker in modes else WHOLE
+    made = modes.get(maker)
+    stays = isinstance(made, Split) and not made.partial
+    vertex = str(maker.name) if stays or isinstance(made, Unsplittable) else WHOLE
     gather, cut = f"gather {value.name}", f"slice {value.name}"
+    fixed = carried.member.is_sorted
     moved = COMMUNICATION * _bytes(value)
     for user in value.users:
         if user.op == "output" or user.target is operator.getitem:
             continue
         form = _wanted(lines, value, user, modes.get(user))
+        if form is Form.OWN:
+            continue
         if form is Form.SPLIT:
             connect(cut, user.name, None)
-            connect(vertex, cut, moved + 1 if needs_grad(value) else 1)
+            connect(vertex, cut, None if fixed else moved + 1 if needs_grad(value) else 1)
             connect(user.name, gather, None)
         else:
             connect(WHOLE, gather, None)
         if vertex != WHOLE:
-            connect(gather, vertex, moved + 1)
+            connect(gather, vertex, None if fixed else moved + 1)
 
 
 def _wanted(lines: Lines, value: Node, user: Node, mode: Split | Unsplittable | None) -> Form:
@@ -155,7 +167,34 @@ def _wanted(lines: Lines, value: Node, user: Node, mode: Split | Unsplittable | 
         return Form.WHOLE
     operands = lines.axes.ops[user].call.operands
     forms = [f for n, f in zip(operands, mode.operands, strict=True) if n is value]
-    return Form.SPLIT if forms and all(f is Form.SPLIT for f in forms) else Form.WHOLE
+    taken = set(forms) - {Form.OWN} if len(set(forms)) > 1 else set(forms)
+    return taken.pop() if len(taken) == 1 and taken <= {Form.SPLIT, Form.OWN} else Form.WHOLE
+
+
+def _tied(
+    lines: Lines, line: int, modes: Mapping[Node, Split | Unsplittable]
+) -> Iterator[list[Node]]:
+    """Calls that share an order of rows: all ranks' or each rank's own, for all of them."""
+    axes = lines.axes
+    for route in lines.routes:
+        ordered = axes.space.resolve(route.ordered)
+        together = [n for n in modes if n in route.nodes or _takes(lines, n, ordered)]
+        if together and any(m.axis == ordered for m in lines.lines[line].members):
+            yield together
+
+
+def _takes(lines: Lines, node: Node, axis: Dim) -> bool:
+    """Whether a call has an operand with the axis."""
+    return any(axis in lines.axes.dims(n) for n in lines.axes.ops[node].call.operands)
+
+
+def _stored(lines: Lines, node: Node, line: int) -> float:
+    """How much longer the line is than what the call has of it: split, a window is as long."""
+    values = [(n, 0) for n in lines.axes.ops[node].call.operands]
+    values += [(node, i) for i in range(len(result_values(node)))]
+    places = [lines.carried(*value) for value in values]
+    lengths = [c.member.length for c in places if isinstance(c, Carried) and c.line == line]
+    return lines.lines[line].length / max(lengths, default=1)
 
 
 def _bytes(node: Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import networkx as nx
@@ -12,9 +12,14 @@ from torch.fx import Node
 
 from ringfx.layout import Layout, LayoutKind
 from ringfx.passes.axes import AxisMap
-from ringfx.passes.axes.propagate import BoundWindow
+from ringfx.passes.axes.call import result_values
+from ringfx.passes.axes.routing import Route, find_routes
 from ringfx.passes.axes.space import Dim
+from ringfx.passes.place.families import Families, find_families
 from ringfx.passes.values import AttentionSite
+
+LARGEST_WASTE = 0.5
+"""Share of a line's work that storing shorter streams along it may add."""
 
 __all__ = ["Carried", "Lines", "Member", "Tangle", "TokenLine", "find_lines"]
 
@@ -29,6 +34,10 @@ class Member:
     axis: Dim
     offset: int
     length: int
+    copies: int = 1
+    """Elements of the axis a token has: more than one for rows that are sorted."""
+    is_sorted: bool = False
+    """Rows in an order of their own on each rank: they can be neither gathered nor sliced."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,6 +85,7 @@ class Lines:
     lines: tuple[TokenLine, ...]
     axes: AxisMap
     _owner: Mapping[int, int]
+    routes: tuple[Route, ...] = ()
 
     def carried(self, node: Node, index: int = 0) -> Carried | Tangle | None:
         """How one tensor of a value carries a token line, if it does."""
@@ -102,7 +112,11 @@ class Lines:
             return None
         size = self.axes.space.size
         return Carried(
-            line=line.index, member=member, dim=d, outer=size(dim[:start]), inner=size(dim[stop:])
+            line=line.index,
+            member=member,
+            dim=d,
+            outer=size(dim[:start]) * member.copies,
+            inner=size(dim[stop:]),
         )
 
 
@@ -129,50 +143,111 @@ def find_lines(
         if q_axis and k_axis:
             unbalanced[q_axis] |= not site.balanced
             met.append((q_axis, k_axis))
-    # An attention operator has one layout: lines that meet in one are laid out alike.
-    for together in nx.connected_components(nx.Graph(met)):
-        zigzag = any(unbalanced[axis] for axis in together)
-        unbalanced |= dict.fromkeys(together, zigzag)
-    return _build(axes, unbalanced, world_size)
+    routes = find_routes(graph, axes)
+    return _with_routes(_build(axes, unbalanced, met, world_size), routes)
 
 
-def _build(axes: AxisMap, unbalanced: Mapping[Dim, bool], world_size: int) -> Lines:
+def _build(
+    axes: AxisMap,
+    unbalanced: Mapping[Dim, bool],
+    met: Sequence[tuple[Dim, Dim]],
+    world_size: int,
+) -> Lines:
+    """Lines of the longest axes first; axes that lie within one already are its members."""
+    families = find_families(axes)
+    work = _work(axes)
+    claimed: dict[Dim, tuple[Member, ...]] = {}
+    owned: set[int] = set()
+    for axis in sorted(unbalanced, key=axes.space.size, reverse=True):
+        if any(atom in owned for atom in axis):
+            continue  # a window of a longer line, or tangled with another one
+        kept = {o for o in unbalanced if o != axis and not _joins(axes, axis, o, work)}
+        claimed[axis] = _members(axes, families, axis, owned, kept)
+        owned |= {atom for member in claimed[axis] for atom in member.axis}
+    zigzag = _zigzag(claimed, unbalanced, met)
     lines: list[TokenLine] = []
     owner: dict[int, int] = {}
-    for axis, zigzag in unbalanced.items():
-        if any(atom in owner for atom in axis):
-            continue  # part of another line: its values are tangled and stay whole
-        kind: LayoutKind = "zigzag" if zigzag and world_size > 1 else "contiguous"
-        length = axes.space.size(axis)
-        line = TokenLine(
-            index=len(lines),
-            members=_members(axes, axis, length, set(owner)),
-            layout=Layout(kind, length, world_size),
-        )
-        lines.append(line)
-        owner |= {atom: line.index for member in line.members for atom in member.axis}
+    for axis in (a for a in unbalanced if a in claimed):
+        kind: LayoutKind = "zigzag" if axis in zigzag and world_size > 1 else "contiguous"
+        layout = Layout(kind, axes.space.size(axis), world_size)
+        lines.append(TokenLine(index=len(lines), members=claimed[axis], layout=layout))
+        owner |= {atom: lines[-1].index for m in claimed[axis] for atom in m.axis}
     return Lines(lines=tuple(lines), axes=axes, _owner=owner)
 
 
-def _members(axes: AxisMap, axis: Dim, length: int, taken: set[int]) -> tuple[Member, ...]:
-    """The line and every window of it, windows of windows included; the largest value decides."""
+def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
+    """Sorted rows as members of the lines whose tokens they are."""
+    axes, owner = lines.axes, dict(lines._owner)
+    members: dict[int, list[Member]] = {}
+    kept: list[Route] = []
+    for route in routes:
+        source, ordered = axes.space.resolve(route.source), axes.space.resolve(route.ordered)
+        tokens = lines._find(source, 0) if any(atom in owner for atom in source) else None
+        if tokens is None or set(ordered) & set(owner) or set(ordered) & set(source):
+            continue
+        copies = tokens.outer * tokens.inner
+        member = Member(ordered, tokens.member.offset, tokens.member.length, copies, True)
+        members.setdefault(tokens.line, []).append(member)
+        owner |= dict.fromkeys(ordered, tokens.line)
+        kept.append(route)
+    longer = tuple(
+        replace(line, members=(*line.members, *members.get(line.index, ()))) for line in lines.lines
+    )
+    return replace(lines, lines=longer, _owner=owner, routes=tuple(kept))
+
+
+def _zigzag(
+    claimed: Mapping[Dim, Sequence[Member]],
+    unbalanced: Mapping[Dim, bool],
+    met: Sequence[tuple[Dim, Dim]],
+) -> set[Dim]:
+    """Lines to lay out zigzag: an attention has one layout, so lines that meet in one go alike."""
+    line_of = {member.axis: axis for axis, members in claimed.items() for member in members}
+    graph = nx.Graph()
+    graph.add_nodes_from(claimed)
+    graph.add_edges_from((line_of[q], line_of[k]) for q, k in met if q in line_of and k in line_of)
+    uneven = {line_of[axis] for axis, value in unbalanced.items() if value and axis in line_of}
+    return {
+        axis
+        for together in nx.connected_components(graph)
+        if uneven & together
+        for axis in together
+    }
+
+
+def _work(axes: AxisMap) -> Mapping[Dim, int]:
+    """Elements of all values that carry an axis."""
+    found: dict[Dim, int] = {}
+    for node in axes.values:
+        for i, value in enumerate(result_values(node)):
+            for dim in set(axes.dims(node, i)):
+                found[dim] = found.get(dim, 0) + value.numel()
+    return found
+
+
+def _joins(axes: AxisMap, line: Dim, part: Dim, work: Mapping[Dim, int]) -> bool:
+    """Whether tokens that attend by themselves too are better stored as a part of a longer line.
+
+    Stored so, each rank computes with as many of them as the whole line has: that is little for a
+    class token in front, and twice the work for two streams of equal length.
+    """
+    growth = axes.space.size(line) / axes.space.size(part) - 1
+    total = work.get(part, 0) + work.get(line, 0)
+    return growth * work.get(part, 0) <= LARGEST_WASTE * total
+
+
+def _members(
+    axes: AxisMap, families: Families, axis: Dim, taken: set[int], kept: set[Dim]
+) -> tuple[Member, ...]:
+    """The line and every axis that lies within it, the largest values' first."""
+    length = axes.space.size(axis)
     members = [Member(axis, 0, length)]
-    windows = sorted(axes.windows, key=_weight)
-    grown = True
-    while grown:
-        grown = False
-        for window in windows:
-            source = axes.space.resolve(window.source)
-            result = axes.space.resolve(window.result)
-            base = next((m for m in members if m.axis == source), None)
-            known = any(set(result) & set(m.axis) for m in members) or set(result) & taken
-            if base is None or known or not result:
-                continue
-            members.append(Member(result, base.offset + window.start, window.length))
-            grown = True
+    used = set(axis) | taken
+    for other, offset in families.relatives(axis):
+        size = axes.space.size(other)
+        inside = offset >= 0 and offset + size <= length
+        if not inside or other in kept or used & set(other) or len(set(other)) != len(other):
+            continue
+        members.append(Member(other, offset, size))
+        used |= set(other)
     return tuple(members)
-
-
-def _weight(window: BoundWindow) -> int:
-    value = window.node.meta["val"]
-    return -value.numel() if isinstance(value, torch.Tensor) else 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch.fx import Node
 
-from ringfx.passes.axes.call import OpAxes, Share, result_values
+from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
+from ringfx.passes.axes.routing import Route, is_grouped
 from ringfx.passes.place.lines import Carried, Lines, Tangle
 
-__all__ = ["Form", "Split", "Unsplittable", "split_mode"]
+__all__ = ["Form", "Lookup", "Split", "Unsplittable", "split_mode"]
 
 
 class Form(Enum):
@@ -22,6 +25,18 @@ class Form(Enum):
     """Every rank holds all of it; each rank's gradient is its part of a sum."""
     SPLIT = "split"
     """Each rank holds its tokens."""
+    OWN = "own"
+    """Each rank holds something of its own, such as the number of its rows for each expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup:
+    """Elements of the first operand's line that a call picks."""
+
+    by: int | None = None
+    """The operand that holds their numbers; None for a range known in advance."""
+    start: int = 0
+    length: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +48,12 @@ class Split:
     """Its result is a partial sum over ranks."""
     identity: bool = False
     """A window that split storage already is: no operation at all."""
+    pieces: tuple[int, ...] = ()
+    """A concatenation along the line: where in the result each operand starts."""
+    inverts: bool = False
+    """The inverse of this rank's own order of rows."""
+    looked_up: Lookup | None = None
+    """Elements of the line by their number: each from the rank that has it."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +78,25 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
         return Unsplittable("its dimensions do not line up with the token axis")
     if any(r is Tangle.TANGLED for r in results):
         return Unsplittable("its result holds the token axis twice or in pieces")
+    route = next((r for r in lines.routes if node in r.nodes), None)
+    if route is not None:
+        return _routed(lines, route, named.call, operands, results, line)
+    if _sorted_rows((*operands, *results)):
+        return _among_sorted(lines, axes, named.call, operands, results, line)
     if axes.regroup:
         return _regroup(operands, results, line)
-    if axes.pick is not None and any(
-        isinstance(c, Carried) and c.outer * c.inner != 1 for c in operands
-    ):
-        return Unsplittable("it takes single elements of an axis that holds more than tokens")
+    if _picks(axes, operands[0] if operands else None, line):
+        return _pick(axes, operands[0])
     if axes.together and not _whole_lines(lines, axes, operands):
         return Unsplittable("its queries or keys are only a part of a token axis, or one token")
-    if axes.windows:
-        return _window(lines, node, operands, results, line)
-    return _labelled(lines, axes, node, operands, results, line)
+    if axes.joins is not None and any(_along(r, axes.joins, line) for r in results):
+        return _join(axes, operands, results, line)
+    looked_up = _looks_up(node, axes, operands, results, line) if axes.lookups else None
+    if looked_up is not None:
+        return looked_up
+    if axes.windows and axes.joins is None:
+        return _window(axes, operands, results, line)
+    return _labelled(axes, operands, results, line)
 
 
 def _on(carried: Carried | Tangle | None, line: int) -> bool:
@@ -97,35 +126,168 @@ def _regroup(
     operands: list[Carried | Tangle | None], results: list[Carried | Tangle | None], line: int
 ) -> Split | Unsplittable:
     if all(_on(c, line) for c in (*operands[:1], *results)):
-        rest = (Form.SHARED,) * (len(operands) - 1)
-        return Split(operands=(Form.SPLIT, *rest))
+        shapes_only = (Form.OWN,) * (len(operands) - 1)
+        return Split(operands=(Form.SPLIT, *shapes_only))
     return Unsplittable("it reshapes the token axis into pieces")
 
 
-def _window(
+def _sorted_rows(values: Iterable[Carried | Tangle | None]) -> bool:
+    return any(isinstance(c, Carried) and c.member.is_sorted for c in values)
+
+
+def _routed(
     lines: Lines,
-    node: Node,
+    route: Route,
+    call: Call,
     operands: list[Carried | Tangle | None],
     results: list[Carried | Tangle | None],
     line: int,
 ) -> Split | Unsplittable:
+    """A sort of rows, and what looks rows up by its order: each rank among its own."""
+    if call.node in route.inverses:
+        return Split(operands=(Form.OWN,) * len(operands), inverts=True)
+    tangled = any(c is Tangle.TANGLED for c in (*operands, *results))
+    if tangled or not all(_on(c, line) or n in route.counts for n, c in _given(call, operands)):
+        return Unsplittable("it sorts more than the rows of the tokens")
+    forms = tuple(Form.OWN if n in route.counts else Form.SPLIT for n in call.operands)
+    return Split(operands=forms)
+
+
+def _given(
+    call: Call, operands: list[Carried | Tangle | None]
+) -> Iterable[tuple[Node, Carried | Tangle | None]]:
+    return zip(call.operands, operands, strict=True)
+
+
+def _among_sorted(
+    lines: Lines,
+    axes: OpAxes,
+    call: Call,
+    operands: list[Carried | Tangle | None],
+    results: list[Carried | Tangle | None],
+    line: int,
+) -> Split | Unsplittable:
+    """A call on sorted rows: what treats each alone, and a product by group."""
+    counts = {n for r in lines.routes for n in r.counts}
+    if is_grouped(call.node) and call.operands[-1] in counts:
+        return Split(operands=(Form.SPLIT, Form.SHARED, Form.OWN))
+    mode = (
+        _regroup(operands, results, line)
+        if axes.regroup
+        else _labelled(axes, operands, results, line)
+    )
+    if isinstance(mode, Split) and mode.partial:
+        return Unsplittable("it sums over sorted rows")
+    return mode
+
+
+def _along(carried: Carried | Tangle | None, dim: int, line: int) -> bool:
+    """Whether a value carries the line alone in one dimension."""
+    return (
+        isinstance(carried, Carried)
+        and carried.line == line
+        and carried.dim == dim
+        and carried.outer * carried.inner == 1
+    )
+
+
+def _picks(axes: OpAxes, source: Carried | Tangle | None, line: int) -> bool:
+    """Whether the call takes one element of the line."""
+    if axes.pick is None or not isinstance(source, Carried) or source.line != line:
+        return False
+    labels = axes.operands[0]
+    assert labels is not None
+    return axes.share_of(labels[source.dim][0]) is Share.SUM
+
+
+def _pick(axes: OpAxes, source: Carried | Tangle | None) -> Split | Unsplittable:
+    assert isinstance(source, Carried)
+    assert axes.pick is not None
+    if source.outer * source.inner != 1:
+        return Unsplittable("it takes single elements of an axis that holds more than tokens")
+    rest = (Form.SHARED,) * (len(axes.operands) - 1)
+    looked_up = Lookup(start=axes.pick)
+    return Split(operands=(Form.SPLIT, *rest), partial=True, looked_up=looked_up)
+
+
+def _elements(node: Node) -> int:
+    return sum(v.numel() for v in result_values(node))
+
+
+def _looks_up(
+    node: Node,
+    axes: OpAxes,
+    operands: list[Carried | Tangle | None],
+    results: list[Carried | Tangle | None],
+    line: int,
+) -> Split | None:
+    """Elements of the line by number, unless numbers and results follow a line themselves."""
+    source, *rest = operands
+    few = 2 * _elements(node) <= _elements(node.all_input_nodes[0])
+    follow = any(c is not None for c in (*rest, *results))
+    if not _on(source, line) or (follow and not few):
+        return None
+    assert isinstance(source, Carried)
+    assert axes.operands[0] is not None
+    names = axes.operands[0][source.dim]
+    if len(names) != 1 or names[0] not in axes.lookups:
+        return None
+    if any(v.dtype == torch.bool for v in result_values(node)):
+        return None
+    return Split(
+        operands=(Form.SPLIT, *(Form.SHARED for _ in rest)),
+        partial=True,
+        looked_up=Lookup(by=axes.lookups[names[0]]),
+    )
+
+
+def _join(
+    axes: OpAxes,
+    operands: list[Carried | Tangle | None],
+    results: list[Carried | Tangle | None],
+    line: int,
+) -> Split | Unsplittable:
+    """A concatenation along the line: pieces that lie where the result has them stay split."""
+    (result,) = results
+    assert isinstance(result, Carried)
+    assert axes.joins is not None
+    forms = tuple(
+        Form.SPLIT
+        if isinstance(piece, Carried)
+        and _along(piece, axes.joins, line)
+        and piece.member.offset == result.member.offset + start
+        else Form.SHARED
+        for piece, start in zip(operands, axes.pieces, strict=True)
+    )
+    return Split(operands=forms, pieces=axes.pieces)
+
+
+def _window(
+    axes: OpAxes,
+    operands: list[Carried | Tangle | None],
+    results: list[Carried | Tangle | None],
+    line: int,
+) -> Split | Unsplittable:
+    """A slice of the line is stored as the line itself; one that is not a part of it is picked."""
     source = operands[0]
-    axes = lines.axes.ops[node].axes
-    if len(results) == 1 and isinstance(source, Carried) and source.line == line:
-        (result,) = results
-        start = axes.windows[0].start
-        along = f"d{source.dim}" == axes.windows[0].source
-        if along and isinstance(result, Carried) and result.line == line:
-            if result.member.offset == source.member.offset + start:
-                return Split(operands=(Form.SPLIT,), identity=True)
-            return Unsplittable(axes.reason)
-    return _labelled(lines, axes, node, operands, results, line)
+    window = axes.windows[0]
+    if len(results) != 1 or not isinstance(source, Carried) or source.line != line:
+        return _labelled(axes, operands, results, line)
+    (result,) = results
+    if f"d{source.dim}" != window.source:
+        return _labelled(axes, operands, results, line)
+    if isinstance(result, Carried) and result.line == line:
+        if result.member.offset == source.member.offset + window.start:
+            return Split(operands=(Form.SPLIT,), identity=True)
+        return Unsplittable(axes.reason)
+    if result is None and source.outer * source.inner == 1:
+        chosen = Lookup(start=window.start, length=window.length)
+        return Split(operands=(Form.SPLIT,), partial=True, looked_up=chosen)
+    return Unsplittable(axes.reason)
 
 
 def _labelled(
-    lines: Lines,
     axes: OpAxes,
-    node: Node,
     operands: list[Carried | Tangle | None],
     results: list[Carried | Tangle | None],
     line: int,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives
+from ringfx import collectives, picks
 from ringfx.passes.axes.call import Call, OpAxes
 from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Split
+from ringfx.passes.place.modes import Form, Lookup, Split
 from ringfx.passes.rewrite.crossings import Crossings
 
 __all__ = ["local_call", "local_shape"]
@@ -33,8 +33,13 @@ def local_call(
     if axes.regroup:
         shape = local_shape(placement, node)
         return graph.call_function(aten.reshape.default, (operands[0], list(shape)))
-    if mode.partial and axes.pick is not None:
-        return _pick(graph, placement, node, axes.pick, operands[0], crossings)
+    if mode.inverts:
+        order = operands[1 if node.target is aten.index_put.default else 0]
+        return graph.call_function(aten.argsort.default, (order,))
+    if mode.looked_up is not None:
+        return _look_up(graph, placement, node, mode.looked_up, operands, crossings)
+    if mode.pieces:
+        return _join(graph, placement, node, mode, operands, crossings)
     if mode.partial:
         operands = _filled(graph, placement, node, axes, mode, operands, crossings)
         if axes.mean:
@@ -96,23 +101,62 @@ def _filled(
     return result
 
 
-def _pick(
+def _look_up(
     graph: Graph,
     placement: Placement,
     node: Node,
-    element: int,
-    operand: Node,
+    chosen: Lookup,
+    operands: list[Node],
     crossings: Crossings,
 ) -> Node:
-    """One token of a split value: its owner's row, summed with zeros of the others."""
-    carried = placement.lines.carried(Call(node).operands[0])
+    """Tokens of a split value by number: their owners' rows, summed with zeros of the others."""
+    call = Call(node)
+    carried = placement.lines.carried(call.operands[0])
     assert isinstance(carried, Carried)
-    where = (element, carried.dim, carried.outer, carried.inner)
-    own = crossings.own(carried)
-    row = graph.call_function(collectives.pick_token, (operand, own, *where))
-    if node.meta["val"].dim() == Call(node).operands[0].meta["val"].dim():  # a slice keeps it
-        row = graph.call_function(aten.unsqueeze.default, (row, carried.dim))
-    return crossings.reduce(node, row)
+    own, length = crossings.own(carried), carried.member.length
+    if chosen.by is None:
+        where = (own, chosen.start, chosen.length, length, carried.dim)
+        row = graph.call_function(picks.take_range, (operands[0], *where))
+        if len(call.result_shape) != len(call.shapes[0]):
+            row = graph.call_function(aten.squeeze.dim, (row, carried.dim))
+        return crossings.reduce(node, row)
+    index = operands[chosen.by]
+    rows = graph.call_function(picks.local_rows, (index, own, length, carried.outer, carried.inner))
+    safe = graph.call_function(aten.clamp_min.default, (rows, 0))
+    taken = _copy(graph, node, [safe if i == chosen.by else n for i, n in enumerate(operands)])
+    trailing = _trailing(call, chosen.by, carried.dim)
+    return crossings.reduce(node, graph.call_function(picks.mask_rows, (taken, rows, trailing)))
+
+
+def _trailing(call: Call, by: int, dim: int) -> int:
+    """Dimensions of the result after those of the operand that holds the numbers."""
+    result, numbers = call.result_shape, call.shapes[by]
+    if call.node.target is aten.gather.default:
+        return 0
+    if call.node.target is aten.index_select.default:
+        return len(result) - 1 - dim
+    given = list(call["indices"])
+    at = [d for d, i in enumerate(given) if i is not None]
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    picked = max(len(given[d].meta["val"].shape) for d in at)
+    assert len(numbers) <= picked
+    return len(result) - first - picked
+
+
+def _join(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    mode: Split,
+    operands: list[Node],
+    crossings: Crossings,
+) -> Node:
+    """A concatenation along the line: every local token from the piece that it lies in."""
+    carried = placement.lines.carried(node)
+    assert isinstance(carried, Carried)
+    is_local = [form is Form.SPLIT for form in mode.operands]
+    args = (operands, list(mode.pieces), is_local, crossings.own(carried), carried.dim)
+    return graph.call_function(picks.join_pieces, args)
 
 
 def _mean(

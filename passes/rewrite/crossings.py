@@ -46,6 +46,8 @@ class Crossings:
 
     def convert(self, value: Node, form: Form, user: Node) -> Node:
         """The value in the wanted form, for a user that the plan names as the reason."""
+        if form is Form.OWN:
+            return self._natural[value]
         split = self.placement.is_split(value)
         if form is Form.SHARED and not needs_grad(value):
             form = Form.WHOLE

@@ -90,6 +90,7 @@ class _Rewriter:
                 self.natural[node] = self._emit(node)
         gm = GraphModule(self.captured.graph_module, self.graph, "RingfxLocal")
         eliminate_dead(gm.graph)
+        alive = set(gm.graph.nodes)
         gm.graph.lint()
         gm.recompile()
         return LocalProgram(
@@ -98,7 +99,7 @@ class _Rewriter:
             outputs=outputs,
             reshardings=tuple(self.crossings.reshardings),
             group=self.group,
-            values=self.natural,
+            values={value: made for value, made in self.natural.items() if made in alive},
         )
 
     def _emit(self, node: Node) -> Node:

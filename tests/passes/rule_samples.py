@@ -292,7 +292,11 @@ def _along(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.cumprod.default, (x, -1)),
         Sample(aten.logcumsumexp.default, (x, 1)),
         Sample(aten.sort.default, (x, 1)),
+        Sample(aten.sort.stable, (x,), {"stable": True, "dim": 0}),
         Sample(aten.argsort.default, (x, -1)),
+        Sample(aten.argsort.stable, (x,), {"stable": True}),
+        Sample(aten.histc.default, (x, 5, -1, 1)),
+        Sample(aten.bincount.default, (whole(c, a),), splits=False),
         Sample(aten.topk.default, (x, 2, 1)),
         Sample(aten.diff.default, (x, 1, 1)),
         Sample(aten.flip.default, (x, [1])),
@@ -320,6 +324,14 @@ def _lookups(a: int, b: int, c: int, d: int) -> list[Sample]:
         Sample(aten.gather.default, (x, 2, whole(c, a, b - 1, 3))),
         Sample(aten.take_along_dim.default, (x, whole(b, a, d, c), 1)),
         Sample(aten.one_hot.default, (whole(d, a, b), d)),
+        Sample(aten.index_put.default, (x, [None, whole(b, d)], real(a, d, c))),
+        Sample(aten.index_put.default, (x, [whole(a, d), whole(b, d)], real(c), True)),
+        Sample(aten.index_add.default, (x, 1, whole(b, d), real(a, d, c))),
+        Sample(aten.scatter.value, (x, 1, whole(b, a, d, c), 2.0)),
+        Sample(aten.scatter.src, (x, -1, whole(c, a, b, 1), real(a, b, 1))),
+        Sample(aten.scatter_add.default, (x, 0, whole(a, a, b, c), real(a, b, c))),
+        Sample(aten.scatter.reduce, (x, 1, whole(b, a, 1, c), real(a, 1, c)), {"reduce": "add"}),
+        Sample(aten.scatter_reduce.two, (x, 1, whole(b, a, d, c), real(a, d, c), "amax")),
     ]
 
 

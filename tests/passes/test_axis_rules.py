@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
 from ringfx.passes.axes.rules import AXIS_RULES, find_rule
+from ringfx.passes.axes.rules.contraction import GROUPED
 from ringfx.passes.axes.space import AxisSpace
 from tests.passes.rule_samples import Sample, samples
 
@@ -26,6 +27,7 @@ SIZES = {"different": (6, 7, 8, 9), "equal": (6, 6, 6, 6), "square": (6, 8, 8, 6
 
 NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
+    **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
 }
 NEVER_SPLIT = {

@@ -63,7 +63,6 @@ def test_one_rank_splits_nothing() -> None:
             lambda: ids(),
             ["its kernel sees neighbours", "it scans", "it shifts", "it sorts"],
         ),
-        (models.Experts, lambda: ids(), ["it looks elements up along the axis"]),
         (models.Gated, lambda: ids(), ["it normalises along the axis", "it reduces the axis"]),
         (models.Shortened, lambda: ids(12), ["in pieces"]),
     ],

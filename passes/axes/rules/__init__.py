@@ -42,6 +42,8 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
 def find_rule(target: object) -> AxisRule | None:
     """The row for an operator; operators tagged pointwise share one."""
     rule = AXIS_RULES.get(target)
+    if rule is None and isinstance(target, OpOverload):
+        rule = AXIS_RULES.get(target.name())
     if rule is None and isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
         draws = torch.Tag.nondeterministic_seeded in target.tags
         return pointwise.random_elementwise if draws else pointwise.elementwise

@@ -135,7 +135,22 @@ def biased(product: AxisRule, out: str) -> AxisRule:
     return rule
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+def grouped_product(call: Call) -> OpAxes:
+    """Rows times the matrix of their group; where groups end is known from all rows only."""
+    x, weights, *ends = call.operands
+    labels: tuple[Labels | None, ...] = (("row",), ("m",)), (("e",), ("m",), ("n",)), (("e",),)
+    assert [len(n.meta["val"].shape) for n in (x, weights, *ends)] == [2, 3, 1], call.name
+    return OpAxes(
+        operands=labels, results=((("row",), ("n",)),), share=shares(whole=["row", "m", "e"]),
+        reason="where its groups of rows end depends on all of them",
+    )  # fmt: skip
+
+
+GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+"""Products of rows that are sorted by group, by name: not all are torch's own."""
+
+RULES: dict[object, AxisRule] = {
+    **dict.fromkeys(GROUPED, grouped_product),
     aten.linear.default: linear,
     aten.matmul.default: matmul,
     aten.mm.default: axes(self="r m", mat2="m c", out="r c", sum="m", fill={"self": 0, "mat2": 0}),

@@ -31,7 +31,7 @@ def index_select(call: Call) -> OpAxes:
     out = (*labels[:at], *picked, *labels[at + 1 :])
     return OpAxes(
         operands=(labels, picked), results=(out,), share=shares(whole=[f"d{at}"]),
-        reason="it looks elements up along the axis",
+        lookups={f"d{at}": 1}, reason="it looks elements up along the axis",
     )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def index(call: Call) -> OpAxes:
         operands=(labels, *operand_labels),
         results=(out,),
         share=shares(whole=[f"d{d}" for d in at]),
+        lookups={f"d{d}": 1 + i for i, d in enumerate(at)},
         reason="it looks elements up along the axis",
     )
 
@@ -78,11 +79,66 @@ def gather(call: Call) -> OpAxes:
             needed += [f"d{d}"] if d != at else []
             needed += [f"p{d}"] if d != at else []
     operands = (tuple(labels), tuple(picked))
-    if call.position("index") < call.position("self"):
-        operands = (operands[1], operands[0])
+    ordered = call.position("self") < call.position("index")
     return OpAxes(
-        operands=operands, results=(tuple(picked),), share=shares(whole=needed),
+        operands=operands if ordered else operands[::-1],
+        results=(tuple(picked),), share=shares(whole=needed),
+        lookups={f"d{at}": 1} if ordered else {},
         reason="it looks elements up along the axis",
+    )  # fmt: skip
+
+
+def index_put(call: Call) -> OpAxes:
+    """Writes at indices: the indexed dimensions need the whole, and are new axes in the result."""
+    axes = index(call)
+    given = list(call["indices"])
+    labels = numbered(call.shapes[0])
+    if any(i is not None and i.meta["val"].dtype == torch.bool for i in given):
+        return axes
+    at = [d for d, i in enumerate(given) if i is not None]
+    out = tuple((f"put{d}",) if d in at and labels[d] else label for d, label in enumerate(labels))
+    read, value = axes.results[0], call.shape("values")
+    aligned = read[len(read) - len(value) :]
+    written = tuple(x if s != 1 else () for x, s in zip(aligned, value, strict=True))
+    return OpAxes(
+        operands=(labels, *axes.operands[1 : 1 + len(at)], written),
+        results=(out,),
+        share=shares(whole=[f"{prefix}{d}" for d in at for prefix in ("d", "put")]),
+        reason="it writes at indices along the axis",
+    )
+
+
+def index_add(call: Call) -> OpAxes:
+    """Adds rows at indices of a dimension, which needs the whole."""
+    labels = numbered(call.shapes[0])
+    at = call.dim("dim", len(labels))
+    count = call.shape("source")[at]
+    added: Labels = (("added",) if count != 1 else (),)
+    return OpAxes(
+        operands=(labels, added, (*labels[:at], *added, *labels[at + 1 :])),
+        results=(labels,),
+        share=shares(whole=[f"d{at}", "added"]),
+        reason="it adds rows at indices along the axis",
+    )
+
+
+def scatter(call: Call) -> OpAxes:
+    """torch.scatter and its kin: other dimensions stay local where all sizes agree."""
+    shapes = call.shapes
+    at = call.dim("dim", len(shapes[0]))
+    alike = [d != at and len({s[d] for s in shapes}) == 1 for d in range(len(shapes[0]))]
+    operands = tuple(
+        tuple(
+            ((f"d{d}",) if same or n == 0 else (f"{n}.{d}",)) if shape[d] != 1 else ()
+            for d, same in enumerate(alike)
+        )
+        for n, shape in enumerate(shapes)
+    )
+    every = {x for dims in operands for dim in dims for x in dim}
+    return OpAxes(
+        operands=operands, results=(operands[0],),
+        share=shares(whole=every - {f"d{d}" for d, same in enumerate(alike) if same}),
+        reason="it writes at indices along the axis",
     )  # fmt: skip
 
 
@@ -134,19 +190,18 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.slice_scatter.default: slice_scatter,
     **dict.fromkeys(
         (
-            aten.index_put.default,
-            aten.index_add.default,
-            aten.index_copy.default,
-            aten.index_fill.int_Scalar,
-            aten.index_fill.int_Tensor,
-            aten.scatter.src,
-            aten.scatter.value,
-            aten.scatter_add.default,
-            aten.scatter_reduce.two,
-            aten.masked_scatter.default,
-            aten.diagonal_scatter.default,
-            aten.put.default,
+            aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
+            aten.masked_scatter.default, aten.diagonal_scatter.default, aten.put.default,
         ),
         written_by_index,
     ),
-}
+    **dict.fromkeys(
+        (
+            aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.scatter.reduce,
+            aten.scatter_reduce.two,
+        ),
+        scatter,
+    ),
+    aten.index_put.default: index_put,
+    aten.index_add.default: index_add,
+}  # fmt: skip

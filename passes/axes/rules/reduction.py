@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ringfx.passes.axes.call import AxisRule, Call, OpAxes
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import along, numbered
 
@@ -64,6 +64,37 @@ def diff(call: Call) -> OpAxes:
     )
 
 
+def histogram(call: Call) -> OpAxes:
+    """Counts of values in a range add up; what lies outside of it is not counted."""
+    labels = numbered(call.shapes[0])
+    every = [x for dim in labels for x in dim]
+    bins: Labels = (("bin",) if call.result_shape[0] != 1 else (),)
+    ranged = "min" in call.arguments and call["min"] != call["max"]
+    return OpAxes(
+        operands=(labels,) + (None,) * (len(call.operands) - 1),
+        results=(bins,),
+        share=shares(sum=every if ranged else [], whole=["bin", *([] if ranged else every)]),
+        fill={0: call["min"] - 1} if ranged else {},
+        reason="it counts along the axis",
+    )
+
+
+def ordered(call: Call) -> OpAxes:
+    """A sort: its results are the same elements in another order."""
+    shape = call.shapes[0]
+    labels = numbered(shape)
+    at = call.dim("dim", len(shape))
+    out = list(labels)
+    if labels:
+        out[at] = ("ordered",) if shape[at] != 1 else ()
+    return OpAxes(
+        operands=(labels,),
+        results=(tuple(out),) * len(call.result_shapes),
+        share=shares(whole=[f"d{at}", "ordered"]),
+        reason="it sorts the axis",
+    )
+
+
 def topk(call: Call) -> OpAxes:
     shape = call.shapes[0]
     at = call.dim("dim", len(shape))
@@ -79,7 +110,6 @@ def topk(call: Call) -> OpAxes:
 
 
 _WHOLE = reduce()
-_SORT = along("dim", reason="it sorts the axis")
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
 
@@ -108,8 +138,12 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.cumsum.default: _SCAN,
     aten.cumprod.default: _SCAN,
     aten.logcumsumexp.default: _SCAN,
-    aten.sort.default: _SORT,
-    aten.argsort.default: _SORT,
+    aten.sort.default: ordered,
+    aten.sort.stable: ordered,
+    aten.argsort.default: ordered,
+    aten.argsort.stable: ordered,
+    aten.histc.default: histogram,
+    aten.bincount.default: histogram,
     aten.topk.default: topk,
     aten.diff.default: diff,
 }  # fmt: skip

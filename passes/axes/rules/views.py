@@ -126,12 +126,7 @@ def slice_(call: Call) -> OpAxes:
     out = list(labels)
     if result[at] == 1:
         out[at] = ()
-        return OpAxes(
-            operands=(labels,),
-            results=(tuple(out),),
-            share=shares(sum=[f"d{at}"]),
-            pick=start,
-        )
+        return picked(call, at, start, tuple(out))
     out[at] = ("window",)
     windows: tuple[Window, ...] = ()
     if call["step"] == 1:
@@ -143,6 +138,13 @@ def slice_(call: Call) -> OpAxes:
         windows=windows,
         reason="it takes a part of the axis",
     )
+
+
+def picked(call: Call, at: int, element: int, out: Labels) -> OpAxes:
+    """One element of a dimension."""
+    labels = numbered(call.shapes[0])
+    operands = (labels,) + ((),) * (len(call.operands) - 1)
+    return OpAxes(operands=operands, results=(out,), share=shares(sum=[f"d{at}"]), pick=element)
 
 
 def _bounded(value: int | None, size: int, default: int) -> int:
@@ -160,7 +162,9 @@ def narrow(call: Call) -> OpAxes:
     out = list(labels)
     out[at] = ("window",) if result[at] != 1 else ()
     start = call["start"]
-    known = isinstance(start, int) and result[at] != 1
+    known = isinstance(start, int)
+    if known and result[at] == 1:
+        return picked(call, at, start % shape[at], tuple(out))
     windows = (Window(f"d{at}", "window", start % shape[at], result[at]),) if known else ()
     return OpAxes(
         operands=(numbered(shape),) + ((),) * (len(call.operands) - 1),
@@ -201,12 +205,7 @@ def select(call: Call) -> OpAxes:
     """One element of an axis: its owner's, and zero from everyone else."""
     labels = numbered(call.shapes[0])
     at = call.dim("dim", len(labels))
-    return OpAxes(
-        operands=(labels,),
-        results=(labels[:at] + labels[at + 1 :],),
-        share=shares(sum=[f"d{at}"]),
-        pick=call["index"] % call.shapes[0][at],
-    )
+    return picked(call, at, call["index"] % call.shapes[0][at], labels[:at] + labels[at + 1 :])
 
 
 def unbind(call: Call) -> OpAxes:
@@ -222,25 +221,34 @@ def unbind(call: Call) -> OpAxes:
 
 
 def cat(call: Call) -> OpAxes:
+    """Each operand is a window of the result."""
     rank = len(call.result_shape)
     at = call.dim("dim", rank)
     out = list(numbered(call.result_shape))
     operands: list[Labels] = []
-    joined: list[str] = []
+    windows: list[Window] = []
+    pieces: list[int] = []
+    start = 0
     for i, shape in enumerate(call.shapes):
+        pieces.append(start)
         if len(shape) != rank:  # legacy empty tensor
             operands.append(tuple(() for _ in shape))
             continue
         dims = list(numbered(shape))
         dims[at] = (f"part{i}",) if shape[at] != 1 else ()
-        joined.append(f"part{i}")
         operands.append(tuple(dims))
+        if shape[at] > 1:
+            windows.append(Window(f"d{at}", f"part{i}", start, int(shape[at])))
+        start += int(shape[at])
     if len(call.shapes) == 1:
         return OpAxes(operands=(tuple(out),), results=(tuple(out),))
     return OpAxes(
         operands=tuple(operands),
         results=(tuple(out),),
-        share=shares(whole=[*joined, f"d{at}"]),
+        share=shares(whole=[*(f"part{i}" for i in range(len(call.shapes))), f"d{at}"]),
+        windows=tuple(windows),
+        joins=at,
+        pieces=tuple(pieces),
         reason="it joins tensors along the axis",
     )
 

@@ -1,0 +1,185 @@
+"""Models whose token axes are cut, joined, shifted, looked up or sorted between two attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["CONSTRUCTS", "HIDDEN", "VOCAB", "Around"]
+
+Tensor = torch.Tensor
+HIDDEN, HEADS, VOCAB = 16, 2, 32
+
+
+class Around(nn.Module):
+    """Embedding, attention, a construct under test, attention again, projection."""
+
+    def __init__(self, construct: str, causal: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.construct = construct
+        self.causal = causal
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.weight = nn.Parameter(torch.rand(HIDDEN) + 0.5)
+        self.prefix = nn.Parameter(torch.randn(1, 3, HIDDEN))
+        self.router = nn.Linear(HIDDEN, 4)
+        self.experts = nn.Parameter(torch.randn(4, HIDDEN, HIDDEN) / 4)
+        self.kernel = nn.Parameter(torch.randn(HIDDEN, 1, 4) / 2)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+        nn.init.normal_(self.qkv.weight, std=0.4)
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, seq_len, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, seq_len, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return x + mixed.transpose(1, 2).reshape(batch, seq_len, HIDDEN)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.out(CONSTRUCTS[self.construct](self, self.embed(ids), ids))
+        return result
+
+
+Construct = Callable[[Around, Tensor, Tensor], Tensor]
+
+
+def class_token(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    first = m.prefix[:, :1].expand(x.shape[0], -1, -1)
+    x = m.attend(m.attend(torch.cat([first, x], 1)))
+    return x[:, 0] * m.weight + x[:, 1:].mean(1)
+
+
+def registers(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = torch.cat([x * m.weight, m.prefix.expand(x.shape[0], -1, -1)], 1)
+    return m.attend(x)[:, :-3]
+
+
+def between(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Class token, tokens of one kind, registers, tokens of another kind."""
+    batch, seq_len, _ = x.shape
+    left, right = x[:, : seq_len // 2] * m.weight, x[:, seq_len // 2 :].tanh()
+    extra = m.prefix.expand(batch, -1, -1)
+    x = m.attend(torch.cat([extra[:, :1], left, extra[:, 1:], right], 1))
+    return m.attend(x)[:, 1 : 1 + left.shape[1]]
+
+
+def pooled_by_index(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    return x[torch.arange(x.shape[0]), ids.argmax(-1)] * m.weight
+
+
+def pooled_by_gather(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    last = (ids > 3).sum(1, keepdim=True) - 1
+    x = m.attend(x)
+    picked = x.gather(1, last.clamp_min(0)[..., None].expand(-1, -1, HIDDEN))
+    return picked.squeeze(1) * m.weight + x.index_select(1, ids[0, :2] % 5).sum(1)
+
+
+def pooled_in_a_flat_batch(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    flat = x.reshape(-1, HIDDEN)
+    return flat[torch.tensor([0, -1, 5, 17])] * m.weight
+
+
+def last_tokens(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    return m.attend(x)[:, -4:-1].square() * m.weight
+
+
+def by_expert(
+    m: Around, rows: Tensor, weights: Tensor, ids: Tensor, put_back: Callable[..., Tensor]
+) -> Tensor:
+    """Rows sorted by expert, one grouped product, and back."""
+    ids_sorted, order = torch.sort(ids)
+    counts = torch.histc(ids_sorted.double(), bins=4, min=0, max=3)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    y = grouped(rows[order // 2], m.experts, ends).relu() + m.prefix[0, :1] * ids_sorted[:, None]
+    return put_back(y * weights[order, None], order)
+
+
+def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    from transformers.integrations import moe  # noqa: F401 - it registers the operator
+
+    result: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weights, offs=ends)
+    return result
+
+
+def routed(m: Around, x: Tensor, put_back: Callable[..., Tensor]) -> Tensor:
+    x = m.attend(x)
+    flat = x.reshape(-1, HIDDEN)
+    weights, ids = torch.topk(m.router(flat).softmax(-1), 2, dim=-1)
+    y = by_expert(m, flat, weights.reshape(-1), ids.reshape(-1), put_back)
+    return m.attend(x + y.view_as(x))
+
+
+def experts_inverse(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    def put_back(y: Tensor, order: Tensor) -> Tensor:
+        return y[torch.argsort(order)].view(-1, 2, HIDDEN).sum(1)
+
+    return routed(m, x, put_back)
+
+
+def experts_scattered_inverse(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    def put_back(y: Tensor, order: Tensor) -> Tensor:
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.shape[0])
+        return y[inverse].view(-1, 2, HIDDEN).sum(1)
+
+    return routed(m, x, put_back)
+
+
+def experts_added(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    def put_back(y: Tensor, order: Tensor) -> Tensor:
+        return torch.zeros(order.shape[0] // 2, HIDDEN, dtype=y.dtype).index_add(0, order // 2, y)
+
+    return routed(m, x, put_back)
+
+
+def experts_with_ranks(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """A row's place in the order of all enters its value: not each rank's own business."""
+
+    def put_back(y: Tensor, order: Tensor) -> Tensor:
+        place = torch.arange(order.shape[0], dtype=y.dtype)[:, None] / order.shape[0]
+        return (y * place)[torch.argsort(order)].view(-1, 2, HIDDEN).sum(1)
+
+    return routed(m, x, put_back)
+
+
+def dense_experts(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    weights = m.router(x).softmax(-1)
+    chosen = torch.zeros_like(weights).scatter(-1, weights.topk(2, -1).indices, 1.0)
+    y = torch.einsum("bsh,ehd,bse->bsd", x, m.experts, weights * chosen)
+    return m.attend(x + y)
+
+
+def weights_by_token(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    best, chosen = m.router(x).softmax(-1).max(-1)
+    y = torch.matmul(x[..., None, :], m.experts[chosen]).squeeze(-2)
+    return m.attend(x + y * best[..., None])
+
+
+CONSTRUCTS: Mapping[str, Construct] = {
+    "class token": class_token,
+    "registers": registers,
+    "pieces between pieces": between,
+    "pooled by index": pooled_by_index,
+    "pooled by gather": pooled_by_gather,
+    "pooled in a flat batch": pooled_in_a_flat_batch,
+    "last tokens": last_tokens,
+    "experts, inverse order": experts_inverse,
+    "experts, inverse by scatter": experts_scattered_inverse,
+    "experts, rows added": experts_added,
+    "experts, order used": experts_with_ranks,
+    "experts, dense": dense_experts,
+    "experts, weights by token": weights_by_token,
+}
+
+
+def inputs(seq_len: int, batch: int = 2) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(seq_len)
+    return (torch.randint(0, VOCAB, (batch, seq_len), generator=generator),)
