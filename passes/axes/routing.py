@@ -15,6 +15,7 @@ rows up by it or inverts it, and every count ends in the row borders of a groupe
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +30,12 @@ __all__ = ["Route", "find_routes"]
 
 aten = torch.ops.aten
 
-SORTS = {aten.sort.default: 1, aten.sort.stable: 1, aten.argsort.default: 0, aten.argsort.stable: 0}
+SORTS: Mapping[object, int] = {
+    aten.sort.default: 1,
+    aten.sort.stable: 1,
+    aten.argsort.default: 0,
+    aten.argsort.stable: 0,
+}
 """Operators that order an axis, and which of their results is the order."""
 COPIES = frozenset(
     {
