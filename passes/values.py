@@ -103,16 +103,17 @@ class TokenAxis:
 
 @dataclass(frozen=True, kw_only=True)
 class Resharding:
-    """A place outside attention where a value changes between whole and split."""
+    """One message outside attention: a value changes between whole and split, or is summed."""
 
     node: str
     name: str
     source: str
     kind: str
-    """``gather``, ``slice``, ``all_reduce``."""
+    """``gather``, ``all_reduce``; in backward also ``gather_gradient``, ``reduce_scatter``."""
     bytes_moved: int
-    """Bytes that one rank receives, forward; 0 for a slice of a whole value."""
+    """Bytes that one rank has when it is done."""
     reason: str
+    in_backward: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -55,6 +55,21 @@ class Optimized:
             )
         return _joined(plans)
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Hold gradients back while accumulating, as DistributedDataParallel's ``no_sync``.
+
+        Calls made inside sum no gradients over the ranks; the backward of the first call outside
+        sums all of them at once. ``zero_grad`` clears what is held back::
+
+            with model.no_sync():
+                for batch in batches[:-1]:
+                    model(**batch).loss.backward()
+            model(**batches[-1]).loss.backward()
+        """
+        with self._ringfx_backend.accumulation.no_sync():
+            yield
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
         backend.ran.clear()

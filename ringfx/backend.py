@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
 from ringfx.errors import AttentionNotFound
+from ringfx.gradients import Accumulation
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Resharding
@@ -35,6 +36,7 @@ class Backend:
         self.plans: list[Plan] = []
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
+        self.accumulation = Accumulation(world.group)
         self._announced: set[str] = set()
 
     @property
@@ -58,7 +60,7 @@ class Backend:
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
         loud = [n for n in lowered.plan.notes if n.startswith("graph break")]
-        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind == "gather"]
+        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
         for text in loud:
             if text not in self._announced:
                 log.warning(text)
@@ -83,6 +85,7 @@ class Runner:
         self._plan = lowered.plan
         self._ran = backend.ran
         self._extra = list(extra)
+        self._accumulation = backend.accumulation
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
         self._gather = lowered.captured.graph_break is not None
@@ -103,6 +106,8 @@ class Runner:
         inputs = tuple(_whole(v) for v in inputs)
         if self._agreement is not None:
             self._agreement.check(inputs)
+        if self._extra:
+            self._extra[-1] = torch.full((), self._accumulation.call(inputs))
         results = self._compiled(*self._kept(inputs), *self._extra)
         finished = [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
         return self._write(inputs, finished)
@@ -204,7 +209,8 @@ def _summary(plan: Plan) -> str:
 def _gather_text(move: Resharding) -> str:
     size = move.bytes_moved / 2**20
     where = ", ".join(x for x in (move.name, move.source) if x)
-    return f"{where}: gathers {size:.1f} MiB on every rank for {move.reason}"
+    what = "of a gradient in backward" if move.in_backward else f"for {move.reason}"
+    return f"{where}: gathers {size:.1f} MiB on every rank {what}"
 
 
 def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:

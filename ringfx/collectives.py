@@ -7,22 +7,29 @@
 | all-gather                  | reduce-scatter               | gather_shared  |
 | all-reduce of partial sums  | identity                     | sum_partials   |
 | identity                    | all-reduce                   | share          |
+| identity, in two halves     | all-reduce, in two halves    | enter, leave   |
 
 With these alone, gradients of a split program are right by construction. All are plain functions
-of tensors and Python numbers, so that they can stand in an fx graph; the rank enters only through
-the index tensors. Shapes are written [outer, tokens, inner], flattened into one dimension ``dim``.
+of tensors, Python numbers and a text ``what`` that errors name, so that they can stand in an fx
+graph; the rank enters only through the index tensors. Shapes are written [outer, tokens, inner],
+flattened into one dimension ``dim``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
+from ringfx import messages
+
 __all__ = [
+    "enter",
     "gather_plain",
     "gather_shared",
     "gather_tokens",
+    "leave",
     "mask_tokens",
     "pick_token",
     "share",
@@ -30,17 +37,6 @@ __all__ = [
     "sum_partials",
     "take_plain",
 ]
-
-_c10d = torch.ops._c10d_functional
-
-
-def _wait(x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _c10d.wait_tensor(x)
-    return result
-
-
-def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    return _wait(_c10d.all_reduce(x.contiguous(), "sum", group))
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
@@ -64,21 +60,43 @@ def mask_tokens(
     return torch.where(row, x, torch.full((), fill, dtype=x.dtype, device=x.device))
 
 
-def gather_plain(
-    x: torch.Tensor, order: torch.Tensor, ranks: int, group: str, dim: int, outer: int, inner: int
-) -> torch.Tensor:
-    """All tokens by position; ``order`` picks them from the concatenation of all ranks'."""
-    shape = x.shape
-    tokens = shape[dim] // (outer * inner)
-    before = 1
-    for size in shape[:dim]:
+def _tokens_first(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
+    """[tokens, everything before, everything after], contiguous."""
+    tokens = x.shape[dim] // (outer * inner)
+    before = outer
+    for size in x.shape[:dim]:
         before *= size
-    tokens_first = x.reshape(before * outer, tokens, -1).transpose(0, 1).contiguous()
-    gathered = _wait(_c10d.all_gather_into_tensor(tokens_first, ranks, group))
-    whole = gathered.index_select(0, order).transpose(0, 1)
-    whole = whole.reshape(*shape[:dim], outer * order.shape[0] * inner, *shape[dim + 1 :])
+    return x.reshape(before, tokens, -1).transpose(0, 1).contiguous()
+
+
+def _tokens_back(
+    x: torch.Tensor, shape: Sequence[int], dim: int, outer: int, inner: int
+) -> torch.Tensor:
+    """The inverse; ``shape`` is that of any tensor with other tokens."""
+    back = x.transpose(0, 1)
+    return back.reshape(*shape[:dim], outer * x.shape[0] * inner, *shape[dim + 1 :])
+
+
+def gather_plain(
+    x: torch.Tensor, order: torch.Tensor,
+    ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
+) -> torch.Tensor:  # fmt: skip
+    """All tokens by position; ``order`` picks them from the concatenation of all ranks'."""
+    gathered = messages.all_gather(_tokens_first(x, dim, outer, inner), ranks, group, what)
+    whole = gathered.flatten(0, 1).index_select(0, order)
     # Strides are those of the unsplit program: random draws follow them.
-    return whole.contiguous()
+    return _tokens_back(whole, x.shape, dim, outer, inner).contiguous()
+
+
+def scatter_sum(
+    x: torch.Tensor, order: torch.Tensor, tokens: int,
+    ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
+) -> torch.Tensor:  # fmt: skip
+    """This rank's ``tokens`` of the sum over ranks of a whole value; zero where one is padding."""
+    given = _tokens_first(x, dim, outer, inner)
+    slots = given.new_zeros(ranks * tokens, *given.shape[1:]).index_copy(0, order, given)
+    mine = messages.reduce_scatter(slots.unflatten(0, (ranks, tokens)), group, what)
+    return _tokens_back(mine, x.shape, dim, outer, inner)
 
 
 def pick_token(
@@ -106,19 +124,21 @@ class _Slice(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, *where: Any
     ) -> torch.Tensor:
-        _ranks, _group, dim, outer, inner = where
         ctx.save_for_backward(order)
         ctx.where = where
-        return _take(x, index, dim, outer, inner)
+        return _take(x, index, *_place(where))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (order,) = ctx.saved_tensors
-        whole = gather_plain(grads[0], order, *ctx.where)
-        return whole, None, None, None, None, None, None, None
+        where: tuple[Any, ...] = (*ctx.where[:-1], f"the gradient of {ctx.where[-1]}")
+        whole = gather_plain(grads[0], order, *where)
+        return whole, None, None, *[None] * len(ctx.where)
 
 
 class _Gather(torch.autograd.Function):
+    """The gradients of all ranks are equal: each takes its part."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -135,49 +155,105 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         index, valid = ctx.saved_tensors
-        _, _, dim, outer, inner = ctx.where
-        mine = take_plain(grads[0], index, valid, dim, outer, inner)
-        return mine, None, None, None, None, None, None, None, None
+        mine = take_plain(grads[0], index, valid, *_place(ctx.where))
+        return mine, None, None, None, *[None] * len(ctx.where)
 
 
-class _GatherShared(_Gather):
-    """The same forward; the gradients of all ranks are parts of a sum."""
+class _GatherShared(torch.autograd.Function):
+    """The gradients of all ranks are parts of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, *where: Any) -> torch.Tensor:
+        dim, outer, inner = _place(where)
+        ctx.save_for_backward(order)
+        ctx.where = where
+        ctx.tokens = x.shape[dim] // (outer * inner)
+        return gather_plain(x, order, *where)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        # A reduce-scatter would move p times less; the sum first keeps one index for all layouts.
-        index, valid = ctx.saved_tensors
-        _, group, dim, outer, inner = ctx.where
-        total = _all_reduce(grads[0], group)
-        mine = take_plain(total, index, valid, dim, outer, inner)
-        return mine, None, None, None, None, None, None, None, None
+        (order,) = ctx.saved_tensors
+        mine = scatter_sum(grads[0], order, ctx.tokens, *ctx.where)
+        return mine, None, *[None] * len(ctx.where)
 
 
 class _SumPartials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: torch.Tensor, group: str, what: str) -> torch.Tensor:
+        total: torch.Tensor = messages.all_reduce(x, group, what)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0], None
+        return grads[0], None, None
 
 
 class _Share(torch.autograd.Function):
-    """Identity forward; backward sums every gradient over the ranks in one message."""
+    """Identity forward; backward sums the gradient over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, group: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group = group
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx: Any, x: torch.Tensor, group: str, what: str) -> torch.Tensor:
+        ctx.settings = (group, f"the gradient of {what}")
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        if len(grads) == 1:
-            return None, _all_reduce(grads[0], ctx.group)
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        parts = _all_reduce(flat, ctx.group).split([g.numel() for g in grads])
-        return None, *(p.view(g.shape) for p, g in zip(parts, grads, strict=True))
+        return messages.all_reduce(grads[0], *ctx.settings), None, None
+
+
+class _Enter(torch.autograd.Function):
+    """The end of a sum of gradients: it stands where the tensors enter the program.
+
+    Besides the tensors it gives a carrier, a view of one zero in the shape of the flat message,
+    which exists to bring that message back. Autograd runs what entered first last, so that the wait
+    comes after everything else that backward has to do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [_real(t).shape for t in tensors]
+        ctx.complex = [t.is_complex() for t in tensors]
+        total = sum(shape.numel() for shape in ctx.shapes)
+        carrier = _real(tensors[0]).new_zeros(()).expand(total)
+        return (*(t.view_as(t) for t in tensors), carrier)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        flat = grads[-1]
+        if flat is None:
+            return (None,) * len(ctx.shapes)
+        parts = messages.finish_sum(flat, [shape.numel() for shape in ctx.shapes])
+        shaped = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+        return tuple(
+            torch.view_as_complex(x) if pairs else x
+            for x, pairs in zip(shaped, ctx.complex, strict=True)
+        )
+
+
+class _Leave(torch.autograd.Function):
+    """The start of a sum of gradients: it stands before the first call that uses one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: torch.Tensor, settings: tuple[Any, ...], *tensors: Any) -> Any:
+        ctx.save_for_backward(call)
+        ctx.settings = settings
+        return tuple(t.view_as(t) for t in tensors[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (call,) = ctx.saved_tensors
+        flat = messages.begin_sum(list(grads), call, *ctx.settings)
+        return None, None, *[None] * len(grads), flat
+
+
+def _place(where: tuple[Any, ...]) -> tuple[int, int, int]:
+    _ranks, _group, dim, outer, inner, _what = where
+    return dim, outer, inner
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -186,36 +262,52 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
 
 def slice_tokens(
     x: torch.Tensor, index: torch.Tensor, order: torch.Tensor,
-    ranks: int, group: str, dim: int, outer: int, inner: int,
+    ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
     """This rank's tokens of a whole value; backward all-gathers."""
     if not x.requires_grad:
         return _take(x, index, dim, outer, inner)
-    return _apply(_Slice, x, index, order, ranks, group, dim, outer, inner)
+    return _apply(_Slice, x, index, order, ranks, group, dim, outer, inner, what)
 
 
 def gather_tokens(
     x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor,
-    ranks: int, group: str, dim: int, outer: int, inner: int,
+    ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
     """The whole of a split value for computations that every rank repeats."""
-    return _apply(_Gather, x, index, order, valid, ranks, group, dim, outer, inner)
+    return _apply(_Gather, x, index, order, valid, ranks, group, dim, outer, inner, what)
 
 
 def gather_shared(
-    x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor,
-    ranks: int, group: str, dim: int, outer: int, inner: int,
+    x: torch.Tensor, order: torch.Tensor,
+    ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
     """The whole of a split value for computations that each rank does for its own tokens."""
-    return _apply(_GatherShared, x, index, order, valid, ranks, group, dim, outer, inner)
+    return _apply(_GatherShared, x, order, ranks, group, dim, outer, inner, what)
 
 
-def sum_partials(x: torch.Tensor, group: str) -> torch.Tensor:
+def sum_partials(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
     """The sum over ranks of a partial sum, on every rank."""
-    return _apply(_SumPartials, x, group)
+    return _apply(_SumPartials, x, group, what)
 
 
-def share(tensors: list[torch.Tensor], group: str) -> tuple[torch.Tensor, ...]:
-    """Whole values that each rank uses for its own tokens: gradients are summed over ranks."""
-    shared = _Share.apply(group, *tensors)  # type: ignore[no-untyped-call]
+def share(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
+    """A whole value that each rank uses for its own tokens: its gradient is summed over ranks."""
+    return _apply(_Share, x, group, what)
+
+
+def enter(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors of a bucket and its carrier, for ``leave``."""
+    entered = _Enter.apply(*tensors)  # type: ignore[no-untyped-call]
+    return cast(tuple[torch.Tensor, ...], entered)
+
+
+def leave(
+    entered: tuple[torch.Tensor, ...], call: torch.Tensor, members: list[int], group: str, what: str
+) -> tuple[torch.Tensor, ...]:
+    """The tensors, for computations that each rank does for its own tokens.
+
+    ``call`` and ``members`` tell a parameter's gradient from others, see ``ringfx.gradients``.
+    """
+    shared = _Leave.apply(call, (members, group, what), *entered)  # type: ignore[no-untyped-call]
     return cast(tuple[torch.Tensor, ...], shared)

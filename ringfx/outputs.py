@@ -137,7 +137,7 @@ class SplitTensor(torch.Tensor):
             with torch.no_grad():
                 self._whole = gather_plain(
                     self._local, spec.order(self._local.device), spec.layout.world_size,
-                    spec.group, spec.dim, spec.outer, spec.inner,
+                    spec.group, spec.dim, spec.outer, spec.inner, spec.name,
                 )  # fmt: skip
         return self._whole
 

@@ -140,6 +140,16 @@ class Plan:
         return sum(layer.total_ms for layer in self.layers)
 
     @property
+    def num_collectives(self) -> int:
+        """Messages of one step outside attention, forward and backward."""
+        return len(self.reshardings)
+
+    @property
+    def collective_bytes(self) -> int:
+        """What those messages bring to one rank."""
+        return sum(move.bytes_moved for move in self.reshardings)
+
+    @property
     def trains(self) -> bool:
         """Whether any layer has a backward pass."""
         return any(layer.site.trains for layer in self.layers)

@@ -43,7 +43,7 @@ def to_text(plan: Plan) -> str:
 def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
-    parts += _section("outside attention", _moves(plan.reshardings))
+    parts += _section(_moves_title(plan), _moves(plan.reshardings))
     parts += _section("left as it stands", _declined(plan))
     if plan.memory.parts:
         parts += _section(_memory_title(plan), _memory_lines(plan.memory))
@@ -305,6 +305,11 @@ def _section(title: str, lines: Sequence[str]) -> list[RenderableType]:
     return [Padding(Text(title, "bold"), (1, 0, 0, 0)), Padding(body, (0, 0, 0, 2))]
 
 
+def _moves_title(plan: Plan) -> str:
+    count, size = plan.num_collectives, format_bytes(plan.collective_bytes)
+    return f"outside attention: {count} message{'' if count == 1 else 's'} a step, {size}"
+
+
 def _moves(moves: Sequence[Resharding]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
     groups: dict[tuple[str, str, str, int], list[Resharding]] = {}
@@ -320,7 +325,8 @@ def _move_line(group: Sequence[Resharding]) -> str:
     size = f", {format_bytes(move.bytes_moved)}" + (" each" if len(group) > 1 else "")
     where = f" at {move.name}" if move.name else ""
     source = f" ({_short_source(move.source)})" if move.source else ""
-    return f"{count}{move.kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"
+    kind = move.kind + (" in backward" if move.in_backward else "")
+    return f"{count}{kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"
 
 
 def _declined(plan: Plan) -> list[str]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx import collectives
+from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.lines import Member
 from ringfx.passes.place.modes import Form
 from ringfx.passes.values import Resharding
 
-__all__ = ["Crossings"]
+__all__ = ["Crossings", "save_messages"]
 
 aten = torch.ops.aten
+_GRADIENT = "completes a gradient"
+_SENDS = frozenset(
+    {
+        attention, collectives.gather_shared, collectives.gather_tokens, collectives.sum_partials,
+    }
+)  # fmt: skip
 
 
 class Crossings:
@@ -32,17 +42,23 @@ class Crossings:
         self.group = group
         self.reshardings: list[Resharding] = []
         self._natural = natural
+        self._buckets: dict[Node, Callable[[], None]] = {}
         self._made: dict[tuple[Node, Form], Node] = {}
         self._positions: list[Node] = []
         self._orders: list[Node] = []
         self._members: dict[tuple[int, Member, str], Node] = {}
 
     def add_line_inputs(self) -> None:
-        """Placeholders for each line: this rank's positions and the order of all ranks' tokens."""
+        """Placeholders for each line: this rank's positions and the order of all ranks' tokens.
+
+        One more stands for the call, see ``ringfx.gradients``.
+        """
         for line in self.placement.lines.lines:
             if line.layout.world_size > 1:
                 self._positions.append(self.graph.placeholder(f"positions_{line.index}"))
                 self._orders.append(self.graph.placeholder(f"order_{line.index}"))
+        if self._positions:
+            self.call = self.graph.placeholder("call")
 
     def convert(self, value: Node, form: Form, user: Node) -> Node:
         """The value in the wanted form, for a user that the plan names as the reason."""
@@ -54,6 +70,8 @@ class Crossings:
         if split == (form is Form.SPLIT) and form is not Form.SHARED:
             return self._natural[value]
         key = (value, form)
+        if form is Form.SHARED and value in self._buckets and key not in self._made:
+            self._buckets[value]()
         if key not in self._made:
             self._made[key] = self._make(value, form, split, user)
         return self._made[key]
@@ -73,17 +91,36 @@ class Crossings:
         """int64 [local tokens]: which element of the axis each local token is, if it is one."""
         return self._member_node(carried, "own")
 
-    def report_gradients(self, bucket: Sequence[Node]) -> None:
-        """The message in backward that completes the gradients of a bucket of inputs."""
-        size = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in bucket)
-        self._report(
-            bucket[0], "all_reduce", size, f"completes the gradients of {len(bucket)} inputs"
-        )
+    def on_first_use(self, value: Node, make: Callable[[], None]) -> None:
+        """``make`` remembers the shared form of a value just before the first call that needs it.
+
+        It is called where gradients are enabled: standing in a no-grad region the conversion would
+        lose the gradient of later users.
+        """
+
+        def here() -> None:
+            with self._last_with_gradients():
+                make()
+
+        self._buckets[value] = here
+
+    def _last_with_gradients(self) -> AbstractContextManager[None]:
+        """The end of the program so far, or before the no-grad region that it ends in."""
+        enabled, last = True, None
+        for node in self.graph.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            if enabled:
+                last = node
+        if enabled or last is None:
+            return contextlib.nullcontext()
+        place: AbstractContextManager[None] = self.graph.inserting_after(last)
+        return place
 
     def reduce(self, node: Node, partial: Node) -> Node:
-        value = node.meta["val"]
-        self._report(node, "all_reduce", value.numel() * value.element_size(), "sums over tokens")
-        return self.graph.call_function(collectives.sum_partials, (partial, self.group))
+        self.report(node, "all_reduce", _bytes(node), "sums over tokens")
+        args = (partial, self.group, _words(node))
+        return self.graph.call_function(collectives.sum_partials, args)
 
     def _make(self, value: Node, form: Form, split: bool, user: Node) -> Node:
         natural = self._natural[value]
@@ -112,33 +149,31 @@ class Crossings:
 
     def _call(self, value: Node, natural: Node, form: Form, split: bool, user: Node) -> Node:
         if not split and form is Form.SHARED:
-            return self._share(natural)
+            self.report(value, "all_reduce", _bytes(value), _GRADIENT, in_backward=True)
+            args: tuple[Any, ...] = (natural, self.group, _words(value))
+            return self.graph.call_function(collectives.share, args)
         carried = self.placement.lines.carried(value)
         assert isinstance(carried, Carried), f"{value.name} carries no token axis"
-        where = self._where(carried)
-        index, order = (self._member_node(carried, k) for k in ("index", "order"))
+        where = self._where(carried, value)
+        index, order, valid = (self._member_node(carried, k) for k in ("index", "order", "valid"))
         if form is Form.SPLIT:
-            return self.graph.call_function(
-                collectives.slice_tokens, (natural, index, order, *where)
-            )
-        whole = value.meta["val"]
+            if needs_grad(value):
+                self.report(value, "gather_gradient", _bytes(value), _GRADIENT, in_backward=True)
+            args = (natural, index, order, *where)
+            return self.graph.call_function(collectives.slice_tokens, args)
         reason = self.placement.reasons.get(user, "it is wanted whole")
-        self._report(
-            value, "gather", whole.numel() * whole.element_size(), f"{_name(user)}: {reason}"
-        )
-        function = collectives.gather_shared if form is Form.SHARED else collectives.gather_tokens
-        valid = self._member_node(carried, "valid")
-        return self.graph.call_function(function, (natural, index, order, valid, *where))
+        self.report(value, "gather", _bytes(value), f"{_name(user)}: {reason}")
+        if form is Form.SHARED:
+            size = _bytes(value) // where[0]
+            self.report(value, "reduce_scatter", size, _GRADIENT, in_backward=True)
+            args = (natural, order, *where)
+            return self.graph.call_function(collectives.gather_shared, args)
+        args = (natural, index, order, valid, *where)
+        return self.graph.call_function(collectives.gather_tokens, args)
 
-    def _share(self, natural: Node) -> Node:
-        shared = self.graph.call_function(collectives.share, ([natural], self.group))
-        shared.meta["ringfx_crossing"] = True
-        with self.graph.inserting_after(shared):
-            return self.graph.call_function(operator.getitem, (shared, 0))
-
-    def _where(self, carried: Carried) -> tuple[Any, ...]:
+    def _where(self, carried: Carried, value: Node) -> tuple[Any, ...]:
         ranks = self.placement.lines.lines[carried.line].layout.world_size
-        return (ranks, self.group, carried.dim, carried.outer, carried.inner)
+        return (ranks, self.group, carried.dim, carried.outer, carried.inner, _words(value))
 
     def _member_node(self, carried: Carried, kind: str) -> Node:
         key = (carried.line, carried.member, kind)
@@ -173,7 +208,10 @@ class Crossings:
         node.meta["ringfx_prologue"] = True
         return node
 
-    def _report(self, node: Node, kind: str, size: int, reason: str) -> None:
+    def report(
+        self, node: Node, kind: str, size: int, reason: str, *, in_backward: bool = False
+    ) -> None:
+        """Say in the plan that one message is sent."""
         self.reshardings.append(
             Resharding(
                 node=node.name,
@@ -182,9 +220,29 @@ class Crossings:
                 kind=kind,
                 bytes_moved=size,
                 reason=reason,
+                in_backward=in_backward,
             )
         )
 
 
+def save_messages(graph: Graph) -> None:
+    """In checkpointed regions what was sent is saved: a recompute must not send it again."""
+    for node in graph.nodes:
+        if "recompute" in node.meta and node.target in _SENDS:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
 def _name(node: Node) -> str:
     return str(node.target) if node.op == "call_function" else node.op
+
+
+def _words(node: Node) -> str:
+    """What a message carries, for an error: ``lm_head (model.py:61), aten.linear.default``."""
+    if node.op != "placeholder":
+        return describe_node(node)
+    return f"input {node.meta.get('ringfx_input', node.name)}"

@@ -15,7 +15,7 @@ from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Split
 from ringfx.passes.rewrite.calls import local_call
-from ringfx.passes.rewrite.crossings import Crossings
+from ringfx.passes.rewrite.crossings import Crossings, save_messages
 from ringfx.passes.rewrite.parameters import share_parameters
 from ringfx.passes.values import Captured, Resharding
 
@@ -78,10 +78,11 @@ class _Rewriter:
     def run(self) -> LocalProgram:
         nodes = list(self.captured.graph_module.graph.nodes)
         inputs = [n for n in nodes if n.op == "placeholder"]
-        for node in inputs:
+        for node, name in zip(inputs, self.captured.input_names, strict=True):
+            node.meta["ringfx_input"] = name
             self.natural[node] = self.graph.node_copy(node)
         self.crossings.add_line_inputs()
-        share_parameters(self.graph, inputs, self.placement, self.crossings)
+        share_parameters(self.graph, self.captured, self.placement, self.crossings)
         outputs: tuple[SplitOutput | None, ...] = ()
         for node in nodes:
             if node.op == "output":
@@ -91,6 +92,7 @@ class _Rewriter:
         gm = GraphModule(self.captured.graph_module, self.graph, "RingfxLocal")
         eliminate_dead(gm.graph)
         alive = set(gm.graph.nodes)
+        save_messages(gm.graph)
         gm.graph.lint()
         gm.recompile()
         return LocalProgram(

@@ -13,6 +13,7 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.place import Placement
 from ringfx.passes.place.modes import Form
 from ringfx.passes.rewrite.crossings import Crossings
+from ringfx.passes.values import Captured
 
 __all__ = ["share_parameters"]
 
@@ -26,17 +27,25 @@ flat copy that a message needs is an eighth of the gradients."""
 
 
 def share_parameters(
-    graph: Graph, inputs: Sequence[Node], placement: Placement, crossings: Crossings
+    graph: Graph, captured: Captured, placement: Placement, crossings: Crossings
 ) -> None:
     """Inputs that need a gradient and that split calls use whole enter the program in buckets.
 
-    Buckets follow the order of first use, so that in backward each completes early.
+    Buckets follow the order of first use, so that in backward each completes early. A bucket
+    enters at the start of the program and leaves for its first user: in backward its message is
+    sent as soon as it is complete, and waited for after everything else.
     """
+    nodes = list(captured.graph_module.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    number = {n: i for i, n in enumerate(inputs)}
+    order = {n: i for i, n in enumerate(nodes)}
     used = [n for n in inputs if needs_grad(n) and _used_whole_by_split(n, placement)]
-    order = {n: i for i, n in enumerate(next(iter(inputs)).graph.nodes)} if inputs else {}
     used.sort(key=lambda n: min(order[u] for u in n.users))
-    for bucket in _buckets(used):
-        _enter(graph, bucket, crossings)
+    parameters = [n for n in used if captured.is_parameter[number[n]]]
+    for bucket in _buckets(parameters):
+        _enter(graph, bucket, crossings, [number[n] for n in bucket])
+    for bucket in _buckets([n for n in used if n not in set(parameters)]):
+        _enter(graph, bucket, crossings, [])
 
 
 def _used_whole_by_split(value: Node, placement: Placement) -> bool:
@@ -76,12 +85,29 @@ def _bytes(value: Node) -> int:
     return int(fake.numel() * fake.element_size())
 
 
-def _enter(graph: Graph, bucket: Sequence[Node], crossings: Crossings) -> None:
-    crossings.report_gradients(bucket)
+def _enter(graph: Graph, bucket: Sequence[Node], crossings: Crossings, members: list[int]) -> None:
+    """``members``: the numbers of the bucket's inputs, if their gradients may be held back."""
+    what = f"the gradients of {_listed(bucket)}"
+    size = sum(map(_bytes, bucket))
+    crossings.report(bucket[0], "all_reduce", size, f"completes {what}", in_backward=True)
     natural = [crossings.natural_of(n) for n in bucket]
-    shared = graph.call_function(collectives.share, (natural, crossings.group))
-    shared.meta["ringfx_crossing"] = True
-    for i, value in enumerate(bucket):
-        entered = graph.call_function(operator.getitem, (shared, i))
-        entered.meta["ringfx_crossing"] = True
-        crossings.remember(value, Form.SHARED, entered)
+    entered = graph.call_function(collectives.enter, (natural,))
+    entered.meta["ringfx_crossing"] = True
+
+    def leave() -> None:
+        args = (entered, crossings.call, members, crossings.group, what)
+        shared = graph.call_function(collectives.leave, args)
+        for i, value in enumerate(bucket):
+            with graph.inserting_after(shared):
+                item = graph.call_function(operator.getitem, (shared, i))
+            crossings.remember(value, Form.SHARED, item)
+
+    for value in bucket:
+        crossings.on_first_use(value, leave)
+
+
+def _listed(bucket: Sequence[Node]) -> str:
+    names = [n.meta.get("ringfx_input", n.name) for n in bucket]
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from ringfx.errors import VerificationError
+from ringfx.gradients import NO_CALL
 from ringfx.ops import attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place.lines import Lines
@@ -38,12 +39,12 @@ def verify(captured: Captured, sites: Sites, local: LocalProgram) -> tuple[Any, 
 
 
 def line_inputs(lines: Lines, rank: int, device: torch.device | str) -> list[torch.Tensor]:
-    """Positions and order of each split line, as the local program takes them."""
+    """Positions and order of each split line and the call, as the local program takes them."""
     tensors: list[torch.Tensor] = []
     for line in lines.lines:
         if line.layout.world_size > 1:
             tensors += [line.layout.positions(rank, device), line.layout.order(device)]
-    return tensors
+    return [*tensors, torch.full((), NO_CALL)] if tensors else []
 
 
 def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMode, tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from tests.passes.programs import lowered, program_text
 MOVES = frozenset(
     {
         collectives.gather_tokens, collectives.gather_shared, collectives.slice_tokens,
-        collectives.share, collectives.sum_partials,
+        collectives.share, collectives.leave, collectives.sum_partials,
     }
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_one_rank_runs_the_captured_program() -> None:
 
 def test_a_split_model_sends_parameters_gradients_and_nothing_else() -> None:
     program = lowered(models.Causal(), ids())
-    assert set(moves(program)) == {"share", "slice_tokens"}
+    assert set(moves(program)) == {"leave", "slice_tokens"}
     (sliced,) = (
         n for n in program.local.graph_module.graph.nodes if n.target is collectives.slice_tokens
     )
@@ -107,6 +107,7 @@ def test_what_is_moved_is_reported() -> None:
     reported = Counter(move.kind for move in program.plan.reshardings)
     made = moves(program)
     assert reported["gather"] == made["gather_tokens"] + made["gather_shared"]
+    assert reported["reduce_scatter"] == made["gather_shared"]
     assert all(move.reason for move in program.plan.reshardings)
     assert all(move.source for move in program.plan.reshardings if move.kind == "gather")
 

@@ -1,0 +1,65 @@
+"""Which messages this rank sends, in the order in which it starts and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from ringfx.ops import ranks
+
+__all__ = ["Message", "recorded"]
+
+
+class Message(str):
+    """``all_reduce``, ``hop``, ...; ``begin_sum`` and ``finish_sum`` are its two halves."""
+
+    num_bytes: int
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Message]]:
+    """The messages sent inside, without those that only compare inputs."""
+    found: list[Message] = []
+
+    def note(name: str, sent: Any) -> None:
+        message = Message(name)
+        message.num_bytes = _bytes(sent)
+        found.append(message)
+
+    def noting(name: str, function: Callable[..., Any], position: int = 0) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note("begin_sum" if kwargs.get("async_op") else name, args[position])
+            return function(*args, **kwargs)
+
+        return call
+
+    def waiting(self: Any, operation: str, call: Any) -> None:
+        if "gradients of" in operation:
+            note("finish_sum", None)
+        collective(self, operation, call)
+
+    collective = ranks.Ranks.collective
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, name, position in (
+            (dist, "all_reduce", "all_reduce", 0),
+            (dist, "broadcast", "broadcast", 0),
+            (dist, "batch_isend_irecv", "hop", 0),
+            (dist, "all_to_all_single", "all_to_all", 1),
+            (ranks, "_gather_single", "all_gather", 1),
+            (ranks, "_scatter_single", "reduce_scatter", 1),
+        ):
+            replacement = noting(name, getattr(owner, attribute), position)
+            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+        stack.enter_context(mock.patch.object(ranks.Ranks, "collective", waiting))
+        yield found
+
+
+def _bytes(sent: Any) -> int:
+    if isinstance(sent, list):  # batched sends and receives
+        return sum(_bytes(op.tensor) for op in sent if op.op is dist.isend)
+    return sent.numel() * sent.element_size() if isinstance(sent, torch.Tensor) else 0
