@@ -66,11 +66,11 @@ def split_additive(expr: Expr, make: Make, q_len: int, kv_len: int) -> Mask:
     certain = keeps_a_key(both, make, q_len, kv_len)
     mean = len(soft) == 1 and not hard and soft[0].low <= ABSORBS
     if soft and not (certain or mean):
-        written = [t.written if t in soft else t.added for t in taken]
-        return Mask(keep=_named(_all(make, *hard)), bias=_sum(written))
+        masks = {t.written: t.added for t in taken if t not in soft}
+        return Mask(keep=_named(_all(make, *hard)), bias=_sum(expr, masks))
     return Mask(
         keep=_named(both),
-        bias=_sum([t.added for t in taken]),
+        bias=_sum(expr, {t.written: t.added for t in taken}),
         fully_masked="mean" if soft and not certain else "zero",
     )
 
@@ -153,9 +153,15 @@ def _named(keep: Expr) -> Expr | None:
     return None if keep == TRUE else keep
 
 
-def _sum(terms: list[Expr | None]) -> Expr | None:
-    bias: Expr | None = None
-    for term in terms:
-        if term is not None and term != const(0.0):
-            bias = term if bias is None else simplify("add", bias, term)
-    return bias
+def _sum(expr: Expr, instead: Mapping[Expr, Expr | None]) -> Expr | None:
+    """The sum with other summands, None for nothing, added in the order in which it is written."""
+    if expr in instead:
+        return instead[expr]
+    if expr[0] in ("float", "double") and expr[1][0] in ("where", "add"):
+        return _sum(expr[1], instead)
+    if expr[0] != "add":
+        return expr
+    left, right = (_sum(part, instead) for part in expr[1:])
+    if left is None or right is None:
+        return right if left is None else left
+    return simplify("add", left, right)

@@ -55,6 +55,19 @@ def gather(lifter: Lifter, call: Call, index: Index) -> Expr:
     return lifter.element(call["self"], (*index[:at], chosen, *index[at + 1 :]))
 
 
+def take_along_dim(lifter: Lifter, call: Call, index: Index) -> Expr | None:
+    if call["dim"] is None:
+        return None
+    at = call["dim"] % max(len(index), 1)
+    size = int(call.shape("self")[at])
+    chosen = lifter.inside(call["self"], lifter.aligned(call["indices"], index), size)
+    places = [
+        e if d == at or s != 1 else const(0)
+        for d, (e, s) in enumerate(zip(index, call.shape("self"), strict=True))
+    ]
+    return lifter.element(call["self"], (*places[:at], chosen, *places[at + 1 :]))
+
+
 def embedding(lifter: Lifter, call: Call, index: Index) -> Expr:
     row = lifter.element(call["indices"], index[:-1])
     return lifter.element(call["weight"], (row, index[-1]))
@@ -214,7 +227,8 @@ def outer(lifter: Lifter, call: Call, index: Index) -> Expr:
 RULES: Rules = {
     aten.index.Tensor: advanced_index,
     aten.index_select.default: index_select,
-    **rows(gather, aten.gather.default),
+    aten.gather.default: gather,
+    aten.take_along_dim.default: take_along_dim,
     aten.embedding.default: embedding,
     aten.take.default: take,
     **rows(cat, aten.cat.default, aten.concat.default, aten.concatenate.default),

@@ -121,11 +121,10 @@ def clamp(lifter: Lifter, call: Call, index: Index) -> Expr:
     return narrowed(found, call.node.meta["val"].dtype)
 
 
-def rsub(lifter: Lifter, call: Call, index: Index) -> Expr | None:
-    if call["alpha"] != 1:
-        return None
-    args = (lifter.aligned(call["other"], index), lifter.aligned(call["self"], index))
-    return narrowed(lifter.make("sub", *args), call.node.meta["val"].dtype)
+def rsub(lifter: Lifter, call: Call, index: Index) -> Expr:
+    taken = lifter.make("mul", lifter.aligned(call["self"], index), const(call["alpha"]))
+    found = lifter.make("sub", lifter.aligned(call["other"], index), taken)
+    return narrowed(found, call.node.meta["val"].dtype)
 
 
 def divide(lifter: Lifter, call: Call, index: Index) -> Expr | None:
@@ -165,10 +164,13 @@ RULES: Rules = {
     **_both("add", aten.add.Tensor, aten.add.Scalar),
     **_both("sub", aten.sub.Tensor, aten.sub.Scalar),
     **_both("mul", aten.mul.Tensor, aten.mul.Scalar),
-    **_both("le", aten.le.Tensor, aten.le.Scalar, aten.less_equal.Tensor),
-    **_both("lt", aten.lt.Tensor, aten.lt.Scalar, aten.less.Tensor),
-    **_both("ge", aten.ge.Tensor, aten.ge.Scalar, aten.greater_equal.Tensor),
-    **_both("gt", aten.gt.Tensor, aten.gt.Scalar, aten.greater.Tensor),
+    **_both("le", aten.le.Tensor, aten.le.Scalar, aten.less_equal.Tensor, aten.less_equal.Scalar),
+    **_both("lt", aten.lt.Tensor, aten.lt.Scalar, aten.less.Tensor, aten.less.Scalar),
+    **_both(
+        "ge", aten.ge.Tensor, aten.ge.Scalar,
+        aten.greater_equal.Tensor, aten.greater_equal.Scalar,
+    ),
+    **_both("gt", aten.gt.Tensor, aten.gt.Scalar, aten.greater.Tensor, aten.greater.Scalar),
     **_both("eq", aten.eq.Tensor, aten.eq.Scalar),
     **_both("ne", aten.ne.Tensor, aten.ne.Scalar, aten.not_equal.Tensor),
     **_both("and", aten.logical_and.default),
@@ -223,7 +225,6 @@ RULES: Rules = {
     **rows(
         same, aten.contiguous.default, aten.clone.default, aten.alias.default,
         aten.positive.default, aten.detach.default, aten.lift_fresh_copy.default,
-        aten.lift_fresh.default,
     ),
     **rows(
         cast, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default,
