@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ringfx.backend import Backend, no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
+from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.pipeline import lower
 from ringfx.plan import MemoryPlan, Plan
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
@@ -73,6 +74,7 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
         backend.ran.clear()
+        keep_substituting()
         try:
             with torch._dynamo.config.patch(_NEVER_UNSPLIT):
                 result = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -209,7 +211,8 @@ def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> None
     torch._dynamo.reset()
     mode = _mode_of(model, args, kwargs)
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
-    compiled = torch.compile(fake_model, backend=backend, dynamic=False)
+    keep_substituting()
+    compiled = torch.compile(fake_model, backend=for_ringfx(backend), dynamic=False)
     try:
         with mode:
             compiled(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from ringfx.agreement import Agreement
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
+from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Resharding
 from ringfx.passes.verify.check import line_inputs
@@ -38,6 +39,8 @@ class Backend:
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
         self._announced: set[str] = set()
+        for_ringfx(self)
+        keep_substituting()
 
     @property
     def num_sites(self) -> int:
@@ -218,3 +221,7 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     options = dict(kwargs.get("options") or {})
     world = World.of(options.pop("mesh", None))
     return Backend(Settings.of(options), world)(gm, example_inputs)
+
+
+for_ringfx(ringfx_backend)
+keep_substituting()  # Dynamo looks this backend up by name before it traces

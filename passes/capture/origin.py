@@ -7,12 +7,14 @@ import re
 
 import torch
 
-__all__ = ["describe_node", "module_path", "source_line", "stamp_origins"]
+__all__ = ["describe_node", "module_path", "source_line", "spelled_as", "stamp_origins"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _ROOT = re.compile(r"^L\['([^']*)'\]")
 _ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
+_DETECT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "detect")
+_SPELLINGS = os.path.join(_DETECT, "spellings")
 
 
 def clean_path(text: str) -> str:
@@ -47,11 +49,21 @@ def module_path(node: torch.fx.Node) -> str:
 def source_line(node: torch.fx.Node) -> str:
     """``file.py:line`` of the innermost frame outside torch."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    users = [f for f in frames if not f[0].startswith(_TORCH)] or frames
+    users = [f for f in frames if not f[0].startswith((_TORCH, _DETECT))] or frames
     if not users:
         return ""
     file, line, _ = users[-1]
     return f"{os.path.basename(file)}:{line}"
+
+
+def spelled_as(node: torch.fx.Node) -> str | None:
+    """The call that this operator spells out, such as ``flash_attn_func``."""
+    if "ringfx_spelled" in node.meta:
+        return str(node.meta["ringfx_spelled"])
+    for file, _, function in _FRAME.findall(node.meta.get("stack_trace") or ""):
+        if file.startswith(_SPELLINGS):
+            return str(function)
+    return None
 
 
 def stamp_origins(graph: torch.fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,4 +127,12 @@ def _graph_break(gm: torch.fx.GraphModule) -> str | None:
         return None
     frames = [f"{f.filename}:{f.lineno}, in {f.name}" for f in reason.user_stack]
     where = frames[-1] if frames else "an unknown frame"
-    return f"{where}: {reason.reason.strip().splitlines()[0] if reason.reason else 'graph break'}"
+    return f"{where}: {_in_one_line(reason.reason)}"
+
+
+def _in_one_line(reason: str) -> str:
+    """What the user's own graph_break() says, or the title that Dynamo gives."""
+    said = re.search(r"User-inserted graph break. Message: (?!None)(.+)", reason)
+    if said:
+        return said.group(1)
+    return reason.strip().splitlines()[0] if reason.strip() else "graph break"

@@ -11,8 +11,11 @@ import torch
 from torch.fx import Node
 
 from ringfx.passes.axes.call import Call
+from ringfx.passes.capture.origin import spelled_as
+from ringfx.passes.detect.kernel_calls import KERNEL_CALLS, folded, is_plain
+from ringfx.passes.detect.respell import KernelCall
 
-__all__ = ["ENTRY_POINTS", "Candidate", "Near"]
+__all__ = ["ENTRY_POINTS", "Candidate", "Near", "other_form"]
 
 aten = torch.ops.aten
 
@@ -44,14 +47,12 @@ class Near:
 def scaled_dot_product(node: Node) -> Candidate | Near:
     call = Call(node)
     q, k = call.shape("query"), call.shape("key")
-    if not 3 <= len(q) <= 4:
-        return Near(f"queries of {len(q)} dimensions; ringfx carries [B, S, D] and [B, H, S, D]")
-    if len(q) == 4 and q[1] != k[1] and (k[1] == 0 or q[1] % k[1]):
-        return Near(f"{q[1]} query heads are no multiple of {k[1]} key heads")
+    if not is_plain(q, k, call.shape("value")):
+        return Near(f"its operands {tuple(q)}, {tuple(k)} have heads that do not divide")
     scale: Any = call["scale"]
     return Candidate(
         node=node,
-        found_by="sdpa",
+        found_by=_found_by(node),
         q=call["query"],
         k=call["key"],
         v=call["value"],
@@ -60,6 +61,20 @@ def scaled_dot_product(node: Node) -> Candidate | Near:
         is_causal=bool(call["is_causal"]),
         dropout=float(call["dropout_p"]),
     )
+
+
+def _found_by(node: Node) -> str:
+    name = spelled_as(node)
+    return "sdpa" if name in (None, "scaled_dot_product_attention") else str(name)
+
+
+def other_form(node: Node) -> KernelCall | None:
+    """How a call of attention that is not plain SDPA is written as one."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        call = Call(node)
+        plain = is_plain(call.shape("query"), call.shape("key"), call.shape("value"))
+        return None if plain else folded
+    return KERNEL_CALLS.get(node.target)
 
 
 ENTRY_POINTS: Mapping[object, Callable[[Node], Candidate | Near]] = {

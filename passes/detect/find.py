@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ringfx.passes.detect.entry_points import ENTRY_POINTS, Candidate, Near
+from ringfx.passes.detect.entry_points import ENTRY_POINTS, Candidate, Near, other_form
+from ringfx.passes.detect.respell import respell
 from ringfx.passes.values import Captured, Declined
 
 __all__ = ["Candidate", "Detected", "detect"]
@@ -25,9 +26,11 @@ def detect(captured: Captured) -> Detected:
 
     Guarantee: each entry-point call of the program is either a candidate or declined.
     """
+    graph = captured.graph_module.graph
+    refused = respell(graph, other_form)
     candidates: list[Candidate] = []
-    declined: list[Declined] = []
-    for node in captured.graph_module.graph.nodes:
+    declined = [decline(node, reason) for node, reason in refused.items()]
+    for node in graph.nodes:
         read = ENTRY_POINTS.get(node.target)
         if read is None:
             continue

@@ -295,6 +295,8 @@ def _labelled(
     forms: list[Form] = []
     active: set[str] = set()
     for carried, labels in zip(operands, axes.operands, strict=True):
+        if carried is Tangle.TANGLED and labels is not None:
+            return Unsplittable("one of its operands holds the token axis twice or in pieces")
         names = labels[carried.dim] if labels and isinstance(carried, Carried) else ()
         splits = (
             _on(carried, line) and len(names) == 1 and axes.share_of(names[0]) is not Share.WHOLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from ringfx.errors import VerificationError
@@ -58,6 +58,16 @@ def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMod
 
 
 class _Recorder(torch.fx.Interpreter):
+    def __init__(self, gm: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self._mode = mode
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A constant of the program (a list made into a tensor) as a fake, like all else."""
+        value = super().get_attr(target, args, kwargs)
+        real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return self._mode.from_tensor(value, static_shapes=True) if real else value
+
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op != "output":
@@ -69,7 +79,7 @@ def _interpret(gm: torch.fx.GraphModule, mode: FakeTensorMode, inputs: tuple[Any
     with mode, torch.no_grad():
         grad = torch.is_grad_enabled()
         try:
-            _Recorder(gm).run(*inputs)
+            _Recorder(gm, mode).run(*inputs)
         finally:
             torch._C._set_grad_enabled(grad)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
+from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.passes.values import Captured
 from ringfx.pipeline import Lowered, lower
 from ringfx.settings import Settings
@@ -31,8 +32,9 @@ def traced(model: Callable[..., Any], *args: Any, see: Callable[..., Any], **kwa
         raise _Stop
 
     torch._dynamo.reset()
+    keep_substituting()
     try:
-        torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+        torch.compile(model, backend=for_ringfx(backend), dynamic=False)(*args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as failure:
         if not isinstance(failure.inner_exception, _Stop):
             raise failure.inner_exception from None

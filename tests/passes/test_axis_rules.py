@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
 from ringfx.passes.axes.rules import AXIS_RULES, find_rule
+from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
 from ringfx.passes.axes.space import AxisSpace
 from tests.passes.rule_samples import Sample, samples
@@ -29,6 +30,7 @@ NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
+    **dict.fromkeys(KERNELS, "whole: left as they stand only where detection declined them"),
 }
 NEVER_SPLIT = {
     # A random draw or a count over the whole axis is made whole and then cut.

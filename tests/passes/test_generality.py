@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import ringfx
-from tests.harness import Case, Comparison, RankDifference, RankPool, compare_here, raises
+from tests.harness import Case, Comparison, RankDifference, RankPool, compare_here
 from tests.passes import models
 
 pytestmark = pytest.mark.ranks
@@ -99,6 +98,9 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "nn.TransformerEncoder, causal": part(models.TorchEncoder, causal),
     "nn.TransformerEncoder, padding": part(P(models.TorchEncoder, norm_first=True), padded),
     "nn.Transformer": part(models.TorchTransformer, two),
+    "nn.Transformer, asked whether its mask is causal": part(
+        P(models.TorchTransformer, says_causal=None), two
+    ),
     "experts": part(models.Experts),
     "class token and pooling": part(models.Pooled),
     "two token axes in a tensor": part(models.Axial, plane),
@@ -159,14 +161,3 @@ def test_results_are_those_of_the_unsplit_model(
     assert len(differences) == len(ranks), ranks
     Comparison(label=name, dtype=torch.float64, ranks=differences).check()
     assert differences[0].strategies, "no attention was found"
-
-
-def test_a_break_inside_torch_nn_is_named_where_it_hides_all_attention(ranks2: RankPool) -> None:
-    """nn.Transformer asks whether its mask is causal, and all of it then runs uncompiled."""
-    for text in raises(ranks2, undecided_transformer):
-        assert text.startswith("AttentionNotFound: ")
-
-
-def undecided_transformer() -> None:
-    model = ringfx.optimize(models.TorchTransformer(says_causal=None), compiler="eager")
-    model(*two())

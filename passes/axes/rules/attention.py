@@ -67,7 +67,35 @@ def _result(q: torch.Size, v: torch.Size) -> Labels:
     return labels_like(shape, " ".join([*leading(max(len(q) - 2, 0)), "s", "e"]), {})
 
 
+def kernel(call: Call) -> OpAxes:
+    """A kernel that detection left as it stands: all of it is whole."""
+    named = [
+        tuple((f"r{n}.{d}",) if size != 1 else () for d, size in enumerate(shape))
+        for n, shape in enumerate(call.result_shapes)
+    ]
+    return OpAxes(
+        operands=(None,) * len(call.operands),
+        results=tuple(named),
+        share=shares(whole=[x for labels in named for dim in labels for x in dim]),
+        reason="this attention is not in canonical form",
+    )
+
+
+aten = torch.ops.aten
+KERNELS = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+    aten._scaled_dot_product_attention_math.default,
+    aten._flash_attention_forward.default,
+    aten._efficient_attention_forward.default,
+    aten._native_multi_head_attention.default,
+)
+
 RULES: Mapping[object, AxisRule] = {
     attention: canonical,
-    torch.ops.aten.scaled_dot_product_attention.default: sdpa,
+    aten.scaled_dot_product_attention.default: sdpa,
+    **dict.fromkeys(KERNELS, kernel),
 }

@@ -166,6 +166,26 @@ def written_by_index(call: Call) -> OpAxes:
     return _opaque(call, "it writes elements by index")
 
 
+def rank_among(values: str, borders: str) -> AxisRule:
+    """bucketize and searchsorted: each value looks at all borders of its row."""
+
+    def rule(call: Call) -> OpAxes:
+        if len(call.shape(borders)) != 1:
+            return _opaque(call, "it looks values up in rows of borders")
+        labels = numbered(call.shape(values))
+        given: dict[int, Labels] = {
+            call.position(values): labels,
+            call.position(borders): (("border",),) if call.shape(borders)[0] != 1 else ((),),
+        }
+        return OpAxes(
+            operands=tuple(given.get(i) for i in range(len(call.operands))),
+            results=(labels,),
+            share=shares(whole=["border"]),
+        )
+
+    return rule
+
+
 def _opaque(call: Call, reason: str) -> OpAxes:
     operands = tuple(
         tuple((f"o{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
@@ -187,6 +207,8 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.diagonal.default: lambda call: _opaque(call, "it takes a diagonal"),
     aten.take_along_dim.default: lambda call: _opaque(call, "it looks elements up"),
     aten.one_hot.default: one_hot,
+    aten.bucketize.Tensor: rank_among("self", "boundaries"),
+    aten.searchsorted.Tensor: rank_among("self", "sorted_sequence"),
     aten.slice_scatter.default: slice_scatter,
     **dict.fromkeys(
         (

@@ -1,0 +1,28 @@
+"""Calls of other packages as plain torch: one entry a function.
+
+While Dynamo traces for ringfx, a call of ``module.function`` is traced as the spelling given here
+(passes/detect/substitute.py). Masks that a package takes as numbers (causal, windows, document
+lengths) become comparisons of positions, and from there on they are masks like any other.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ringfx.passes.detect.spellings.flash_attention import FLASH_2, FLASH_3
+from ringfx.passes.detect.spellings.torch_nn import TORCH_BIAS, TORCH_TRANSFORMER
+from ringfx.passes.detect.spellings.xformers_attention import XFORMERS
+
+__all__ = ["SPELLINGS"]
+
+SPELLINGS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    #  module that holds the function             its functions
+    "flash_attn":                               FLASH_2,
+    "flash_attn.flash_attn_interface":          FLASH_2,
+    "flash_attn_interface":                     FLASH_3,
+    "flash_attn_3.flash_attn_interface":        FLASH_3,
+    "xformers.ops":                             XFORMERS,
+    "xformers.ops.fmha":                        XFORMERS,
+    "torch.nn.modules.transformer":             TORCH_TRANSFORMER,
+    "torch.nn.attention.bias":                  TORCH_BIAS,
+}  # fmt: skip
+"""Spellings have the package's parameter names; an older or newer signature is matched by name."""

@@ -1,0 +1,3 @@
+"""A stand-in of xformers 0.0.35."""
+
+__version__ = "0.0.35"
