@@ -66,7 +66,6 @@ def check(name: str, by_rank: Sequence[Any]) -> None:
     for _, plan, ran in by_rank:
         assert [layer.found_by for layer in plan.layers] == [case.found_by] * case.sites
         assert not case.mask or plan.layers[0].mask == case.mask
-        assert not [m for m in plan.reshardings if m.kind == "gather" and "attention" in m.reason]
         assert len(ran) <= 1 + case.backward, f"the package ran in ringfx too: {ran}"
 
 
@@ -83,6 +82,7 @@ def test_a_call_is_found_and_exact_on_two_ranks(
     check(name, on_two[name])
 
 
+@pytest.mark.slow
 def test_some_calls_on_three_ranks(ranks3: RankPool) -> None:
     for name, by_rank in zip(
         ON_THREE, zip(*ranks3.run(outcomes, ON_THREE), strict=True), strict=True
