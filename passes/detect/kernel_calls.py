@@ -221,39 +221,6 @@ FROM_BOTTOM_RIGHT = 2
 """Of ``custom_mask_type``: 0 none, 1 causal aligned top-left, 2 causal aligned bottom-right."""
 
 
-def native_multi_head(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    num_head: int,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    mask: Tensor | None,
-    need_weights: bool,
-    average_attn_weights: bool,
-    mask_type: int | None,
-) -> Tensor:
-    """nn.MultiheadAttention in one operator: [batch, tokens, embed_dim], masked where true."""
-    weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
-    q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (num_head, -1)).transpose(1, 2)
-        for x, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
-    keep = None
-    if mask is not None:
-        keep = ~mask.to(torch.bool)
-        keep = keep[:, None, None] if mask_type == KEY_PADDING else keep
-    out = F.scaled_dot_product_attention(q, k, v, keep)
-    return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
-
-
-KEY_PADDING = 1
-"""Of ``mask_type``: 0 [queries, keys], 1 [batch, keys], 2 [batch, heads, queries, keys]."""
-
-
 def _packed_pairs(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Pairs]:
@@ -295,5 +262,4 @@ KERNEL_CALLS: Mapping[object, Callable[..., Tensor]] = {
     aten._scaled_dot_product_attention_math.default: math_,
     aten._flash_attention_forward.default: packed_flash,
     aten._efficient_attention_forward.default: packed_efficient,
-    aten._native_multi_head_attention.default: native_multi_head,
 }

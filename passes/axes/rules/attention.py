@@ -91,7 +91,6 @@ KERNELS = (
     aten._scaled_dot_product_attention_math.default,
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
-    aten._native_multi_head_attention.default,
 )
 
 RULES: Mapping[object, AxisRule] = {
