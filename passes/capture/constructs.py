@@ -10,7 +10,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.errors import CaptureRefused
+from ringfx.passes.capture.flex import flex_attention
 from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.capture.regions import REGION, flatten_region
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "autocast_kept", "refuse_unsupported"]
 
@@ -21,10 +23,6 @@ REFUSED: Mapping[str, str] = {
     "autograd_function_apply": (
         "a torch.autograd.Function: tracing would drop its own backward without a word. "
         "Do: write it with differentiable operators, or as a torch.library.custom_op."
-    ),
-    "flex_attention": (
-        "flex_attention. Do: call F.scaled_dot_product_attention with a mask; ringfx recovers "
-        "causal, window, document and padding masks from it."
     ),
     "cond": "torch.cond: data-dependent control flow. Do: move the branch out of the model.",
     "while_loop": "torch.while_loop. Do: unroll the loop.",
@@ -52,15 +50,9 @@ def _reason(node: torch.fx.Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         name = node.target.name()
-        if name in INLINED:
+        if name in INLINED or name == "flex_attention":
             return None
         return REFUSED.get(name, f"the higher-order operator {name!r}, which has no rule.")
-    home = getattr(node.target, "__module__", "") or ""
-    if home.startswith("torch._functorch"):
-        return (
-            "a torch.func transform (vmap, grad): its values are batched tensors that a flat "
-            "program cannot hold. Do: write the batched form with broadcasting."
-        )
     return None
 
 
@@ -114,6 +106,13 @@ class Inliner(torch.fx.Interpreter):
             return self._inline(target.name(), args, kwargs)
         return super().call_function(target, args, kwargs)
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        body = self.fetch_attr(target)
+        assert isinstance(body, torch.fx.GraphModule), f"{target} is {type(body)}"
+        if REGION in target:
+            body = flatten_region(body, args)
+        return Inliner(body, self._region).run(*args)
+
     def run_node(self, n: torch.fx.Node) -> Any:
         self._where = describe_node(n)
         if self._region is not None and n.op in ("call_function", "call_method"):
@@ -122,6 +121,8 @@ class Inliner(torch.fx.Interpreter):
         return super().run_node(n)
 
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "flex_attention":
+            return flex_attention(*args, **kwargs)
         if name == "wrap_with_autocast":
             device, dtype, enabled, cache, body, *operands = args
             before = _autocast_state(device)

@@ -114,6 +114,24 @@ def multi_head_attention(
     return F.linear(mixed, proj_weight, proj_bias), query.new_empty(0)
 
 
+def native_layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What tracing below autograd shows of layer_norm; its statistics are rarely read."""
+    over = list(range(x.dim() - len(shape), x.dim()))
+    mean = x.mean(over, keepdim=True)
+    rstd = torch.rsqrt((x - mean).square().mean(over, keepdim=True) + eps)
+    return F.layer_norm(x, shape, weight, bias, eps), mean, rstd
+
+
+def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return torch.softmax(x, dim, dtype=torch.float32 if half_to_float else None)
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return torch.log_softmax(x, dim, dtype=torch.float32 if half_to_float else None)
+
+
 def _attention(packed: Tensor, heads: int, mask: Tensor | None, mask_type: int | None) -> Tensor:
     """Scaled dot product attention on [B, S, 3 E]."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
@@ -134,4 +152,7 @@ DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.instance_norm.default: instance_norm,
     aten._transformer_encoder_layer_fwd.default: encoder_layer,
     aten._native_multi_head_attention.default: multi_head_attention,
+    aten.native_layer_norm.default: native_layer_norm,
+    aten._softmax.default: softmax,
+    aten._log_softmax.default: log_softmax,
 }

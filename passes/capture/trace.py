@@ -14,10 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.passes.capture import constructs
 from ringfx.passes.capture.definitions import DEFINITIONS
+from ringfx.passes.capture.flex import drop_block_masks
 from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from ringfx.passes.capture.origin import clean_path, stamp_origins
+from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
 from ringfx.passes.values import Captured
@@ -48,6 +50,8 @@ def capture(
         For a construct that cannot be carried with its meaning and gradient kept.
     """
     constructs.refuse_unsupported(gm)
+    fold_regions(gm)
+    drop_block_masks(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     mode = _fake_mode(example_inputs)
     fakes = [_fake(mode, v) for v in example_inputs]
