@@ -95,7 +95,9 @@ def flex_attention(
     bias = _added(score)
     wants_stats = options.get("OUTPUT_LOGSUMEXP") or options.get("OUTPUT_MAX")
     if bias is not None and not wants_stats:
-        added = None if bias is True else Interpreter(bias).run(None, *places, *score_inputs)
+        added = None
+        if isinstance(bias, GraphModule):
+            added = Interpreter(bias).run(None, *places, *score_inputs)
         return _dot_product(q, k, v, keep, added, scale), q.new_empty(0), q.new_empty(0)
     groups = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
