@@ -33,10 +33,11 @@ def _stored_tiles(local: Local) -> int:
     return STORED_TILES * heads * sides * local.accumulator_bytes
 
 
-def _output(local: Local) -> int:
-    """The running output o a + r a, and the kernel's own result of a tile, o e + r a."""
+def _output(local: Local, groups: int = 1) -> int:
+    """The running output o a + r a, and the kernel's own result of a tile, (o e + r a) / N."""
     out, rows = local.out_items, local.rows
-    return (out + 2 * rows) * local.accumulator_bytes + out * local.itemsize
+    kernel = (rows * local.accumulator_bytes + out * local.itemsize) // groups
+    return (out + rows) * local.accumulator_bytes + kernel
 
 
 def _simple_forward(local: Local) -> int:
@@ -51,19 +52,21 @@ def _simple_backward(local: Local) -> int:
 
 
 def _production_forward(local: Local) -> int:
-    """(1 + 2/N) kv e: a block passing by and two groups of it on their way; and the output."""
-    return _passing(local) + _output(local)
+    """min(5, 3 N)/N kv e: two groups' blocks at hand, on their way, and one packed; the output."""
+    return _passing(local) + _output(local, local.ring_groups)
 
 
 def _production_backward(local: Local) -> int:
-    """(1 + 2/N) kv e + (q + kv) a for the sums + (1 + 3/N) kv a: a share passing by likewise."""
-    shares = local.kv_items + 3 * local.kv_items // local.ring_groups
-    sums = local.q_items + local.kv_items
-    return _passing(local) + (sums + shares) * local.accumulator_bytes
+    """min(5, 3 N)/N kv e + (q + kv) a for the sums + min(4, 3 N)/N kv a for shares of gradients."""
+    groups, kv = local.ring_groups, local.kv_items
+    shares = min(4, 3 * groups) * kv // groups
+    kernel = (local.q_items + kv) // groups * local.itemsize
+    return _passing(local) + kernel + (local.q_items + kv + shares) * local.accumulator_bytes
 
 
 def _passing(local: Local) -> int:
-    return (local.kv_items + 2 * local.kv_items // local.ring_groups) * local.itemsize
+    groups = local.ring_groups
+    return min(5, 3 * groups) * local.kv_items // groups * local.itemsize
 
 
 def _collective_forward(local: Local) -> int:

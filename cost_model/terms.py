@@ -11,6 +11,8 @@ With b batch, h heads, g K/V heads, head dims d (q, k) and e (v), for c calls ov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ringfx.cost_model.profile import Collective, Direction, Profile
@@ -29,7 +31,8 @@ __all__ = [
     "stored_tile",
 ]
 
-STORED_SCORES = 1 << 22
+STORED_SCORES: Mapping[str, int] = {"cpu": 1 << 18}
+STORED_SCORES_ELSEWHERE = 1 << 24
 """Scores over batch and heads that a kernel which keeps them has at once: ringfx.ops.attention."""
 
 PASSES = 3
@@ -57,8 +60,9 @@ def kernel_name(site: AttentionSite, strategy: str, profile: Profile) -> str:
 
 def stored_tile(site: AttentionSite) -> int:
     """Side of the tiles of a kernel that keeps its scores."""
+    most = STORED_SCORES.get(site.device, STORED_SCORES_ELSEWHERE)
     side = MASKED_TILE
-    while side > 32 and side * side * site.batch * site.heads > STORED_SCORES:
+    while side > 32 and side * side * site.batch * site.heads > most:
         side //= 2
     return side
 

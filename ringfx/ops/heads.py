@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["HeadGroup", "head_groups", "ring_bytes"]
 
-GROUP_BYTES: Mapping[str, int] = {"cpu": 1 << 20}
+GROUP_BYTES: Mapping[str, int] = {"cpu": 1 << 19}
 """A group's K and V on one rank: gloo reaches its full bandwidth at 0.5 to 2 MiB a message."""
 GROUP_BYTES_ELSEWHERE = 64 << 20
 """A GPU's kernel needs many heads at once to fill the device."""

@@ -1,15 +1,17 @@
 """The ring with its messages hidden behind the tiles.
 
-The heads are taken in groups, each a ring of its own; one step is one group at one hop. When a step
-starts, the group's block leaves for the next rank and the next block is asked of the previous one;
-both are given until the step after this one. So a block travels while others are worked on, and
-memory holds little more than one block and one block of gradients:
+The heads are taken in groups, each a ring of its own; one step is one group at one hop. Two groups
+take turns until their rings are done, then the next two. When a step starts, the group's block
+leaves for the next rank and the next block is asked of the previous one; both are given until the
+step after this one. So a block travels while others are worked on, and only two groups' blocks are
+ever away from home: beside the results, memory holds a fraction of a rank's K/V, whatever p is.
 
-    for hop in 0 .. hops-1:
-        for group in head groups:
-            start   my group's K/V -> next rank,  previous rank's -> spare buffer
-            merge   attention(queries of the group, K/V of the group)
-            wait    for the messages of the step before
+    for two groups of the heads:
+        for hop in 0 .. hops-1:
+            for group in the two:
+                wait    for the messages of the step before the last
+                start   my group's K/V -> next rank,  previous rank's -> spare buffer
+                merge   attention(queries of the group, K/V of the group)
 
 In the backward, what earlier ranks have added to a block's dK and dV travels beside the block, one
 hop behind, and is needed only when this rank has computed its own share. The owner's share stays at
@@ -24,7 +26,7 @@ elements of a group's block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -46,6 +48,8 @@ Tensor = torch.Tensor
 
 BLOCK_TAG, SHARE_TAG, HOME_TAG = 0, MOST_GROUPS, 2 * MOST_GROUPS
 """Messages of different kinds and groups are told apart where they are under way together."""
+TAKING_TURNS = 2
+"""Groups whose rings run at the same time: while one is worked on, the other's blocks travel."""
 
 
 @lru_cache(maxsize=256)
@@ -70,19 +74,26 @@ def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGrou
     return head_groups(q, k, v, least_bytes=ring_bytes(q.device), threads=threads)
 
 
+def _steps(num_groups: int, hops: int) -> Iterator[tuple[int, int, int]]:
+    """Group and hop of each step, and how many steps later the group's next one is."""
+    for first in range(0, num_groups, TAKING_TURNS):
+        turn = range(first, min(first + TAKING_TURNS, num_groups))
+        for hop in range(hops):
+            for g in turn:
+                yield g, hop, len(turn)
+
+
 class _InFlight:
     """Messages under way, by the step that started them, and what to do when they have arrived."""
 
-    def __init__(self, num_groups: int) -> None:
-        # With two groups or more, a group's next turn is two steps away or more.
-        self._given = min(2, num_groups)
+    def __init__(self) -> None:
         self._step = -1
         self._messages: list[tuple[int, Exchange, Callable[[], None]]] = []
 
-    def next_step(self) -> None:
-        """Waits for what started one step before the last, or in the last if groups are one."""
+    def next_step(self, given: int) -> None:
+        """Waits for what started so many steps ago."""
         self._step += 1
-        self._settle(self._step - self._given)
+        self._settle(self._step - given)
 
     def add(self, exchange: Exchange, arrived: Callable[[], None]) -> None:
         self._messages.append((self._step, exchange, arrived))
@@ -136,18 +147,17 @@ def forward(
     output = Output.empty(q_BHQD, v_BGKE.shape[-1])
     outputs = [output.of_heads(group.q) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)
-    in_flight = _InFlight(len(groups))
+    in_flight = _InFlight()
     q_runs = problem.q_runs(ranks.rank)
-    for hop in range(hops):
-        k_runs = problem.k_runs(ranks.neighbour(-hop))
-        for g, group in enumerate(groups):
-            in_flight.next_step()
-            k, v = blocks.at(g)
-            if hop < hops - 1:
-                _start_blocks(problem, blocks, g, in_flight, f"forward: K/V, hop {hop + 1}")
-            attend(problem.heads(group), outputs[g], q_BHQD[:, group.q], k, v, q_runs, k_runs)
-            if hop == hops - 1:
-                blocks.done(g, None)
+    for g, hop, given in _steps(len(groups), hops):
+        group, k_runs = groups[g], problem.k_runs(ranks.neighbour(-hop))
+        in_flight.next_step(given)
+        k, v = blocks.at(g)
+        if hop < hops - 1:
+            _start_blocks(problem, blocks, g, in_flight, f"forward: K/V, hop {hop + 1}")
+        attend(problem.heads(group), outputs[g], q_BHQD[:, group.q], k, v, q_runs, k_runs)
+        if hop == hops - 1:
+            blocks.done(g, None)
     in_flight.settle()
     for part in outputs:
         part.finish()
@@ -194,44 +204,43 @@ def backward(
     parts = [mine.of_heads(group) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)
     shares: list[Tensor | None] = [None] * len(groups)
-    in_flight = _InFlight(len(groups))
+    in_flight = _InFlight()
     q_runs = problem.q_runs(ranks.rank)
-    for hop in range(hops):
-        k_runs = problem.k_runs(ranks.neighbour(-hop))
-        for g, group in enumerate(groups):
-            in_flight.next_step()
-            k, v = blocks.at(g)
-            if hop < hops - 1:
-                _start_blocks(problem, blocks, g, in_flight, f"backward: K/V, hop {hop + 1}")
-            incoming = _start_share(problem, shares, g, f"backward: dK/dV, hop {hop}")
-            local = parts[g]
-            if hop > 0:
-                kept_in = accumulation_dtype(k.dtype)
-                share_N = POOL.take(k.numel() + v.numel(), kept_in, k.device)
-                local = local.with_keys(*unpack(share_N, k, v))
-                shares[g] = share_N
-            attend_backward(
-                problem.heads(group),
-                local,
-                dout_BHQE[:, group.q],
-                q_BHQD[:, group.q],
-                k,
-                v,
-                out_BHQE[:, group.q],
-                lse_BHQ[:, group.q],
-                q_runs,
-                k_runs,
+    for g, hop, given in _steps(len(groups), hops):
+        group, k_runs = groups[g], problem.k_runs(ranks.neighbour(-hop))
+        in_flight.next_step(given)
+        k, v = blocks.at(g)
+        if hop < hops - 1:
+            _start_blocks(problem, blocks, g, in_flight, f"backward: K/V, hop {hop + 1}")
+        incoming = _start_share(problem, shares, g, f"backward: dK/dV, hop {hop}")
+        local = parts[g]
+        if hop > 0:
+            kept_in = accumulation_dtype(k.dtype)
+            share_N = POOL.take(k.numel() + v.numel(), kept_in, k.device)
+            local = local.with_keys(*unpack(share_N, k, v))
+            shares[g] = share_N
+        attend_backward(
+            problem.heads(group),
+            local,
+            dout_BHQE[:, group.q],
+            q_BHQD[:, group.q],
+            k,
+            v,
+            out_BHQE[:, group.q],
+            lse_BHQ[:, group.q],
+            q_runs,
+            k_runs,
+        )
+        local.dk.finish()
+        local.dv.finish()
+        if incoming is not None:
+            _add_incoming(incoming, share_N)
+        if hop == hops - 1:
+            blocks.done(g, None)
+        if 0 < hop == hops - 1:
+            _start_home(
+                problem, local=parts[g], share_N=share_N, g=g, hops=hops, in_flight=in_flight
             )
-            local.dk.finish()
-            local.dv.finish()
-            if incoming is not None:
-                _add_incoming(incoming, share_N)
-            if hop == hops - 1:
-                blocks.done(g, None)
-            if 0 < hop == hops - 1:
-                _start_home(
-                    problem, local=parts[g], share_N=share_N, g=g, hops=hops, in_flight=in_flight
-                )
     in_flight.settle()
     for part in parts:
         part.dq.finish()
