@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ringfx.tiles import CAUSAL, Expr
+from ringfx.tiles import CAUSAL, Expr, terms
 
 __all__ = [
     "COMPARISONS",
@@ -40,6 +40,8 @@ _FOLD: Mapping[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 _PUSHED = frozenset(_FOLD) - {"where"}
+_COUNTING = COMPARISONS | {"add", "sub", "mul"}
+"""Where a condition stands beside numbers it is 1 or 0."""
 _FLIPPED = {"ge": "le", "gt": "lt"}
 _NEGATED = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}
 
@@ -110,7 +112,11 @@ def on_leaves(change: Callable[[Expr], Expr], e: Expr) -> Expr:
 
 def _into_choices(head: str, args: Sequence[Expr]) -> Expr | None:
     """An operator on choices among constants is a choice: ``(1 - where(c, 1, 0)) * -1e9``."""
-    if head not in _PUSHED or all(a[0] == "const" for a in args) or not all(map(is_choice, args)):
+    if head not in _PUSHED or all(a[0] == "const" for a in args):
+        return None
+    if head in _COUNTING and any(map(is_choice, args)):
+        args = [_counted(a) for a in args]
+    if not all(map(is_choice, args)):
         return None
     if math.prod(len(leaves(a)) for a in args) > MOST_LEAVES:
         return None
@@ -120,6 +126,26 @@ def _into_choices(head: str, args: Sequence[Expr]) -> Expr | None:
     if not all(map(is_choice, parts)):
         return None
     return simplify("where", condition, *parts)
+
+
+def _counted(e: Expr) -> Expr:
+    """A condition as the number that it is."""
+    return ("where", e, const(1), const(0)) if is_boolean(e) and e[0] != "const" else e
+
+
+def assuming(expr: Expr, fact: Expr, truth: bool) -> Expr:
+    """The expression where a condition is known to hold, or not to."""
+    known = {fact: const(truth), simplify("not", fact): const(not truth)}
+    return _replaced(expr, {e: value for e, value in known.items() if e[0] != "const"})
+
+
+def _replaced(expr: Expr, known: Mapping[Expr, Expr]) -> Expr:
+    if expr in known:
+        return known[expr]
+    if expr[0] in ("b", "h", "q", "k", "const", "at"):
+        return expr
+    parts = tuple(_replaced(part, known) for part in expr[1:])
+    return expr if parts == expr[1:] else simplify(expr[0], *parts)
 
 
 def _true(e: Expr) -> bool:
@@ -138,6 +164,11 @@ def _and(a: Expr, b: Expr) -> Expr | None:
         return b
     if _true(b):
         return a
+    for fact, other in ((a, b), (b, a)):
+        for term in terms(fact):
+            known = assuming(other, term, True)
+            if known != other:
+                return simplify("and", *((a, known) if other is b else (known, b)))
     return ("and", b, a) if b == CAUSAL and a != CAUSAL else None  # causal stands first
 
 
@@ -171,11 +202,8 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
         return simplify("and", simplify("not", c), b)
     if _true(b) and is_boolean(a):
         return simplify("or", simplify("not", c), a)
-    if a[0] == "where" and a[1] == c:
-        return simplify("where", c, a[2], b)
-    if b[0] == "where" and b[1] == c:
-        return simplify("where", c, a, b[3])
-    return None
+    yes, no = assuming(a, c, True), assuming(b, c, False)
+    return simplify("where", c, yes, no) if (yes, no) != (a, b) else None
 
 
 def _add(a: Expr, b: Expr) -> Expr | None:

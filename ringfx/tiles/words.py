@@ -132,7 +132,7 @@ def _term_words(term: Expr) -> str:
         return f"within {distance} tokens"
     head, *args = term
     if head == "or":
-        return " or ".join(_term_words(part) for part in args)
+        return " or ".join(_prefix_words(part) or _term_words(part) for part in args)
     if head == "and":
         return " and ".join(_term_words(part) for part in args)
     if head == "eq" and {_indices(a) - {"b", "h"} for a in args} == {
@@ -168,20 +168,32 @@ def _linear_words(form: _Linear) -> str:
     return "some queries" if k == 0 else "a linear mask"
 
 
+def _prefix_words(term: Expr) -> str | None:
+    """Keys below a length that the inputs give."""
+    head, *args = term
+    if head not in ("le", "lt") or args[0] != ("k",) or not inputs_used(args[1]):
+        return None
+    return None if _indices(args[1]) & {"q", "k"} else "prefixes of given lengths"
+
+
 def _same_group_words(side: Expr) -> str:
-    if inputs_used(side):
-        return "packed documents"
     if side[0] in ("floordiv", "truncdiv") and side[2][0] == "const":
         return f"chunks of {side[2][1]}"
-    return "groups of tokens"
+    return "packed documents" if inputs_used(side) else "groups of tokens"
 
 
 def _matrix_words(term: Expr) -> str:
     indices = _indices(term)
     if not inputs_used(term):
         return "a function of positions"
-    if {"q", "k"} <= indices:
+    if any(_is_matrix(e) for e in walk(term)):
         return "a mask given as input"
+    if any(_is_looked_up(e) for e in walk(term)):
+        return "a table of positions"
+    if {"q", "k"} <= indices and term[0] in _COMPARISONS and _is_relative(("sub", *term[1:])):
+        return "a window of given width"
+    if {"q", "k"} <= indices:
+        return "query padding, key padding" if term[0] == "bool" else "a function of inputs"
     return "key padding" if "k" in indices else "query padding" if "q" in indices else "an input"
 
 
@@ -191,16 +203,45 @@ def _bias_words(bias: Expr) -> str:
     relative = any(_is_relative(e) for e in walk(bias))
     if not {"q", "k"} & indices:
         return "bias"
-    if any(len({n for p in e[2:] for n in _indices(p)} & {"q", "k"}) == 2 for e in reads):
-        return "relative bias" if relative else "bias given as input"
+    if any(_is_matrix(e) for e in reads):
+        return "bias given as input"
+    if any(_is_looked_up(e) for e in reads):
+        return "relative bias"
     if relative:
         return "ALiBi bias" if "h" in indices else "relative bias"
+    by_token = any({"q", "k"} & _indices(e) for e in reads)
+    if indices >= {"h", "k"} and "q" not in indices and not by_token:
+        return "ALiBi bias"  # slope * (key - last key) says the same as slope * (key - query)
     return "key bias" if "q" not in indices else "bias"
 
 
+_COMPARISONS = frozenset({"le", "lt", "ge", "gt"})
+
+
+def _is_matrix(expr: Expr) -> bool:
+    """Reads a tensor with an axis of queries and one of keys."""
+    if expr[0] != "at":
+        return False
+    places = [_indices(p) & {"q", "k"} for p in expr[2:]]
+    return frozenset("q") in places and frozenset("k") in places
+
+
+def _is_looked_up(expr: Expr) -> bool:
+    """Reads a tensor at a place computed from query and key together."""
+    return expr[0] == "at" and any(_indices(p) >= {"q", "k"} for p in expr[2:])
+
+
 def _is_relative(expr: Expr) -> bool:
+    """Whether it is ``c * (query - key)`` and what depends on neither."""
     form = _linear(expr)
-    return form is not None and form.q == -form.k != 0
+    if form is not None:
+        return form.q == -form.k != 0
+    if expr[0] not in ("add", "sub"):
+        return False
+    left, right = expr[1:]
+    if _indices(right) & {"q", "k"}:
+        left, right = right, left
+    return not _indices(right) & {"q", "k"} and _is_relative(left)
 
 
 def _indices(expr: Expr) -> frozenset[str]:

@@ -97,6 +97,9 @@ def _binary() -> Iterator[Sample]:
             ),
         )
     yield Sample("floor_divide.Scalar", lambda: aten.floor_divide.Scalar(distance(), 3))
+    for name in ("min", "max"):
+        op = getattr(torch, name)
+        yield Sample(f"{name} of two", op, (integers(Q, K), integers(K)))
     yield Sample("pow", lambda: distance() ** 2)
     yield Sample("pow of tensors", torch.pow, (integers(Q, K, low=0), integers(K, low=0, high=3)))
     yield Sample("pow of a number", lambda: 2.0 ** -distance())
