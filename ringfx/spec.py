@@ -32,8 +32,11 @@ class AttentionSpec:
     dropout: float = 0.0
     sinks: bool = False
     """The last captured tensor holds a logit for each head that joins the softmax alone."""
-    fully_masked: Literal["zero", "mean"] = "zero"
-    """What a row with no key kept gives: 0, as SDPA does, or the mean of v (finfo.min masks)."""
+    fully_masked: Literal["zero", "mean", "absorbed", "nan"] = "zero"
+    """What a row with no key kept gives: 0, as SDPA does; the mean of v, where scores were replaced
+    by one low number (mean) or where a number was added to them that is so low that they are
+    rounded away, though their gradient is not (absorbed: finfo.min masks); NaN, as a plain softmax
+    of -inf does."""
 
     @property
     def is_causal(self) -> bool:

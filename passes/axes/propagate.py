@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,15 @@ from ringfx.passes.axes.call import Call, Labels, OpAxes, Share, Window, result_
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
 
-__all__ = ["AxisMap", "BoundWindow", "NamedOp", "name_axes"]
+__all__ = [
+    "AxisMap",
+    "BoundWindow",
+    "NamedOp",
+    "bind",
+    "fresh_dims",
+    "name_axes",
+    "results_of",
+]
 
 NO_RULE = "the axis table has no row for this operator"
 
@@ -75,15 +83,16 @@ def name_axes(graph: torch.fx.Graph) -> AxisMap:
         if not results:
             continue
         if node.op != "call_function":
-            values[node] = _fresh(space, node)
+            values[node] = fresh_dims(space, node)
             continue
         call = Call(node)
         rule = find_rule(node.target)
         axes = rule(call) if rule else _opaque(call)
         if rule is None:
             missing.append(node)
-        bound, clash = _bind(space, values, call, axes)
-        values[node] = _results(space, values, call, axes, bound)
+        operands = [values[n][0] for n in call.operands]
+        bound, clash = bind(space, operands, axes)
+        values[node] = results_of(space, operands, call, axes, bound)
         named = NamedOp(call=call, axes=axes, bound=bound, clash=clash)
         ops[node] = named
         windows += [_window(named, w) for w in named.axes.windows]
@@ -92,7 +101,7 @@ def name_axes(graph: torch.fx.Graph) -> AxisMap:
     )
 
 
-def _fresh(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:
+def fresh_dims(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:
     return tuple(tuple(space.fresh(int(s)) for s in v.shape) for v in result_values(node))
 
 
@@ -110,19 +119,16 @@ def _opaque(call: Call) -> OpAxes:
     )
 
 
-def _bind(
-    space: AxisSpace,
-    values: Mapping[Node, tuple[tuple[Dim, ...], ...]],
-    call: Call,
-    axes: OpAxes,
+def bind(
+    space: AxisSpace, operands: Sequence[tuple[Dim, ...]], axes: OpAxes
 ) -> tuple[dict[str, Dim], bool]:
-    """Bind each label to the dimensions of the operands that carry it."""
+    """Bind each label to the dimensions of the operands that carry it; and whether any clashed."""
     bound: dict[str, Dim] = {}
     clash = False
-    for node, labels in zip(call.operands, axes.operands, strict=True):
+    for dims, labels in zip(operands, axes.operands, strict=True):
         if labels is None:
             continue
-        for dim, names in zip(values[node][0], labels, strict=True):
+        for dim, names in zip(dims, labels, strict=True):
             if len(names) != 1:
                 continue
             (name,) = names
@@ -136,9 +142,9 @@ def _bind(
     return bound, clash
 
 
-def _results(
+def results_of(
     space: AxisSpace,
-    values: Mapping[Node, tuple[tuple[Dim, ...], ...]],
+    operands: Sequence[tuple[Dim, ...]],
     call: Call,
     axes: OpAxes,
     bound: dict[str, Dim],
@@ -147,9 +153,9 @@ def _results(
     shapes = call.result_shapes
     if axes.regroup:
         try:
-            return (space.regroup(values[call.operands[0]][0], [int(s) for s in shapes[0]]),)
+            return (space.regroup(operands[0], [int(s) for s in shapes[0]]),)
         except AxisClash:
-            return _fresh(space, call.node)
+            return fresh_dims(space, call.node)
     results: list[tuple[Dim, ...]] = []
     for shape, labels in zip(shapes, axes.results, strict=True):
         for size, names in zip(shape, labels, strict=True):

@@ -97,6 +97,14 @@ class AxisSpace:
         # An axis taken early may have been cut later: resolve once more.
         return tuple(self.resolve(dim) for dim in result)
 
+    def ancestors(self) -> dict[int, set[int]]:
+        """For each atom that was cut out of a longer axis, the axes that it was cut from."""
+        found: dict[int, set[int]] = {}
+        for axis, parts in self._parts.items():
+            for part in self.resolve(parts):
+                found.setdefault(part, set()).add(self._find(axis))
+        return found
+
     def _find(self, axis: int) -> int:
         while self._parent[axis] != axis:
             self._parent[axis] = self._parent[self._parent[axis]]

@@ -1,51 +1,44 @@
-"""Walk the program once and ask the table of entry points about each call."""
+"""Walk the program once and ask about each call: an entry point, or the heart of a softmax?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch.fx import Node
 
-from ringfx.passes.detect.entry_points import ENTRY_POINTS, Candidate, Near, other_form
+from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
+from ringfx.passes.detect.eager import find_eager
+from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
+from ringfx.passes.detect.program import Program
 from ringfx.passes.detect.respell import respell
-from ringfx.passes.values import Captured, Declined
+from ringfx.passes.values import Captured
 
-__all__ = ["Candidate", "Detected", "detect"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Detected:
-    """Attention calls in program order, and look-alikes with the reason why not."""
-
-    candidates: tuple[Candidate, ...]
-    declined: tuple[Declined, ...]
+__all__ = ["detect"]
 
 
 def detect(captured: Captured) -> Detected:
     """Every attention of the program.
 
-    Guarantee: each entry-point call of the program is either a candidate or declined.
+    Guarantee: each entry-point call of the program is either a candidate or declined, and so is
+    each softmax over products of queries with keys that is multiplied with values.
     """
     graph = captured.graph_module.graph
     refused = respell(graph, other_form)
+    program = Program(graph, _parameters(captured))
     candidates: list[Candidate] = []
     declined = [decline(node, reason) for node, reason in refused.items()]
     for node in graph.nodes:
-        read = ENTRY_POINTS.get(node.target)
-        if read is None:
-            continue
-        answer = read(node)
+        answer = _ask(node, program)
         if isinstance(answer, Near):
             declined.append(decline(node, answer.reason))
-        else:
+        elif answer is not None:
             candidates.append(answer)
     return Detected(candidates=tuple(candidates), declined=tuple(declined))
 
 
-def decline(node: Node, reason: str) -> Declined:
-    return Declined(
-        node=node.name,
-        name=node.meta.get("ringfx_path", ""),
-        source=node.meta.get("ringfx_source", ""),
-        reason=reason,
-    )
+def _ask(node: Node, program: Program) -> Candidate | Near | None:
+    read = ENTRY_POINTS.get(node.target)
+    return read(node, program) if read is not None else find_eager(node, program)
+
+
+def _parameters(captured: Captured) -> frozenset[Node]:
+    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
+    return frozenset(n for n, p in zip(inputs, captured.is_parameter, strict=True) if p)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -11,153 +12,176 @@ from ringfx import tiles
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
-from ringfx.passes.detect import Candidate, Detected
-from ringfx.passes.detect.find import decline
-from ringfx.passes.masks.additive import Mask, split_additive
-from ringfx.passes.masks.documents import in_positions
-from ringfx.passes.masks.lift import Index, Lifter, Lifters, renumbered
-from ringfx.passes.masks.simplify import TRUE
+from ringfx.passes.detect.arrange import Arrangement
+from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
+from ringfx.passes.masks.decompose import Scores, Unrepresentable, decompose, lifted
+from ringfx.passes.masks.emit import Emitter
+from ringfx.passes.masks.lift import Lifter, Lifters, renumbered
 from ringfx.passes.masks.structure import first_of_equals
-from ringfx.passes.values import AttentionSite, Captured, Declined, Sites
+from ringfx.passes.values import AttentionSite, Captured, Sites
 from ringfx.spec import AttentionSpec
-from ringfx.tiles import Box
+from ringfx.tiles import Box, Expr
 
 __all__ = ["recover"]
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Recovered:
+    """What a candidate computes, as the canonical operator is told."""
+
+    scores: Scores
+    captured: Sequence[Node]
+    """What the tile functions read."""
+    sinks: Node | float | None
+    spec: AttentionSpec
+
+
 def recover(captured: Captured, detected: Detected) -> Sites:
     """Replace every detected attention by the canonical operator.
 
     Guarantee: the program still computes the same; no S x S mask is left that only attention read.
-    A candidate whose mask cannot be carried is declined with its reason and left as it stands.
+    A candidate whose scores have no canonical form is declined with its reason and left as it is.
     """
     found: list[AttentionSite] = []
     declined = list(detected.declined)
     graph = captured.graph_module.graph
     lifters = Lifters(first_of_equals(graph))
     for candidate in detected.candidates:
-        answer = _canonicalize(graph, candidate, lifters.of(_box(candidate)))
-        if isinstance(answer, Declined):
-            declined.append(answer)
-        else:
-            found.append(answer)
+        try:
+            recovered = _recover(candidate, lifters.of(_box(candidate)))
+        except Unrepresentable as reason:
+            declined.append(decline(candidate.node, str(reason)))
+            continue
+        node = _replace(graph, candidate, recovered)
+        found.append(_site(candidate, node, recovered.spec))
     _drop_dead_masks(captured.graph_module)
     return Sites(found=tuple(found), declined=tuple(declined))
 
 
-def _canonicalize(
-    graph: torch.fx.Graph, candidate: Candidate, lifter: Lifter
-) -> AttentionSite | Declined:
-    mask = _mask(candidate, lifter)
-    (keep, bias), captured = renumbered((mask.keep, mask.bias), lifter.captured)
-    learned = [n.name for n in captured if needs_grad(n)]
-    if learned:
-        return decline(
-            candidate.node, f"its bias {learned[0]} is learned; no ring carries that yet"
-        )
-    q_len, kv_len = _lengths(candidate)
+def _box(candidate: Candidate) -> Box:
+    """The ranges of the score tensor's indices."""
+    batch, heads, q_len = candidate.shape(candidate.q[0])[:3]
+    return Box(b=(0, batch), h=(0, heads), q=(0, q_len), k=(0, candidate.length(candidate.k[0])))
+
+
+def _recover(candidate: Candidate, lifter: Lifter) -> _Recovered:
+    q_len, kv_len = candidate.length(candidate.q[0]), candidate.length(candidate.k[0])
+    scores = decompose(
+        candidate.scores, lifter, candidate.values, q_len=q_len, kv_len=kv_len,
+        empty_row=candidate.fully_masked,
+    )  # fmt: skip
+    (keep, bias), captured = renumbered((scores.keep, scores.bias), lifter.captured)
+    sinks = None if candidate.sinks is None else _sinks(candidate, candidate.sinks)
     spec = AttentionSpec(
-        scale=candidate.scale,
+        scale=next(iter(scores.products.values())),
         q_len=q_len,
         kv_len=kv_len,
         keep=keep,
         bias=bias,
+        soft_cap=scores.cap,
         dropout=candidate.dropout,
-        fully_masked=mask.fully_masked,
+        sinks=sinks is not None,
+        fully_masked="zero" if sinks is not None else scores.fully_masked,
     )
-    node = _replace(graph, candidate, captured, spec)
-    return _site(candidate, node, spec)
+    return _Recovered(scores=scores, captured=captured, sinks=sinks, spec=spec)
 
 
-def _lengths(candidate: Candidate) -> tuple[int, int]:
-    return int(candidate.q.meta["val"].shape[-2]), int(candidate.k.meta["val"].shape[-2])
+def _sinks(candidate: Candidate, read: Expr) -> Node | float:
+    """The value that holds a logit for each head, or one number for all."""
+    lifter = Lifter()
+    expr = lifted(read, lifter, candidate.values)
+    while expr[0] in ("float", "double", "half", "bfloat16"):
+        expr = expr[1]
+    if expr[0] == "const":
+        return float(expr[1])
+    heads = candidate.shape(candidate.q[0])[1]
+    by_head = expr[0] == "at" and all(e in (("h",), ("const", 0)) for e in expr[2:])
+    if by_head and lifter.captured[expr[1]].meta["val"].numel() == heads:
+        return lifter.captured[expr[1]]
+    raise Unrepresentable("the logit that joins its scores is not one for each head")
 
 
-def _box(candidate: Candidate) -> Box:
-    """The ranges of the score tensor's indices."""
-    shape = candidate.q.meta["val"].shape
-    q_len, kv_len = _lengths(candidate)
-    batch = max(int(x.meta["val"].shape[0]) for x in (candidate.q, candidate.k, candidate.v))
-    heads = int(shape[1]) if len(shape) == 4 else 1
-    return Box(b=(0, max(batch, 1)), h=(0, heads), q=(0, q_len), k=(0, kv_len))
-
-
-def _mask(candidate: Candidate, lifter: Lifter) -> Mask:
-    mask = Mask()
-    if candidate.mask is not None:
-        lifted = lifter.aligned(candidate.mask, _index_of(candidate))
-        if candidate.mask.meta["val"].dtype == torch.bool:
-            mask = Mask(keep=lifted)
-        else:
-            mask = split_additive(lifted, lifter.make, *_lengths(candidate))
-    keep = in_positions(mask.keep, lifter.captured, lifter.same)
-    if candidate.is_causal:
-        keep = tiles.conjunction(keep, tiles.CAUSAL)
-    return replace(mask, keep=None if keep == TRUE else keep)
-
-
-def _index_of(candidate: Candidate) -> Index:
-    """Index variables of the score tensor, outermost first."""
-    rank = len(candidate.q.meta["val"].shape)
-    if rank == 3:
-        return (("b",), ("q",), ("k",))
-    return (("b",), ("h",), ("q",), ("k",))
-
-
-def _replace(
-    graph: torch.fx.Graph, candidate: Candidate, captured: list[Node], spec: AttentionSpec
-) -> Node:
+def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered) -> Node:
     old = candidate.node
-    flat = len(candidate.q.meta["val"].shape) == 3
-
-    def insert(target: object, *args: object, **kwargs: object) -> Node:
-        new = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        new.meta = {k: v for k, v in old.meta.items() if k != "val"}
-        return new
-
-    with graph.inserting_before(old):
-        q, k, v = candidate.q, candidate.k, candidate.v
-        if flat:
-            q, k, v = (_viewed(insert(aten.unsqueeze.default, x, 1), x) for x in (q, k, v))
-        q, k, v = _broadcast_batch(insert, q, k, v)
-        new = insert(
-            attention, q, k, v, list(captured), spec=spec.to_json(), strategy="production",
-            layout="contiguous", group="", name=old.meta.get("ringfx_path", ""),
-        )  # fmt: skip
-        shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
-        new.meta["val"] = old.meta["val"].new_empty(shape)
-        result = new
-        if flat:
-            result = insert(aten.squeeze.dim, new, 1)
-            result.meta["val"] = old.meta["val"]
+    emit = Emitter(graph, old)
+    scores, spec = recovered.scores, recovered.spec
+    q_parts, k_parts = [], []
+    for i, scale in scores.products.items():
+        q, k = (_operand(emit, candidate, o[i]) for o in (candidate.q, candidate.k))
+        for factor in scores.factors:
+            q, k = _multiplied(emit, candidate, i, factor, q, k)
+        q_parts.append(emit.scale(q, scale / spec.scale))
+        k_parts.append(k)
+    q, k, v = emit.join(q_parts), emit.join(k_parts), _operand(emit, candidate, candidate.v)
+    dtype = _common_dtype(q, k, v)
+    mixed = any(x.meta["val"].dtype != dtype for x in (q, k, v))
+    q, k, v = (emit.cast(x, dtype) for x in (q, k, v))
+    inputs = [*recovered.captured, *_sink_input(emit, recovered.sinks, q)]
+    shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
+    # Operands of one type and a result of another: autocast, which the operator obeys as well.
+    made = dtype if mixed else old.meta["val"].dtype
+    new = emit.call(
+        attention, q, k, v, inputs, spec=spec.to_json(), strategy="production",
+        layout="contiguous", group="", name=old.meta.get("ringfx_path", ""),
+        value=q.meta["val"].new_empty(shape, dtype=made),
+    )  # fmt: skip
+    result = emit.arrange(new, candidate.result, candidate.sizes)
+    result = emit.cast(result, old.meta["val"].dtype)
     old.replace_all_uses_with(result)
-    graph.erase_node(old)
+    _erase(graph, candidate)
     return new
 
 
-def _viewed(view: Node, of: Node) -> Node:
-    view.meta["val"] = of.meta["val"].unsqueeze(1)
-    view.meta["ringfx_needs_grad"] = needs_grad(of)
-    return view
+def _erase(graph: torch.fx.Graph, candidate: Candidate) -> None:
+    """Take out the calls that the operator stands for, a dropout among them as well."""
+    nodes = (candidate.node,) if candidate.region is None else candidate.region.nodes
+    for node in reversed(nodes):
+        graph.erase_node(node)
 
 
-def _broadcast_batch(insert: object, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node]:
-    """SDPA broadcasts batch and single heads; the canonical operator does not."""
-    shapes = [n.meta["val"].shape for n in (q, k, v)]
-    batch = max(s[0] for s in shapes)
-    result = []
-    for node, shape in zip((q, k, v), shapes, strict=True):
-        if shape[0] != batch:
-            sizes = [batch, *shape[1:]]
-            wide: Node = insert(aten.expand.default, node, sizes)  # type: ignore[operator]
-            wide.meta["val"] = node.meta["val"].expand(sizes)
-            wide.meta["ringfx_needs_grad"] = needs_grad(node)
-            result.append(wide)
-        else:
-            result.append(node)
-    return result[0], result[1], result[2]
+def _operand(emit: Emitter, candidate: Candidate, operand: Operand) -> Node:
+    return emit.arrange(operand.value, operand.arrangement, candidate.sizes)
+
+
+def _multiplied(
+    emit: Emitter, candidate: Candidate, i: int, factor: Expr, q: Node, k: Node
+) -> tuple[Node, Node]:
+    """Scores times a value of queries or of keys: the queries or keys times it."""
+    value = candidate.values[factor[1]]
+    dims = candidate.entering[value]
+    of_keys = set(candidate.k[i].arrangement.wanted[2]) & {a for dim in dims for a in dim}
+    operand = candidate.k[i] if of_keys else candidate.q[i]
+    present = {a for dim in dims for a in dim}
+    wanted = tuple(role if present & set(role) else () for role in operand.arrangement.wanted[:3])
+    arrangement = Arrangement(given=dims, wanted=(*wanted, ()))
+    if not arrangement.is_permutation:
+        raise Unrepresentable("its scores are multiplied with a value of keys and of query heads")
+    factor_node = emit.arrange(value, arrangement, candidate.sizes)
+    if of_keys:
+        return q, emit.call(aten.mul.Tensor, k, factor_node)
+    return emit.call(aten.mul.Tensor, q, factor_node), k
+
+
+def _common_dtype(*values: Node) -> torch.dtype:
+    dtype: torch.dtype = values[0].meta["val"].dtype
+    for value in values[1:]:
+        dtype = torch.promote_types(dtype, value.meta["val"].dtype)
+    return dtype
+
+
+def _sink_input(emit: Emitter, sinks: Node | float | None, q: Node) -> list[Node]:
+    if sinks is None:
+        return []
+    heads = q.meta["val"].shape[1]
+    if isinstance(sinks, float):
+        like = q.meta["val"]
+        return [emit.call(aten.full.default, [heads], sinks, dtype=like.dtype, device=like.device,
+                          value=like.new_empty((heads,)))]  # fmt: skip
+    if sinks.meta["val"].dim() == 1:
+        return [sinks]
+    return [emit.call(aten.reshape.default, sinks, [heads])]
 
 
 def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSite:

@@ -74,7 +74,7 @@ def _merge(old: Split | None, new: Split) -> Split:
     if old is None:
         return new
     operands = tuple(
-        Form.SPLIT if Form.SPLIT in pair else Form.SHARED
+        Form.SPLIT if Form.SPLIT in pair else pair[0]
         for pair in zip(old.operands, new.operands, strict=True)
     )
     return Split(operands=operands, partial=old.partial or new.partial, identity=False)

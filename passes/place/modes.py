@@ -301,7 +301,9 @@ def _labelled(
         splits = (
             _on(carried, line) and len(names) == 1 and axes.share_of(names[0]) is not Share.WHOLE
         )
-        forms.append(Form.SPLIT if splits else Form.SHARED)
+        # What an operator captures whole, it gives the whole gradient of, on every rank.
+        captured = labels is None and bool(axes.together)
+        forms.append(Form.SPLIT if splits else Form.WHOLE if captured else Form.SHARED)
         active |= set(names) if splits else set()
     return _with_results(axes, results, forms, active, line)
 

@@ -55,7 +55,7 @@ def _used_whole_by_split(value: Node, placement: Placement) -> bool:
             continue
         operands = placement.lines.axes.ops[user].call.operands
         if any(
-            n is value and form is not Form.SPLIT
+            n is value and form is Form.SHARED
             for n, form in zip(operands, mode.operands, strict=True)
         ):
             return True

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from ringfx.ops import checks, collective, production, simple, stats, ulysses
-from ringfx.ops.finish import add_sinks, fill_mean, mean_gradient, sink_gradient
+from ringfx.ops.finish import (
+    add_sinks,
+    fill_mean,
+    fill_nan,
+    lost_rows,
+    mean_gradient,
+    nan_gradient,
+    sink_gradient,
+)
 from ringfx.ops.kernels import accumulation_dtype, choose
 from ringfx.ops.pieces import Tiling
 from ringfx.ops.problem import Problem
@@ -107,8 +115,10 @@ def _attention(
         implementation = _implementation(problem, strategy)
         problem.stats.forwards += 1
         out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
-        if _may_lose_rows(problem):
+        if _may_lose_rows(problem, "mean", "absorbed"):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
+        if _may_lose_rows(problem, "nan"):
+            fill_nan(out_BHQE, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
         return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)
@@ -154,9 +164,13 @@ def _attention_backward(
         problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
         implementation = _implementation(problem, strategy)
         problem.stats.backwards += 1
+        if _may_lose_rows(problem, "nan"):
+            out = out.masked_fill(lost_rows(lse), 0.0)
         sums = implementation.backward(problem, dout, q, k, v, out, lse)
-        if _may_lose_rows(problem):
+        if _may_lose_rows(problem, "mean"):
             mean_gradient(problem, sums.dv_BGKE, dout, lse)
+        if _may_lose_rows(problem, "nan"):
+            nan_gradient(problem, sums.dv_BGKE, lse)
         found = list(sums.inputs)
         if sinks_H is not None:
             position = len(inputs) - 1
@@ -279,10 +293,10 @@ def _implementation(problem: Problem, strategy: str) -> ModuleType:
     return IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
 
 
-def _may_lose_rows(problem: Problem) -> bool:
-    """Whether rows without any key must become the mean of v; the same answer on all ranks."""
+def _may_lose_rows(problem: Problem, *becomes: str) -> bool:
+    """Whether rows without any key must become the mean of v, or NaN; the same on all ranks."""
     spec = problem.spec
-    return spec.fully_masked == "mean" and spec.keep is not None and not spec.is_causal
+    return spec.fully_masked in becomes and spec.keep is not None and not spec.is_causal
 
 
 def _own(x: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ import torch
 from ringfx.ops.kernels import accumulation_dtype
 from ringfx.ops.problem import Problem
 
-__all__ = ["add_sinks", "fill_mean", "mean_gradient", "sink_gradient"]
+__all__ = [
+    "add_sinks", "fill_mean", "fill_nan", "lost_rows", "mean_gradient", "nan_gradient",
+    "sink_gradient",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 
@@ -65,3 +68,21 @@ def mean_gradient(problem: Problem, dv_BGKE: Tensor, dout_BHQE: Tensor, lse_BHQ:
     sum_BGE = problem.ranks.all_reduce("backward: mean of v", sum_BGE)
     real_K = _real_keys(problem, dv_BGKE.device)
     dv_BGKE.add_((sum_BGE / problem.spec.kv_len)[:, :, None] * real_K[None, None, :, None])
+
+
+def lost_rows(lse_BHQ: Tensor) -> Tensor:
+    """[B, H, Q, 1]: rows that no key was kept for."""
+    return (lse_BHQ == -math.inf)[..., None]
+
+
+def fill_nan(out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+    """Rows without any key become NaN, as a plain softmax of -inf makes them."""
+    out_BHQE.masked_fill_(lost_rows(lse_BHQ), math.nan)
+
+
+def nan_gradient(problem: Problem, dv_BGKE: Tensor, lse_BHQ: Tensor) -> None:
+    """Weights of NaN make every value's gradient NaN."""
+    rows_BHQ = _without_keys(problem, lse_BHQ)
+    lost_BG = rows_BHQ.view(*dv_BGKE.shape[:2], -1).sum(2, dtype=dv_BGKE.dtype)
+    lost_BG = problem.ranks.all_reduce("backward: rows without keys", lost_BG)
+    dv_BGKE.masked_fill_((lost_BG > 0)[..., None, None], math.nan)

@@ -150,12 +150,19 @@ def math_backward(
     scores: Scores,
     *,
     wants_bias: bool,
+    weights_BHQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of one tile; with ``wants_bias`` that of the bias too, as [B, H, Q, K]."""
+    """The gradients of one tile; with ``wants_bias`` that of the bias too, as [B, H, Q, K].
+
+    ``weights_BHQ`` stands for the weight of every key of a row, whatever the scores say.
+    """
     G = k_BGKD.shape[1]
     s_BHQK, tanh_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
     kept_in = s_BHQK.dtype
-    p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
+    if weights_BHQ is None:
+        p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
+    else:
+        p_BHQK = weights_BHQ.to(kept_in)[..., None].expand_as(s_BHQK).contiguous()
     dout_BGRE = _grouped(dout_BHQE.to(kept_in), G)
     dv_BGKE = _grouped(p_BHQK, G).transpose(-1, -2) @ dout_BGRE
     delta_BHQ = (dout_BHQE.to(kept_in) * out_BHQE.to(kept_in)).sum(-1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -296,6 +296,43 @@ def attend_backward(
 
     with span(problem.stats, f"{problem.ranks.layer}: tiles, backward", "compute_s"):
         _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, work)
+        if problem.spec.fully_masked == "absorbed" and problem.spec.keep is not None:
+            rows = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+            _absorbed_backward(problem, sums, rows, q_runs, k_runs)
+
+
+def _absorbed_backward(
+    problem: Problem,
+    sums: Sums,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    q_runs: Sequence[Run],
+    k_runs: Sequence[Run],
+) -> None:
+    """Rows without a key give all keys one weight, and gradients to scores as any softmax does."""
+    dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ = tensors
+    weights_BHQ = (lse_BHQ == -math.inf).to(lse_BHQ.dtype) / problem.spec.kv_len
+    open_to_all = replace(problem, spec=replace(problem.spec, keep=None))
+
+    def work(piece: Piece) -> bool:
+        weights = _rows(weights_BHQ, piece.q)
+        if not bool(weights.any()):
+            return True
+        wants = bool(problem.bias_grads)
+        scores = Scores(scale=problem.spec.scale, soft_cap=problem.spec.soft_cap)
+        dq, dk, dv, dbias_BHQK = math_backward(
+            _rows(dout_BHQE, piece.q), _rows(q_BHQD, piece.q), _rows(k_BGKD, piece.k),
+            _rows(v_BGKE, piece.k), _rows(out_BHQE, piece.q), _rows(lse_BHQ, piece.q), scores,
+            wants_bias=wants, weights_BHQ=weights,
+        )  # fmt: skip
+        if dbias_BHQK is not None:
+            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
+        sums.dq.add(piece.q, dq)
+        sums.dk.add(piece.k, dk)
+        sums.dv.add(piece.k, dv)
+        return True
+
+    bounded = Tiling(masked=problem.tiling.masked, plain=problem.tiling.masked)
+    _fitting(open_to_all, q_BHQD, q_runs, k_runs, bounded, work)
 
 
 def _add_bias_gradients(

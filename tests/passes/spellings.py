@@ -315,7 +315,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     ),
     "times finfo.min": Spelling(
         lambda q, k, kept: (1.0 - kept[:, None, None, :].float()) * torch.finfo(torch.float32).min,
-        "full, key bias",
+        "key padding, key bias",
         padding,
     ),
     "times -1e4 of padding": Spelling(

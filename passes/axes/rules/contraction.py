@@ -35,17 +35,17 @@ def matmul(call: Call) -> OpAxes:
 
 
 def einsum(call: Call) -> OpAxes:
-    equation = call["equation"].replace(" ", "")
-    left, _, right = equation.partition("->")
-    if "..." in equation or "->" not in equation:
+    """Letters are labels; dots stand for letters of their own, a missing result is spelled out."""
+    spelled = _spelled(call["equation"].replace(" ", ""), [len(shape) for shape in call.shapes])
+    if spelled is None:
         labels = tuple(_all_whole(shape, i) for i, shape in enumerate(call.shapes))
         result = _all_whole(call.result_shape, "out")
         every = [x for dims in (*labels, result) for dim in dims for x in dim]
         return OpAxes(
             operands=labels, results=(result,), share=shares(whole=every),
-            reason="an einsum without explicit letters",
+            reason="an einsum that takes diagonals",
         )  # fmt: skip
-    terms = left.split(",")
+    terms, right = spelled
     operands = tuple(
         tuple((c,) if size != 1 else () for c, size in zip(term, shape, strict=True))
         for term, shape in zip(terms, call.shapes, strict=True)
@@ -56,6 +56,25 @@ def einsum(call: Call) -> OpAxes:
     summed = sorted(set("".join(terms)) - set(right))
     fill = dict.fromkeys(range(len(terms)), 0)
     return OpAxes(operands=operands, results=(result_labels,), share=shares(sum=summed), fill=fill)
+
+
+def _spelled(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """Each operand's letters and the result's; None where an operand repeats a letter.
+
+    Dots become digits, aligned to the right; a result that is not given has the dots and then the
+    letters that occur once, in alphabetical order.
+    """
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    dots = ["".join(str(i) for i in range(r - len(t) + 3))[::-1] if "..." in t else ""
+            for t, r in zip(terms, ranks, strict=True)]  # fmt: skip
+    widest = max(dots, key=len)
+    terms = [t.replace("...", d) for t, d in zip(terms, dots, strict=True)]
+    if any(len(set(t)) != len(t) for t in terms):
+        return None
+    letters = "".join(terms)
+    once = "".join(sorted(c for c in set(letters) if c.isalpha() and letters.count(c) == 1))
+    return terms, right.replace("...", widest) if arrow else widest + once
 
 
 def convolution(call: Call) -> OpAxes:

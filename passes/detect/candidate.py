@@ -1,0 +1,106 @@
+"""An attention as detection hands it on, whatever it was spelled as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.fx import Node
+
+from ringfx.passes.axes.space import Dim
+from ringfx.passes.detect.arrange import Arrangement
+from ringfx.passes.detect.names import Factor
+from ringfx.passes.detect.products import Product
+from ringfx.passes.values import Declined
+from ringfx.tiles import Expr
+
+__all__ = ["Candidate", "Detected", "Near", "Operand", "Region", "decline", "score"]
+
+
+@dataclass(frozen=True)
+class Near:
+    """A near miss and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Operand:
+    """A value of the program and how [batch, heads, tokens, head dim] is made of it."""
+
+    value: Node
+    arrangement: Arrangement
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Region:
+    """The calls from the products' operands to the result, as they stand, for the proof."""
+
+    nodes: tuple[Node, ...]
+    """In program order."""
+    dims: Mapping[Node, tuple[tuple[Dim, ...], ...]]
+    """Axes of every value that the calls make or are given."""
+    products: tuple[Product, ...]
+    """That of the weights with the values last."""
+    factors: tuple[tuple[Factor, Factor], ...]
+    """Of each product; that of the last which is no weights is ``v``."""
+    side: int
+    """Which factor of the last product the weights are."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidate:
+    """softmax(scores) @ v, with scores an expression of products q_i k_i^T and of other values."""
+
+    node: Node
+    """The call whose result the canonical operator gives."""
+    found_by: str
+    q: tuple[Operand, ...]
+    k: tuple[Operand, ...]
+    """One pair for each product."""
+    v: Operand
+    result: Arrangement
+    """[batch, heads, query tokens, v head dim] as the call's result has it."""
+    sizes: Mapping[int, int]
+    """Of every axis."""
+    scores: Expr
+    """A tile expression with ``("score", i)`` for product i and ``("at", j, ...)`` for values."""
+    values: tuple[Node, ...] = ()
+    """What the expressions read, by the number in ``("at", j, ...)``."""
+    entering: Mapping[Node, tuple[Dim, ...]] = field(default_factory=dict)
+    """Axes of the values that the scores read."""
+    sinks: Expr | None = None
+    """A logit for each head that joins the softmax alone."""
+    fully_masked: Literal["zero", "nan"] = "zero"
+    """What the spelling gives for a row of -inf: 0, or NaN as a plain softmax does."""
+    dropout: float = 0.0
+    region: Region | None = field(default=None, repr=False)
+
+    def shape(self, operand: Operand) -> tuple[int, ...]:
+        """[batch, heads, tokens, head dim] of an operand."""
+        return operand.arrangement.shape(self.sizes.__getitem__)
+
+    def length(self, operand: Operand) -> int:
+        return self.shape(operand)[2]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detected:
+    """Attentions in program order, and look-alikes with the reason why not."""
+
+    candidates: tuple[Candidate, ...]
+    declined: tuple[Declined, ...]
+
+
+def score(i: int = 0) -> Expr:
+    return ("score", i)
+
+
+def decline(node: Node, reason: str) -> Declined:
+    return Declined(
+        node=node.name,
+        name=node.meta.get("ringfx_path", ""),
+        source=node.meta.get("ringfx_source", ""),
+        reason=reason,
+    )

@@ -1,0 +1,154 @@
+"""Attention by its axes: contract(d), elementwise over (.., q, k), normalise k, contract(k)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.fx import Node
+
+from ringfx.passes.detect.candidate import Candidate, Near, Region
+from ringfx.passes.detect.names import Factor, Names
+from ringfx.passes.detect.normalise import Normalised, normalised
+from ringfx.passes.detect.products import Product
+from ringfx.passes.detect.program import Program
+from ringfx.passes.detect.region import Named, check_gradients, check_users, name_region
+from ringfx.passes.detect.roles import Pair, Refused, Roles, assign
+from ringfx.passes.detect.scores import ScoreReader
+from ringfx.passes.detect.walk import Back, Onward, back, onward
+
+__all__ = ["find_eager"]
+
+
+def find_eager(node: Node, program: Program) -> Candidate | Near | None:
+    """The attention whose softmax this call is; a near miss; or None for another softmax."""
+    found = normalised(node)
+    if found is None:
+        return None
+    behind = back(found.scores, program.parameters)
+    ahead = onward(found)
+    if not behind.products:
+        return _no_product(behind, ahead)
+    if not isinstance(ahead, Onward):
+        return ahead
+    try:
+        return _candidate(program, found, behind, ahead)
+    except Refused as refused:
+        return Near(str(refused))
+
+
+def _no_product(behind: Back, ahead: Onward | Near | None) -> Near | None:
+    """A softmax of something else than products of two values."""
+    if not isinstance(ahead, Onward) or not behind.projections:
+        return None
+    return Near(
+        "its scores are a projection of one value, no products of queries with keys (a learned "
+        "query that pools, a gate, mixed heads or linear attention)"
+    )
+
+
+def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward) -> Candidate:
+    named, inside = _named(program, found, behind, ahead)
+    check_users(named, ahead.result)
+    check_gradients(named)
+    pairs = [_pair(named, p) for p in named.products]
+    if all(p.k.source in program.learned for p in pairs):
+        raise Refused("its keys are parameters: a memory that each query reads alone")
+    v = named.factors[ahead.product.node][1 - ahead.side]
+    roles = _roles(program, named, pairs, ahead)
+    reader = ScoreReader(named, roles, inside)
+    scores = reader.element(found.scores, ())
+    return Candidate(
+        node=ahead.result,
+        found_by="eager",
+        q=tuple(roles.q(p.q, named.source(p.q), i) for i, p in enumerate(pairs)),
+        k=tuple(roles.k(p.k, named.source(p.k), i) for i, p in enumerate(pairs)),
+        v=roles.v(v, named.source(v)),
+        result=roles.result(named.names.dims(ahead.result)),
+        sizes=roles.sizes,
+        scores=scores,
+        values=tuple(reader.captured),
+        entering={n: named.names.dims(n) for n in reader.captured},
+        sinks=reader.sinks,
+        fully_masked="zero" if ahead.zeroed else found.masked,
+        dropout=ahead.dropout,
+        region=_region(named, ahead),
+    )
+
+
+def _named(
+    program: Program, found: Normalised, behind: Back, ahead: Onward
+) -> tuple[Named, Sequence[Node]]:
+    """The region of those products that are of queries with keys; others are biases."""
+    products: Sequence[Product] = behind.products
+    while True:
+        inside = behind.inside(products, program.order)
+        names = Names(program.axes)
+        named = name_region(names, products, inside, found, ahead, program.order)
+        kept = [p for p in products if named.pair(p) is not None]
+        if not kept:
+            raise Refused(_no_pair(named))
+        if len(kept) == len(products):
+            return named, inside
+        products = kept
+
+
+def _no_pair(named: Named) -> str:
+    keys = set(named.keys)
+    if not keys:
+        return "it has one key"
+    for product in named.products:
+        factors = [{a for d in named.source(f) for a in d} for f in named.factors[product.node]]
+        if all(keys & atoms for atoms in factors):
+            return (
+                "its softmax runs over an axis that queries and keys share (heads or batch), not "
+                "over keys"
+            )
+        if any(keys & atoms for atoms in factors):
+            return "its queries have no token axis: one query pools all keys"
+    return "its softmax does not run over the keys of a product"
+
+
+def _pair(named: Named, product: Product) -> Pair:
+    pair = named.pair(product)
+    assert pair is not None, "products without queries and keys were left out"
+    return pair
+
+
+def _roles(program: Program, named: Named, pairs: Sequence[Pair], ahead: Onward) -> Roles:
+    every = [a for dim in named.scores for a in dim]
+    if len(set(every)) != len(every):
+        raise Refused("two axes of its scores are one (scores added to their transpose)")
+    weights, v = (named.factors[ahead.product.node][i] for i in (ahead.side, 1 - ahead.side))
+    result = {a for dim in named.names.dims(ahead.product.node) for a in dim}
+    summed = {a for f in (weights, v) for dim in named.source(f) for a in dim} - result
+    if summed != set(named.keys):
+        raise Refused(
+            "its softmax normalises one axis and its values are summed over another (softmax over "
+            "queries or heads, slot attention, mixed heads)"
+        )
+    for pair in pairs:
+        have = {a for f in (pair.q, pair.k) for dim in named.source(f) for a in dim}
+        contracted = have - set(every)
+        sides = [{a for dim in named.source(f) for a in dim} for f in (pair.q, pair.k)]
+        if not contracted <= sides[0] & sides[1]:
+            raise Refused("a factor of its scores is summed on its own")
+    return assign(named.names, program, pairs, v, named.scores, named.keys)
+
+
+def _region(named: Named, ahead: Onward) -> Region:
+    resolved = named.names.resolved
+    products = (*named.products, ahead.product)
+
+    def settled(factor: Factor) -> Factor:
+        return replace(factor, dims={n: resolved(d) for n, d in factor.dims.items()})
+
+    return Region(
+        nodes=named.nodes,
+        dims={n: tuple(map(resolved, values)) for n, values in named.names.values.items()},
+        products=products,
+        factors=tuple(
+            (settled(named.factors[p.node][0]), settled(named.factors[p.node][1])) for p in products
+        ),
+        side=ahead.side,
+    )

@@ -1,0 +1,134 @@
+"""What a softmax is taken of, as an expression of products and of values from outside."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ringfx.passes.axes.call import Call
+from ringfx.passes.detect.candidate import score
+from ringfx.passes.detect.names import BROADCASTS, VIEWS
+from ringfx.passes.detect.products import Product
+from ringfx.passes.detect.region import Named
+from ringfx.passes.detect.roles import Refused, Roles
+from ringfx.passes.detect.walk import SHIFTS, short
+from ringfx.passes.masks.elements import ELEMENT_RULES, ElementRule, Index
+from ringfx.passes.masks.lift import Lifter
+from ringfx.passes.masks.simplify import const, simplify
+from ringfx.tiles import Expr
+
+__all__ = ["SHIFT", "ScoreReader"]
+
+aten = torch.ops.aten
+SHIFT: Expr = ("shift",)
+"""Something equal for all keys of a row, made of its scores: a softmax does not see it."""
+
+
+class ScoreReader(Lifter):
+    """Reads the calls of a region; their axes are known, so views change nothing."""
+
+    def __init__(self, named: Named, roles: Roles, inside: Collection[Node]) -> None:
+        super().__init__()
+        self.sinks: Expr | None = None
+        self._named = named
+        self._roles = roles
+        self._inside = frozenset(inside)
+        self._products = {p.node: (i, p) for i, p in enumerate(named.products)}
+        self._read: dict[Node, Expr] = {}
+
+    def element(self, value: Any, index: Index) -> Expr:
+        if not isinstance(value, Node):
+            return const(value)
+        if value not in self._read:
+            self._read[value] = self._of(value)
+        return self._read[value]
+
+    def aligned(self, value: Any, index: Index) -> Expr:
+        return self.element(value, index)
+
+    def _of(self, node: Node) -> Expr:
+        if node in self._products:
+            return self._product(*self._products[node])
+        if node not in self._inside:
+            return self._entering(node)
+        if node.target in SHIFTS or node.target is operator.getitem:
+            return self._shift(node)
+        if node in self._named.joins:
+            return self._joined(node)
+        operands = Call(node).operands
+        if all(n in self._inside and self.element(n, ()) == SHIFT for n in operands):
+            return SHIFT
+        if node.target in VIEWS | BROADCASTS or node.target is aten.slice.Tensor:
+            return self.element(operands[0], ())
+        rule = SCORE_RULES.get(node.target) or ELEMENT_RULES.get(node.target)
+        read = rule(self, Call(node), ()) if rule is not None else None
+        if read is None:
+            raise Refused(f"between its product and its softmax stands {short(node)}")
+        return read
+
+    def _shift(self, node: Node) -> Expr:
+        """A maximum, mean or logsumexp of each row."""
+        source = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if source.target not in SHIFTS:
+            raise Refused(f"between its product and its softmax stands {short(source)}")
+        dims = self._named.names.dims(source)
+        joined = {a for j in self._named.joins.values()
+                  for a in self._named.names.space.resolve(j.joined)}  # fmt: skip
+        if {a for dim in dims for a in dim} & ({*self._named.keys} | joined):
+            raise Refused(f"{short(source)} is not taken over its keys")
+        return SHIFT
+
+    def _product(self, i: int, product: Product) -> Expr:
+        read: Expr = score(i)
+        if product.alpha != 1:
+            read = simplify("mul", read, const(product.alpha))
+        if product.added is not None:
+            added = simplify("mul", self.element(product.added, ()), const(product.beta))
+            read = simplify("add", read, added)
+        return read
+
+    def _joined(self, node: Node) -> Expr:
+        join = self._named.joins[node]
+        if self.sinks is not None:
+            raise Refused("two columns of logits join its scores")
+        self.sinks = self.element(join.sink, ())
+        return self.element(join.scores, ())
+
+    def _entering(self, node: Node) -> Expr:
+        if node not in self.captured:
+            self.captured.append(node)
+        dims = self._named.names.dims(node)
+        index = self._roles.index(dims)
+        return ("at", self.captured.index(node), *index)
+
+
+def nan_to_num(lifter: Lifter, call: Call, index: Index) -> Expr | None:
+    """On numbers the identity, but -inf becomes the lowest of them."""
+    if call["nan"] not in (None, 0):
+        return None
+    lowest = call["neginf"]
+    dtype = call.node.meta["val"].dtype
+    lowest = torch.finfo(dtype).min if lowest is None else float(lowest)
+    return simplify("max", lifter.aligned(call["self"], index), const(lowest))
+
+
+def detached(lifter: Lifter, call: Call, index: Index) -> Expr:
+    raise Refused("its scores are detached: no gradient flows to queries and keys")
+
+
+def either(head: str) -> ElementRule:
+    return lambda lifter, call, index: simplify(
+        head, lifter.aligned(call["self"], index), lifter.aligned(call["other"], index)
+    )
+
+
+SCORE_RULES: Mapping[object, ElementRule] = {
+    aten.max.other: either("max"),
+    aten.min.other: either("min"),
+    aten.nan_to_num.default: nan_to_num,
+    aten.detach.default: detached,
+}

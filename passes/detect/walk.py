@@ -1,0 +1,235 @@
+"""What lies around a softmax: back to the products behind it, on to the product that uses it."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ringfx.passes.axes.call import Call
+from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.axes.rules.pointwise import elementwise
+from ringfx.passes.detect.candidate import Near
+from ringfx.passes.detect.names import BROADCASTS, VIEWS
+from ringfx.passes.detect.normalise import Normalised
+from ringfx.passes.detect.products import Product, as_product
+
+__all__ = ["SHIFTS", "Back", "Onward", "back", "learned", "onward", "short"]
+
+aten = torch.ops.aten
+
+LOOKED_AT = 512
+"""Calls looked at behind one softmax; scores with more between them and their product are none."""
+
+SHIFTS = frozenset({
+    aten.amax.default, aten.max.dim, aten.logsumexp.default, aten.mean.dim, aten.amin.default,
+})  # fmt: skip
+"""Reductions whose result may be subtracted from a row of scores."""
+
+CASTS = frozenset({
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
+    aten.type_as.default,
+})  # fmt: skip
+
+
+def is_elementwise(node: Node) -> bool:
+    return node.op == "call_function" and find_rule(node.target) is elementwise
+
+
+def short(node: Node) -> str:
+    """The operator's name as a user knows it."""
+    name = getattr(node.target, "_schema", None)
+    return str(name.name).split("::")[-1] if name is not None else str(node.target)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Back:
+    """What a softmax is taken of."""
+
+    products: tuple[Product, ...]
+    """Products of two values of the program, nearest first."""
+    projections: tuple[Product, ...]
+    """Products with a parameter as it stands: linear layers."""
+    seen: frozenset[Node]
+    """Everything between, masks included."""
+
+    def inside(self, products: Sequence[Product], order: Mapping[Node, int]) -> list[Node]:
+        """The calls that depend on one of the products, in program order."""
+        made = {p.node for p in products}
+        found: list[Node] = []
+        for node in sorted(self.seen, key=order.__getitem__):
+            if node in made or (_passes(node) and any(n in made for n in node.all_input_nodes)):
+                made.add(node)
+                found.append(node)
+        return found
+
+
+def back(start: Node, parameters: frozenset[Node]) -> Back:
+    """Everything elementwise, viewed or reduced behind a value, up to products."""
+    products: list[Product] = []
+    projections: list[Product] = []
+    seen: set[Node] = set()
+    queue = deque([start])
+    while queue and len(seen) < LOOKED_AT:
+        node = queue.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        product = as_product(node)
+        if product is not None:
+            direct = any(learned(f, parameters) for f in product.factors)
+            (projections if direct else products).append(product)
+        elif _passes(node):
+            queue.extend(node.all_input_nodes)
+    return Back(products=tuple(products), projections=tuple(projections), seen=frozenset(seen))
+
+
+def _passes(node: Node) -> bool:
+    """Whether scores stay scores through a call: elements, views, a sink, the maximum of a row."""
+    return (
+        is_elementwise(node)
+        or node.target in VIEWS
+        or node.target in BROADCASTS
+        or node.target in SHIFTS
+        or node.target in (aten.cat.default, aten.slice.Tensor, operator.getitem)
+    )
+
+
+def learned(node: Node, parameters: frozenset[Node]) -> bool:
+    """Whether a value is a parameter as it stands: viewed, cast or scaled by a number."""
+    while node not in parameters:
+        inputs = node.all_input_nodes
+        plain = node.target in VIEWS | BROADCASTS | CASTS or is_elementwise(node)
+        if not plain or len(inputs) != 1:
+            return False
+        node = inputs[0]
+    return True
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Onward:
+    """From the weights to the product with the values, and on to the result."""
+
+    nodes: tuple[Node, ...]
+    """The calls between, in program order."""
+    product: Product
+    side: int
+    """Which factor of the product the weights are."""
+    after: tuple[Node, ...] = ()
+    """Calls after the product: the division by the sum of a row, and views before it."""
+    dropout: float = 0.0
+    zeroed: bool = False
+    """NaN became 0 on the way."""
+
+    @property
+    def result(self) -> Node:
+        return self.after[-1] if self.after else self.product.node
+
+
+def onward(normalised: Normalised) -> Onward | Near | None:
+    """The product of the weights with the values; None where there is no product at all."""
+    nodes: list[Node] = []
+    current = normalised.weights
+    dropout, zeroed = 0.0, False
+    while True:
+        users = [u for u in current.users if u not in normalised.inner]
+        if len(users) != 1:
+            return _used_again(current, users)
+        (user,) = users
+        product = _product_of(user, current)
+        if product is not None:
+            break
+        if user.target is aten.dropout.default:
+            dropout = float(Call(user)["p"]) if Call(user)["train"] else 0.0
+        elif user.target is aten.nan_to_num.default and Call(user)["nan"] in (None, 0):
+            zeroed = True
+        elif user.target not in VIEWS | BROADCASTS | CASTS | {aten.slice.Tensor}:
+            return _stopped(user)
+        nodes.append(user)
+        current = user
+    sides = [i for i, f in enumerate(product.factors) if f is current]
+    if len(sides) != 1:
+        return Near("its weights are multiplied with themselves")
+    after = _divided(product.node, normalised)
+    if isinstance(after, Near):
+        return after
+    return Onward(
+        nodes=tuple(nodes), product=product, side=sides[0], after=after, dropout=dropout,
+        zeroed=zeroed,
+    )  # fmt: skip
+
+
+def _product_of(user: Node, value: Node) -> Product | None:
+    """The product that a call is, or that the sum after an elementwise product is."""
+    product = as_product(user)
+    if product is None and user.target is aten.mul.Tensor and len(user.users) == 1:
+        product = as_product(next(iter(user.users)))
+    return product if product is not None and value in product.factors else None
+
+
+def _used_again(value: Node, users: Sequence[Node]) -> Near | None:
+    """Weights with several users: a near miss if one of them is a product."""
+    if not any(_product_of(u, value) or _leads_to_product(u) for u in users):
+        return None
+    others = [u for u in users if not (_product_of(u, value) or _leads_to_product(u))]
+    if any(u.op == "output" for u in users):
+        return Near("its weights are an output too, so they must exist as a matrix")
+    if not others:
+        return Near("its weights are multiplied with several values")
+    names = ", ".join(sorted({short(u) for u in others}))
+    return Near(f"its weights are used again (by {names}), so they must exist as a matrix")
+
+
+def _leads_to_product(node: Node) -> bool:
+    current = node
+    while current.target in VIEWS | BROADCASTS | CASTS | {aten.dropout.default}:
+        if len(current.users) != 1:
+            return False
+        user = next(iter(current.users))
+        if _product_of(user, current):
+            return True
+        current = user
+    return False
+
+
+def _stopped(user: Node) -> Near | None:
+    """Something other than a product takes the weights."""
+    if user.op == "output" or not any(_ahead(user)):
+        return None
+    return Near(f"its weights go through {short(user)} before they meet the values")
+
+
+def _ahead(node: Node) -> Iterator[bool]:
+    """Products a few calls ahead."""
+    queue, seen = deque([(node, 0)]), set[Node]()
+    while queue:
+        current, depth = queue.popleft()
+        if current in seen or depth > 3:
+            continue
+        seen.add(current)
+        if as_product(current) is not None:
+            yield True
+        queue.extend((u, depth + 1) for u in current.users)
+
+
+def _divided(node: Node, normalised: Normalised) -> tuple[Node, ...] | Near:
+    """The division by the sum of each row, where it comes after the product."""
+    if normalised.total is None:
+        return ()
+    found: list[Node] = []
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        if user.target in (aten.div.Tensor, aten.true_divide.Tensor) and user.args[0] is current:
+            if user.args[1] in normalised.sums:
+                return (*found, user)
+            break
+        if user.target not in VIEWS:
+            break
+        found.append(user)
+        current = user
+    return Near("its exponentials are never divided by their sum")
