@@ -39,6 +39,8 @@ class Captured:
     """Results that are a written input itself: index of the result -> index of the input."""
     graph_break: str | None = None
     """The user frame that broke the graph after this program, if one did."""
+    uncompiled_caller: str | None = None
+    """The user frame that calls this program and that Dynamo could not compile, if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from ringfx.backend import Backend, no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
+from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.pipeline import lower
 from ringfx.plan import MemoryPlan, Plan
@@ -197,17 +203,19 @@ def plan(
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         lowered = lower(gm, example_inputs, settings, world)
         plans.append(lowered.plan)
-        if lowered.captured.graph_break is None:
+        if lowered.captured.graph_break is None and is_outermost():
             raise _Planned
         return gm.forward
 
-    _trace(model, args, dict(kwargs or {}), backend)
+    stopped = _trace(model, args, dict(kwargs or {}), backend)
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
-    return _joined(plans)
+    joined = _joined(plans)
+    return dataclasses.replace(joined, notes=(*joined.notes, *stopped))
 
 
-def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> None:
+def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
+    """Runs the model on fake tensors; says in words where that could not go on."""
     torch._dynamo.reset()
     mode = _mode_of(model, args, kwargs)
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
@@ -221,8 +229,14 @@ def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> None
             raise failure.inner_exception from None
         if not isinstance(failure.inner_exception, _Planned):
             raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
+        return (
+            f"planning stopped where the model's own code reads values ({unknown.func}); what runs "
+            "after that is not in this plan",
+        )
     finally:
         torch._dynamo.reset()
+    return ()
 
 
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:

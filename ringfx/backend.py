@@ -13,6 +13,7 @@ from ringfx.agreement import Agreement
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
+from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Resharding
@@ -47,11 +48,12 @@ class Backend:
         return sum(len(plan.layers) for plan in self.plans)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        example_inputs = [_whole(v) for v in example_inputs]
+        example_inputs = [_whole_example(v) for v in example_inputs]
         lowered = lower(gm, example_inputs, self.settings, self.world)
         self.plans.append(lowered.plan)
         self._announce(lowered)
-        if len(self.plans) == 1 and not self.num_sites and lowered.captured.graph_break is None:
+        alone = lowered.captured.graph_break is None and is_outermost()
+        if alone and len(self.plans) == 1 and not self.num_sites:
             raise AttentionNotFound(no_attention_text(self.plans))
         device = _device(example_inputs)
         extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
@@ -139,7 +141,7 @@ class Runner:
             return result
         wrapped = wrap(result, spec)
         # Across a graph break Dynamo reads the value with the user's own code: gather it there.
-        return wrapped + 0 if self._gather else wrapped
+        return _whole(wrapped) if self._gather else wrapped
 
 
 def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
@@ -170,8 +172,15 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """A split output of an earlier call that comes back as an input is gathered."""
+    """A split output of an earlier program that comes back as an input is gathered."""
     return value.whole() if isinstance(value, SplitTensor) else value
+
+
+def _whole_example(value: Any) -> Any:
+    """What stands for it while the program is made: it needs a gradient as the value does."""
+    if not isinstance(value, SplitTensor):
+        return value
+    return value.whole().detach().requires_grad_(value.requires_grad)
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

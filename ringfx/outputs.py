@@ -86,8 +86,8 @@ class SplitTensor(torch.Tensor):
         return SplitTensor(inner["_local"], spec)
 
     def whole(self) -> torch.Tensor:
-        """The whole value on every rank; all ranks ask together."""
-        whole: torch.Tensor = self._gathered()
+        """The whole value on every rank, differentiable; all ranks ask together."""
+        whole: torch.Tensor = _Whole.apply(self)  # type: ignore[no-untyped-call]
         return whole
 
     def to_local(self) -> torch.Tensor:
@@ -111,7 +111,9 @@ class SplitTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._gathered().__reduce_ex__(protocol)
 
+    # Uncompiled code of a compiled model may touch it: this is no program to split.
     @classmethod
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -156,6 +158,16 @@ class _Wrap(torch.autograd.Function):
         spec: SplitSpec = ctx.spec
         index, valid = spec.index(grad.device)
         return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split: SplitTensor) -> torch.Tensor:
+        return split._gathered().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
 
 
 def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:

@@ -102,9 +102,15 @@ def _refuse_unknown(
 
 
 def _graph_break(captured: Captured) -> tuple[str, ...]:
-    if captured.graph_break is None:
-        return ()
-    return (f"graph break at {captured.graph_break}; split values are gathered there",)
+    notes = []
+    if captured.graph_break is not None:
+        notes.append(f"graph break at {captured.graph_break}; split values are gathered there")
+    if captured.uncompiled_caller is not None:
+        notes.append(
+            f"graph break in {captured.uncompiled_caller}, which runs uncompiled and calls "
+            "compiled parts; split values are gathered between them"
+        )
+    return tuple(notes)
 
 
 def _token_axes(lines: Lines) -> tuple[TokenAxis, ...]:

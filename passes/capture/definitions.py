@@ -147,6 +147,11 @@ def _kept(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
     return mask.logical_not()  # the operator reads any number but 0 as "left out"
 
 
+def as_type(x: Tensor, other: Tensor, non_blocking: bool = False, copy: bool = False) -> Tensor:
+    """Only the other's type is read; its shape and values are not operands."""
+    return x.to(other.dtype, non_blocking=non_blocking, copy=copy)
+
+
 DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
@@ -155,4 +160,6 @@ DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.native_layer_norm.default: native_layer_norm,
     aten._softmax.default: softmax,
     aten._log_softmax.default: log_softmax,
+    aten.type_as.default: as_type,
+    aten.to.other: as_type,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.passes.capture import constructs
+from ringfx.passes.capture.breaks import graph_break, uncompiled_caller
 from ringfx.passes.capture.definitions import DEFINITIONS
 from ringfx.passes.capture.flex import drop_block_masks
 from ringfx.passes.capture.functional import functionalize
@@ -78,7 +78,8 @@ def capture(
         needs_grad=needs_grad,
         writes=written.writes,
         returned=written.returned,
-        graph_break=_graph_break(gm),
+        graph_break=graph_break(gm),
+        uncompiled_caller=uncompiled_caller(),
     )
 
 
@@ -123,20 +124,3 @@ def _input_name(node: torch.fx.Node) -> str:
         return str(node.name)
     name = source.name
     return clean_path(name() if callable(name) else name)
-
-
-def _graph_break(gm: torch.fx.GraphModule) -> str | None:
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return None
-    frames = [f"{f.filename}:{f.lineno}, in {f.name}" for f in reason.user_stack]
-    where = frames[-1] if frames else "an unknown frame"
-    return f"{where}: {_in_one_line(reason.reason)}"
-
-
-def _in_one_line(reason: str) -> str:
-    """What the user's own graph_break() says, or the title that Dynamo gives."""
-    said = re.search(r"User-inserted graph break. Message: (?!None)(.+)", reason)
-    if said:
-        return said.group(1)
-    return reason.strip().splitlines()[0] if reason.strip() else "graph break"

@@ -1,0 +1,64 @@
+"""Where Dynamo stopped compiling: in the program's own frame, or in one that called it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from torch._dynamo import convert_frame, eval_frame
+
+__all__ = ["graph_break", "is_outermost", "uncompiled_caller"]
+
+_ENTRY = eval_frame.__name__
+
+
+def graph_break(gm: torch.fx.GraphModule) -> str | None:
+    """The user frame that ended this program early, and why."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frames = [f"{f.filename}:{f.lineno}, in {f.name}" for f in reason.user_stack]
+    where = frames[-1] if frames else "an unknown frame"
+    return f"{where}: {_in_one_line(reason.reason)}"
+
+
+def _in_one_line(reason: str) -> str:
+    """What the user's own graph_break() says, or the title that Dynamo gives."""
+    said = re.search(r"User-inserted graph break. Message: (?!None)(.+)", reason)
+    if said:
+        return said.group(1)
+    return reason.strip().splitlines()[0] if reason.strip() else "graph break"
+
+
+def is_outermost() -> bool:
+    """Whether the program being compiled is the model itself, and not a function that it calls."""
+    return next(_callers(), None) is None
+
+
+def uncompiled_caller() -> str | None:
+    """The user frame that runs as ordinary Python and calls the program being compiled.
+
+    Dynamo skips a frame with a break inside a loop and compiles what that frame calls.
+    """
+    for frame in _callers():
+        if frame.f_code not in convert_frame.output_codes:
+            code = frame.f_code
+            return f"{code.co_filename}:{frame.f_lineno}, in {code.co_name}"
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    """User frames that run between the entry into compiled code and its compiler, inner first."""
+    frame: FrameType | None = sys._getframe()
+    found: list[FrameType] = []
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == _ENTRY and frame.f_code.co_name == "compile_wrapper":
+            yield from found
+            return
+        if module.partition(".")[0] not in ("torch", "ringfx"):
+            found.append(frame)
+        frame = frame.f_back
