@@ -163,7 +163,8 @@ class _Wrap(torch.autograd.Function):
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: SplitTensor) -> torch.Tensor:
-        return split._gathered().detach()
+        whole: torch.Tensor = split._gathered()
+        return whole.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
