@@ -9,17 +9,19 @@ floating-point inputs and parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ringfx.errors import AgreementError
+from ringfx.ops.ranks import Ranks
 from ringfx.world import World, process_group
 
 __all__ = ["Agreement", "checksum"]
 
+_GENERATOR = "the random generator"
 CHUNK = 1 << 22
 """Elements that a checksum widens at a time: 32 MiB of int64."""
 
@@ -27,10 +29,19 @@ CHUNK = 1 << 22
 class Agreement:
     """The checks of one program on one rank."""
 
-    def __init__(self, world: World, digest: str, names: Sequence[str], summary: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        digest: str,
+        names: Sequence[str],
+        summary: str,
+        generators: Sequence[torch.device] = (),
+    ) -> None:
+        """``generators``: devices whose default generator the program draws from."""
         self._world = world
         self._digest = digest
-        self._names = tuple(names)
+        self._names = (*names, *(f"{_GENERATOR} of {device}" for device in generators))
+        self._generators = tuple(generators)
         self._summary = summary
         self._first = True
 
@@ -44,6 +55,7 @@ class Agreement:
         """
         if self._world.size == 1:
             return
+        inputs = [*inputs, *map(_generator_state, self._generators)]
         sums = [self._sum(value) for value in inputs]
         self._first = False
         combined = hashlib.sha256(repr(sums).encode()).digest()
@@ -63,16 +75,19 @@ class Agreement:
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         mine = mine.to(device)
         others = [torch.empty_like(mine) for _ in range(self._world.size)]
-        dist.all_gather(others, mine, group=group)
+        self._speak(lambda: dist.all_gather(others, mine, group=group))
         return [o.cpu() for o in others]
+
+    def _speak(self, call: Callable[[], Any]) -> None:
+        ranks = Ranks.named(self._world.group, "before the call")
+        ranks.guarded("comparison of inputs", "all ranks", call)
 
     def _explain(self, sums: Sequence[int | None], inputs: Sequence[Any]) -> None:
         group = process_group(self._world.group)
         said: list[Any] = [None] * self._world.size
         shapes = [_shape(v) for v in inputs]
-        dist.all_gather_object(
-            said, (self._digest, self._summary, self._names, shapes, sums), group=group
-        )
+        mine = (self._digest, self._summary, self._names, shapes, sums)
+        self._speak(lambda: dist.all_gather_object(said, mine, group=group))
         raise AgreementError(_difference(said))
 
 
@@ -88,6 +103,13 @@ def _difference(said: Sequence[Any]) -> str:
                 "Do: give every rank the same options, code and profile."
             )
         for name, mine, theirs in zip(names, sums, other[4], strict=True):
+            if mine != theirs and name.startswith(_GENERATOR):
+                return (
+                    f"{name} is in another state on rank 0 than on rank {rank}, and the model "
+                    "draws from it: every rank must draw the same numbers. Do: call "
+                    "torch.manual_seed(seed) with one seed on all ranks before training, and draw "
+                    "what differs between ranks from a torch.Generator of its own."
+                )
             if mine != theirs:
                 return (
                     f"{name} has the same shape but other values on rank 0 (checksum {mine}) and "
@@ -111,6 +133,13 @@ def _different_shapes(rank: int, first: Any, other: Any) -> str:
         f"rank 0 and rank {rank} were given inputs of different shapes:\n" + "\n".join(lines) + "\n"
         "Do: give every rank the whole, identical batch; ringfx splits it along the tokens."
     )
+
+
+def _generator_state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def _shape(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.backend import Backend, no_attention_text
 from ringfx.cost_model import StrategyChoice
@@ -35,9 +36,11 @@ _NEVER_UNSPLIT = {
     "recompile_limit": 1024,
     "accumulated_recompile_limit": 4096,
     "fail_on_recompile_limit_hit": True,
+    "optimize_ddp": False,
 }
 """Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
-each, the model would run unsplit from the ninth on. Here it compiles on, or says why not."""
+each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
+DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
 
 
 class Optimized:
@@ -74,7 +77,8 @@ class Optimized:
                     model(**batch).loss.backward()
             model(**batches[-1]).loss.backward()
         """
-        with self._ringfx_backend.accumulation.no_sync():
+        outer = getattr(super(), "no_sync", contextlib.nullcontext)
+        with outer(), self._ringfx_backend.accumulation.no_sync():
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +120,11 @@ def optimize(
         Any module with attention over a sequence. It is not changed; parameters are shared with it.
     mesh
         A one-dimensional DeviceMesh or a process group; by default the whole world, and one rank
-        where torch.distributed is not initialised.
+        where torch.distributed is not initialised. With data parallelism beside it, give one
+        dimension of the mesh (``mesh["sp"]``) and the other one's group to
+        DistributedDataParallel, around the optimized model or inside it. Gradients are summed over
+        the sequence's ranks, so that they are complete, and averaged over the others, as
+        DistributedDataParallel does.
     strategy
         ``"auto"``, one of ``simple``, ``collective``, ``production``, ``ulysses``, or a mapping
         from globs of module paths to these names.
@@ -155,11 +163,26 @@ def optimize(
         }
     )
     backend = Backend(settings, World.of(mesh))
-    optimized = copy.copy(model)
-    optimized.__class__ = type(type(model).__name__, (Optimized, type(model)), {})
-    optimized._ringfx_backend = backend  # type: ignore[assignment]
+    if isinstance(model, DistributedDataParallel):
+        # It refuses to be copied, and runs its inner model itself.
+        optimized = _twin(model, model.__dict__, backend)
+        inner = _optimized(model.module, backend)
+        optimized._modules = {**model._modules, "module": inner}
+        return optimized
+    return _optimized(model, backend)
+
+
+def _optimized(model: M, backend: Backend) -> M:
+    optimized = _twin(model, copy.copy(model).__dict__, backend)
     optimized.compile(backend=backend, dynamic=False)
     return optimized
+
+
+def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
+    """A model of the same state whose class has what ``Optimized`` adds."""
+    made: M = object.__new__(type(type(model).__name__, (Optimized, type(model)), {}))
+    made.__dict__.update(state, _ringfx_backend=backend)
+    return made
 
 
 class _Planned(Exception):

@@ -101,7 +101,7 @@ class Runner:
         ]
         names = lowered.captured.input_names
         self._agreement = (
-            Agreement(world, lowered.digest, names, _summary(lowered.plan))
+            Agreement(world, lowered.digest, names, _summary(lowered.plan), _generators(lowered))
             if settings.check_inputs
             else None
         )
@@ -181,6 +181,17 @@ def _whole_example(value: Any) -> Any:
     if not isinstance(value, SplitTensor):
         return value
     return value.whole().detach().requires_grad_(value.requires_grad)
+
+
+def _generators(lowered: Lowered) -> list[torch.device]:
+    """Devices that the program draws random numbers on."""
+    drawing = (
+        n.meta["val"].device
+        for n in lowered.captured.graph_module.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        and isinstance(n.meta.get("val"), torch.Tensor)
+    )
+    return list(dict.fromkeys(drawing))
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

@@ -36,10 +36,13 @@ __all__ = [
     "slice_tokens",
     "sum_partials",
     "take_plain",
+    "take_tokens",
 ]
 
 
-def _take(x: torch.Tensor, index: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
+def take_tokens(
+    x: torch.Tensor, index: torch.Tensor, dim: int, outer: int, inner: int
+) -> torch.Tensor:
     """Tokens at ``index`` of a dimension that is [outer, tokens, inner]."""
     if outer == 1 and inner == 1:
         return x.index_select(dim, index)
@@ -116,7 +119,7 @@ def take_plain(
     x: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
     """This rank's tokens of a whole value, zero where a token is padding."""
-    return mask_tokens(_take(x, index, dim, outer, inner), valid, 0, dim, outer, inner)
+    return mask_tokens(take_tokens(x, index, dim, outer, inner), valid, 0, dim, outer, inner)
 
 
 class _Slice(torch.autograd.Function):
@@ -126,7 +129,7 @@ class _Slice(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(order)
         ctx.where = where
-        return _take(x, index, *_place(where))
+        return take_tokens(x, index, *_place(where))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -266,7 +269,7 @@ def slice_tokens(
 ) -> torch.Tensor:  # fmt: skip
     """This rank's tokens of a whole value; backward all-gathers."""
     if not x.requires_grad:
-        return _take(x, index, dim, outer, inner)
+        return take_tokens(x, index, dim, outer, inner)
     return _apply(_Slice, x, index, order, ranks, group, dim, outer, inner, what)
 
 

@@ -67,6 +67,9 @@ class OpAxes:
     """The call takes this one element of its summed label: only its owner has it."""
     mean: bool = False
     """The call divides by the number of elements that it sums."""
+    draws: bool = False
+    """Random numbers for the whole tensor, by its first operand's shape alone: a rank that has a
+    part draws them all and keeps its own (see ``ringfx.randomness``)."""
     reason: str = ""
     """Why a label needs all tokens, in words."""
 

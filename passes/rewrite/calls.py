@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives, picks
+from ringfx import collectives, picks, randomness
 from ringfx.passes.axes.call import Call, OpAxes
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Lookup, Split
@@ -33,6 +33,8 @@ def local_call(
     if axes.regroup:
         shape = local_shape(placement, node)
         return graph.call_function(aten.reshape.default, (operands[0], list(shape)))
+    if axes.draws:
+        return _draw(graph, placement, node, operands[0], crossings)
     if mode.inverts:
         order = operands[1 if node.target is aten.index_put.default else 0]
         return graph.call_function(aten.argsort.default, (order,))
@@ -49,6 +51,22 @@ def local_call(
     if axes.size_arg is not None:
         _set_argument(new, node, axes.size_arg, list(local_shape(placement, node)))
     return new
+
+
+def _draw(
+    graph: Graph, placement: Placement, node: Node, operand: Node, crossings: Crossings
+) -> Node:
+    """This rank's part of the whole tensor's random numbers."""
+    carried = placement.lines.carried(node)
+    assert isinstance(carried, Carried)
+    call = Call(node)
+    like = call.operands[0].meta["val"]
+    index = crossings.index(carried)
+    where = (list(like.shape), list(like.stride()), carried.dim, carried.outer, carried.inner)
+    if node.target is aten.dropout.default:
+        return graph.call_function(randomness.dropout, (operand, index, call["p"], *where))
+    settings: tuple[Any, ...] = (node.target, list(node.args[1:]), dict(node.kwargs))
+    return graph.call_function(randomness.draw, (operand, index, *settings, *where))
 
 
 def local_shape(placement: Placement, node: Node, index: int = 0) -> tuple[int, ...]:

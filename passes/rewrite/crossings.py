@@ -87,6 +87,10 @@ class Crossings:
         """bool [local tokens]: which local tokens are elements of the axis."""
         return self._member_node(carried, "valid")
 
+    def index(self, carried: Carried) -> Node:
+        """int64 [local tokens]: the element that each local token is, clamped where it is none."""
+        return self._member_node(carried, "index")
+
     def own(self, carried: Carried) -> Node:
         """int64 [local tokens]: which element of the axis each local token is, if it is one."""
         return self._member_node(carried, "own")

@@ -123,7 +123,7 @@ def _composites(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.clip.default, (x, -1, 1)),
         Sample(aten.dropout.default, (x, 0.5, False)),
         Sample(aten.dropout.default, (x, 0.0, True)),
-        Sample(aten.dropout.default, (x, 0.5, True), splits=False),
+        Sample(aten.dropout.default, (x, 0.5, True)),
     ]
 
 
@@ -364,6 +364,14 @@ def _made(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.eye.m, (a, b)),
         Sample(aten.rand_like.default, (x,)),
         Sample(aten.randn_like.default, (x,)),
+        Sample(aten.randint_like.default, (x, 9)),
+        Sample(aten.randint_like.low_dtype, (x, 2, 9)),
+        Sample(aten.uniform.default, (x,)),
+        Sample(aten.normal_functional.default, (x,)),
+        Sample(aten.exponential.default, (x,)),
+        Sample(aten.cauchy.default, (x,)),
+        Sample(aten.geometric.default, (x, 0.3)),
+        Sample(aten.log_normal.default, (x,)),
         Sample(aten.randint.default, (9, [a, b])),
         Sample(aten.randint.low, (1, 9, [a, b])),
         Sample(aten.randperm.default, (a,)),

@@ -45,8 +45,7 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         (
             aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
             aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default,
-            aten.rand_like.default, aten.randn_like.default, aten.randint.default, aten.randint.low,
-            aten.randperm.default, aten.bernoulli.default, aten.bernoulli.p,
+            aten.randint.default, aten.randint.low, aten.randperm.default, aten.bernoulli.default,
             aten.empty.memory_format, aten.new_empty.default,
         ),
         counted,

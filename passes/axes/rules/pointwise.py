@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -42,10 +43,15 @@ def random_elementwise(call: Call) -> OpAxes:
     )
 
 
+def drawn(call: Call) -> OpAxes:
+    """Random numbers in the shape of the operand, whatever it holds."""
+    return dataclasses.replace(elementwise(call), draws=True)
+
+
 def dropout(call: Call) -> OpAxes:
     """The identity when it drops nothing."""
     identity = not call["train"] or call["p"] == 0
-    return elementwise(call) if identity else random_elementwise(call)
+    return elementwise(call) if identity else drawn(call)
 
 
 _COMPOSITES = (
@@ -74,4 +80,13 @@ _COMPOSITES = (
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
-}
+    **dict.fromkeys(
+        (
+            aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,
+            aten.randint_like.low_dtype, aten.bernoulli.p, aten.uniform.default,
+            aten.normal_functional.default, aten.exponential.default, aten.cauchy.default,
+            aten.geometric.default, aten.log_normal.default,
+        ),
+        drawn,
+    ),
+}  # fmt: skip
