@@ -18,7 +18,7 @@ from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
-from ringfx.passes.place import Lines, find_lines, place
+from ringfx.passes.place import Lines, find_lines, place, respell
 from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.values import Captured, TokenAxis
 from ringfx.passes.verify import verify
@@ -50,6 +50,9 @@ def lower(
 
     axes = name_axes(graph)
     lines = find_lines(graph, axes, sites.found, world.size)
+    if world.size > 1 and respell(graph, axes, lines):
+        axes = name_axes(graph)
+        lines = find_lines(graph, axes, sites.found, world.size)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)

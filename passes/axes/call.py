@@ -55,6 +55,10 @@ class OpAxes:
     """The operands are pieces of this dimension of the result, one after the other."""
     pieces: tuple[int, ...] = ()
     """Where in that dimension each operand starts."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of labels that operands carry only together with others in one dimension."""
+    near: frozenset[int] = frozenset()
+    """Dimensions along which the call sees a few neighbours."""
     lookups: Mapping[str, int] = field(default_factory=dict)
     """Labels of the first operand that are read by number: label -> operand that holds them."""
     size_arg: str | None = None

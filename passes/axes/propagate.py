@@ -129,6 +129,8 @@ def bind(
         if labels is None:
             continue
         for dim, names in zip(dims, labels, strict=True):
+            if len(names) > 1 and axes.sizes:
+                clash |= not _compose(space, bound, names, dim, axes.sizes)
             if len(names) != 1:
                 continue
             (name,) = names
@@ -140,6 +142,23 @@ def bind(
             except AxisClash:
                 clash = True
     return bound, clash
+
+
+def _compose(
+    space: AxisSpace,
+    bound: dict[str, Dim],
+    names: tuple[str, ...],
+    dim: Dim,
+    sizes: Mapping[str, int],
+) -> bool:
+    """A dimension made of several labels; whether it could be cut into them."""
+    for name in names:
+        bound.setdefault(name, space.fresh(sizes[name]))
+    try:
+        space.unify(tuple(axis for name in names for axis in bound[name]), dim)
+    except AxisClash:
+        return False
+    return True
 
 
 def results_of(

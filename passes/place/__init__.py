@@ -12,5 +12,6 @@ serves all users. Partial sums are derived, never chosen.
 
 from ringfx.passes.place.cut import Placement, place
 from ringfx.passes.place.lines import Carried, Lines, TokenLine, find_lines
+from ringfx.passes.place.respell import respell
 
-__all__ = ["Carried", "Lines", "Placement", "TokenLine", "find_lines", "place"]
+__all__ = ["Carried", "Lines", "Placement", "TokenLine", "find_lines", "place", "respell"]

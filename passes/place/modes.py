@@ -12,8 +12,10 @@ from torch.fx import Node
 from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
 from ringfx.passes.axes.routing import Route, is_grouped
 from ringfx.passes.place.lines import Carried, Lines, Tangle
+from ringfx.passes.place.windows import can_move
+from ringfx.spec import AttentionSpec
 
-__all__ = ["Form", "Lookup", "Split", "Unsplittable", "split_mode"]
+__all__ = ["Form", "Lookup", "Reach", "Split", "Unsplittable", "split_mode"]
 
 
 class Form(Enum):
@@ -40,6 +42,16 @@ class Lookup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What a convolution over a line sees beside each token; see ``halo.convolve_tokens``."""
+
+    lead: int
+    frames: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """How an operator runs on split tokens of one line."""
 
@@ -52,6 +64,10 @@ class Split:
     """A concatenation along the line: where in the result each operand starts."""
     inverts: bool = False
     """The inverse of this rank's own order of rows."""
+    shifts: tuple[int, ...] = ()
+    """For each operand how many positions it moves: its element at p + shift is wanted at p."""
+    reach: Reach | None = None
+    """A convolution over the line."""
     looked_up: Lookup | None = None
     """Elements of the line by their number: each from the rank that has it."""
 
@@ -87,15 +103,19 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
         return _regroup(operands, results, line)
     if _picks(axes, operands[0] if operands else None, line):
         return _pick(axes, operands[0])
-    if axes.together and not _whole_lines(lines, axes, operands):
+    if axes.together and not _whole_lines(lines, axes, named.call, operands):
         return Unsplittable("its queries or keys are only a part of a token axis, or one token")
+    if axes.size_arg is not None and all(labels is None for labels in axes.operands):
+        return Split(operands=(Form.OWN,) * len(operands))  # a constant reads no values
+    if axes.near and isinstance(operands[0], Carried) and operands[0].dim in axes.near:
+        return _convolve(lines, axes, named.call, operands[0], results[0], line)
     if axes.joins is not None and any(_along(r, axes.joins, line) for r in results):
-        return _join(axes, operands, results, line)
+        return _join(lines, axes, operands, results, line)
     looked_up = _looks_up(node, axes, operands, results, line) if axes.lookups else None
     if looked_up is not None:
         return looked_up
     if axes.windows and axes.joins is None:
-        return _window(axes, operands, results, line)
+        return _window(lines, axes, operands, results, line)
     return _labelled(axes, operands, results, line)
 
 
@@ -103,11 +123,10 @@ def _on(carried: Carried | Tangle | None, line: int) -> bool:
     return isinstance(carried, Carried) and carried.line == line
 
 
-def _whole_lines(lines: Lines, axes: OpAxes, operands: list[Carried | Tangle | None]) -> bool:
-    """Whether an operator that moves tokens itself is given whole lines of one layout.
-
-    It knows the layout and the lengths, but no windows: a window is stored where its line is.
-    """
+def _whole_lines(
+    lines: Lines, axes: OpAxes, call: Call, operands: list[Carried | Tangle | None]
+) -> bool:
+    """Whether attention is given lines of one layout, whole or windows that its mask can name."""
     kinds = set()
     for carried, labels in zip(operands, axes.operands, strict=True):
         if labels is None:
@@ -115,11 +134,14 @@ def _whole_lines(lines: Lines, axes: OpAxes, operands: list[Carried | Tangle | N
         if not isinstance(carried, Carried) or not set(labels[carried.dim]) <= axes.together:
             return False
         line = lines.lines[carried.line]
-        alone = carried.outer * carried.inner == 1
-        if not alone or carried.member != line.members[0]:
+        whole = carried.member.length == line.length
+        if carried.outer * carried.inner != 1 or carried.member.is_sorted:
+            return False
+        if not whole and not can_move(AttentionSpec.from_json(call["spec"])):
             return False
         kinds.add(line.layout.kind)
-    return len(kinds) == 1
+    keys = {c.member for c in operands[1:3] if isinstance(c, Carried)}
+    return len(kinds) == 1 and len(keys) == 1
 
 
 def _regroup(
@@ -241,34 +263,73 @@ def _looks_up(
     )
 
 
+def _convolve(
+    lines: Lines,
+    axes: OpAxes,
+    call: Call,
+    source: Carried,
+    result: Carried | Tangle | None,
+    line: int,
+) -> Split | Unsplittable:
+    """Each token's outputs look at the inputs of a few tokens before and after it."""
+    at = source.dim - 2
+    stride, (left, _) = call["stride"][at], call["pads"][at]
+    if (
+        not isinstance(result, Carried)
+        or (source.line, result.line, result.dim) != (line, line, source.dim)
+        or source.outer * result.outer != 1
+        or source.inner != stride * result.inner
+    ):
+        return Unsplittable(axes.reason)
+    frames = source.inner
+    lead = left - frames * (source.member.offset - result.member.offset)
+    seen = call["dilation"][at] * (int(call.shapes[1][source.dim]) - 1)
+    last = stride * (result.inner - 1) - lead + seen
+    reach = Reach(
+        lead=lead,
+        frames=frames,
+        before=-(-max(lead, 0) // frames),
+        after=-(-max(last - frames + 1, 0) // frames),
+    )
+    if max(reach.before, reach.after) > lines.lines[line].layout.chunk_length:
+        return Unsplittable("its kernel reaches further than the neighbouring tokens")
+    rest = (Form.SHARED,) * (len(axes.operands) - 1)
+    return Split(operands=(Form.SPLIT, *rest), reach=reach)
+
+
 def _join(
+    lines: Lines,
     axes: OpAxes,
     operands: list[Carried | Tangle | None],
     results: list[Carried | Tangle | None],
     line: int,
 ) -> Split | Unsplittable:
-    """A concatenation along the line: pieces that lie where the result has them stay split."""
+    """A concatenation along the line: pieces that lie on it stay split."""
     (result,) = results
     assert isinstance(result, Carried)
     assert axes.joins is not None
-    forms = tuple(
-        Form.SPLIT
-        if isinstance(piece, Carried)
-        and _along(piece, axes.joins, line)
-        and piece.member.offset == result.member.offset + start
-        else Form.SHARED
-        for piece, start in zip(operands, axes.pieces, strict=True)
-    )
-    return Split(operands=forms, pieces=axes.pieces)
+    forms: list[Form] = []
+    shifts: list[int] = []
+    for piece, start in zip(operands, axes.pieces, strict=True):
+        lies = isinstance(piece, Carried) and _along(piece, axes.joins, line)
+        shift = piece.member.offset - result.member.offset - start if lies else 0  # type: ignore[union-attr]
+        near = lies and abs(shift) <= lines.lines[line].layout.chunk_length
+        forms.append(Form.SPLIT if near else Form.SHARED)
+        shifts.append(shift if near else 0)
+    return Split(operands=tuple(forms), pieces=axes.pieces, shifts=tuple(shifts))
 
 
 def _window(
+    lines: Lines,
     axes: OpAxes,
     operands: list[Carried | Tangle | None],
     results: list[Carried | Tangle | None],
     line: int,
 ) -> Split | Unsplittable:
-    """A slice of the line is stored as the line itself; one that is not a part of it is picked."""
+    """A slice of the line is stored as the line itself, or a few positions further.
+
+    One that is no part of the line is picked.
+    """
     source = operands[0]
     window = axes.windows[0]
     if len(results) != 1 or not isinstance(source, Carried) or source.line != line:
@@ -276,11 +337,14 @@ def _window(
     (result,) = results
     if f"d{source.dim}" != window.source:
         return _labelled(axes, operands, results, line)
+    alone = source.outer * source.inner == 1
     if isinstance(result, Carried) and result.line == line:
-        if result.member.offset == source.member.offset + window.start:
+        shift = source.member.offset + window.start - result.member.offset
+        if shift == 0:
             return Split(operands=(Form.SPLIT,), identity=True)
-        return Unsplittable(axes.reason)
-    if result is None and source.outer * source.inner == 1:
+        if abs(shift) <= lines.lines[line].layout.chunk_length:
+            return Split(operands=(Form.SPLIT,), shifts=(shift,), identity=True)
+    if alone and (result is None or (isinstance(result, Carried) and result.line == line)):
         chosen = Lookup(start=window.start, length=window.length)
         return Split(operands=(Form.SPLIT,), partial=True, looked_up=chosen)
     return Unsplittable(axes.reason)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives, picks, randomness
+from ringfx import collectives, halo, picks, randomness
 from ringfx.passes.axes.call import Call, OpAxes
 from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Lookup, Split
+from ringfx.passes.place.modes import Form, Lookup, Reach, Split
 from ringfx.passes.rewrite.crossings import Crossings
 
-__all__ = ["local_call", "local_shape"]
+__all__ = ["local_call", "local_shape", "shifted"]
 
 aten = torch.ops.aten
 
@@ -38,6 +38,8 @@ def local_call(
     if mode.inverts:
         order = operands[1 if node.target is aten.index_put.default else 0]
         return graph.call_function(aten.argsort.default, (order,))
+    if mode.reach is not None:
+        return _convolve(graph, placement, node, mode.reach, operands, crossings)
     if mode.looked_up is not None:
         return _look_up(graph, placement, node, mode.looked_up, operands, crossings)
     if mode.pieces:
@@ -117,6 +119,75 @@ def _filled(
             args = (operands[i], valid, axes.fill[i], *where)
             result[i] = graph.call_function(collectives.mask_tokens, args)
     return result
+
+
+def shifted(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    mode: Split,
+    operands: list[Node],
+    crossings: Crossings,
+) -> list[Node]:
+    """Operands moved by a few positions, the tokens at the borders from their neighbours."""
+    result = list(operands)
+    for i, (value, shift) in enumerate(zip(Call(node).operands, mode.shifts, strict=True)):
+        if not shift:
+            continue
+        carried = placement.lines.carried(value)
+        assert isinstance(carried, Carried)
+        _report_borders(placement, node, value, carried, abs(shift), crossings)
+        chunks = placement.lines.lines[carried.line].layout.chunks_per_rank
+        where = (chunks, crossings.group, carried.dim, carried.outer, carried.inner)
+        result[i] = graph.call_function(halo.shift_tokens, (operands[i], shift, *where))
+    return result
+
+
+def _report_borders(
+    placement: Placement,
+    node: Node,
+    value: Node,
+    carried: Carried,
+    tokens: int,
+    crossings: Crossings,
+) -> None:
+    """Say in the plan that every chunk receives tokens of its neighbours."""
+    whole = value.meta["val"]
+    line = placement.lines.lines[carried.line]
+    size = whole.numel() * whole.element_size() // max(carried.member.length, 1)
+    reason = f"{tokens} neighbouring tokens of each run"
+    crossings.report(node, "borders", size * tokens * line.layout.chunks_per_rank, reason)
+
+
+def _convolve(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    reach: Reach,
+    operands: list[Node],
+    crossings: Crossings,
+) -> Node:
+    call = Call(node)
+    carried = placement.lines.carried(call.operands[0])
+    assert isinstance(carried, Carried)
+    line = placement.lines.lines[carried.line]
+    x, weight, *bias = operands
+    if line.has_padding(carried.member):
+        where = (0, carried.dim, carried.outer, carried.inner)
+        x = graph.call_function(collectives.mask_tokens, (x, crossings.valid(carried), *where))
+    if reach.before or reach.after:
+        tokens = reach.before + reach.after
+        _report_borders(placement, node, call.operands[0], carried, tokens, crossings)
+    kwargs = dict(node.kwargs) | {
+        "lead": reach.lead,
+        "frames": reach.frames,
+        "before": reach.before,
+        "after": reach.after,
+        "chunks": line.layout.chunks_per_rank,
+        "group": crossings.group,
+        "dim": carried.dim,
+    }
+    return graph.call_function(halo.convolve_tokens, (x, weight, bias[0] if bias else None), kwargs)
 
 
 def _look_up(

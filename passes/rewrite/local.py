@@ -14,10 +14,12 @@ from ringfx.ops import attention
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Split
-from ringfx.passes.rewrite.calls import local_call
+from ringfx.passes.place.windows import along_the_line
+from ringfx.passes.rewrite.calls import local_call, shifted
 from ringfx.passes.rewrite.crossings import Crossings, save_messages
 from ringfx.passes.rewrite.parameters import share_parameters
 from ringfx.passes.values import Captured, Resharding
+from ringfx.spec import AttentionSpec
 
 __all__ = ["LocalProgram", "SplitOutput", "rewrite"]
 
@@ -106,9 +108,11 @@ class _Rewriter:
 
     def _emit(self, node: Node) -> Node:
         mode = self.placement.modes.get(node)
-        if mode is not None and mode.identity:
-            return self.natural[self.placement.lines.axes.ops[node].call.operands[0]]
         operands = self._operands(node, mode)
+        if mode is not None and any(mode.shifts):
+            operands = shifted(self.graph, self.placement, node, mode, operands, self.crossings)
+        if mode is not None and mode.identity:
+            return operands[0]
         if node.target is attention:
             new = self._attention(node, operands, mode)
         else:
@@ -139,8 +143,14 @@ class _Rewriter:
         layout: LayoutKind = "contiguous"
         if mode is not None:
             q_carried = self.placement.lines.carried(node.args[0])  # type: ignore[arg-type]
-            if isinstance(q_carried, Carried):
-                layout = self.placement.lines.lines[q_carried.line].layout.kind
+            k_carried = self.placement.lines.carried(node.args[1])  # type: ignore[arg-type]
+            if isinstance(q_carried, Carried) and isinstance(k_carried, Carried):
+                lines = self.placement.lines.lines
+                layout = lines[q_carried.line].layout.kind
+                lengths = (lines[q_carried.line].length, lines[k_carried.line].length)
+                spec = AttentionSpec.from_json(str(kwargs["spec"]))
+                moved = along_the_line(spec, q_carried.member, k_carried.member, *lengths)
+                kwargs["spec"] = moved.to_json()
             kwargs |= {"group": self.group, "layout": layout}
         kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
         return self.graph.call_function(attention, (q, k, v, inputs), kwargs)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
+from ringfx import halo
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
 from ringfx.passes.axes.rules import AXIS_RULES, find_rule
@@ -28,6 +29,7 @@ SIZES = {"different": (6, 7, 8, 9), "equal": (6, 6, 6, 6), "square": (6, 8, 8, 6
 
 NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
+    halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
     **dict.fromkeys(KERNELS, "whole: left as they stand only where detection declined them"),

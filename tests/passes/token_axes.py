@@ -163,6 +163,110 @@ def weights_by_token(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     return m.attend(x + y * best[..., None])
 
 
+def causal_convolution(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    padded = F.pad(m.attend(x).transpose(1, 2), (3, 0))
+    return m.attend(F.conv1d(padded, m.kernel, groups=HIDDEN).transpose(1, 2))
+
+
+def cropped_convolution(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """As Mamba spells it: padded on both sides, then the first outputs kept."""
+    x = m.attend(x).transpose(1, 2)
+    y = F.conv1d(x, m.kernel, m.weight, padding=3, groups=HIDDEN)[..., : x.shape[-1]]
+    return m.attend(F.silu(y).transpose(1, 2))
+
+
+def wide_convolution(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    kernel = torch.cat([m.kernel, m.kernel[:, :, :1]], 2)
+    x = m.attend(x).transpose(1, 2)
+    y = F.conv1d(x, kernel[..., ::2], padding="same", groups=HIDDEN)
+    y = F.conv1d(y, kernel[..., :3], padding=1, groups=HIDDEN)
+    return m.attend((x + y).transpose(1, 2))
+
+
+def strided_stem(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """As Whisper's: frames, of which two make a token."""
+    frames = torch.cat([x, x.tanh()], 1).view(x.shape[0], 2, -1, HIDDEN).permute(0, 3, 2, 1)
+    frames = frames.reshape(x.shape[0], HIDDEN, -1)
+    y = F.gelu(F.conv1d(frames, m.kernel[..., :3], padding=1, groups=HIDDEN))
+    kernel = m.experts[:3].permute(1, 2, 0)
+    return m.attend(F.conv1d(y, kernel, m.weight, stride=2, padding=1).transpose(1, 2))
+
+
+def patches(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Columns of an image, two high and three wide, as tokens behind a class token."""
+    batch, seq_len, _ = x.shape
+    image = x.transpose(1, 2).reshape(batch, 4, 4, seq_len)
+    image = torch.cat([image, image.cos()], 2).repeat_interleave(3, 3)
+    kernel = (
+        m.experts[0].reshape(HIDDEN, 4, 4)[:, :, :3, None].expand(-1, -1, -1, 2).transpose(2, 3)
+    )
+    y = F.conv2d(image[..., : seq_len * 3], kernel, m.weight, stride=(2, 3)).flatten(2)
+    y = torch.cat([m.prefix[:, :1].expand(batch, -1, -1), y.transpose(1, 2)], 1)
+    return m.attend(m.attend(y))
+
+
+def token_shift(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """As RWKV's: each token mixed with the one before."""
+    x = m.attend(x)
+    before = F.pad(x, (0, 0, 1, -1))
+    return m.attend(x * m.weight + before * (1 - m.weight))
+
+
+def joined_shift(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    before = torch.cat([torch.zeros_like(x[:, :2]), x[:, :-2]], 1)
+    return m.attend(x * m.weight + before.tanh())
+
+
+def rolled(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    return m.attend(x * m.weight + x.roll(1, 1) - x.roll(-2, 1).square())
+
+
+def neighbours(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    difference = x[:, 1:] * m.weight - x[:, :-1]
+    second = torch.diff(x.sin(), dim=1)
+    return difference.square() + second
+
+
+def prefix_untouched(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """As DINOv3 rotates: all but the first tokens, which are cut off and put back."""
+    x = m.attend(torch.cat([m.prefix.expand(x.shape[0], -1, -1), x], 1))
+    first, rest = x.split([3, x.shape[1] - 3], 1)
+    return m.attend(torch.cat([first, rest * m.weight], 1))
+
+
+def written_over(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    y = x * m.weight
+    y[:, 2:7] = x[:, 2:7].tanh()
+    return m.attend(y)
+
+
+def manual_convolution(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    x = m.attend(x)
+    padded = F.pad(x, (0, 0, 2, 0))
+    taps = [padded[:, i : i + x.shape[1]] * m.kernel[:, 0, i] for i in range(3)]
+    return m.attend(taps[0] + taps[1] + taps[2])
+
+
+def two_kinds(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Two kinds of tokens attend among themselves, then all together, then one to the other."""
+    left, right = m.attend(x[:, :5] * m.weight), m.attend(x[:, 5:].sin())
+    x = m.attend(m.attend(torch.cat([left, right], 1)))
+    return torch.cat([m.attend(x[:, 2:9]), x[:, 9:]], 1)
+
+
+def last_read_all(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """The last tokens look at all of them."""
+    x = m.attend(x)
+    batch, seq_len, _ = x.shape
+    q, k, v = m.qkv(x).view(batch, seq_len, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q[:, :, 3:], k, v, is_causal=m.causal)
+    return y.transpose(1, 2).reshape(batch, seq_len - 3, HIDDEN) + x[:, 3:]
+
+
 CONSTRUCTS: Mapping[str, Construct] = {
     "class token": class_token,
     "registers": registers,
@@ -171,6 +275,20 @@ CONSTRUCTS: Mapping[str, Construct] = {
     "pooled by gather": pooled_by_gather,
     "pooled in a flat batch": pooled_in_a_flat_batch,
     "last tokens": last_tokens,
+    "two kinds of tokens": two_kinds,
+    "last tokens read all": last_read_all,
+    "causal convolution": causal_convolution,
+    "cropped convolution": cropped_convolution,
+    "wide convolution": wide_convolution,
+    "strided stem": strided_stem,
+    "patches": patches,
+    "token shift": token_shift,
+    "joined shift": joined_shift,
+    "rolled": rolled,
+    "neighbours": neighbours,
+    "prefix untouched": prefix_untouched,
+    "written over": written_over,
+    "manual convolution": manual_convolution,
     "experts, inverse order": experts_inverse,
     "experts, inverse by scatter": experts_scattered_inverse,
     "experts, rows added": experts_added,

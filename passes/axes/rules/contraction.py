@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share
+from ringfx import halo
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
 from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
 
 __all__ = ["RULES"]
@@ -154,6 +155,56 @@ def biased(product: AxisRule, out: str) -> AxisRule:
     return rule
 
 
+def near_convolution(call: Call) -> OpAxes:
+    """``ringfx.halo.convolution``: tokens stay tokens, and each looks at a few neighbours.
+
+    Stride 1 keeps the axis, or a window of it; a stride that divides the length makes a token of as
+    many elements as it steps over.
+    """
+    x, w, result = call.shapes[0], call.shapes[1], call.result_shape
+    before: list[tuple[str, ...]] = []
+    after: list[tuple[str, ...]] = []
+    sizes: dict[str, int] = {}
+    windows: list[Window] = []
+    near: set[int] = set()
+    local: set[str] = {"n"}
+    for i, (stride, pads) in enumerate(zip(call["stride"], call["pads"], strict=True)):
+        given, made = int(x[2 + i]), int(result[2 + i])
+        token, source, out = f"t{i}", f"in{i}", f"out{i}"
+        if stride == 1 and made == given:
+            before.append((token,))
+            after.append((token,))
+            local |= {token} if w[2 + i] == 1 and tuple(pads) == (0, 0) else set()
+        elif stride == 1:
+            before.append((source,))
+            after.append((out,))
+            longer, shorter = (source, out) if given > made else (out, source)
+            windows.append(Window(longer, shorter, abs(given - made) // 2, min(given, made)))
+        elif given == stride * made:
+            before.append((token, f"phase{i}"))
+            after.append((token,))
+            sizes |= {token: made, f"phase{i}": stride}
+        else:
+            before.append((source,))
+            after.append((out,))
+            continue
+        near.add(2 + i)
+    kernel = tuple((f"k{i}",) for i in range(len(before)))
+    operands: list[Labels] = [
+        _sized((("n",), ("c",), *before), x),
+        _sized((("o",), ("w",), *kernel), w),
+    ]
+    operands += [(("o",),)] if len(call.operands) == 3 else []
+    local |= {"o"} if call["groups"] == 1 else set()
+    results = (_sized((("n",), ("o",), *after), result),)
+    every = {name for labels in (*operands, *results) for dim in labels for name in dim}
+    return OpAxes(
+        operands=tuple(operands), results=results, share=shares(whole=every - local),
+        sizes=sizes, windows=tuple(windows), near=frozenset(near),
+        reason="its kernel sees neighbours along the axis",
+    )  # fmt: skip
+
+
 def grouped_product(call: Call) -> OpAxes:
     """Rows times the matrix of their group; where groups end is known from all rows only."""
     x, weights, *ends = call.operands
@@ -169,6 +220,7 @@ GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 """Products of rows that are sorted by group, by name: not all are torch's own."""
 
 RULES: dict[object, AxisRule] = {
+    halo.convolution: near_convolution,
     **dict.fromkeys(GROUPED, grouped_product),
     aten.linear.default: linear,
     aten.matmul.default: matmul,

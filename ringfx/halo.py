@@ -1,0 +1,185 @@
+"""Tokens of neighbouring ranks: shifts along a split line, and convolutions over it.
+
+A rank holds runs of consecutive tokens, its chunks: one, or two under the zigzag layout. What looks
+at a few neighbours needs only the borders of the runs before and after; these are sent from rank to
+rank and nothing else is. The transpose sends gradients back the same way, which autograd
+does by itself: the one operator here that moves data is linear, and its own transpose backwards.
+
+Shapes are written [outer, tokens, inner], flattened into one dimension ``dim``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from ringfx.ops.ranks import Ranks
+
+__all__ = ["convolution", "convolve_tokens", "shift_tokens"]
+
+
+@torch.library.custom_op("ringfx::shift_chunks", mutates_args=())
+def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
+    """y[c] = x[c - step] over the chunks of all ranks, zero where there is none; step is 1 or -1.
+
+    Parameters
+    ----------
+    x
+        [chunks of this rank, ...]: one (contiguous layout) or two (zigzag), equal on all ranks.
+    """
+    ranks = Ranks.named(group, "neighbours")
+    chunks = x.shape[0]
+    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    x = x.contiguous()
+    operations: list[dist.P2POp] = []
+    for slot in range(chunks):
+        here = _chunk(ranks.rank, slot, chunks, ranks.size)
+        to, from_ = here + step, here - step
+        if 0 <= from_ < chunks * ranks.size:
+            owner, its_slot = _owner(from_, ranks.size)
+            if owner == ranks.rank:
+                result[slot] = x[its_slot]
+            else:
+                operations.append(_message(dist.irecv, result[slot], owner, ranks))
+        if 0 <= to < chunks * ranks.size and _owner(to, ranks.size)[0] != ranks.rank:
+            operations.append(_message(dist.isend, x[slot], _owner(to, ranks.size)[0], ranks))
+    if operations:
+        works = ranks.guarded(
+            "borders", "its neighbours", lambda: dist.batch_isend_irecv(operations)
+        )
+        for work in works:
+            ranks.guarded("borders", "its neighbours", work.wait)
+    return result
+
+
+def _chunk(rank: int, slot: int, chunks: int, ranks: int) -> int:
+    """The number of a rank's chunk along the line."""
+    return rank if slot == 0 else chunks * ranks - 1 - rank
+
+
+def _owner(chunk: int, ranks: int) -> tuple[int, int]:
+    """The rank that holds a chunk, and which of its chunks it is."""
+    return (chunk, 0) if chunk < ranks else (2 * ranks - 1 - chunk, 1)
+
+
+def _message(kind: Any, buffer: torch.Tensor, peer: int, ranks: Ranks) -> dist.P2POp:
+    return dist.P2POp(kind, buffer, group=ranks.group, group_peer=peer)
+
+
+@_shift_chunks.register_fake
+def _(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.step, ctx.group = inputs
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return _shift_chunks(grad, -ctx.step, ctx.group), None, None
+
+
+_shift_chunks.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _extended(
+    x: torch.Tensor, before: int, after: int, chunks: int, group: str, dim: int, outer: int
+) -> torch.Tensor:
+    """[chunks, leading, before + tokens of a chunk + after, rest]: each run with its neighbours."""
+    leading = outer
+    for size in x.shape[:dim]:
+        leading *= size
+    tokens = x.shape[dim] // outer
+    runs = x.reshape(leading, chunks, tokens // chunks, -1).transpose(0, 1)
+    parts = [runs]
+    if before:
+        last = runs[:, :, runs.shape[2] - before :].contiguous()
+        parts.insert(0, _shift_chunks(last, 1, group))
+    if after:
+        parts.append(_shift_chunks(runs[:, :, :after].contiguous(), -1, group))
+    return torch.cat(parts, 2)
+
+
+def shift_tokens(
+    x: torch.Tensor, by: int, chunks: int, group: str, dim: int, outer: int, inner: int
+) -> torch.Tensor:
+    """y[position] = x[position + by], by at most a chunk's length; zero beyond the line's ends."""
+    shape = x.shape
+    opened = x.reshape(*shape[:dim], shape[dim] // inner, -1)
+    before, after = max(-by, 0), max(by, 0)
+    runs = _extended(opened, before, after, chunks, group, dim, outer)
+    length = runs.shape[2] - abs(by)
+    return runs.narrow(2, after, length).transpose(0, 1).reshape(shape)
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """A convolution with its own zero padding before and after each dimension."""
+    rank = len(stride)
+    if any(left != right or left < 0 for left, right in pads):
+        x = F.pad(x, [amount for pair in reversed(pads) for amount in pair])
+        pads = [(0, 0)] * rank
+    padding = [left for left, _ in pads]
+    result: torch.Tensor = torch.ops.aten.convolution.default(
+        x, weight, bias, list(stride), padding, list(dilation), False, [0] * rank, groups
+    )
+    return result
+
+
+def convolve_tokens(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    stride: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    lead: int,
+    frames: int,
+    before: int,
+    after: int,
+    chunks: int,
+    group: str,
+    dim: int,
+) -> torch.Tensor:
+    """A convolution over this rank's tokens, whose neighbours come from where they are.
+
+    Parameters
+    ----------
+    x
+        Zero where a token is padding.
+    lead
+        How many frames before a token's first one its first output begins to look.
+    frames
+        Elements of ``dim`` that one token has.
+    before, after
+        Neighbouring tokens that a run needs on each side.
+    """
+    shape = x.shape
+    opened = x.reshape(*shape[:dim], shape[dim] // frames, -1)
+    runs = _extended(opened, before, after, chunks, group, dim, 1)
+    length = shape[dim] // chunks
+    runs = runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])
+    at = dim - 2
+    outputs = length // stride[at]
+    seen = stride[at] * (outputs - 1) + dilation[at] * (weight.shape[dim] - 1) + 1
+    runs = runs.narrow(dim, before * frames - lead, seen)
+    inner_pads = [(0, 0) if i == at else pair for i, pair in enumerate(pads)]
+    y = convolution(
+        runs, weight, bias, stride=stride, pads=inner_pads, dilation=dilation, groups=groups
+    )
+    split = y.reshape(chunks, shape[0], *y.shape[1:]).movedim(0, dim)
+    return split.reshape(shape[0], *y.shape[1:dim], chunks * outputs, *y.shape[dim + 1 :])
