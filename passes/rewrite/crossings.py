@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx import collectives
+from ringfx import collectives, halo
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
@@ -27,6 +27,7 @@ _GRADIENT = "completes a gradient"
 _SENDS = frozenset(
     {
         attention, collectives.gather_shared, collectives.gather_tokens, collectives.sum_partials,
+        halo.convolve_tokens, halo.shift_tokens,
     }
 )  # fmt: skip
 

@@ -114,14 +114,14 @@ class Along(models.Base):
 
 ALONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "scan": lambda x: x.cumsum(1),
-    "shift": lambda x: x.roll(1, 1),
+    "reversal": lambda x: x.flip(1),
     "softmax": lambda x: x.softmax(1),
     "mean": lambda x: x.mean(1, keepdim=True),
     "sum": lambda x: x.sum(1, keepdim=True),
 }
 BREAKS: dict[str, tuple[str, object, Callable[[OpAxes], OpAxes]]] = {
     "a scan that claims to be local": ("scan", aten.cumsum.default, all_local),
-    "a shift that claims to be local": ("shift", aten.roll.default, all_local),
+    "a reversal that claims to be local": ("reversal", aten.flip.default, all_local),
     "a softmax that claims to be local": ("softmax", aten.softmax.int, all_local),
     "a mean of the parts' own means": ("mean", aten.mean.dim, not_mean),
     "a mean over padding": ("mean", aten.mean.dim, unfilled),
