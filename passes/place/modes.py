@@ -193,6 +193,8 @@ def _among_sorted(
     counts = {n for r in lines.routes for n in r.counts}
     if is_grouped(call.node) and call.operands[-1] in counts:
         return Split(operands=(Form.SPLIT, Form.SHARED, Form.OWN))
+    if axes.draws:
+        return Unsplittable("it draws random numbers in the order of all rows")
     mode = (
         _regroup(operands, results, line)
         if axes.regroup
