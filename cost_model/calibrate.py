@@ -1,4 +1,4 @@
-"""Measure this machine and write its profile: kernels, memory, masks, links, overlap.
+"""Measure this machine and write its profile: kernels, memory, masks, links, contention.
 
 All ranks measure at once, as they will run at once: a core that is alone is faster than one beside
 a busy neighbour. Ranks are started here on one machine, or found in the environment under torchrun.
@@ -6,40 +6,50 @@ a busy neighbour. Ranks are started here on one machine, or found in the environ
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
+from ringfx.cost_model.bench import BenchTask, admitted, measure
 from ringfx.cost_model.devices import device_name
 from ringfx.cost_model.from_records import fit_kernels, fit_links
+from ringfx.cost_model.layers import fit_layers, is_small, layer_records, layer_sites
 from ringfx.cost_model.measure import (
     Effort,
     KernelCase,
     kernel_cases,
     mask_ns_per_pair,
+    masked_ns_per_pair,
     measure_kernel,
     memory_gbytes_per_s,
     software,
 )
 from ringfx.cost_model.measure_links import (
     OPERATIONS,
+    measure_contention,
     measure_message,
-    measure_overlap,
     message_sizes,
 )
 from ringfx.cost_model.on_ranks import Progress, on_ranks
-from ringfx.cost_model.profile import Collective, Profile, Scope
+from ringfx.cost_model.profile import (
+    Collective,
+    Direction,
+    KernelRow,
+    Profile,
+    Scope,
+)
 from ringfx.cost_model.records import AttentionRecord, MessageRecord
 from ringfx.ops.ranks import Ranks
 
-__all__ = ["Measurements", "calibrate", "make_profile"]
+__all__ = ["Measurements", "calibrate", "make_profile", "measure_layers"]
 
 T = TypeVar("T")
 
@@ -59,9 +69,13 @@ class Measurements:
     ranks_per_node: int
     kernels: tuple[AttentionRecord, ...]
     messages: tuple[MessageRecord, ...]
+    layers: tuple[AttentionRecord, ...]
+    """Layers of each strategy: what any layer, any call and any byte of buffers costs."""
     memory_gbytes_per_s: float
     mask_ns_per_pair: float
-    overlap: float
+    masked_ns_per_pair: Mapping[tuple[str, Direction], float]
+    """By kernel and direction."""
+    contention_ns_per_byte: float
     noise: float
 
 
@@ -88,7 +102,7 @@ def calibrate(
 
 def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> Measurements:
     link, scope, per_node = _link(ranks)
-    steps = _Steps(progress, len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + 4)
+    steps = _Steps(progress, len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + 5)
     kernels = tuple(
         measure_kernel(device, case, effort)
         for case in steps.each(kernel_cases(device, effort), _kernel_words)
@@ -97,12 +111,19 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         measure_message(ranks, operation, size, device, link, effort)
         for operation, size in steps.each(_messages(ranks, effort), lambda m: f"{m[0]}, {m[1]} B")
     )
+    steps.next("whole layers")
+    layers = tuple(measure_layers(ranks, device, link, effort))
     steps.next("memory")
     memory = memory_gbytes_per_s(device, effort)
     steps.next("masks")
     mask = mask_ns_per_pair(device, effort)
-    steps.next("overlap of messages with compute")
-    overlap = measure_overlap(ranks, device, effort) if ranks.size > 1 else 1.0
+    masked = {
+        (kernel, direction): masked_ns_per_pair(device, kernel, direction, effort)
+        for kernel in dict.fromkeys(case.kernel for case in kernel_cases(device, effort))
+        for direction in get_args(Direction)
+    }
+    steps.next("compute beside messages")
+    contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
     steps.next("noise: the same thing again")
     return Measurements(
         device=device,
@@ -114,9 +135,11 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         ranks_per_node=per_node,
         kernels=kernels,
         messages=messages,
+        layers=layers,
         memory_gbytes_per_s=memory,
         mask_ns_per_pair=mask,
-        overlap=overlap,
+        masked_ns_per_pair=masked,
+        contention_ns_per_byte=contention,
         noise=_noise(device, effort),
     )
 
@@ -152,6 +175,31 @@ class _Steps:
             yield item
 
 
+def measure_layers(
+    ranks: Ranks, device: str, link: str, effort: Effort
+) -> Iterator[AttentionRecord]:
+    """A few layers under every strategy, and on one rank."""
+    alone = dataclasses.replace(ranks, rank=0, size=1)
+    for site in layer_sites(ranks.size, device, effort.max_tokens):
+        share = effort.seconds_per_case / 0.4
+        rounds = max(effort.min_repeats, round(share * (SMALL_ROUNDS if is_small(site) else 6)))
+        if ranks.size > 1:
+            names = admitted(site, ranks.size)
+            task = BenchTask(site=site, strategies=names, rounds=rounds)
+            for name, samples in measure(ranks, device, _quiet, task).items():
+                yield from layer_records(site, name, samples, ranks.size, link)
+        task = BenchTask(site=site, strategies=("production",), rounds=rounds)
+        samples = measure(alone, device, _quiet, task)["production"]
+        yield from layer_records(site, "local", samples, 1, "")
+
+
+SMALL_ROUNDS = 30
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    """The step as a whole is shown, not its rounds."""
+
+
 def _kernel_words(case: KernelCase) -> str:
     return (
         f"{case.kernel} {case.direction}, {case.dtype}, {case.heads} heads of {case.head_dim},"
@@ -173,13 +221,19 @@ def _noise(device: str, effort: Effort) -> float:
 
 def make_profile(measured: Measurements, name: str | None = None) -> Profile:
     """The profile that the measurements fit, with the quality of the fit."""
-    kernels, kernel_quality = fit_kernels(measured.kernels)
+    fitted, kernel_quality = fit_kernels(measured.kernels)
+    masked = measured.masked_ns_per_pair
+    kernels = tuple(
+        dataclasses.replace(
+            row, masked_ns_per_pair=round(masked.get((row.kernel, row.direction), 0.0), 4)
+        )
+        for row in fitted
+    )
     scopes: dict[str, Scope] = {r.link: measured.scope for r in measured.messages}
     links, link_quality = fit_links(measured.messages, scopes)
     words = [kernel_quality.words()] + ([link_quality.words()] if links else [])
     link_names = ", ".join(dict.fromkeys(r.link for r in measured.messages)) or "no link"
-    fused = {row.kernel for row in kernels} - {"math"}
-    return Profile(
+    bare = Profile(
         name=name or _slug(measured),
         device=measured.device,
         device_name=measured.device_name,
@@ -191,14 +245,21 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         ranks_per_node=measured.ranks_per_node,
         memory_gbytes_per_s=round(measured.memory_gbytes_per_s, 3),
         memory_origin="adding two arrays of 64 MiB",
-        fused_kernel=min(fused) if fused else "math",
+        fused_kernel=_fused(kernels),
         kernels=kernels,
         links=links,
         mask_ns_per_pair=round(measured.mask_ns_per_pair, 4),
-        overlap=round(measured.overlap, 3),
+        contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
         noise=round(measured.noise, 3),
-        quality="; ".join(words),
+        date=measured.date,
+        torch=torch.__version__.split("+")[0],
     )
+    profile, layer_quality = fit_layers(measured.layers, bare)
+    return dataclasses.replace(profile, quality="; ".join([*words, layer_quality.words()]))
+
+
+def _fused(kernels: Iterable[KernelRow]) -> str:
+    return min({row.kernel for row in kernels} - {"math"}, default="math")
 
 
 def _slug(measured: Measurements) -> str:

@@ -11,9 +11,11 @@ Saved tensors add up over the layers, workspaces are reused, so the layers are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ringfx.cost_model.budget import Menu, assign
 from ringfx.cost_model.candidates import Candidates, all_candidates
+from ringfx.cost_model.checkpoints import as_held
 from ringfx.cost_model.formulas import Prediction
 from ringfx.cost_model.infeasible import Problem, explain_infeasible
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
@@ -36,6 +38,7 @@ def choose(
     strategy: StrategyChoice = AUTO,
     fixed_bytes: int = 0,
     split_bytes: int = 0,
+    outside: Mapping[str, int] = MappingProxyType({}),
     strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
@@ -50,6 +53,9 @@ def choose(
         Bytes of one rank outside attention that do not shrink with more ranks: parameters.
     split_bytes
         Bytes of one rank outside attention that do: activations at this world size.
+    outside
+        What ``fixed_bytes`` and ``split_bytes`` are made of, for the error that says why nothing
+        fits.
     strategies
         The table to choose from.
 
@@ -69,7 +75,8 @@ def choose(
 
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
-        return [_menu(offer, override, world_size) for offer, override in pairs]
+        menus = [_menu(offer, override, world_size) for offer, override in pairs]
+        return as_held(sites, menus)
 
     menus = menus_at(sites, world_size)
     room = None if gpu_memory is None else gpu_memory - fixed_bytes - split_bytes
@@ -83,11 +90,12 @@ def choose(
             budget=gpu_memory,
             fixed_bytes=fixed_bytes,
             split_bytes=split_bytes,
+            outside=outside,
         )
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
     return tuple(
-        _layer_plan(offer, menu[i], override, gpu_memory)
+        _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
         for offer, menu, i, override in zip(offers, menus, picked, overrides, strict=True)
     )
 
@@ -107,6 +115,10 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
         local = tuple(o for o in offer.options if o.strategy == "production")
         return local or offer.options[:1]
     return offer.options
+
+
+def _named_option(offer: Candidates, strategy: str) -> Prediction:
+    return next(option for option in offer.options if option.strategy == strategy)
 
 
 def _refusal(offer: Candidates, override: Override) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from math import lcm
 
 from ringfx.cost_model.local import Local
+from ringfx.cost_model.profile import Direction
 from ringfx.cost_model.terms import stored_tile
 
-__all__ = ["workspace_bytes"]
+__all__ = ["made_bytes", "workspace_bytes"]
 
 STORED_TILES = 3
 """Tiles of scores that the math kernel holds at once, backward: P, dP and a copy."""
@@ -24,6 +25,14 @@ def workspace_bytes(local: Local, strategy: str) -> int:
     forward, backward = FOOTPRINTS[strategy if local.world_size > 1 else "local"]
     tiles = _stored_tiles(local) if strategy == "simple" or local.site.spec.soft_cap else 0
     return tiles + max(forward(local), backward(local) if local.site.trains else 0)
+
+
+def made_bytes(local: Local, strategy: str, direction: Direction) -> int:
+    """Bytes of buffers and results that one direction makes, tiles of scores apart."""
+    forward, backward = FOOTPRINTS[strategy if local.world_size > 1 else "local"]
+    if direction == "forward":
+        return forward(local) + local.out_items * local.itemsize
+    return backward(local) + (local.q_items + local.kv_items) * local.itemsize
 
 
 def _stored_tiles(local: Local) -> int:

@@ -2,21 +2,22 @@
 
 p ranks, t_h the kernel time of hop h (the slowest rank's), H hops that the mask leaves, and
 m(KV), m(dKV) the messages of a rank's K and V in its dtype, of their gradients in float32.
-What overlaps costs the larger of both, what does not costs the sum; ``overlap`` says how much of
-the smaller one a device really hides.
+What overlaps costs the larger of both, and what a message takes from compute while it travels:
+moving a byte takes some of a core's time, whatever the link.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import lcm
 from typing import TypeAlias
 
 from ringfx.cost_model import footprint
 from ringfx.cost_model.local import Local, local_share
 from ringfx.cost_model.profile import Direction, Profile
-from ringfx.cost_model.terms import kernel_name, kernel_seconds, message_seconds
+from ringfx.cost_model.terms import handling_seconds, kernel_name, kernel_seconds, message_seconds
 from ringfx.cost_model.work import Work, gathered_work, ring_work, whole_work
 from ringfx.errors import ProfileError
 from ringfx.passes.values import AttentionSite
@@ -36,6 +37,13 @@ class Phase:
     def total_s(self) -> float:
         return self.compute_s + self.exposed_s
 
+    def __add__(self, other: Phase) -> Phase:
+        return Phase(
+            compute_s=self.compute_s + other.compute_s,
+            communication_s=self.communication_s + other.communication_s,
+            exposed_s=self.exposed_s + other.exposed_s,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -45,7 +53,7 @@ class Prediction:
     kernel: str
     forward: Phase
     backward: Phase
-    """All zero where nothing trains."""
+    """All zero where nothing trains; inside a checkpointed region with the forward run again."""
     saved_bytes: int
     workspace_bytes: int
 
@@ -104,14 +112,18 @@ def production(local: Local, profile: Profile, direction: Direction) -> Phase:
     groups = local.ring_groups
     hops = _hop_seconds(local, profile, "production", direction, all_hops=False, groups=groups)
     num = len(hops)
+    kv_bytes, gradient_bytes = _kv_bytes(local), _gradient_bytes(local)
+    sent = [kv_bytes] * (num - 1) + [0]
     beside = [_kv(local, profile, groups)] * (num - 1) + [0.0]
     home_s = 0.0
     if direction == "backward" and num > 1:
         gradients_s = _kv_gradients(local, profile, groups)
         beside = [m + (gradients_s if h >= 2 else 0.0) for h, m in enumerate(beside)]
+        sent = [x + (gradient_bytes if h >= 2 else 0) for h, x in enumerate(sent)]
         beside[-1] += gradients_s * (groups - 1) / groups
+        sent[-1] += gradient_bytes * (groups - 1) // groups
         home_s = gradients_s / groups
-    exposed = sum(_exposed(t, m, profile.overlap) for t, m in zip(hops, beside, strict=True))
+    exposed = sum(map(partial(_exposed, profile), hops, beside, sent))
     return Phase(
         compute_s=sum(hops),
         communication_s=sum(beside) + home_s,
@@ -221,20 +233,29 @@ def _seconds(
     return groups * kernel_seconds(profile, kernel, site, work, direction, 1 / groups)
 
 
+def _kv_bytes(local: Local) -> int:
+    return local.kv_items * local.itemsize
+
+
+def _gradient_bytes(local: Local) -> int:
+    return local.kv_items * local.accumulator_bytes
+
+
 def _kv(local: Local, profile: Profile, groups: int = 1) -> float:
     """All groups' K and V to the next rank."""
-    size = local.kv_items * local.itemsize / groups
+    size = _kv_bytes(local) / groups
     return groups * message_seconds(profile, "send_recv", local.world_size, size)
 
 
 def _kv_gradients(local: Local, profile: Profile, groups: int = 1) -> float:
-    size = local.kv_items * local.accumulator_bytes / groups
+    size = _gradient_bytes(local) / groups
     return groups * message_seconds(profile, "send_recv", local.world_size, size)
 
 
-def _exposed(compute_s: float, message_s: float, overlap: float) -> float:
-    """What of a message does not hide: the excess over compute, and the share that never hides."""
-    return max(0.0, message_s - compute_s) + (1 - overlap) * min(message_s, compute_s)
+def _exposed(profile: Profile, compute_s: float, message_s: float, sent_bytes: int) -> float:
+    """What of a message does not hide: the excess over compute, and what it takes from compute."""
+    lost_s = sent_bytes * profile.contention_ns_per_byte / 1e9
+    return max(0.0, message_s - compute_s) + min(lost_s, message_s, compute_s)
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -245,15 +266,25 @@ def predict(site: AttentionSite, strategy: str, world_size: int, profile: Profil
     local = local_share(site, world_size)
     if profile.kind == "observed":
         return _observed(local, profile, strategy)
-    formula = FORMULAS[strategy] if world_size > 1 else _local_kernel(strategy)
+    forward = _phase(local, profile, strategy, "forward")
+    backward = _phase(local, profile, strategy, "backward") if site.trains else Phase()
     return Prediction(
         strategy=strategy,
         kernel=kernel_name(site, strategy, profile),
-        forward=formula(local, profile, "forward"),
-        backward=formula(local, profile, "backward") if site.trains else Phase(),
+        forward=forward,
+        backward=backward + forward if site.checkpoint and site.trains else backward,
         saved_bytes=local.saved_bytes,
         workspace_bytes=footprint.workspace_bytes(local, strategy),
     )
+
+
+def _phase(local: Local, profile: Profile, strategy: str, direction: Direction) -> Phase:
+    """The strategy's formula, or the local kernel's, and what any layer costs."""
+    is_split = local.world_size > 1
+    formula = FORMULAS[strategy] if is_split else _local_kernel(strategy)
+    layer_us = profile.overhead_us(strategy if is_split else "local", direction)
+    handling_s = handling_seconds(profile, footprint.made_bytes(local, strategy, direction))
+    return formula(local, profile, direction) + Phase(compute_s=layer_us / 1e6 + handling_s)
 
 
 def _local_kernel(strategy: str) -> Formula:

@@ -77,7 +77,7 @@ def observed_profile(
 
 def fit_kernels(records: Sequence[AttentionRecord]) -> tuple[tuple[KernelRow, ...], Quality]:
     """Time of each (kernel, dtype, direction) as a start and a rate; one rank only."""
-    timed = [r for r in records if r.median_ms is not None and r.world_size == 1]
+    timed = [r for r in records if r.median_ms is not None and r.world_size == 1 and r.kernel]
     groups = _grouped(timed, lambda r: (r.kernel, r.dtype, r.direction))
     rows, fits, left_out = [], [], []
     for (kernel, dtype, direction), members in groups.items():
@@ -119,7 +119,11 @@ def _kernel_row(kernel: str, dtype: str, direction: Direction, fit: Fit, origin:
 def fit_links(
     records: Sequence[MessageRecord], scope_of: Mapping[str, Scope]
 ) -> tuple[tuple[LinkRow, ...], Quality]:
-    """Latency and bandwidth of each collective over each link, from minima.
+    """Latency and bandwidth of each collective over each link.
+
+    The latency is the fastest small message's, a step: medians of small ones hold the scheduler's
+    ticks, which a layer has once and not with every message (``layers``). The bandwidth is fitted
+    to the medians of large messages: small ones may pass a link faster than it lets many pass.
 
     Parameters
     ----------
@@ -129,24 +133,32 @@ def fit_links(
     groups = _grouped(records, lambda r: (r.operation, scope_of[r.link]))
     rows, fits, left_out = [], [], []
     for (operation, scope), members in groups.items():
-        features = np.array(
-            [[1e-6 * message_steps(r.operation, r.world_size), r.bytes / 1e9] for r in members]
-        )
-        seconds = np.array([r.min_ms / 1e3 for r in members])
+        latency_s = min(r.min_ms / 1e3 / message_steps(r.operation, r.world_size) for r in members)
+        large = [r for r in members if r.bytes >= LARGE_MESSAGE] or members
+        steps = [message_steps(r.operation, r.world_size) for r in large]
+        taken_s = [r.median_ms / 1e3 - n * latency_s for r, n in zip(large, steps, strict=True)]
+        seconds = np.maximum(np.array(taken_s), SHORTEST)
+        features = np.array([[r.bytes / 1e9] for r in large])
         fit = fit_nonnegative(features, seconds)
         fits.append(fit)
         left_out.append(leave_one_out(features, seconds))
-        latency_us, seconds_per_gbyte = (float(x) for x in fit.constants)
         rows.append(
             LinkRow(
                 operation=operation,
                 scope=scope,
-                latency_us=_rounded(latency_us),
-                gbytes_per_s=_rounded(1 / max(seconds_per_gbyte, SMALLEST)),
+                latency_us=_rounded(1e6 * latency_s),
+                gbytes_per_s=_rounded(1 / max(float(fit.constants[0]), SMALLEST)),
                 origin=f"{_origins(members)}; median error {fit.median_error:.0%}",
             )
         )
     return tuple(rows), _quality("messages", fits, left_out)
+
+
+LARGE_MESSAGE = 2**17
+"""Bytes from which a message is mostly transfer."""
+
+SHORTEST = 1e-7
+"""Seconds: a median below the latency is noise."""
 
 
 def fit_memory(records: Sequence[AttentionRecord]) -> tuple[tuple[MemoryRow, ...], Quality]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -30,18 +30,22 @@ class Problem:
     budget: int
     fixed_bytes: int
     split_bytes: int
+    outside: Mapping[str, int]
+    """What the two are made of."""
 
 
 def explain_infeasible(problem: Problem) -> str:
     """What is needed, what it is made of, and the world size and length that would fit."""
     saved, workspace = _attention(problem.sites, problem.world_size, problem)
     needed = problem.fixed_bytes + problem.split_bytes + saved + workspace
+    outside = problem.outside or {"outside attention": problem.fixed_bytes + problem.split_bytes}
     parts = {
-        "outside attention": problem.fixed_bytes + problem.split_bytes,
+        **outside,
         "saved by attention for backward": saved,
         "attention's workspace": workspace,
     }
-    made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest if size)
     return (
         f"no choice of strategies fits: {problem.world_size} ranks need at least"
         f" {format_bytes(needed)} each, the budget is {format_bytes(problem.budget)}.\n"

@@ -4,6 +4,9 @@ A backward needs some values of the forward: both operands of a product, the out
 exponential. Each is either kept, or computed again from kept ones by cheap operators; what is kept
 is the cheapest set that cuts every way from an expensive result to a needed value: a minimum vertex
 cut, as torch's own partitioner for ``aot_eager`` and ``inductor`` makes.
+
+What the user checkpointed (``torch.utils.checkpoint``) is never kept: when the backward reaches
+such a region, the region runs again, and what its own backward needs is alive until then.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Values", "kept_values", "needed_by", "op_name", "outputs_of", "values_of"]
 
@@ -41,6 +45,9 @@ NEEDS_OPERANDS = frozenset([
 """Each operand, if another one has a gradient. What no set names needs all its inputs."""
 # fmt: on
 
+PARTS = frozenset(["chunk", "split", "split_with_sizes", "tensor_split", "unbind"])
+"""Lists of views; their items are views of the same memory."""
+
 KEEPS_ITS_OWN = frozenset(["cross_entropy_loss"])
 """Keeps an array of its own as large as its input, the log-probabilities, and not its input."""
 
@@ -56,6 +63,8 @@ class Values:
     bytes: Mapping[Node, int]
     """Of one rank; 0 for views and for inputs, which are counted apart."""
     has_grad: frozenset[Node]
+    region: Mapping[Node, int]
+    """The checkpointed region that a node is run again with; nodes of none are missing."""
 
     def of(self, nodes: Iterable[Node]) -> int:
         """Bytes of several values, each once."""
@@ -97,6 +106,8 @@ def values_of(
         if op_name(node) == "_set_grad_enabled":
             grad_enabled = bool(node.args[0])
         source = _viewed(node)
+        if op_name(node) == "getitem" and owner[node.all_input_nodes[0]] is not node.args[0]:
+            source = node.all_input_nodes[0]
         owner[node] = owner[source] if source is not None else node
         is_value = node.op == "call_function" and source is None and _tensor(node) is not None
         sizes[node] = size(node) if is_value else 0
@@ -104,7 +115,26 @@ def values_of(
             grad_enabled and _is_float(node) and has_grad.intersection(node.all_input_nodes)
         ):
             has_grad.add(node)
-    return Values(nodes=nodes, owner=owner, bytes=sizes, has_grad=frozenset(has_grad))
+    return Values(
+        nodes=nodes,
+        owner=owner,
+        bytes=sizes,
+        has_grad=frozenset(has_grad),
+        region={node: region for node in nodes if (region := _region(node))},
+    )
+
+
+def _region(node: Node) -> int:
+    """What one region hands to a later one is kept, as torch's partitioner keeps it."""
+    region = _checkpoint(node)
+    return 0 if any(_checkpoint(user) > region for user in node.users) else region
+
+
+def _checkpoint(node: Node) -> int:
+    if node.meta.get("recompute") is not CheckpointPolicy.PREFER_RECOMPUTE:
+        return 0
+    region: int = node.meta.get("ac_graph_id", 0)
+    return region
 
 
 def _tensor(node: Node) -> torch.Tensor | None:
@@ -113,16 +143,21 @@ def _tensor(node: Node) -> torch.Tensor | None:
 
 
 def _is_float(node: Node) -> bool:
-    value = _tensor(node)
-    return value is not None and value.dtype.is_floating_point
+    """Whether it is a tensor of floats, or several values among which there is one."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(x, torch.Tensor) and x.dtype.is_floating_point for x in parts)
 
 
 def _viewed(node: Node) -> Node | None:
     """The input that a view shows, or that a conversion to the same dtype returns."""
     value, inputs = _tensor(node), node.all_input_nodes
+    name = op_name(node)
+    if name in PARTS and node.op == "call_function":
+        return inputs[0]
     if node.op != "call_function" or value is None or not inputs:
         return None
-    name, source = op_name(node), _tensor(inputs[0])
+    source = _tensor(inputs[0])
     if name in ("to", "_to_copy") and source is not None and source.dtype == value.dtype:
         return inputs[0]
     if name in ("reshape", "contiguous", "flatten"):
@@ -179,7 +214,9 @@ def kept_values(values: Values) -> frozenset[Node]:
         if node.op != "call_function" or values.owner[node] is not node or not sizes[node]:
             continue
         network.add_edge((node, "in"), (node, "out"), capacity=sizes[node])
-        if op_name(node) in EXPENSIVE:
+        if node in values.region:
+            network.add_edge((node, "in"), "needed")
+        elif op_name(node) in EXPENSIVE or _checkpoint(node):
             network.add_edge("expensive", (node, "in"))
             continue
         for source in {values.owner[n] for n in node.all_input_nodes}:
@@ -189,7 +226,7 @@ def kept_values(values: Values) -> frozenset[Node]:
         for needed in needed_by(node, values):
             if sizes[needed]:
                 network.add_edge((needed, "out"), "needed")
-                if op_name(node) in EXPENSIVE:
+                if op_name(node) in EXPENSIVE and needed not in values.region:
                     network.add_edge("expensive", (needed, "in"))
     if "expensive" not in network or "needed" not in network:
         return frozenset()

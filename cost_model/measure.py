@@ -25,6 +25,7 @@ __all__ = [
     "KernelCase",
     "kernel_cases",
     "mask_ns_per_pair",
+    "masked_ns_per_pair",
     "measure_kernel",
     "memory_gbytes_per_s",
     "software",
@@ -86,10 +87,15 @@ def kernel_cases(device: str, effort: Effort) -> tuple[KernelCase, ...]:
 def _sizes(kernel: str, effort: Effort) -> Iterator[tuple[int, int, int]]:
     """Math runs in small tiles only; a fused kernel takes a whole shard."""
     largest = 512 if kernel == "math" else effort.max_tokens
-    for heads, head_dim in ((1, 64), (4, 128), (8, 32), (8, 64)):
-        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+    for heads, head_dim, lengths in SIZES:
+        for tokens in lengths:
             if tokens <= largest and heads * tokens**2 <= 2 * largest**2:
                 yield heads, head_dim, tokens
+
+
+EVEN, ODD = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (90, 180, 360, 720, 1440, 2880)
+SIZES = ((1, 64, EVEN), (4, 128, EVEN), (8, 32, EVEN), (8, 64, EVEN), (5, 72, ODD))
+"""Heads, head dim and tokens; the last row is for sizes that fill no block."""
 
 
 def _kernel(device: str, dtype: str, *, math_only: bool) -> Kernel:
@@ -122,12 +128,14 @@ def measure_kernel(device: str, case: KernelCase, effort: Effort) -> AttentionRe
     )
 
 
-def _kernel_call(device: str, case: KernelCase) -> Callable[[], object]:
+def _kernel_call(
+    device: str, case: KernelCase, bias: torch.Tensor | None = None
+) -> Callable[[], object]:
     kernel = _kernel(device, case.dtype, math_only=case.kernel == "math")
     shape = (1, case.heads, case.tokens, case.head_dim)
     dtype: torch.dtype = getattr(torch, case.dtype)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-    scores = Scores(scale=case.head_dim**-0.5)
+    scores = Scores(scale=case.head_dim**-0.5, bias_BHQK=bias)
     if case.direction == "forward":
         return lambda: kernel.forward(q, k, v, scores)
     out, lse = kernel.forward(q, k, v, scores)
@@ -185,6 +193,24 @@ def mask_ns_per_pair(device: str, effort: Effort) -> float:
         return torch.where(kept, zero, -torch.inf).contiguous()
 
     return 1e6 * statistics.median(timed(run, device, effort)) / side**2
+
+
+def masked_ns_per_pair(
+    device: str, kernel_name: str, direction: Direction, effort: Effort
+) -> float:
+    """What a kernel takes longer for a pair where it is given a mask, as tiles are."""
+    case = KernelCase(
+        kernel=kernel_name,
+        dtype="float32",
+        direction=direction,
+        heads=4,
+        head_dim=64,
+        tokens=MASK_SIDE,
+    )
+    zeros = torch.zeros(1, 1, MASK_SIDE, MASK_SIDE, device=device)
+    runs = [_kernel_call(device, case, bias) for bias in (zeros, None)]
+    with_mask, without = (statistics.median(timed(run, device, effort)) for run in runs)
+    return 1e6 * max(0.0, with_mask - without) / (case.heads * MASK_SIDE**2)
 
 
 def memory_gbytes_per_s(device: str, effort: Effort, num_bytes: int = 64 * 2**20) -> float:

@@ -19,7 +19,7 @@ from ringfx.cost_model.profile import Collective
 from ringfx.cost_model.records import MessageRecord
 from ringfx.ops.ranks import Exchange, Ranks
 
-__all__ = ["OPERATIONS", "measure_message", "measure_overlap", "message_sizes"]
+__all__ = ["OPERATIONS", "agreed_count", "measure_contention", "measure_message", "message_sizes"]
 
 
 def message_sizes(effort: Effort) -> tuple[int, ...]:
@@ -84,8 +84,11 @@ def measure_message(
     )
 
 
-def measure_overlap(ranks: Ranks, device: str, effort: Effort) -> float:
-    """The share of a message that a kernel hides: 1 - (both - larger) / smaller, 0 to 1."""
+def measure_contention(ranks: Ranks, device: str, effort: Effort) -> float:
+    """Nanoseconds that a kernel loses to each byte that travels beside it: (both - larger) / bytes.
+
+    Medians of runs in turn; a message that compute hides wholly gives 0.
+    """
     side, num_bytes = 1024, effort.max_message_bytes
     a, b = (torch.ones(side, side, device=device) for _ in range(2))
     message = _send_recv_started(ranks, num_bytes, device)
@@ -96,7 +99,7 @@ def measure_overlap(ranks: Ranks, device: str, effort: Effort) -> float:
 
     message_ms = statistics.median(_agreed_times(ranks, lambda: message().wait(), device, effort))
     one_ms = statistics.median(_agreed_times(ranks, lambda: multiply(1), device, effort))
-    times = _agreed_count(ranks, max(1, round(message_ms / one_ms)))
+    times = agreed_count(ranks, max(1, round(message_ms / one_ms)))
 
     def together() -> None:
         coming = message()
@@ -105,8 +108,8 @@ def measure_overlap(ranks: Ranks, device: str, effort: Effort) -> float:
 
     compute_ms = statistics.median(_agreed_times(ranks, lambda: multiply(times), device, effort))
     both_ms = statistics.median(_agreed_times(ranks, together, device, effort))
-    smaller, larger = sorted((message_ms, compute_ms))
-    return min(1.0, max(0.0, 1 - (both_ms - larger) / smaller))
+    lost_ms = max(0.0, both_ms - max(message_ms, compute_ms))
+    return 1e6 * lost_ms / num_bytes
 
 
 def _send_recv_started(ranks: Ranks, num_bytes: int, device: str) -> Callable[[], Exchange]:
@@ -114,7 +117,7 @@ def _send_recv_started(ranks: Ranks, num_bytes: int, device: str) -> Callable[[]
     receive = torch.empty_like(send)
     to, source = ranks.neighbour(1), ranks.neighbour(-1)
     return lambda: ranks.exchange(
-        "calibration: overlap", send=send, to=to, receive=receive, source=source
+        "calibration: contention", send=send, to=to, receive=receive, source=source
     )
 
 
@@ -124,11 +127,12 @@ def _agreed_times(
     """Times of this rank; the number of repetitions is rank 0's, or a message would be missed."""
     first_ms = _synchronised(run, device)
     budget = round(1e3 * effort.seconds_per_case / max(first_ms, 1e-3))
-    repeats = _agreed_count(ranks, min(200, max(effort.min_repeats, budget)))
+    repeats = agreed_count(ranks, min(200, max(effort.min_repeats, budget)))
     return [_synchronised(run, device) for _ in range(repeats)]
 
 
-def _agreed_count(ranks: Ranks, count: int) -> int:
+def agreed_count(ranks: Ranks, count: int) -> int:
+    """Rank 0's number, on all ranks."""
     shared = torch.tensor([count], dtype=torch.int64)
     assert ranks.group is not None, "messages need a process group"
     if dist.get_backend(ranks.group) == "nccl":

@@ -1,22 +1,30 @@
 """The peak of one rank's memory over a forward and a backward, and what it is made of.
 
-The backward visits the operators in reverse. When it reaches operator i there are alive
+The backward visits the operators in reverse. Everything is alive while the backward of the
+operators at some interval of positions runs, and the peak is the largest sum over a position:
 
-    parameters, and the gradients of those used at or after i
-    the kept values made at or before i          (``liveness.kept_values``)
-    the gradients of values made before i and used at or after it
-    what the operator itself needs: values computed again, its inputs' gradients, its workspace
+    a parameter's gradient                          from its last use on, to the start
+    a kept value (``liveness.kept_values``)         until its own position
+    a value of a checkpointed region, run again     within the region, until its first reader
+    the gradient of a value                         from its last use to its own position
+    what one operator needs for itself              at its position
 
-and the peak is the largest sum over i. Splitting divides what carries tokens by the ranks.
+Splitting divides what carries tokens by the ranks. Inductor gives a buffer that is free to the next
+value of its size and never returns one that it will give away again, so for each size it holds the
+larger of what it needs now and the smaller of the most it needed and the most it will need.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.fx import Node
 
 from ringfx.cost_model.liveness import (
@@ -27,6 +35,7 @@ from ringfx.cost_model.liveness import (
     outputs_of,
     values_of,
 )
+from ringfx.cost_model.optimizers import state_bytes
 from ringfx.passes.rewrite.parameters import LARGEST_BUCKET, NUM_BUCKETS, SMALLEST_BUCKET
 from ringfx.passes.values import Captured
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan
@@ -36,23 +45,37 @@ __all__ = ["predict_memory"]
 MESSAGE_COPIES = 2
 """Gradients of some parameters joined to one message, and the message's result."""
 
+AGAIN = "computed again for a checkpoint"
+
+Kind = Literal["whole", "split", "attention"]
+
+CAUSES: Mapping[str, Kind] = {
+    "parameters": "whole",
+    "optimiser state": "whole",
+    "parameter gradients": "whole",
+    "gradients joined and summed": "whole",
+    "activations kept for backward": "split",
+    AGAIN: "split",
+    "kept by attention": "attention",
+    "gradients of activations": "split",
+    "temporaries": "split",
+    "held by Inductor for reuse": "split",
+    "attention's workspace": "attention",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
-    """What is alive while the backward of one operator runs."""
+class Held:
+    """Bytes that are alive while the backward is at the positions from ``first`` to ``last``."""
 
+    cause: str
     node: Node
-    kept: int = 0
-    gradients: int = 0
-    parameter_gradients: int = 0
-    own: int = 0
-    attention_kept: int = 0
-    workspace: int = 0
+    bytes: int
+    first: int
+    last: int
 
-    @property
-    def total(self) -> int:
-        alive = self.kept + self.gradients + self.parameter_gradients + self.attention_kept
-        return alive + self.own + self.workspace
+    def at(self, position: int) -> bool:
+        return self.first <= position <= self.last
 
 
 def predict_memory(
@@ -61,6 +84,8 @@ def predict_memory(
     carries_tokens: Callable[[Node], bool],
     layers: Mapping[str, LayerPlan],
     world_size: int,
+    optimizer: str | int = "none",
+    compiler: str = "aot_eager",
 ) -> MemoryPlan:
     """The peak of a step, as parts.
 
@@ -73,6 +98,11 @@ def predict_memory(
     layers
         The plan of each canonical attention, by the name of its node; those that are missing count
         nothing, which gives what there is outside attention.
+    optimizer
+        A name of ``optimizers.OPTIMIZERS``, or bytes of state for each parameter.
+    compiler
+        ``inductor`` holds buffers for reuse; ``eager`` keeps all that backwards need, and runs
+        nothing again.
     """
     inputs = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
     has_grad = dict(zip(inputs, captured.needs_grad, strict=True))
@@ -82,93 +112,194 @@ def predict_memory(
         return math.ceil(_bytes(node) / (world_size if carries_tokens(node) else 1))
 
     values = values_of(captured.graph_module.graph, size, has_grad)
+    if compiler == "eager":
+        values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
-    peak = max(_moments(values, layers, trained), key=lambda moment: moment.total)
-    message = _largest_message(trained) if world_size > 1 else 0
-    whole = MemoryPart(cause="parameters", bytes=sum(map(_bytes, parameters)), kind="whole")
+    held = list(_held(values, layers, trained, everything=compiler == "eager"))
+    position, reuse = _peak(held, len(values.nodes), reuses=compiler == "inductor")
+    alive = [x for x in held if x.at(position)]
+    there = {
+        "parameters": sum(map(_bytes, parameters)),
+        "optimiser state": sum(_state_bytes(optimizer, node) for node in trained),
+        "gradients joined and summed": _message(trained) if world_size > 1 else 0,
+        "held by Inductor for reuse": reuse,
+    }
     return MemoryPlan(
-        parts=tuple(part for part in (whole, *_peak_parts(peak, message)) if part.bytes),
-        unknown=("optimiser state",) if trained else (),
+        parts=tuple(_parts(alive, there, values.nodes[position])),
+        by_block=_by_block(alive),
+        over_program=_over_program(held, len(values.nodes), there),
+        unknown=("optimiser state",) if trained and optimizer == "none" else (),
     )
 
 
-def _peak_parts(peak: Moment, message_bytes: int) -> list[MemoryPart]:
-    where = peak.node.meta.get("ringfx_path") or peak.node.name
-    at = f"{op_name(peak.node)} of {where}"
-    return [
-        MemoryPart(cause="parameter gradients", bytes=peak.parameter_gradients, kind="whole"),
-        MemoryPart(
-            cause="gradients joined and summed", bytes=MESSAGE_COPIES * message_bytes, kind="whole"
-        ),
-        MemoryPart(cause="activations kept for backward", bytes=peak.kept, kind="split"),
-        MemoryPart(cause="kept by attention", bytes=peak.attention_kept, kind="attention"),
-        MemoryPart(cause="gradients of activations", bytes=peak.gradients, kind="split"),
-        MemoryPart(cause="temporaries", bytes=peak.own, kind="split", detail=at),
-        MemoryPart(
-            cause="attention's workspace", bytes=peak.workspace, kind="attention", detail=where
-        ),
-    ]
+def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:
+    where = operator.meta.get("ringfx_path") or operator.name
+    details = {
+        "temporaries": f"{op_name(operator)} of {where}",
+        "attention's workspace": where,
+    }
+    for cause, kind in CAUSES.items():
+        found = there.get(cause, 0) + sum(x.bytes for x in alive if x.cause == cause)
+        if found:
+            yield MemoryPart(cause=cause, bytes=found, kind=kind, detail=details.get(cause, ""))
 
 
-def _largest_message(trained: Sequence[Node]) -> int:
-    """Bytes of the largest bucket in which parameter gradients are summed: passes/rewrite."""
+def _by_block(alive: Iterable[Held]) -> tuple[tuple[str, int], ...]:
+    """Bytes by block, in program order: a path up to its first number, or all of it."""
+    blocks: dict[str, int] = {}
+    for x in sorted(alive, key=lambda x: x.first):
+        if CAUSES[x.cause] != "whole":
+            path = x.node.meta.get("ringfx_path", "")
+            match = re.match(r".*?\.\d+(?=\.|$)", path)
+            name = match[0] if match else path
+            blocks[name] = blocks.get(name, 0) + x.bytes
+    return tuple((name or "elsewhere", size) for name, size in blocks.items() if size)
+
+
+STRETCHES = 60
+"""Points of a chart of memory over the program."""
+
+
+def _over_program(held: Sequence[Held], num: int, there: Mapping[str, int]) -> tuple[int, ...]:
+    """Without what Inductor holds for reuse at the peak, which is no constant."""
+    always = sum(there.values()) - there["held by Inductor for reuse"]
+    stretches = np.array_split(_alive(held, num), min(num, STRETCHES))
+    return tuple(int(stretch.max()) + always for stretch in stretches)
+
+
+def _state_bytes(optimizer: str | int, parameter: Node) -> int:
+    value: torch.Tensor = parameter.meta["val"]
+    return state_bytes(optimizer, value.numel(), value.element_size())
+
+
+def _message(trained: Sequence[Node]) -> int:
+    """The largest bucket in which parameter gradients are summed, twice: passes/rewrite."""
     sizes = [_bytes(node) for node in trained]
     bucket = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, sum(sizes) // NUM_BUCKETS))
-    return max([*sizes, min(bucket, sum(sizes))], default=0)
+    return MESSAGE_COPIES * max([*sizes, min(bucket, sum(sizes))], default=0)
 
 
-def _moments(
-    values: Values, layers: Mapping[str, LayerPlan], trained: Sequence[Node]
-) -> list[Moment]:
-    """One for each operator that has a backward, or for each of all if nothing trains."""
-    if not values.has_grad:
-        return _forward_moments(values, layers)
-    outputs = outputs_of(values)
-    kept = (kept_values(values) | outputs) - _kept_by_attention(values)
-    handed_over = outputs & values.has_grad
+# --- the largest sum --------------------------------------------------------------------------
+
+
+def _peak(held: Sequence[Held], num: int, *, reuses: bool) -> tuple[int, int]:
+    """The position of the peak, and the bytes that are held there for reuse alone."""
+    alive = _alive(held, num)
+    if not reuses:
+        return int(alive.argmax()), 0
+    by_size: dict[int, list[Held]] = {}
+    for x in held:
+        if x.cause in REUSED:
+            by_size.setdefault(x.bytes, []).append(x)
+    idle = np.zeros(num, np.int64)
+    for members in by_size.values():
+        now = _alive(members, num)
+        before = np.maximum.accumulate(now[::-1])[::-1]
+        idle += np.minimum(before, np.maximum.accumulate(now)) - now
+    position = int((alive + idle).argmax())
+    return position, int(idle[position])
+
+
+REUSED = frozenset(
+    {
+        "activations kept for backward",
+        AGAIN,
+        "gradients of activations",
+        "temporaries",
+    }
+)
+
+
+def _alive(held: Iterable[Held], num: int) -> NDArray[np.int64]:
+    """Bytes alive at each position."""
+    changes = np.zeros(num + 1, np.int64)
+    for x in held:
+        changes[x.first] += x.bytes
+        changes[x.last + 1] -= x.bytes
+    total: NDArray[np.int64] = changes.cumsum()[:num]
+    return total
+
+
+# --- what is alive when -----------------------------------------------------------------------
+
+
+def _held(
+    values: Values, layers: Mapping[str, LayerPlan], trained: Sequence[Node], *, everything: bool
+) -> Iterator[Held]:
+    """All that is ever alive; of a program without a backward, in the order that it runs."""
     last_use = _last_uses(values)
-    kept_bytes = attention_bytes = 0
-    gradients, parameters = _Ending(), _Ending()
+    if not values.has_grad:
+        yield from _forward(values, layers, last_use)
+        return
+    kept = _needed(values) if everything else kept_values(values)
+    kept = (kept | outputs_of(values)) - _kept_by_attention(values)
+    end = len(values.nodes) - 1
     for node in trained:
-        parameters.add(_bytes(node), until=last_use[node])
-    moments = []
+        yield _whole_gradient(node, last_use)
+    yield from _kept(values, kept, layers, end)
+    yield from _again(values, layers)
+    handed_over = outputs_of(values) & values.has_grad
     for i, node in enumerate(values.nodes):
-        kept_bytes += values.hidden(node) + (values.bytes[node] if node in kept else 0)
-        layer = layers.get(node.name)
-        attention_bytes += layer.saved_bytes if layer else 0
-        gradients.reach(i)
-        parameters.reach(i)
-        if node in values.has_grad and node.op == "call_function":
-            moments.append(
-                Moment(
-                    node=node,
-                    kept=kept_bytes,
-                    gradients=gradients.bytes,
-                    parameter_gradients=parameters.bytes,
-                    own=_own_bytes(node, values, kept, handed_over),
-                    attention_kept=attention_bytes,
-                    workspace=layer.workspace_bytes if layer else 0,
-                )
-            )
-            if values.owner[node] is node:
-                gradients.add(values.bytes[node], until=last_use[node])
-    return moments
+        if node not in values.has_grad or node.op != "call_function":
+            continue
+        for size in _own_bytes(node, values, kept, handed_over):
+            yield Held(cause="temporaries", node=node, bytes=size, first=i, last=i)
+        yield from _workspace(node, i, layers)
+        if values.owner[node] is node and last_use[node] > i:
+            cause, size = "gradients of activations", values.bytes[node]
+            yield Held(cause=cause, node=node, bytes=size, first=i + 1, last=last_use[node])
 
 
-class _Ending:
-    """Bytes of things that each last until a position."""
+def _whole_gradient(parameter: Node, last_use: Mapping[Node, int]) -> Held:
+    cause, last = "parameter gradients", last_use[parameter]
+    return Held(cause=cause, node=parameter, bytes=_bytes(parameter), first=0, last=last)
 
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._ending: dict[int, int] = {}
 
-    def add(self, size: int, *, until: int) -> None:
-        self.bytes += size
-        self._ending[until] = self._ending.get(until, 0) + size
+def _workspace(node: Node, position: int, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
+    if node.name in layers:
+        cause, size = "attention's workspace", layers[node.name].workspace_bytes
+        yield Held(cause=cause, node=node, bytes=size, first=position, last=position)
 
-    def reach(self, position: int) -> None:
-        """Whatever lasted until a position before this one is gone."""
-        self.bytes -= self._ending.pop(position - 1, 0)
+
+def _kept(
+    values: Values, kept: frozenset[Node], layers: Mapping[str, LayerPlan], end: int
+) -> Iterator[Held]:
+    """From the forward on, outside checkpointed regions."""
+    for i, node in enumerate(values.nodes):
+        if node in values.region:
+            continue
+        cause = "activations kept for backward"
+        for size in (values.hidden(node), values.bytes[node] if node in kept else 0):
+            yield Held(cause=cause, node=node, bytes=size, first=i, last=end)
+        if node.name in layers:
+            size = layers[node.name].saved_bytes
+            yield Held(cause="kept by attention", node=node, bytes=size, first=i, last=end)
+
+
+def _again(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
+    """What regions that are run again hold: from the first backward that reads one of a region's
+    values, which may lie after the region, until the backward is past the value's first reader."""
+    first: dict[Node, int] = {}
+    ends: dict[int, int] = {}
+    for i, node in enumerate(values.nodes):
+        for needed in needed_by(node, values):
+            if needed in values.region:
+                first.setdefault(needed, i)
+                ends[values.region[needed]] = i
+    for needed in first.keys() - _kept_by_attention(values):
+        cause, size, last = AGAIN, values.bytes[needed], ends[values.region[needed]]
+        yield Held(cause=cause, node=needed, bytes=size, first=first[needed], last=last)
+    for i, node in enumerate(values.nodes):
+        if node.name in layers and (region := values.region.get(node, 0)):
+            cause, size = "kept by attention", layers[node.name].saved_bytes
+            last = max(i, ends.get(region, i))
+            yield Held(cause=cause, node=node, bytes=size, first=i, last=last)
+
+
+def _needed(values: Values) -> frozenset[Node]:
+    """All that any backward reads, as eager autograd keeps it."""
+    needed = (x for node in values.nodes for x in needed_by(node, values))
+    return frozenset(x for x in needed if values.bytes[x])
 
 
 def _kept_by_attention(values: Values) -> frozenset[Node]:
@@ -189,30 +320,32 @@ def _last_uses(values: Values) -> Mapping[Node, int]:
 
 def _own_bytes(
     node: Node, values: Values, kept: frozenset[Node], handed_over: frozenset[Node]
-) -> int:
+) -> Iterator[int]:
     """Its output's gradient, values computed again for it, a loss's gradient of its own array.
 
     The gradient of a value that was handed to the caller comes twice: from there and from here.
     """
-    own = values.bytes[node] + values.hidden(node)
-    own += values.of(n for n in node.all_input_nodes if values.owner[n] in handed_over)
-    if op_name(node) == "attention":
-        return own
-    return own + values.of(n for n in needed_by(node, values) if n not in kept)
+    yield values.bytes[node]
+    yield values.hidden(node)
+    yield from _sizes((n for n in node.all_input_nodes if values.owner[n] in handed_over), values)
+    if op_name(node) != "attention":
+        elsewhere = (n for n in needed_by(node, values) if n not in kept)
+        yield from _sizes((n for n in elsewhere if n not in values.region), values)
 
 
-def _forward_moments(values: Values, layers: Mapping[str, LayerPlan]) -> list[Moment]:
+def _sizes(nodes: Iterable[Node], values: Values) -> Iterator[int]:
+    """Bytes of several values, each once."""
+    yield from (values.bytes[owner] for owner in {values.owner[n] for n in nodes})
+
+
+def _forward(
+    values: Values, layers: Mapping[str, LayerPlan], last_use: Mapping[Node, int]
+) -> Iterator[Held]:
     """Without a backward a value lives until its last use."""
-    last_use = _last_uses(values)
-    alive = _Ending()
-    moments = []
     for i, node in enumerate(values.nodes):
-        alive.reach(i)
-        alive.add(values.bytes[node], until=max(i, last_use.get(node, i)))
-        layer = layers.get(node.name)
-        workspace = layer.workspace_bytes if layer else 0
-        moments.append(Moment(node=node, own=alive.bytes, workspace=workspace))
-    return moments
+        last = max(i, last_use.get(node, i))
+        yield Held(cause="temporaries", node=node, bytes=values.bytes[node], first=i, last=last)
+        yield from _workspace(node, i, layers)
 
 
 def _bytes(node: Node) -> int:

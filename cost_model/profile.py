@@ -7,14 +7,17 @@ not measured says so. Nothing here predicts: ``ringfx.cost_model.formulas`` read
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from ringfx.cost_model import devices
 from ringfx.errors import ProfileError
@@ -24,7 +27,9 @@ __all__ = [
     "KernelRow",
     "LinkRow",
     "MemoryRow",
+    "OverheadRow",
     "Profile",
+    "age_words",
     "available_profiles",
     "load_profile",
     "own_profiles",
@@ -57,6 +62,8 @@ class KernelRow:
     origin: str
     ns_per_pair: float = 0.0
     """What a (query, key) pair costs whatever the head dims: its part of the softmax."""
+    masked_ns_per_pair: float = 0.0
+    """What a pair costs more where the kernel reads a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,19 @@ class LinkRow:
     scope: Scope
     latency_us: float
     gbytes_per_s: float
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadRow:
+    """What one layer costs however small it is: launches, bookkeeping, the scheduler's ticks.
+
+    ``strategy`` is ``local`` for one rank.
+    """
+
+    strategy: str
+    direction: Direction
+    layer_us: float
     origin: str
 
 
@@ -109,12 +129,21 @@ class Profile:
     links: tuple[LinkRow, ...]
     mask_ns_per_pair: float = 0.0
     """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
-    overlap: float = 1.0
-    """Share of a message that compute really hides: 0 none, 1 all."""
+    handling_ns_per_byte: float = 0.0
+    """What a byte of a layer's buffers costs: packing, casting, first touch of new memory."""
+    contention_ns_per_byte: float = 0.0
+    """Compute lost to each byte that travels beside it: a CPU copies it, a GPU's cores drive it."""
+    overheads: tuple[OverheadRow, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
     """Only in observed profiles; elsewhere memory follows from the formulas."""
     noise: float = 1.0
     """Times whose ratio is below this are ties: the spread of a thing measured against itself."""
+    date: str = ""
+    """When it was measured or put together, as 2026-11-23; empty: nobody knows."""
+    torch: str = ""
+    """The version of torch that it was measured with."""
+    held_out: str = ""
+    """Error on layers that nothing was fitted to, in words; empty: nobody measured it."""
     quality: str = ""
     """How well the constants fit what they were fitted to, in words."""
     notes: tuple[str, ...] = ()
@@ -132,6 +161,11 @@ class Profile:
 
     def _kernel_rows(self, name: str, direction: Direction) -> Iterable[KernelRow]:
         return (r for r in self.kernels if r.kernel == name and r.direction == direction)
+
+    def overhead_us(self, strategy: str, direction: Direction) -> float:
+        """Of a layer under a strategy; 0 where nobody measured it."""
+        rows = (r for r in self.overheads if (r.strategy, r.direction) == (strategy, direction))
+        return next((row.layer_us for row in rows), 0.0)
 
     def link(self, operation: Collective, world_size: int) -> LinkRow:
         """The row of the slowest link that the collective crosses.
@@ -157,13 +191,14 @@ class Profile:
         )
 
 
-def load_profile(name: str | Path | None = None, *, device: str) -> Profile:
+def load_profile(name: str | Path | Profile | None = None, *, device: str) -> Profile:
     """The profile to predict with; what is doubtful about it is said in its ``notes``.
 
     Parameters
     ----------
     name
-        A shipped profile's name, a path to a JSON file, or None to find the one of this device.
+        A shipped profile's name, a path to a JSON file, or None to find the one of this device. A
+        profile that was loaded before is returned as it is.
         A profile that is named may be of another device type, to plan for a machine not at hand.
     device
         Type of the device that holds the model's tensors: ``cpu``, ``cuda``.
@@ -173,8 +208,11 @@ def load_profile(name: str | Path | None = None, *, device: str) -> Profile:
     ProfileError
         There is no such profile, it cannot be read, or none ships for this device type.
     """
+    if isinstance(name, Profile):
+        return name
     profile = _find(device) if name is None else _named(name)
-    origin = f"{profile.origin}; {profile.quality}" if profile.quality else profile.origin
+    words = (profile.origin, profile.quality, profile.held_out)
+    origin = "; ".join(filter(None, words))
     notes = profile.notes + _doubts(profile, device)
     return dataclasses.replace(profile, origin=origin, notes=notes)
 
@@ -242,6 +280,7 @@ def _profile(fields: Mapping[str, Any]) -> Profile:
         "kernels": tuple(KernelRow(**row) for row in fields["kernels"]),
         "links": tuple(LinkRow(**row) for row in fields["links"]),
         "memory": tuple(MemoryRow(**row) for row in fields.get("memory", ())),
+        "overheads": tuple(OverheadRow(**row) for row in fields.get("overheads", ())),
         "notes": tuple(fields.get("notes", ())),
     }
     return Profile(**{**fields, **rows})
@@ -260,8 +299,12 @@ def _check(profile: Profile, where: str) -> None:
     speed = profile.memory_gbytes_per_s
     if (speed is not None and speed <= 0) or profile.ranks_per_node < 1:
         raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
-    if not (0 <= profile.overlap <= 1 and profile.mask_ns_per_pair >= 0):
-        raise ProfileError(f"profile {where}: overlap is a share from 0 to 1, mask time positive.")
+    costs = ("contention_ns_per_byte", "mask_ns_per_pair", "handling_ns_per_byte")
+    for name in costs:
+        if getattr(profile, name) < 0:
+            raise ProfileError(f"profile {where}: {name} must not be negative.")
+    if profile.date and not _is_date(profile.date):
+        raise ProfileError(f"profile {where}: date {profile.date!r} is not of the form 2026-11-23.")
     if profile.noise < 1:
         raise ProfileError(f"profile {where}: noise is a ratio of 1 or more, not {profile.noise}.")
     rates = [(row.gflops, row.call_us, row.origin) for row in profile.kernels]
@@ -272,6 +315,14 @@ def _check(profile: Profile, where: str) -> None:
                 f"profile {where}: every row needs a rate above 0, a start of 0 us or more and an"
                 f" origin; one has rate {rate}, start {start_us} us, origin {origin!r}."
             )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _find(device: str) -> Profile:
@@ -285,7 +336,13 @@ def _find(device: str) -> Profile:
             f" {', '.join(known)}. Do: run `ringfx calibrate`, and pass the file as profile."
         )
     kinds = get_args(Kind)
-    return min(candidates, key=lambda p: (not _is_own(p), kinds.index(p.kind)))
+    return min(
+        candidates, key=lambda p: (not _is_own(p), kinds.index(p.kind), p.name not in STAND_INS)
+    )
+
+
+STAND_INS = ("h100-sxm-published",)
+"""Of several equally trustworthy profiles of other devices, the one that stands in."""
 
 
 def _named(name: str | Path) -> Profile:
@@ -336,4 +393,39 @@ def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
             f"profile {profile.name} is {profile.kind}, not measured:"
             " `ringfx calibrate` measures the device it runs on"
         )
-    return tuple(doubts)
+    return (*doubts, *_stale(profile))
+
+
+def _stale(profile: Profile) -> Iterator[str]:
+    """A measurement with other software, or of long ago."""
+    here = torch.__version__.split("+")[0]
+    if profile.torch and profile.torch != here:
+        yield (
+            f"profile {profile.name} was measured with torch {profile.torch}, this is {here}:"
+            " `ringfx calibrate` measures again"
+        )
+    if profile.kind == "measured" and (age_days(profile.date) or 0) > OLD_DAYS:
+        yield (
+            f"profile {profile.name} is {age_words(profile.date)}: drivers and machines change;"
+            " `ringfx calibrate` measures again"
+        )
+
+
+OLD_DAYS = 365
+
+
+def age_days(date: str) -> int | None:
+    """Days since an ISO date; None where there is none."""
+    return (datetime.date.today() - datetime.date.fromisoformat(date)).days if date else None
+
+
+def age_words(date: str) -> str:
+    """Such as ``of 2026-11-23, 12 days old``.
+
+    >>> age_words("")
+    'of unknown age'
+    """
+    days = age_days(date)
+    if days is None:
+        return "of unknown age"
+    return f"of {date}, {days} day{'' if days == 1 else 's'} old"

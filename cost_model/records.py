@@ -60,6 +60,8 @@ class AttentionRecord:
     spread: float | None = None
     """Of a thing measured against itself: half the interquartile range over the median, or what
     the source says about repeated runs (2.0: the same run may take three times as long)."""
+    again: float | None = None
+    """A/A: by how much the medians of the odd and the even repetitions differ, as a share."""
     peak_bytes: int | None = None
     """Of one rank, the tensors of the attention itself included."""
     out_of_memory: bool = False
@@ -201,7 +203,7 @@ def _check_value(name: str, value: Any, type_text: str, where: str) -> None:
         return
     words, holds = CHECKS[base]
     positive = base not in ("int", "float") or (holds(value) and value > 0)
-    if name == "spread" or name == "bytes":
+    if name in ("spread", "again", "bytes"):
         positive = holds(value) and value >= 0
     if not (holds(value) and positive):
         raise ProfileError(f"{where}: {name} must be {words}; got {value!r}.")

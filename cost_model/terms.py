@@ -2,16 +2,19 @@
 
 With b batch, h heads, g K/V heads, head dims d (q, k) and e (v), for c calls over w pairs a head:
 
-    kernel     c * call + b h (F w / rate + w * pair) + w_masked * mask
+    kernel     c * call + b h (F w / rate + w * pair + w_masked * masked) + w_masked * mask
                F = 2 (d + e) forward: q k^T, P v
                F = 2 (3d + 2e) backward: q k^T again, dP, dV, dQ, dK
+    handling   bytes of buffers that are made * handling
     merging    3 passes over the float32 rows that a call adds to, at the speed of memory
     message    steps * latency + bytes / bandwidth
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +26,7 @@ __all__ = [
     "accumulator_bytes",
     "copy_seconds",
     "flops_per_pair",
+    "handling_seconds",
     "itemsize",
     "kernel_name",
     "kernel_seconds",
@@ -88,12 +92,46 @@ def kernel_seconds(
     if kernel == "math":
         side = stored_tile(site)
         calls = max(calls, pairs / side**2)
+        work = replace(work, q_rows=max(work.q_rows, pairs / side))
+        work = replace(work, k_rows=max(work.k_rows, pairs / side))
         pairs += work.causal_rows * side / 2
+    elif work.diagonals:
+        rows = work.causal_rows / work.diagonals
+        pairs += work.diagonals * (diagonal_pairs(kernel, rows) - rows * (rows + 1) / 2)
     flops = flops_per_pair(site.head_dim, site.v_head_dim, direction) * pairs
     per_head = flops / (row.gflops * 1e9) + pairs * row.ns_per_pair / 1e9
+    per_head += work.masked_pairs * row.masked_ns_per_pair / 1e9
     masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
     merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
     return calls * row.call_us / 1e6 + heads * per_head + masks_s + merging
+
+
+BLOCKS: Mapping[str, tuple[int, int]] = {"cpu_flash": (256, 512)}
+"""Queries and keys that a kernel takes at a time: of torch's CPU kernel (aten/native/cpu,
+FlashAttentionKernel.cpp); of fewer than 768 queries it takes 64 or 32, but keys as many."""
+
+OTHER_BLOCKS = (128, 128)
+"""FlashAttention's CUDA kernels."""
+
+
+def diagonal_pairs(kernel: str, rows: float) -> float:
+    """Pairs that a causal call computes, its blocks of keys being whole.
+
+    With r rows and blocks of a queries and c keys: for each block of queries the keys up to its
+    end, rounded up to c, and at most r; for many blocks r^2 / 2 + r c / 2.
+    """
+    queries, keys = BLOCKS.get(kernel, OTHER_BLOCKS)
+    num = math.ceil(rows / queries)
+    if num > MANY_BLOCKS:
+        return rows * (rows + keys) / 2
+    starts = (i * queries for i in range(num))
+    return sum(
+        min(queries, rows - start) * min(rows, keys * math.ceil((start + queries) / keys))
+        for start in starts
+    )
+
+
+MANY_BLOCKS = 64
 
 
 def _merged_bytes(site: AttentionSite, work: Work, direction: Direction) -> float:
@@ -116,6 +154,11 @@ def copy_seconds(profile: Profile, moved_bytes: float) -> float:
     """Time to read or write so many bytes; 0 where the profile does not know the speed."""
     speed = profile.memory_gbytes_per_s
     return 0.0 if speed is None else moved_bytes / (speed * 1e9)
+
+
+def handling_seconds(profile: Profile, made_bytes: float) -> float:
+    """Time that a layer's buffers cost beside its kernels, messages and merges."""
+    return made_bytes * profile.handling_ns_per_byte / 1e9
 
 
 def message_seconds(

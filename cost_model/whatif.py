@@ -131,7 +131,7 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         layers=layers,
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=(),
-        memory=replace(plan.memory, parts=()),
+        memory=replace(plan.memory, parts=(), by_block=(), over_program=()),
         notes=(*plan.notes, "attention only: what moves outside it was not derived again"),
     )
 

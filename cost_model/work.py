@@ -42,8 +42,10 @@ class Work:
     """(query, key) pairs computed."""
     masked_pairs: float = 0.0
     """Those of them whose mask or bias is evaluated."""
+    diagonals: float = 0.0
+    """Calls that a causal diagonal halves."""
     causal_rows: float = 0.0
-    """Query rows that lie on a diagonal."""
+    """Query rows of those calls."""
     q_rows: float = 0.0
     """Rows of the output merged, or of dq added, over all calls."""
     k_rows: float = 0.0
@@ -138,6 +140,7 @@ def _work(piece: Piece, masked: bool) -> Work:
         calls=max(1.0, area / MASKED_TILE**2) if masked else 1.0,
         pairs=pairs,
         masked_pairs=pairs if is_masked else 0.0,
+        diagonals=1.0 if piece.causal else 0.0,
         causal_rows=q if piece.causal else 0.0,
         q_rows=q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
         k_rows=k * (max(1.0, q / MASKED_TILE) if masked else 1.0),

@@ -73,6 +73,8 @@ class AttentionSite:
     """Device type: ``cpu``, ``cuda``."""
     trains: bool
     """Whether a backward pass goes through it."""
+    checkpoint: int = 0
+    """The checkpointed region that it lies in and is run again with in backward; 0: none."""
 
     @property
     def q_len(self) -> int:

@@ -104,6 +104,7 @@ def optimize(
     strategy: StrategyChoice = "auto",
     gpu_memory: int | str | None = None,
     profile: str | None = None,
+    optimizer: str | int = "none",
     compiler: Compiler = "inductor",
     outputs: Outputs = "global",
     on_unsupported: OnUnsupported = "error",
@@ -132,6 +133,9 @@ def optimize(
         Budget of one rank, in bytes or as ``"80GiB"``.
     profile
         Name or path of a measurement profile; by default the one of this device.
+    optimizer
+        Whose state counts against ``gpu_memory``: ``"adamw"``, ``"momentum"``, ``"sgd"``, ..., or
+        bytes of state for each parameter. By default none, and the plan says so.
     compiler
         ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
     outputs
@@ -156,6 +160,7 @@ def optimize(
             "strategy": strategy,
             "gpu_memory": gpu_memory,
             "profile": profile,
+            "optimizer": optimizer,
             "compiler": compiler,
             "outputs": outputs,
             "on_unsupported": on_unsupported,
@@ -197,6 +202,7 @@ def plan(
     world_size: int,
     gpu_memory: int | str | None = None,
     profile: str | None = None,
+    optimizer: str | int = "none",
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
 ) -> Plan:
@@ -217,6 +223,7 @@ def plan(
             "strategy": strategy,
             "gpu_memory": gpu_memory,
             "profile": profile,
+            "optimizer": optimizer,
             "on_unsupported": on_unsupported,
         }
     )

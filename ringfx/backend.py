@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
+from ringfx.cost_model import Profile
+from ringfx.cost_model.agree import agreed_profile
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
@@ -49,6 +52,7 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         example_inputs = [_whole_example(v) for v in example_inputs]
+        self._agree_on_profile(_device(example_inputs).type)
         lowered = lower(gm, example_inputs, self.settings, self.world)
         self.plans.append(lowered.plan)
         self._announce(lowered)
@@ -61,6 +65,12 @@ class Backend:
             lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
         )
         return Runner(lowered, compiled, extra, self)
+
+    def _agree_on_profile(self, device: str) -> None:
+        """Once, when every rank compiles its first program: all of them choose alike."""
+        if self.world.size > 1 and not isinstance(self.settings.profile, Profile):
+            profile = agreed_profile(self.settings.profile, device=device, world=self.world)
+            self.settings = replace(self.settings, profile=profile)
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ringfx import tiles
 from ringfx.cost_model import load_profile, parse_tokens
-from ringfx.cost_model.bench import Timing, bench, regret
+from ringfx.cost_model.bench import Sample, Timing, bench, bench_site, regret
 from ringfx.passes.values import AttentionSite
 from ringfx.plan_text import format_bytes, format_ms, table_lines
-from ringfx.spec import AttentionSpec
 
 __all__ = ["Attention", "run"]
 
@@ -58,41 +56,40 @@ def run(asked: Attention, *, ranks: int, profile: str | None, rounds: int) -> No
 
 
 def _site(asked: Attention) -> AttentionSite:
-    tokens = parse_tokens(asked.tokens)
-    band = None
-    if asked.window is not None:
-        band = ("gt", tiles.K, ("sub", tiles.Q, ("const", asked.window)))
-    keep = tiles.conjunction(tiles.CAUSAL if asked.causal else None, band)
-    spec = AttentionSpec(scale=asked.head_dim**-0.5, q_len=tokens, kv_len=tokens, keep=keep)
-    return AttentionSite(
-        node="bench",
-        name="bench",
-        source="command line",
-        found_by="bench",
-        spec=spec,
-        mask_words=tiles.describe(keep),
-        density=tiles.density(keep, tokens, tokens),
-        balanced=tiles.is_balanced(keep, tokens, tokens),
-        batch=asked.batch,
+    return bench_site(
+        tokens=parse_tokens(asked.tokens),
         heads=asked.heads,
-        kv_heads=asked.kv_heads or asked.heads,
+        kv_heads=asked.kv_heads,
         head_dim=asked.head_dim,
-        v_head_dim=asked.head_dim,
+        batch=asked.batch,
         dtype=asked.dtype,
+        causal=asked.causal,
+        window=asked.window,
+        train=asked.train,
         device=asked.device,
-        trains=asked.train,
     )
 
 
 def _lines(timings: tuple[Timing, ...]) -> list[str]:
-    titles = ("strategy", "predicted", "measured", "spread", "error", "workspace")
+    titles = (
+        "strategy",
+        "predicted",
+        "measured",
+        "A/A",
+        "error",
+        "forward",
+        "backward",
+        "workspace",
+    )
     rows = [
         (
             timing.prediction.strategy,
             format_ms(timing.prediction.total_ms),
             format_ms(timing.median_ms),
-            f"{timing.spread:.0%}",
+            f"{max(sample.again for sample in timing.samples):.0%}",
             f"{timing.error:+.0%}",
+            _beside(timing.prediction.forward_ms, timing.forward),
+            _beside(timing.prediction.backward_ms, timing.backward),
             format_bytes(timing.prediction.workspace_bytes),
         )
         for timing in timings
@@ -101,3 +98,10 @@ def _lines(timings: tuple[Timing, ...]) -> list[str]:
     best = min(timings, key=lambda t: t.median_ms).prediction.strategy
     words = f"chosen {chosen}, best measured {best}: regret {regret(timings):.2f}"
     return [*table_lines([titles, *rows], left=(0,)), words]
+
+
+def _beside(predicted_ms: float, measured: Sample | None) -> str:
+    """Predicted / measured."""
+    if measured is None:
+        return ""
+    return f"{format_ms(predicted_ms)} / {format_ms(measured.median_ms)}"

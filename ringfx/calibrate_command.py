@@ -44,7 +44,7 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(profile_json(profile))
     if records is not None:
-        write_records((*measured.kernels, *measured.messages), records)
+        write_records((*measured.kernels, *measured.messages, *measured.layers), records)
     print(_summary(profile, path))
 
 
@@ -80,10 +80,16 @@ def _summary(profile: Profile, path: Path) -> str:
         f"  {row.operation}: {row.gbytes_per_s:.2f} GB/s, {row.latency_us:.0f} us"
         for row in profile.links
     ]
-    hidden, again = f"{profile.overlap:.0%}", f"{profile.noise - 1:.0%}"
+    lines += [
+        f"  any layer, {row.strategy} {row.direction}: {row.layer_us:,.0f} us"
+        for row in profile.overheads
+    ]
+    lost, again = f"{profile.contention_ns_per_byte:.3f} ns", f"{profile.noise - 1:.0%}"
     lines += [
         f"  memory {profile.memory_gbytes_per_s:.1f} GB/s, masks {profile.mask_ns_per_pair:.2f} ns"
         " a pair",
-        f"  {hidden} of a message hides behind compute; the same thing again differs by {again}",
+        f"  buffers {profile.handling_ns_per_byte:.2f} ns a byte",
+        f"  compute loses {lost} to each byte that travels beside it; the same thing again differs"
+        f" by {again}",
     ]
     return "\n".join([*lines, f"  written to {path}"])

@@ -73,6 +73,13 @@ def plan(
             help="Profile name or file; default: the one of this device.", rich_help_panel=MAKING
         ),
     ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="Whose state counts: adamw, momentum, sgd, ..., or bytes for each parameter.",
+            rich_help_panel=MAKING,
+        ),
+    ] = "none",
     train: Annotated[
         bool,
         typer.Option(
@@ -153,6 +160,7 @@ def plan(
             gpu_memory=gpu_memory,
             strategy=strategy or [],
             profile=profile,
+            optimizer=optimizer,
             train=train,
             labels=labels,
             dtype=dtype,

@@ -60,13 +60,15 @@ def lower(
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
     memory = partial(
-        predict_memory, captured, carries_tokens=placement.is_split, world_size=world.size
-    )
+        predict_memory, captured, carries_tokens=placement.is_split, world_size=world.size,
+        optimizer=settings.optimizer, compiler=settings.compiler,
+    )  # fmt: skip
     outside = memory(layers={})
     layers = choose(
         sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
         strategy=settings.strategy, fixed_bytes=outside.whole_bytes,
         split_bytes=outside.split_bytes,
+        outside={part.cause: part.bytes for part in outside.parts},
     )  # fmt: skip
 
     dtypes = {site.dtype for site in sites.found}
@@ -76,7 +78,8 @@ def lower(
 
     plan = Plan(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
-        profile=profile.name, profile_origin=profile.origin, layers=layers,
+        profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
+        layers=layers,
         declined=sites.declined, axes=_token_axes(lines), reshardings=local.reshardings,
         memory=memory(layers={layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),

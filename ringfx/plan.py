@@ -48,7 +48,7 @@ class LayerPlan:
     communication_ms: float
     exposed_ms: float
     saved_bytes: int
-    """Kept from forward to backward by this layer's attention."""
+    """Kept from forward to backward by this layer's attention, or from when it is run again."""
     workspace_bytes: int
     """Held only while this layer runs: communication buffers, accumulators, scores."""
 
@@ -94,6 +94,11 @@ class MemoryPlan:
     """What the peak of one rank's memory is made of, as far as it is known."""
 
     parts: tuple[MemoryPart, ...] = ()
+    by_block: tuple[tuple[str, int], ...] = ()
+    """Activations, their gradients and attention at the peak: bytes by block of the model."""
+    over_program: tuple[int, ...] = ()
+    """The largest sum in each of some equal stretches of the program, in its order: of a step that
+    trains, while the backward passes the stretch."""
     unknown: tuple[str, ...] = ()
     """Causes that the prediction leaves out, in words; empty when it is complete."""
 
@@ -124,7 +129,7 @@ class Plan:
     profile: str
     """Name of the profile whose constants made the predictions."""
     profile_origin: str
-    """Where that profile's numbers come from, in words."""
+    """Where that profile's numbers come from and how well they predict, in words."""
     layers: tuple[LayerPlan, ...]
     """One entry for each attention call, in program order."""
     declined: tuple[Declined, ...] = ()
@@ -132,6 +137,8 @@ class Plan:
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
     notes: tuple[str, ...] = ()
+    profile_date: str = ""
+    """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
 
     @property
@@ -148,6 +155,21 @@ class Plan:
     def collective_bytes(self) -> int:
         """What those messages bring to one rank."""
         return sum(move.bytes_moved for move in self.reshardings)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What attention keeps from forward to backward; checkpointed layers keep nothing."""
+        return sum(layer.saved_bytes for layer in self.layers if not layer.site.checkpoint)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What attention holds for a while: buffers, and what a checkpointed region runs again."""
+        regions: dict[int, int] = {}
+        for layer in self.layers:
+            region = layer.site.checkpoint
+            regions[region] = regions.get(region, 0) + (layer.saved_bytes if region else 0)
+        held = (layer.workspace_bytes + regions[layer.site.checkpoint] for layer in self.layers)
+        return max(held, default=0)
 
     @property
     def trains(self) -> bool:
@@ -263,5 +285,8 @@ def _layer(fields: Mapping[str, Any]) -> LayerPlan:
 
 def _memory(fields: Mapping[str, Any]) -> MemoryPlan:
     return MemoryPlan(
-        parts=_all(fields["parts"], lambda v: MemoryPart(**v)), unknown=tuple(fields["unknown"])
+        parts=_all(fields["parts"], lambda v: MemoryPart(**v)),
+        over_program=tuple(fields.get("over_program", ())),
+        by_block=tuple((name, size) for name, size in fields.get("by_block", ())),
+        unknown=tuple(fields["unknown"]),
     )

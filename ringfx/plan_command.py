@@ -46,6 +46,7 @@ class Request:
     gpu_memory: str | None
     strategy: Sequence[str]
     profile: str | None
+    optimizer: str
     train: bool
     labels: bool
     dtype: str | None
@@ -125,6 +126,9 @@ def _made(request: Request) -> Plan:
                 gpu_memory=budget,
                 profile=request.profile,
                 strategy=chosen,
+                optimizer=int(request.optimizer)
+                if request.optimizer.isdigit()
+                else request.optimizer,
             )
 
 
@@ -188,24 +192,35 @@ def _views(plan: Plan, request: Request, view: View) -> list[str]:
         name, changes = parse_sweep(view.sweep)
         results = sweep(plan, changes, _profile(plan, request), chosen)
         texts.append(sweep_text(name, changes, results))
+        if name == "seq-len" and plan.gpu_memory is not None:
+            texts.append(_longest_text(plan, request, chosen))
     if view.max_seq_len:
-        longest = longest_sequence(plan, _profile(plan, request), chosen)
-        texts.append(f"longest sequence that fits: {longest:,} tokens")
+        texts.append(_longest_text(plan, request, chosen))
     if view.diff is not None:
         texts.append(diff_text(Plan.from_json(_text(view.diff)), plan))
     return texts
 
 
+def _longest_text(plan: Plan, request: Request, chosen: StrategyChoice) -> str:
+    longest = longest_sequence(plan, _profile(plan, request), chosen)
+    return f"longest sequence that fits: {longest:,} tokens"
+
+
 def write_html(plan: Plan, path: Path, profile: Profile, strategy: StrategyChoice) -> None:
-    """The page of a plan, with the same model at lengths from an eighth to eight times."""
-    lengths = [max(1, round(tokens(plan) * 2.0**i)) for i in range(-3, 4)]
-    changes = [Change(seq_len=length) for length in dict.fromkeys(lengths)]
-    found = sweep(plan, changes, profile, strategy)
-    curves = [(change.seq_len or 0, result) for change, result in zip(changes, found, strict=True)]
+    """The page of a plan, with the same model from an eighth to eight times as long and split."""
+    lengths, ranks = _around(tokens(plan)), _around(plan.world_size)
+    by_length = sweep(plan, [Change(seq_len=n) for n in lengths], profile, strategy)
+    by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], profile, strategy)
+    curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
     try:
-        path.write_text(to_html(plan, curves))
+        path.write_text(to_html(plan, *curves))
     except OSError as error:
         raise InvalidArgument(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _around(number: int) -> list[int]:
+    """From an eighth to eight times, by twos."""
+    return list(dict.fromkeys(max(1, round(number * 2.0**i)) for i in range(-3, 4)))
 
 
 def _profile(plan: Plan, request: Request) -> Profile:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from math import log10
+from typing import TypeAlias
 
+from ringfx.cost_model.profile import age_words
 from ringfx.errors import RingfxError
 from ringfx.plan import MemoryPart, Plan
 from ringfx.plan_text import FoldedLayers, fold, format_bytes, format_ms
@@ -35,13 +37,17 @@ svg { width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; f
 """
 
 
-def to_html(plan: Plan, curves: Sequence[tuple[int, Plan | RingfxError]] = ()) -> str:
+Curve: TypeAlias = Sequence[tuple[int, Plan | RingfxError]]
+
+
+def to_html(plan: Plan, lengths: Curve = (), ranks: Curve = ()) -> str:
     """The page of a plan.
 
     Parameters
     ----------
-    curves
-        The same model at other lengths: tokens, and the plan or why there is none.
+    lengths, ranks
+        The same model at other lengths, and over other numbers of ranks: the number, and the plan
+        or why there is none.
     """
     title = f"ringfx plan for {plan.world_size} ranks on {plan.device}"
     sections = [
@@ -49,7 +55,9 @@ def to_html(plan: Plan, curves: Sequence[tuple[int, Plan | RingfxError]] = ()) -
         _layers(plan),
         _time_chart(plan),
         _memory(plan),
-        _curves(curves),
+        _memory_over_program(plan),
+        _curves(lengths, "Other sequence lengths", "tokens"),
+        _curves(ranks, "Other numbers of ranks", "ranks"),
         _list("Outside attention", _moves(plan)),
         _list("Left as it stands", [f"{d.name} ({d.source}): {d.reason}" for d in plan.declined]),
         _list("Notes", plan.notes),
@@ -70,7 +78,8 @@ def _header(plan: Plan, title: str) -> str:
         f"{axis.length:,} tokens ({axis.axis}): {axis.local_length:,} on each rank, {axis.layout}"
         for axis in plan.axes
     ]
-    lines = [*axes, f"predicted with profile {plan.profile}: {plan.profile_origin}"]
+    age = age_words(plan.profile_date)
+    lines = [*axes, f"predicted with profile {plan.profile}, {age}: {plan.profile_origin}"]
     total = (
         f"{len(plan.layers)} attention calls: {format_ms(plan.total_ms)} a step on each rank,"
         f" {format_bytes(attention_bytes(plan))} of memory"
@@ -138,6 +147,28 @@ def _memory(plan: Plan) -> str:
     return f"<h2>Memory of one rank at the peak: {peak}{budget}</h2>\n{_bars(rows)}\n{unknown}"
 
 
+def _memory_over_program(plan: Plan) -> str:
+    """Bars from the program's start to its end, the peak in another colour."""
+    sizes = plan.memory.over_program
+    if not sizes:
+        return ""
+    peak, step = max(sizes), WIDTH / len(sizes)
+    bars = "\n".join(
+        f'<rect x="{i * step:.1f}" y="{PLOT_HEIGHT * (1 - size / peak):.1f}" width="{step - 1:.1f}"'
+        f' height="{PLOT_HEIGHT * size / peak:.1f}" fill="{COLOURS[1 if size == peak else 2]}"/>'
+        for i, size in enumerate(sizes)
+    )
+    when = " while the backward passes it, from right to left" if plan.trains else ""
+    words = (
+        f"From the first operator to the last: bytes alive on one rank{when};"
+        f" {format_bytes(peak)} at most."
+    )
+    return (
+        f"<h2>Memory over the program</h2>\n<p class=quiet>{escape(words)}</p>\n"
+        f'<svg viewBox="0 0 {WIDTH} {PLOT_HEIGHT}" role="img">\n{bars}\n</svg>'
+    )
+
+
 def _memory_row(part: MemoryPart, index: int) -> tuple[str, tuple[tuple[float, str], ...], str]:
     colour = COLOURS[index % len(COLOURS)]
     return part.cause, ((part.bytes, colour),), format_bytes(part.bytes)
@@ -181,8 +212,8 @@ def _legend(items: Iterable[tuple[str, str]]) -> str:
 # --- curves -------------------------------------------------------------------------------------
 
 
-def _curves(curves: Sequence[tuple[int, Plan | RingfxError]]) -> str:
-    """Time and memory over the sequence length, both axes logarithmic, and a table beneath."""
+def _curves(curves: Curve, title: str, unit: str) -> str:
+    """Time and memory over what is changed, both axes logarithmic, and a table beneath."""
     plans = [(tokens, found) for tokens, found in curves if isinstance(found, Plan)]
     if len(plans) < 2:
         return ""
@@ -193,8 +224,8 @@ def _curves(curves: Sequence[tuple[int, Plan | RingfxError]]) -> str:
         f"<p>Attention's memory on one rank</p>\n{_plot(sizes, format_bytes, COLOURS[2])}"
     )
     rows = "\n".join(_curve_row(tokens, found) for tokens, found in curves)
-    head = "<tr><th>tokens<th class=text>strategies<th>time<th>memory</tr>"
-    return f"<h2>Other sequence lengths</h2>\n{charts}\n<table>\n{head}\n{rows}\n</table>"
+    head = f"<tr><th>{unit}<th class=text>strategies<th>time<th>memory</tr>"
+    return f"<h2>{title}</h2>\n{charts}\n<table>\n{head}\n{rows}\n</table>"
 
 
 def _curve_row(tokens: int, found: Plan | RingfxError) -> str:

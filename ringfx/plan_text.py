@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from ringfx.cost_model.profile import age_words
 from ringfx.passes.values import Resharding
 from ringfx.plan import LayerPlan, MemoryPlan, Plan
 
@@ -47,6 +48,7 @@ def render(plan: Plan) -> RenderableType:
     parts += _section("left as it stands", _declined(plan))
     if plan.memory.parts:
         parts += _section(_memory_title(plan), _memory_lines(plan.memory))
+        parts += _section("of it, by block of the model", _block_lines(plan.memory))
     parts += _section("notes", plan.notes)
     return Group(*parts)
 
@@ -166,7 +168,8 @@ def _appearance(layer: LayerPlan) -> tuple[object, ...]:
 
 
 def _identity(layer: LayerPlan) -> tuple[object, ...]:
-    return (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
+    words = (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
+    return (*words, bool(layer.site.checkpoint))
 
 
 def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
@@ -206,7 +209,10 @@ def _header(plan: Plan) -> RenderableType:
                 f" {axis.layout}"
             )
         )
-    lines.append(Text(f"  predicted with profile {plan.profile}: {plan.profile_origin}", "dim"))
+    age = age_words(plan.profile_date)
+    lines.append(
+        Text(f"  predicted with profile {plan.profile}, {age}: {plan.profile_origin}", "dim")
+    )
     return Group(*lines)
 
 
@@ -259,7 +265,8 @@ def table_lines(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]
 def _details(group: FoldedLayers) -> Iterator[str]:
     layer = group.layers[0]
     yield _attention_words(layer)
-    yield f"found as {layer.found_by} at {_short_source(layer.source)}"
+    again = "; checkpointed: runs again in backward" if layer.site.checkpoint else ""
+    yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
     yield layer.reason
 
 
@@ -288,12 +295,11 @@ def _short_source(source: str) -> str:
 def _totals(plan: Plan) -> RenderableType:
     layers = plan.layers
     compute, exposed = sum(x.compute_ms for x in layers), sum(x.exposed_ms for x in layers)
-    saved = sum(x.saved_bytes for x in layers)
-    workspace = max((x.workspace_bytes for x in layers), default=0)
     text = Text.assemble(
         (f"{len(layers)} attention calls: {format_ms(plan.total_ms)} a step", "bold"),
         f" on each rank ({format_ms(compute)} compute, {format_ms(exposed)} waiting for messages);"
-        f" {format_bytes(saved)} saved for backward, up to {format_bytes(workspace)} of workspace",
+        f" {format_bytes(plan.saved_bytes)} saved for backward,"
+        f" up to {format_bytes(plan.workspace_bytes)} of workspace",
     )
     return Padding(text, (1, 0, 0, 0))
 
@@ -339,6 +345,33 @@ def _memory_title(plan: Plan) -> str:
     if budget is None:
         return f"{title} (no budget given)"
     return f"{title}, {100 * peak / budget:.0f}% of {format_bytes(budget)}"
+
+
+MOST_BLOCKS = 12
+
+
+def _block_lines(memory: MemoryPlan) -> list[str]:
+    """Equal blocks together, the largest first; the smallest of many as one line."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for name, size in memory.by_block:
+        alike.setdefault((_template(name), size), []).append(name)
+    groups = sorted(alike.items(), key=lambda item: -item[0][1] * len(item[1]))
+    lines = [
+        f"{format_bytes(size * len(names)):>9}  {_blocks_name(names)}"
+        + (f", {format_bytes(size)} each" if len(names) > 1 else "")
+        for (_, size), names in groups[:MOST_BLOCKS]
+    ]
+    rest = sum(size * len(names) for (_, size), names in groups[MOST_BLOCKS:])
+    return lines + ([f"{format_bytes(rest):>9}  elsewhere"] if rest else [])
+
+
+def _blocks_name(names: Sequence[str]) -> str:
+    """``model.layers.{0..3}``: blocks differ in their last number."""
+    if len(names) == 1:
+        return names[0]
+    numbers = sorted(_numbers(name)[-1] for name in names)
+    head, _, tail = names[0].rpartition(str(_numbers(names[0])[-1]))
+    return f"{head}{index_set(numbers)}{tail}"
 
 
 def _memory_lines(memory: MemoryPlan) -> list[str]:

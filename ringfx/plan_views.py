@@ -149,17 +149,17 @@ def _total_changes(before: Plan, after: Plan) -> Iterator[str]:
 
 def attention_bytes(plan: Plan) -> int:
     """All that attention saves, and the largest workspace."""
-    workspace = max((layer.workspace_bytes for layer in plan.layers), default=0)
-    return sum(layer.saved_bytes for layer in plan.layers) + workspace
+    return plan.saved_bytes + plan.workspace_bytes
 
 
 # --- many plans ---------------------------------------------------------------------------------
 
 
 def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | RingfxError]) -> str:
-    """One line a value: strategies, time, memory; or why there is no plan."""
-    titles = (name, "strategies", "attention a step", "exposed", "memory of attention")
+    """One line a value: strategies, time, memory, a bar of time; or why there is no plan."""
+    titles = (name, "strategies", "attention a step", "exposed", "memory of attention", "")
     rows = [titles]
+    longest_ms = max((r.total_ms for r in results if isinstance(r, Plan)), default=0.0)
     for change, result in zip(changes, results, strict=True):
         value = change_words(change)
         if isinstance(result, Plan):
@@ -171,11 +171,21 @@ def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | Ri
                     format_ms(result.total_ms),
                     format_ms(exposed),
                     format_bytes(attention_bytes(result)),
+                    _bar(result.total_ms / longest_ms if longest_ms else 0.0),
                 )
             )
         else:
-            rows.append((value, str(result).split("\n")[0], "", "", ""))
-    return "\n".join(table_lines(rows, left=(0, 1)))
+            rows.append((value, str(result).split("\n")[0], "", "", "", ""))
+    return "\n".join(table_lines(rows, left=(0, 1, 5)))
+
+
+BAR_WIDTH = 24
+
+
+def _bar(share: float) -> str:
+    """Of eighths of a column; never empty, since nothing takes no time."""
+    eighths = max(1, round(share * BAR_WIDTH * 8))
+    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
 
 
 def change_words(change: Change) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ringfx.cost_model import StrategyChoice, parse_bytes
+from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
+from ringfx.cost_model.optimizers import check_optimizer
 from ringfx.errors import InvalidArgument
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
@@ -22,7 +23,9 @@ class Settings:
 
     strategy: StrategyChoice = "auto"
     gpu_memory: int | None = None
-    profile: str | None = None
+    profile: str | Profile | None = None
+    optimizer: str | int = "none"
+    """Whose state counts against ``gpu_memory``."""
     compiler: Compiler = "inductor"
     outputs: Outputs = "global"
     on_unsupported: OnUnsupported = "error"
@@ -52,6 +55,7 @@ class Settings:
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
         _check_strategy(settings.strategy)
+        check_optimizer(settings.optimizer)
         return settings
 
 

@@ -119,6 +119,30 @@ def test_a_sweep_has_a_line_for_each_value() -> None:
         "65,536", "131,072", "262,144", "524,288", "1,048,576",
     ]  # fmt: skip
     assert "no choice of strategies fits: 12 ranks need at least" in lines[-1]
+    bars = [len(line.split()[-1]) for line in lines[1:-1]]
+    assert bars == sorted(bars)
+    assert set(lines[-2].split()[-1]) == {"█"}
+
+
+def test_a_sweep_of_lengths_under_a_budget_ends_with_the_longest_that_fits(saved: Path) -> None:
+    words = ["--sweep", "seq-len=64k..256k", "--gpu-memory", "4GiB"]
+    result = _run(str(saved), *words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith("longest sequence that fits: ")
+
+
+def test_blocks_of_the_model_are_folded_largest_first() -> None:
+    blocks = [(f"model.layers.{i}", 2**20) for i in range(8)] + [("lm_head", 2**22)]
+    memory = MemoryPlan(
+        parts=(MemoryPart(cause="temporaries", bytes=12 * 2**20, kind="split"),),
+        by_block=tuple(blocks),
+    )
+    text = str(dataclasses.replace(_plan(), memory=memory))
+    lines = text[text.index("of it, by block of the model") :].split("\n")
+    assert [line.strip() for line in lines[1:3]] == [
+        "8.00 MiB  model.layers.{0..7}, 1.00 MiB each",
+        "4.00 MiB  lm_head",
+    ]
 
 
 # --- through the command -----------------------------------------------------------------------
@@ -225,10 +249,11 @@ def test_the_page_is_one_well_formed_file_with_everything_in_it(
         "model.layers.{0,2,4}.self_attn",
         "Time of one step by layer",
         "Other sequence lengths",
+        "Other numbers of ranks",
         "524,288",
     ):
         assert words in text, words
-    assert out.read_text().count("<svg") == 3
+    assert out.read_text().count("<svg") == 5
     assert "<script" not in out.read_text()
 
 
@@ -237,6 +262,7 @@ def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
         _plan(),
         memory=MemoryPlan(
             parts=(MemoryPart(cause="parameters", bytes=2**30, kind="whole"),),
+            over_program=(2**20, 2**30, 2**25),
             unknown=("optimiser state",),
         ),
         notes=("a <b> & c",),
@@ -244,6 +270,8 @@ def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
     page = to_html(plan)
     assert "Memory of one rank at the peak: 1.00 GiB" in page
     assert "not counted: optimiser state" in page
+    assert "Memory over the program" in page
+    assert page.count("<rect") - to_html(_plan()).count("<rect") == 1 + 3
     assert "a &lt;b&gt; &amp; c" in page
 
 

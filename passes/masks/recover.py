@@ -203,6 +203,7 @@ def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSit
         dtype=str(q.dtype).removeprefix("torch."),
         device=q.device.type,
         trains=needs_grad(node),
+        checkpoint=node.meta.get("ac_graph_id", 0),
     )
 
 

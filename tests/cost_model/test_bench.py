@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ringfx.cli import app
-from ringfx.cost_model.bench import Timing, regret
+from ringfx.cost_model.bench import Sample, Timing, regret
 from ringfx.cost_model.formulas import Phase, Prediction
 
 
@@ -17,7 +17,15 @@ def _timing(name: str, predicted: float, measured: float, spread: float = 0.0) -
         saved_bytes=0,
         workspace_bytes=0,
     )
-    return Timing(prediction=prediction, median_ms=measured, spread=spread)
+    sample = Sample(median_ms=measured, spread=spread, again=0.0)
+    return Timing(prediction=prediction, forward=sample)
+
+
+def test_a_sample_tells_its_spread_and_how_it_repeats() -> None:
+    sample = Sample.of([10.0, 12.0, 10.0, 12.0, 10.0])
+    assert (sample.median_ms, sample.again) == (10.0, pytest.approx(0.2))
+    assert sample.spread == pytest.approx(0.1)
+    assert Sample.of([3.0]).again == 0
 
 
 def test_regret_is_what_the_choice_costs_over_the_best() -> None:

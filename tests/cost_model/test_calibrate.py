@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -48,7 +51,7 @@ def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurem
     assert profile.memory_gbytes_per_s is not None
     assert profile.memory_gbytes_per_s > 0
     assert profile.mask_ns_per_pair > 0
-    assert 0 <= profile.overlap <= 1
+    assert profile.contention_ns_per_byte >= 0
     assert profile.noise >= 1
 
 
@@ -87,7 +90,9 @@ def test_the_command_writes_a_profile_that_plans_find_by_device(
     found = load_profile(None, device="cpu")
     assert (found.name, found.notes) == ("mine", ())
     assert found.quality in found.origin
-    assert len(read_records(records)) == len(measured.kernels) + len(measured.messages)
+    assert len(read_records(records)) == len(
+        (*measured.kernels, *measured.messages, *measured.layers)
+    )
 
 
 @pytest.mark.ranks
@@ -130,3 +135,23 @@ def test_the_shipped_measurements_are_what_their_records_give() -> None:
     for found, kept in zip((*kernels, *links), (*profile.kernels, *profile.links), strict=True):
         rate = "gflops" if isinstance(found, KernelRow) else "gbytes_per_s"
         assert getattr(found, rate) == pytest.approx(getattr(kept, rate), rel=0.02)
+
+
+@pytest.mark.ranks
+def test_under_torchrun_its_ranks_measure_and_the_first_one_writes(tmp_path: Path) -> None:
+    profile, records = tmp_path / "profile.json", tmp_path / "records.jsonl"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    words = ["calibrate", "--quick", "--out", str(profile), "--records", str(records)]
+    command = [sys.executable, *launcher, "-m", "tests.cost_model.hardly_calibrated", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written to") == 1
+    found = read_profile(profile.read_text(), "profile.json")
+    assert "with 2 ranks at once over loopback" in found.origin
+    assert found.ranks_per_node == 2
+    assert {row.operation for row in found.links} >= {"send_recv", "all_to_all"}
+    assert {r.world_size for r in read_records(records) if isinstance(r, MessageRecord)} == {2}

@@ -174,8 +174,10 @@ def test_a_ring_hides_messages_behind_long_compute_and_not_behind_short() -> Non
     long, short = (predict(causal_site(tokens=n), "production", 8, slow) for n in (2**20, 4096))
     assert long.forward.exposed_s == 0
     assert short.forward.exposed_s > 0
-    imperfect = predict(causal_site(tokens=2**20), "production", 8, replace(slow, overlap=0.75))
-    assert imperfect.forward.exposed_s == pytest.approx(imperfect.forward.communication_s / 4)
+    busy = replace(slow, contention_ns_per_byte=0.01)
+    imperfect = predict(causal_site(tokens=2**20), "production", 8, busy)
+    sent_bytes = 7 * 2**17 * 8 * (128 + 128) * 2
+    assert imperfect.forward.exposed_s == pytest.approx(sent_bytes * 0.01e-9)
 
 
 def test_the_best_strategy_crosses_over_with_the_length() -> None:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import ringfx
 from ringfx import pipeline
+from ringfx.api import offline
 from ringfx.cost_model.liveness import kept_values, values_of
 from ringfx.cost_model.memory import predict_memory
+from ringfx.errors import InvalidArgument, OutOfMemory
 from ringfx.passes.values import Captured
 from ringfx.plan import MemoryPlan
 
@@ -172,21 +175,28 @@ def _kept(captured: Captured) -> frozenset[torch.fx.Node]:
 class Small(nn.Module):
     """A decoder with a loss: attention, gated feed-forward, a vocabulary."""
 
-    def __init__(self, width: int, layers: int, vocabulary: int) -> None:
+    def __init__(self, width: int, layers: int, vocabulary: int, checkpoint: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
         self.up = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(3 * width, width, bias=False) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary, bias=False)
+        self.checkpoint = checkpoint
+
+    def block(self, x: Tensor, i: int) -> Tensor:
+        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in self.qkv[i](x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + mixed.transpose(1, 2).flatten(2)
+        return x + self.down[i](F.silu(self.up[i](x)))  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(ids)
-        for qkv, up, down in zip(self.qkv, self.up, self.down, strict=True):
-            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in qkv(x).chunk(3, -1))
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + mixed.transpose(1, 2).flatten(2)
-            x = x + down(F.silu(up(x)))
+        for i in range(len(self.qkv)):
+            if self.checkpoint:
+                x = checkpoint(self.block, x, i, use_reentrant=False)
+            else:
+                x = self.block(x, i)
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
@@ -203,9 +213,22 @@ def _measured_peak(step: Callable[[], None]) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("width", "layers", "vocabulary"), [(128, 4, 256), (64, 2, 4000)])
-def test_the_peak_of_a_step_is_predicted_within_10_percent(
-    width: int, layers: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("width", "layers", "vocabulary", "checkpoint", "compiler"),
+    [
+        (128, 4, 256, False, "aot_eager"),
+        (64, 2, 4000, False, "aot_eager"),
+        (128, 6, 256, True, "aot_eager"),
+        (128, 4, 256, True, "eager"),
+    ],
+)
+def test_the_peak_of_a_step_is_predicted_within_15_percent(
+    width: int,
+    layers: int,
+    vocabulary: int,
+    checkpoint: bool,
+    compiler: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     captured: list[Captured] = []
     rewrite = pipeline.rewrite
@@ -217,8 +240,8 @@ def test_the_peak_of_a_step_is_predicted_within_10_percent(
         ),
     )
     torch.manual_seed(0)
-    model = Small(width, layers, vocabulary)
-    optimized = ringfx.optimize(model, compiler="aot_eager")
+    model = Small(width, layers, vocabulary, checkpoint)
+    optimized = ringfx.optimize(model, compiler=compiler)
     ids = torch.randint(0, vocabulary, (1, 1024))
 
     def step() -> None:
@@ -232,6 +255,77 @@ def test_the_peak_of_a_step_is_predicted_within_10_percent(
         carries_tokens=lambda node: True,
         layers={layer.site.node: layer for layer in optimized.plan.layers},
         world_size=1,
+        compiler=compiler,
     )
     beyond = predicted.peak_bytes - _part(predicted, "parameters")
-    assert beyond == pytest.approx(measured, rel=0.1)
+    assert beyond == pytest.approx(measured, rel=0.15)
+
+
+def _plan(checkpoint: bool = False, **options: Any) -> ringfx.Plan:
+    with offline():
+        model = Small(64, 4, 256, checkpoint)
+        ids = torch.empty(1, 1024, dtype=torch.int64)
+    return ringfx.plan(model, (ids, ids), world_size=2, **options)
+
+
+def test_checkpointed_attention_keeps_nothing_and_runs_again() -> None:
+    whole, checkpointed = _plan(), _plan(checkpoint=True)
+    assert [layer.site.checkpoint for layer in checkpointed.layers] == [1, 2, 3, 4]
+    assert (whole.saved_bytes, checkpointed.saved_bytes) == (4 * whole.layers[0].saved_bytes, 0)
+    saved, workspace = whole.layers[0].saved_bytes, whole.layers[0].workspace_bytes
+    assert checkpointed.workspace_bytes == workspace + saved
+    first, again = whole.layers[0], checkpointed.layers[0]
+    assert again.forward_ms == first.forward_ms
+    assert again.backward_ms == pytest.approx(first.backward_ms + first.forward_ms)
+    assert checkpointed.memory.peak_bytes < 0.75 * whole.memory.peak_bytes
+    assert "checkpointed: runs again in backward" in str(checkpointed)
+
+
+def test_a_budget_counts_a_checkpointed_region_once() -> None:
+    needed = _plan(checkpoint=True).memory.peak_bytes
+    assert _plan(checkpoint=True, gpu_memory=round(1.05 * needed)).layers
+    with pytest.raises(OutOfMemory):
+        _plan(gpu_memory=round(1.05 * needed))
+
+
+@pytest.mark.parametrize(("optimizer", "tensors"), [("adamw", 2), ("momentum", 1), ("sgd", 0)])
+def test_the_optimisers_state_counts_like_parameters(optimizer: str, tensors: int) -> None:
+    plan, bare = _plan(optimizer=optimizer), _plan()
+    assert _part(plan.memory, "optimiser state") == tensors * _part(bare.memory, "parameters")
+    assert plan.memory.unknown == ()
+    assert bare.memory.unknown == ("optimiser state",)
+
+
+def test_bytes_of_state_for_each_parameter_may_be_given() -> None:
+    parameters = _part(_plan().memory, "parameters") // 4
+    assert _part(_plan(optimizer=12).memory, "optimiser state") == 12 * parameters
+
+
+@pytest.mark.parametrize("optimizer", ["adan", -1, True])
+def test_an_unknown_optimiser_lists_the_choices(optimizer: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"Choices: adam, adamw, .*bytes of state"):
+        _plan(optimizer=optimizer)
+
+
+def test_the_peak_is_told_by_block_of_the_model() -> None:
+    memory = _plan().memory
+    blocks = dict(memory.by_block)
+    activations = sum(part.bytes for part in memory.parts if part.kind != "whole")
+    reuse = _part(memory, "held by Inductor for reuse")
+    assert sum(blocks.values()) == activations - reuse
+    assert {"qkv.0", "up.3", "down.1", "embed"} <= set(blocks)
+
+
+def test_a_value_cut_into_parts_counts_once_and_passes_its_gradient_on() -> None:
+    def cut(x: Tensor, w: Tensor) -> Tensor:
+        a, b = F.linear(x, w).chunk(2, -1)
+        return (a * b).sum()
+
+    inputs = [torch.randn(512, 64), torch.randn(128, 64, requires_grad=True)]
+    captured = _captured(cut, *inputs)
+    graph = captured.graph_module.graph
+    places = graph.find_nodes(op="placeholder")
+    has_grad = dict(zip(places, captured.needs_grad, strict=True))
+    values = values_of(graph, lambda node: 4096, has_grad)
+    assert {node.name for node in kept_values(values)} == {"linear"}
+    assert graph.find_nodes(op="output")[0].args[0] in values.has_grad

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 from importlib import resources
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringfx.cost_model import devices
-from ringfx.cost_model.profile import available_profiles, load_profile, read_profile
+from ringfx.cost_model.profile import age_words, available_profiles, load_profile, read_profile
 from ringfx.errors import ProfileError
 from tests.cost_model.sites import shipped
 
@@ -174,3 +175,40 @@ def test_float32_stands_in_for_a_missing_dtype_and_is_announced() -> None:
     assert cpu.missing_rows(["float64", "float32"]) == (
         "profile cpu-default has no float64 kernels: float32 figures stand in",
     )
+
+
+def test_published_profiles_say_so_and_give_every_constant_its_source() -> None:
+    published = [p for p in available_profiles() if p.kind == "published"]
+    assert {p.device_name for p in published} == {"A100", "H100", "H200"}
+    for profile in published:
+        rows = (*profile.kernels, *profile.links)
+        assert not any("measured" in row.origin.split("(")[0].split() for row in profile.kernels)
+        assert all(row.origin for row in rows)
+        assert {row.scope for row in profile.links} == {"node", "network"}
+
+
+def test_the_age_of_a_profile_is_told() -> None:
+    today = datetime.date.today()
+    before = (today - datetime.timedelta(days=40)).isoformat()
+    assert age_words(today.isoformat()) == f"of {today.isoformat()}, 0 days old"
+    assert age_words(before) == f"of {before}, 40 days old"
+    assert age_words("") == "of unknown age"
+
+
+def test_an_old_measurement_and_one_with_another_torch_are_announced(
+    on_device: Any, tmp_path: Path
+) -> None:
+    on_device("AMD EPYC 7763")
+    fields = _fields("amd-epyc-2-ranks")
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({**fields, "date": "2020-01-31", "torch": "1.7.1", "notes": []}))
+    notes = load_profile(str(path), device="cpu").notes
+    assert "was measured with torch 1.7.1, this is 2." in notes[0]
+    assert "is of 2020-01-31, " in notes[1]
+    assert notes[1].endswith("`ringfx calibrate` measures again")
+
+
+def test_a_date_that_is_none_is_refused() -> None:
+    text = json.dumps({**_fields(), "date": "yesterday"})
+    with pytest.raises(ProfileError, match="date 'yesterday' is not of the form 2026-11-23"):
+        read_profile(text, "x.json")

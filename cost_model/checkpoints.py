@@ -1,0 +1,42 @@
+"""Attention inside the user's checkpointed regions keeps nothing until its region runs again.
+
+What such a layer saves is then alive together with what its neighbours in the region save, while
+the backward of any of them runs: it counts like workspace, which is reused from region to region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ringfx.cost_model.budget import Menu
+from ringfx.passes.values import AttentionSite
+
+__all__ = ["as_held"]
+
+
+def as_held(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> list[Menu]:
+    """The menus with the bytes that each option adds to the peak."""
+    regions = _saved_by_region(sites, menus)
+    return [
+        tuple(
+            replace(
+                option,
+                saved_bytes=0,
+                workspace_bytes=option.workspace_bytes + regions[site.checkpoint],
+            )
+            for option in menu
+        )
+        if site.checkpoint
+        else menu
+        for site, menu in zip(sites, menus, strict=True)
+    ]
+
+
+def _saved_by_region(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> Mapping[int, int]:
+    """What a layer saves does not depend on its strategy; where it did, the most would count."""
+    regions: dict[int, int] = {}
+    for site, menu in zip(sites, menus, strict=True):
+        most = max((option.saved_bytes for option in menu), default=0)
+        regions[site.checkpoint] = regions.get(site.checkpoint, 0) + most
+    return regions

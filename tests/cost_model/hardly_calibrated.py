@@ -1,0 +1,16 @@
+"""``ringfx calibrate --quick`` with hardly any repetition, to be started by torchrun."""
+
+from __future__ import annotations
+
+import torch
+
+from ringfx import calibrate_command
+from ringfx.cli import main
+from ringfx.cost_model.measure import Effort
+
+HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=128, max_message_bytes=2**12)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    calibrate_command.QUICK = HARDLY
+    main()

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from ringfx.cost_model.outside import outside_ms
+from ringfx.passes.values import Resharding
+from tests.cost_model.sites import shipped
+
+H100 = shipped("h100-sxm-published")
+
+
+def _move(kind: str, size: int) -> Resharding:
+    return Resharding(node="n", name="m", source="f:1", kind=kind, bytes_moved=size, reason="why")
+
+
+def test_a_gather_receives_what_a_rank_did_not_have() -> None:
+    row = H100.link("all_gather", 4)
+    expected_ms = 3 * row.latency_us / 1e3 + 3 / 4 * 2**30 / row.gbytes_per_s / 1e6
+    assert outside_ms([_move("gather", 2**30)], 4, H100) == pytest.approx(expected_ms)
+
+
+def test_a_reduce_scatter_receives_the_others_parts() -> None:
+    part, whole = _move("reduce_scatter", 2**28), _move("gather", 2**30)
+    assert outside_ms([part], 4, H100) == pytest.approx(outside_ms([whole], 4, H100))
+
+
+def test_one_rank_sends_nothing_and_times_add_up() -> None:
+    moves = [_move("gather", 2**20), _move("all_reduce", 2**20)]
+    assert outside_ms(moves, 1, H100) == 0
+    assert outside_ms(moves, 8, H100) == pytest.approx(
+        sum(outside_ms([move], 8, H100) for move in moves)
+    )
