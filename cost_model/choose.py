@@ -168,6 +168,7 @@ def _layer_plan(
         communication_ms=chosen.communication_ms,
         exposed_ms=chosen.exposed_ms,
         saved_bytes=chosen.saved_bytes,
+        result_bytes=chosen.result_bytes,
         workspace_bytes=chosen.workspace_bytes,
     )
 

@@ -53,9 +53,11 @@ class Prediction:
     kernel: str
     forward: Phase
     backward: Phase
-    """All zero where nothing trains; inside a checkpointed region with the forward run again."""
+    """All zero where nothing trains."""
     saved_bytes: int
     workspace_bytes: int
+    result_bytes: int = 0
+    """Of the saved bytes those of the output and its logsumexp."""
 
     @property
     def forward_ms(self) -> float:
@@ -272,8 +274,9 @@ def predict(site: AttentionSite, strategy: str, world_size: int, profile: Profil
         strategy=strategy,
         kernel=kernel_name(site, strategy, profile),
         forward=forward,
-        backward=backward + forward if site.checkpoint and site.trains else backward,
+        backward=backward,
         saved_bytes=local.saved_bytes,
+        result_bytes=local.result_bytes,
         workspace_bytes=footprint.workspace_bytes(local, strategy),
     )
 

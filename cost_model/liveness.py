@@ -5,8 +5,8 @@ exponential. Each is either kept, or computed again from kept ones by cheap oper
 is the cheapest set that cuts every way from an expensive result to a needed value: a minimum vertex
 cut, as torch's own partitioner for ``aot_eager`` and ``inductor`` makes.
 
-What the user checkpointed (``torch.utils.checkpoint``) is never kept: when the backward reaches
-such a region, the region runs again, and what its own backward needs is alive until then.
+What the user checkpointed (``torch.utils.checkpoint``) is not kept, results of attention apart:
+when the backward reaches such a region, it runs again, and what it needs is alive until then.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def values_of(
 
 
 def _region(node: Node) -> int:
-    """What one region hands to a later one is kept, as torch's partitioner keeps it."""
-    region = _checkpoint(node)
+    """What one region hands to a later one is kept, as torch's partitioner keeps it, and so is what
+    attention gives: ``passes.rewrite`` sends no message twice."""
+    region = 0 if op_name(node) == "attention" else _checkpoint(node)
     return 0 if any(_checkpoint(user) > region for user in node.users) else region
 
 

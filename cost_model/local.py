@@ -65,6 +65,12 @@ class Local:
         saved = items * self.itemsize + self.rows * self.accumulator_bytes
         return saved if self.site.trains else 0
 
+    @property
+    def result_bytes(self) -> int:
+        """The output and the logsumexp, kept for backward even where the rest is computed again."""
+        kept = self.out_items * self.itemsize + self.rows * self.accumulator_bytes
+        return kept if self.site.trains else 0
+
     def groups(self, least_bytes: int) -> int:
         """Groups of heads that are sent one by one, each of at least so many bytes of K and V."""
         site, dtype = self.site, getattr(torch, self.site.dtype)

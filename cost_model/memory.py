@@ -46,6 +46,7 @@ MESSAGE_COPIES = 2
 """Gradients of some parameters joined to one message, and the message's result."""
 
 AGAIN = "computed again for a checkpoint"
+AGAIN_FOR_ATTENTION = "computed again for attention"
 
 Kind = Literal["whole", "split", "attention"]
 
@@ -57,6 +58,7 @@ CAUSES: Mapping[str, Kind] = {
     "activations kept for backward": "split",
     AGAIN: "split",
     "kept by attention": "attention",
+    AGAIN_FOR_ATTENTION: "attention",
     "gradients of activations": "split",
     "temporaries": "split",
     "held by Inductor for reuse": "split",
@@ -272,8 +274,14 @@ def _kept(
         for size in (values.hidden(node), values.bytes[node] if node in kept else 0):
             yield Held(cause=cause, node=node, bytes=size, first=i, last=end)
         if node.name in layers:
-            size = layers[node.name].saved_bytes
+            layer = layers[node.name]
+            size = layer.result_bytes if _again_inputs(layer, values) else layer.saved_bytes
             yield Held(cause="kept by attention", node=node, bytes=size, first=i, last=end)
+
+
+def _again_inputs(layer: LayerPlan, values: Values) -> bool:
+    """Whether the layer's q, k and v are computed again with their region."""
+    return layer.site.checkpoint in values.region.values()
 
 
 def _again(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
@@ -290,10 +298,11 @@ def _again(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
         cause, size, last = AGAIN, values.bytes[needed], ends[values.region[needed]]
         yield Held(cause=cause, node=needed, bytes=size, first=first[needed], last=last)
     for i, node in enumerate(values.nodes):
-        if node.name in layers and (region := values.region.get(node, 0)):
-            cause, size = "kept by attention", layers[node.name].saved_bytes
-            last = max(i, ends.get(region, i))
-            yield Held(cause=cause, node=node, bytes=size, first=i, last=last)
+        if node.name in layers and _again_inputs(layers[node.name], values):
+            layer = layers[node.name]
+            size = layer.saved_bytes - layer.result_bytes
+            last = max(i, ends.get(layer.site.checkpoint, i))
+            yield Held(cause=AGAIN_FOR_ATTENTION, node=node, bytes=size, first=i, last=last)
 
 
 def _needed(values: Values) -> frozenset[Node]:

@@ -49,6 +49,8 @@ class LayerPlan:
     exposed_ms: float
     saved_bytes: int
     """Kept from forward to backward by this layer's attention, or from when it is run again."""
+    result_bytes: int = 0
+    """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
     workspace_bytes: int
     """Held only while this layer runs: communication buffers, accumulators, scores."""
 
@@ -158,16 +160,20 @@ class Plan:
 
     @property
     def saved_bytes(self) -> int:
-        """What attention keeps from forward to backward; checkpointed layers keep nothing."""
-        return sum(layer.saved_bytes for layer in self.layers if not layer.site.checkpoint)
+        """What attention keeps from forward to backward; of checkpointed layers the results."""
+        return sum(
+            layer.result_bytes if layer.site.checkpoint else layer.saved_bytes
+            for layer in self.layers
+        )
 
     @property
     def workspace_bytes(self) -> int:
-        """What attention holds for a while: buffers, and what a checkpointed region runs again."""
+        """What attention holds for a while: buffers, and what checkpoints compute again."""
         regions: dict[int, int] = {}
         for layer in self.layers:
             region = layer.site.checkpoint
-            regions[region] = regions.get(region, 0) + (layer.saved_bytes if region else 0)
+            again = layer.saved_bytes - layer.result_bytes if region else 0
+            regions[region] = regions.get(region, 0) + again
         held = (layer.workspace_bytes + regions[layer.site.checkpoint] for layer in self.layers)
         return max(held, default=0)
 

@@ -265,7 +265,7 @@ def table_lines(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]
 def _details(group: FoldedLayers) -> Iterator[str]:
     layer = group.layers[0]
     yield _attention_words(layer)
-    again = "; checkpointed: runs again in backward" if layer.site.checkpoint else ""
+    again = "; checkpointed: its inputs are computed again" if layer.site.checkpoint else ""
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
     yield layer.reason
 

@@ -150,7 +150,7 @@ def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
     for words in (
         "ringfx plan for 8 ranks on cuda, forward and backward",
         "8,192 tokens (s0): 1,024 on each rank, zigzag",
-        "profile h100-sxm-published: published figures",
+        "profile h100-sxm-published, of unknown age: published figures",
         "causal; 8,192 tokens, 32/8 heads of 128, bfloat16; flash kernel",
         "found as sdpa at llama/modeling_llama.py:254",
         "fastest of 4; next ulysses, 12% slower",
