@@ -47,6 +47,8 @@ class Region:
     """Of each product; that of the last which is no weights is ``v``."""
     side: int
     """Which factor of the last product the weights are."""
+    joined: frozenset[int]
+    """The axes of keys with a column of logits beside them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +72,8 @@ class Candidate:
     """What the expressions read, by the number in ``("at", j, ...)``."""
     entering: Mapping[Node, tuple[Dim, ...]] = field(default_factory=dict)
     """Axes of the values that the scores read."""
+    read: Mapping[Node, Expr] = field(default_factory=dict)
+    """How the scores read each value."""
     sinks: Expr | None = None
     """A logit for each head that joins the softmax alone."""
     fully_masked: Literal["zero", "nan"] = "zero"
@@ -94,7 +98,8 @@ class Detected:
 
 
 def score(i: int = 0) -> Expr:
-    return ("score", i)
+    """Element of product ``i``, as a part of an expression."""
+    return ("score", ("const", i))
 
 
 def decline(node: Node, reason: str) -> Declined:

@@ -68,6 +68,7 @@ def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward)
         sizes=roles.sizes,
         scores=scores,
         values=tuple(reader.captured),
+        read=dict(reader.read),
         entering={n: named.names.dims(n) for n in reader.captured},
         sinks=reader.sinks,
         fully_masked="zero" if ahead.zeroed else found.masked,
@@ -151,4 +152,7 @@ def _region(named: Named, ahead: Onward) -> Region:
             (settled(named.factors[p.node][0]), settled(named.factors[p.node][1])) for p in products
         ),
         side=ahead.side,
+        joined=frozenset(
+            a for join in named.joins.values() for a in named.names.space.resolve(join.joined)
+        ),
     )

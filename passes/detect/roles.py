@@ -153,7 +153,8 @@ def assign(
     batch = tuple(a for a in kv_batch if a not in kv_heads)
     groups = tuple(a for a in every if a not in (*kv_batch, *keys, *queries))
     contracted = tuple(_contracted(q, k, every) for q, k in zip(q_axes, k_axes, strict=True))
-    _refuse_windows(program, origins, batch, queries + keys)
+    free = tuple(a for a in kv_batch if not origins.get(a, set()) & learned)
+    _refuse_windows(program, origins, free, queries + keys)
     used = {*every, *v_axes, *(a for dim in contracted for a in dim)}
     return Roles(
         batch=batch,

@@ -34,18 +34,19 @@ class ScoreReader(Lifter):
     def __init__(self, named: Named, roles: Roles, inside: Collection[Node]) -> None:
         super().__init__()
         self.sinks: Expr | None = None
+        self.read: dict[Node, Expr] = {}
         self._named = named
         self._roles = roles
         self._inside = frozenset(inside)
         self._products = {p.node: (i, p) for i, p in enumerate(named.products)}
-        self._read: dict[Node, Expr] = {}
+        self._known: dict[Node, Expr] = {}
 
     def element(self, value: Any, index: Index) -> Expr:
         if not isinstance(value, Node):
             return const(value)
-        if value not in self._read:
-            self._read[value] = self._of(value)
-        return self._read[value]
+        if value not in self._known:
+            self._known[value] = self._of(value)
+        return self._known[value]
 
     def aligned(self, value: Any, index: Index) -> Expr:
         return self.element(value, index)
@@ -103,7 +104,8 @@ class ScoreReader(Lifter):
             self.captured.append(node)
         dims = self._named.names.dims(node)
         index = self._roles.index(dims)
-        return ("at", self.captured.index(node), *index)
+        self.read[node] = ("at", self.captured.index(node), *index)
+        return self.read[node]
 
 
 def nan_to_num(lifter: Lifter, call: Call, index: Index) -> Expr | None:

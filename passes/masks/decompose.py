@@ -32,7 +32,7 @@ from ringfx.passes.masks.lift import Lifter
 from ringfx.passes.masks.simplify import FALSE, TRUE, const, is_boolean, simplify
 from ringfx.tiles import Expr
 
-__all__ = ["Scores", "Unrepresentable", "decompose", "lifted"]
+__all__ = ["Scores", "Unrepresentable", "decompose", "has_threshold", "lifted"]
 
 
 class Unrepresentable(Exception):
@@ -74,6 +74,8 @@ class Scores:
     cap: float | None
     bias: Expr | None
     keep: Expr | None
+    written: Expr | None
+    """What is kept, before positions of packed documents became indices."""
     factors: tuple[Expr, ...]
     fully_masked: Literal["zero", "mean", "absorbed", "nan"]
 
@@ -92,7 +94,7 @@ def decompose(
     Parameters
     ----------
     expr
-        With ``("score", i)`` for products and ``("at", j, ...)`` for ``values``.
+        With ``score(i)`` for products and ``("at", j, ...)`` for ``values``.
     empty_row
         What the softmax gives for a row of -inf.
 
@@ -113,7 +115,7 @@ class _Reader:
     def read(self, expr: Expr) -> Form:
         head, *args = expr
         if head == "score":
-            return Form(products={args[0]: 1.0})
+            return Form(products={args[0][1]: 1.0})
         scores = [has_score(a) for a in args]
         if sum(scores) > 1:
             if head in ("add", "sub"):
@@ -272,6 +274,11 @@ def _moved(form: Form) -> frozenset[float]:
 def _threshold(term: Expr) -> Expr | None:
     """What a term keeps that masks by a huge factor of values not known here: (1 - m) * -3e38."""
     return ("gt", term, const(ABSORBS)) if any(c <= ABSORBS for c in _constants(term)) else None
+
+
+def has_threshold(keep: Expr | None) -> bool:
+    """Whether a mask is read off huge factors, see ``_threshold``."""
+    return keep is not None and ABSORBS in _constants(keep)
 
 
 def _constants(expr: Expr) -> list[float]:
@@ -448,7 +455,8 @@ def _finish(
     found = in_positions(None if keep == TRUE else keep, reader.lifter.captured, reader.lifter.same)
     return Scores(
         products={i: c * capped for i, c in form.products.items()}, cap=form.cap, bias=bias,
-        keep=None if found == TRUE else found, factors=form.factors, fully_masked=masked,
+        keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
+        factors=form.factors, fully_masked=masked,
     )  # fmt: skip
 
 

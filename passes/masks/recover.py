@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,14 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
-from ringfx.passes.masks.decompose import Scores, Unrepresentable, decompose, lifted
+from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
+from ringfx.passes.masks.decompose import (
+    Scores,
+    Unrepresentable,
+    decompose,
+    has_threshold,
+    lifted,
+)
 from ringfx.passes.masks.emit import Emitter
 from ringfx.passes.masks.lift import Lifter, Lifters, renumbered
 from ringfx.passes.masks.structure import first_of_equals
@@ -25,6 +33,8 @@ from ringfx.tiles import Box, Expr
 __all__ = ["recover"]
 
 aten = torch.ops.aten
+Proofs: TypeAlias = dict[Hashable, float]
+"""For each structure of an attention, how far its canonical form is from it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,10 +57,10 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     found: list[AttentionSite] = []
     declined = list(detected.declined)
     graph = captured.graph_module.graph
-    lifters = Lifters(first_of_equals(graph))
+    lifters, proofs = Lifters(first_of_equals(graph)), Proofs()
     for candidate in detected.candidates:
         try:
-            recovered = _recover(candidate, lifters.of(_box(candidate)))
+            recovered = _recover(candidate, lifters.of(_box(candidate)), proofs)
         except Unrepresentable as reason:
             declined.append(decline(candidate.node, str(reason)))
             continue
@@ -66,12 +76,13 @@ def _box(candidate: Candidate) -> Box:
     return Box(b=(0, batch), h=(0, heads), q=(0, q_len), k=(0, candidate.length(candidate.k[0])))
 
 
-def _recover(candidate: Candidate, lifter: Lifter) -> _Recovered:
+def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs) -> _Recovered:
     q_len, kv_len = candidate.length(candidate.q[0]), candidate.length(candidate.k[0])
     scores = decompose(
         candidate.scores, lifter, candidate.values, q_len=q_len, kv_len=kv_len,
         empty_row=candidate.fully_masked,
     )  # fmt: skip
+    _prove(candidate, scores, lifter, proofs)
     (keep, bias), captured = renumbered((scores.keep, scores.bias), lifter.captured)
     sinks = None if candidate.sinks is None else _sinks(candidate, candidate.sinks)
     spec = AttentionSpec(
@@ -149,19 +160,49 @@ def _multiplied(
     emit: Emitter, candidate: Candidate, i: int, factor: Expr, q: Node, k: Node
 ) -> tuple[Node, Node]:
     """Scores times a value of queries or of keys: the queries or keys times it."""
+    of_keys, operand = _factor(candidate, i, factor)
+    value = _operand(emit, candidate, operand)
+    if of_keys:
+        return q, emit.call(aten.mul.Tensor, k, value)
+    return emit.call(aten.mul.Tensor, q, value), k
+
+
+def _factor(candidate: Candidate, i: int, factor: Expr) -> tuple[bool, Operand]:
+    """Whether keys are multiplied with a factor of the scores, and how it is arranged."""
     value = candidate.values[factor[1]]
     dims = candidate.entering[value]
-    of_keys = set(candidate.k[i].arrangement.wanted[2]) & {a for dim in dims for a in dim}
-    operand = candidate.k[i] if of_keys else candidate.q[i]
     present = {a for dim in dims for a in dim}
-    wanted = tuple(role if present & set(role) else () for role in operand.arrangement.wanted[:3])
+    of_keys = bool(present & set(candidate.k[i].arrangement.wanted[2]))
+    roles = (candidate.k if of_keys else candidate.q)[i].arrangement.wanted[:3]
+    wanted = tuple(role if present & set(role) else () for role in roles)
     arrangement = Arrangement(given=dims, wanted=(*wanted, ()))
     if not arrangement.is_permutation:
         raise Unrepresentable("its scores are multiplied with a value of keys and of query heads")
-    factor_node = emit.arrange(value, arrangement, candidate.sizes)
-    if of_keys:
-        return q, emit.call(aten.mul.Tensor, k, factor_node)
-    return emit.call(aten.mul.Tensor, q, factor_node), k
+    return of_keys, Operand(value=value, arrangement=arrangement)
+
+
+def _prove(candidate: Candidate, scores: Scores, lifter: Lifter, proofs: Proofs) -> None:
+    """Hold the canonical form against the calls as they stand, once for each structure."""
+    if candidate.region is None:
+        return
+    (product,) = tuple(scores.products)[:1]
+    entering = {n: lifted(e, lifter, candidate.values) for n, e in candidate.read.items()}
+    sinks = None if candidate.sinks is None else lifted(candidate.sinks, lifter, candidate.values)
+    claim = Claim(
+        products=scores.products, factors=scores.factors, cap=scores.cap, bias=scores.bias,
+        keep=scores.written, sinks=sinks, fully_masked=scores.fully_masked,
+        captured=tuple(n.meta["val"].dtype for n in lifter.captured),
+        binary=has_threshold(scores.written), entering=entering,
+        factor_operands=tuple(_factor(candidate, product, f) for f in scores.factors),
+    )  # fmt: skip
+    key = structure(candidate, claim)
+    if key not in proofs:
+        proofs[key] = difference(candidate, claim)
+    if not proofs[key] <= TOLERANCE:
+        raise Unrepresentable(
+            f"its canonical form differs from it by {proofs[key]:.1e} on random values; please "
+            "report this with the model"
+        )
 
 
 def _common_dtype(*values: Node) -> torch.dtype:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ringfx import tiles
+from ringfx.passes.detect.candidate import score
 from ringfx.passes.masks.decompose import Unrepresentable, decompose
 from tests.passes.lifting import Lifted, lifted
 from tests.passes.mask_grammar import Sizes, given, written
@@ -48,7 +49,7 @@ def check_additive(seed: int, depth: int) -> None:
     values = tuple(found.lifter.captured)
     try:
         mask = decompose(
-            ("add", ("score", 0), found.expr), found.lifter, values, q_len=sizes.q, kv_len=sizes.k,
+            ("add", score(), found.expr), found.lifter, values, q_len=sizes.q, kv_len=sizes.k,
             empty_row="zero",
         )  # fmt: skip
     except Unrepresentable:  # two masks of different strength

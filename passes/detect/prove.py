@@ -1,0 +1,347 @@
+"""Each match proved: the calls as they stand against the canonical form, on small random values.
+
+Every axis gets a size of its own, all different, so that no coincidence of sizes hides a swap. The
+region runs in float64; its masks are evaluated from the expressions that the canonical form was
+read from, over noise for the tensors that these capture. Any difference refuses the match.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ringfx.passes.axes.call import Call
+from ringfx.passes.axes.space import Dim
+from ringfx.passes.detect.arrange import Arrangement
+from ringfx.passes.detect.candidate import Candidate, Operand, Region
+from ringfx.passes.detect.names import BROADCASTS, VIEWS, Factor
+from ringfx.passes.detect.products import Product
+from ringfx.tiles import Expr, TileIndex, evaluate
+
+__all__ = ["Claim", "difference", "structure"]
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+TOLERANCE = 1e-6
+"""Casts inside a mask's expression round to float32."""
+SIZES = (2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
+PERMUTES = frozenset({
+    aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
+    aten.t.default, aten.mT.default, aten.numpy_T.default, aten.movedim.int, aten.movedim.intlist,
+    aten.moveaxis.int, aten.moveaxis.intlist, aten.unsqueeze.default, aten.contiguous.default,
+    aten.clone.default, aten.alias.default,
+})  # fmt: skip
+"""Views whose arguments name dimensions, not sizes."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Claim:
+    """What the canonical operator is about to be told."""
+
+    products: Mapping[int, float]
+    factors: tuple[Expr, ...]
+    cap: float | None
+    bias: Expr | None
+    keep: Expr | None
+    sinks: Expr | None
+    fully_masked: str
+    captured: tuple[torch.dtype, ...]
+    """Types of the tensors that the expressions read."""
+    binary: bool
+    """Whether these are masks of 0 and 1, by which something huge is multiplied."""
+    entering: Mapping[Node, Expr]
+    """The values that the scores read, lifted; by the same captured tensors as bias and keep."""
+    factor_operands: tuple[tuple[bool, Operand], ...]
+    """For each factor whether keys are multiplied with it, and how it is arranged."""
+
+
+def difference(candidate: Candidate, claim: Claim) -> float:
+    """How far the region's result is from the canonical form's, relative to its largest element."""
+    assert candidate.region is not None, "only spelled-out attention has a region"
+    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        trial = _Trial(candidate, candidate.region, claim)
+        ours, theirs = trial.canonical(), trial.as_written()
+    if ours.shape != theirs.shape:
+        return math.inf
+    rows = ~torch.isnan(ours)
+    if not torch.equal(torch.isnan(theirs) & rows, torch.zeros_like(rows)):
+        return math.inf
+    if claim.fully_masked == "nan" and not torch.equal(torch.isnan(theirs), ~rows):
+        return math.inf
+    distance = (ours - theirs).masked_fill(~rows, 0.0).abs().max()
+    largest = theirs.masked_fill(~rows, 0.0).abs().max().clamp(min=1.0)
+    return float(distance / largest)
+
+
+class _Trial:
+    """One run of both forms on the same values."""
+
+    def __init__(self, candidate: Candidate, region: Region, claim: Claim) -> None:
+        self.candidate, self.region, self.claim = candidate, region, claim
+        self._generator = torch.Generator().manual_seed(0)
+        self._sizes = _small_sizes(candidate, region)
+        self._sources = [
+            tuple(self._random(f.dims[f.source]) for f in pair) for pair in region.factors
+        ]
+        self._index = self._tile()
+        noise = [_Noise(i, dtype, claim.binary) for i, dtype in enumerate(claim.captured)]
+        self._read: Callable[[Expr], Tensor] = lambda e: evaluate(e, self._index, noise)  # type: ignore[arg-type]
+
+    def size(self, atom: int) -> int:
+        return self._sizes[atom]
+
+    def shape(self, dims: Sequence[Dim]) -> tuple[int, ...]:
+        return tuple(math.prod(self.size(a) for a in dim) for dim in dims)
+
+    def canonical(self) -> Tensor:
+        candidate, claim = self.candidate, self.claim
+        total: Tensor | None = None
+        for i, scale in claim.products.items():
+            q, k = (self._operand(o[i], i) for o in (candidate.q, candidate.k))
+            for _factor, (of_keys, operand) in zip(
+                claim.factors, claim.factor_operands, strict=True
+            ):
+                value = self._arranged(self._entered(operand.value), operand.arrangement)
+                q, k = (q, k * value) if of_keys else (q * value, k)
+            part = scale * q @ _grouped(k, q).transpose(-1, -2)
+            total = part if total is None else total + part
+        assert total is not None, "there is a product"
+        scores = total if claim.cap is None else claim.cap * torch.tanh(total / claim.cap)
+        if claim.bias is not None:
+            scores = scores + self._read(claim.bias)
+        keep = torch.ones((), dtype=torch.bool)
+        if claim.keep is not None:
+            keep = self._read(claim.keep).bool()
+        v = self._operand(candidate.v, -1)
+        out = _weights(scores, keep.expand(scores.shape), self._sinks(scores), claim) @ _grouped(
+            v, scores
+        )
+        return self._arranged(out, candidate.result)
+
+    def as_written(self) -> Tensor:
+        env: dict[Node, Any] = {}
+        products = {p.call: (p, i) for i, p in enumerate(self.region.products)}
+        for node in self.region.nodes:
+            if node in products:
+                product, i = products[node]
+                env[node] = self._product(product, i, env)
+            else:
+                env[node] = self._call(node, self.region.dims.get(node, ((),)), env)
+        result: Tensor = env[self.candidate.node]
+        return result
+
+    def _product(self, product: Product, i: int, env: dict[Node, Any]) -> Tensor:
+        last = i == len(self.region.products) - 1
+        given: list[Tensor] = []
+        for side in (0, 1):
+            factor = self.region.factors[i][side]
+            weights = last and side == self.region.side
+            given.append(env[factor.node] if weights else self._chained(factor, i, side))
+        places = dict(zip(product.places, given, strict=True))
+        operands = [
+            places[n] if n in places else self._value(v, env)
+            for n, v in enumerate(Call(product.call).operands)
+        ]
+        made: Tensor = _called(product.call, operands)
+        return made
+
+    def _chained(self, factor: Factor, i: int, side: int) -> Tensor:
+        env: dict[Node, Any] = {factor.source: self._sources[i][side]}
+        for view in factor.chain:
+            env[view] = self._call(view, (factor.dims[view],), env)
+        value: Tensor = env[factor.node]
+        return value
+
+    def _call(self, node: Node, dims: tuple[tuple[Dim, ...], ...], env: Mapping[Node, Any]) -> Any:
+        if node.target is operator.getitem:
+            return env[node.args[0]][node.args[1]]  # type: ignore[index]
+        operands = [self._value(n, env) for n in Call(node).operands]
+        shape = self.shape(dims[0])
+        if node.target is aten.dropout.default:
+            return operands[0]
+        if node.target is aten.slice.Tensor:
+            return self._cropped(node, operands[0], shape)
+        if node.target in BROADCASTS:
+            return _repeated(node, operands[0], shape)
+        if node.target in VIEWS - PERMUTES:
+            return operands[0].reshape(shape)
+        return _called(node, operands)
+
+    def _cropped(self, node: Node, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        at = Call(node).dim("dim", value.dim())
+        start = 0 if (Call(node)["start"] or 0) == 0 else value.shape[at] - shape[at]
+        return value.narrow(at, start, shape[at])
+
+    def _value(self, node: Node, env: Mapping[Node, Any]) -> Tensor:
+        value: Tensor = env[node] if node in env else self._entered(node)
+        return value
+
+    def _entered(self, node: Node) -> Tensor:
+        """A mask or bias as the calls take it, from its expression."""
+        dims = self.candidate.entering[node]
+        wanted = self.candidate.q[0].arrangement.wanted[:3]
+        keys = self.candidate.k[0].arrangement.wanted[2]
+        tile = (*wanted, keys)
+        value = self._read(self.claim.entering[node])
+        value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))
+        value = value.expand(self.shape(tile)).reshape([self.size(a) for d in tile for a in d])
+        present = {a for dim in dims for a in dim}
+        index = tuple(slice(None) if a in present else 0 for d in tile for a in d)
+        kept = tuple((a,) for d in tile for a in d if a in present)
+        value = self._arranged(value[index], Arrangement(given=kept, wanted=dims))
+        return value.double() if value.is_floating_point() else value
+
+    def _operand(self, operand: Operand, i: int) -> Tensor:
+        pair, values = self.region.factors[i], self._sources[i]
+        side = next(
+            s for s in (0, 1)
+            if pair[s].source is operand.value
+            and tuple(pair[s].dims[pair[s].source]) == operand.arrangement.given
+        )  # fmt: skip
+        return self._arranged(values[side], operand.arrangement)
+
+    def _sinks(self, scores: Tensor) -> Tensor | None:
+        if self.claim.sinks is None:
+            return None
+        value = self._read(self.claim.sinks).double()
+        value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))
+        return value[..., :1].expand(*scores.shape[:3], 1)
+
+    def _arranged(self, value: Tensor, arrangement: Arrangement) -> Tensor:
+        steps = arrangement.steps(self.size)
+        for method, argument in (
+            (torch.reshape, steps.split), (torch.permute, steps.order),
+            (torch.reshape, steps.spaced), (torch.Tensor.expand, steps.expanded),
+            (torch.reshape, steps.merged),
+        ):  # fmt: skip
+            if argument is not None:
+                value = method(value, argument)
+        return value
+
+    def _random(self, dims: Sequence[Dim]) -> Tensor:
+        return torch.randn(self.shape(dims), generator=self._generator, dtype=torch.float64)
+
+    def _tile(self) -> TileIndex:
+        batch, heads, queries = self.shape(self.candidate.q[0].arrangement.wanted[:3])
+        (keys,) = self.shape(self.candidate.k[0].arrangement.wanted[2:3])
+        return TileIndex(*(torch.arange(n) for n in (batch, heads, queries, keys)))
+
+
+class _Noise:
+    """A tensor of any shape whose elements are functions of their index."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, binary: bool) -> None:
+        self._seed, self._dtype, self._binary = seed, dtype, binary
+
+    def __getitem__(self, places: tuple[Tensor, ...]) -> Tensor:
+        mixed = torch.full((), float(self._seed), dtype=torch.float64)
+        for i, place in enumerate(places):
+            mixed = mixed * 1.618 + torch.as_tensor(place).double() * (12.9898 + 7.233 * i)
+        unit = (torch.sin(mixed + 0.5) * 43758.5453) % 1.0
+        if self._dtype == torch.bool:
+            return unit > 0.3
+        if not self._dtype.is_floating_point:
+            return (unit * 2).long() if self._binary else (unit * 3).long()
+        return (unit > 0.3).double() if self._binary else unit * 2 - 1
+
+
+def _weights(scores: Tensor, keep: Tensor, sinks: Tensor | None, claim: Claim) -> Tensor:
+    masked = scores.masked_fill(~keep, -math.inf)
+    if sinks is not None:
+        return torch.softmax(torch.cat([masked, sinks], -1), -1)[..., :-1]
+    weights = torch.softmax(masked, -1)  # NaN where nothing is kept
+    empty = ~keep.any(-1, keepdim=True)
+    if claim.fully_masked in ("mean", "absorbed"):
+        weights = weights.masked_fill(empty, 1 / scores.shape[-1])
+    return weights
+
+
+def _grouped(k: Tensor, q: Tensor) -> Tensor:
+    return k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def _called(node: Node, operands: Sequence[Tensor]) -> Any:
+    """The call on other tensors, computing in float64."""
+    rest = iter(operands)
+    tensors = set(Call(node).operands)
+    args, kwargs = torch.fx.node.map_arg(
+        (node.args, node.kwargs), lambda n: next(rest) if n in tensors else n
+    )
+
+    def wide(value: Any) -> Any:
+        floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return torch.float64 if floating else torch.device("cpu") if _is_device(value) else value
+
+    result = node.target(*map(wide, args), **{n: wide(v) for n, v in kwargs.items()})  # type: ignore[operator]
+    return result
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device)
+
+
+def _repeated(node: Node, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if node.target is aten.repeat_interleave.self_int:
+        at = Call(node).dim("dim", value.dim())
+        return value.repeat_interleave(shape[at] // value.shape[at], at)
+    if node.target is aten.repeat.default:
+        own = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+        return value.repeat([s // o for s, o in zip(shape, own, strict=True)])
+    return value.expand(shape)
+
+
+def _small_sizes(candidate: Candidate, region: Region) -> dict[int, int]:
+    q, k = candidate.q[0].arrangement.wanted, candidate.k[0].arrangement.wanted
+    order = [*q[0], *q[1], *q[2], *k[2], *q[3], *candidate.v.arrangement.wanted[3]]
+    every = [
+        *(d for values in region.dims.values() for dims in values for d in dims),
+        *(d for pair in region.factors for f in pair for dims in f.dims.values() for d in dims),
+        *(d for dims in candidate.entering.values() for d in dims),
+    ]
+    atoms = list(dict.fromkeys([*order, *(a for dim in every for a in dim)]))
+    sizes = {a: SIZES[i % len(SIZES)] for i, a in enumerate(atoms)}
+    (keys,) = (math.prod(sizes[a] for a in k[2]),)
+    return sizes | dict.fromkeys(region.joined, keys + 1)
+
+
+def structure(candidate: Candidate, claim: Claim) -> Hashable:
+    """Equal for layers that are spelled alike: one proof serves them all."""
+    region = candidate.region
+    assert region is not None, "only spelled-out attention has a region"
+    numbers: dict[Node, int] = {}
+    axes: dict[int, int] = {}
+
+    def frozen(value: Any) -> Hashable:
+        if isinstance(value, Node):
+            return ("node", numbers.setdefault(value, len(numbers)))
+        if isinstance(value, (tuple, list)):
+            return tuple(frozen(v) for v in value)
+        return str(value)
+
+    def named(dims: Sequence[Dim]) -> Hashable:
+        return tuple(tuple(axes.setdefault(a, len(axes)) for a in dim) for dim in dims)
+
+    calls = tuple(
+        (str(n.target), frozen(n.args), frozen(sorted(n.kwargs.items())),
+         tuple(named(d) for d in region.dims.get(n, ())))
+        for n in region.nodes
+    )  # fmt: skip
+    chains = tuple(
+        (tuple(str(n.target) + str(frozen(n.args)) for n in f.chain), named(f.dims[f.source]))
+        for pair in region.factors for f in pair
+    )  # fmt: skip
+    operands = (*candidate.q, *candidate.k, candidate.v)
+    arranged = tuple((named(o.arrangement.given), named(o.arrangement.wanted)) for o in operands)
+    claimed = (
+        tuple(claim.products.items()), claim.factors, claim.cap, claim.bias, claim.keep,
+        claim.sinks, claim.fully_masked, tuple(claim.entering.values()),
+    )  # fmt: skip
+    return repr((calls, chains, arranged, named(candidate.result.wanted), claimed))

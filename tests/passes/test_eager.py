@@ -1,0 +1,78 @@
+"""Attention spelled out: found in every spelling with equal gradients; look-alikes left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.passes.direct import canonical, program_of, results, worst
+from tests.passes.spellings_eager import DECOYS, SPELLINGS, B, E, S, T, Weights
+
+Tensor = torch.Tensor
+
+
+def given(names: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.ones(B, S, dtype=torch.bool)
+    keep[0, :2] = keep[1, -3:] = False
+    values = {
+        "x": torch.randn(B, S, E, generator=generator, dtype=torch.float64),
+        "m": torch.randn(B, T, E, generator=generator, dtype=torch.float64),
+        "p": keep,
+        "f": keep.double(),
+    }
+    return [values[n] for n in names]
+
+
+def weights(body: object) -> Weights:
+    torch.manual_seed(0)
+    return Weights(body).double()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_found_and_computes_the_same(name: str) -> None:
+    case = SPELLINGS[name]
+    program, values = program_of(weights(case.body), given(case.inputs))
+    before = results(program, values)
+    sites = canonical(program)
+    assert [s.found_by for s in sites.found] == ["eager"] * case.sites, sites.declined
+    after = results(program, values)
+    if name == "padding, rows lost, NaN":  # every gradient is NaN in one form or the other
+        before, after = before[:1], after[:1]
+    # A softmax in float32 rounds; the canonical form stays in float64.
+    assert worst(after, before) < (1e-4 if "upcast" in name else 1e-6)
+    assert not any("softmax" in str(n.target) for n in program.graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("name", DECOYS)
+def test_a_decoy_is_left_alone(name: str) -> None:
+    program, values = program_of(weights(DECOYS[name]), given("x"))
+    before = results(program, values)
+    assert canonical(program).found == ()
+    assert worst(results(program, values), before) == 0.0
+
+
+REASONS = {
+    "weights used again": "its weights are used again (by mean)",
+    "weights returned": "its weights are an output too",
+    "scores used again": "its scores are used again (by",
+    "heads mixed after": "normalises one axis and its values are summed over another",
+    "over queries": "normalises one axis and its values are summed over another",
+    "a learned query pools": "no products of queries with keys",
+    "clamped": "clamped at",
+    "filled weakly": "filled with -2",
+    "symmetric, one product": "an axis that queries and keys share",
+    "detached": "no gradient flows",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_near_miss_says_why(name: str) -> None:
+    program, _ = program_of(weights(DECOYS[name]), given("x"))
+    (declined,) = canonical(program).declined
+    assert REASONS[name] in declined.reason
+
+
+def test_there_are_many_spellings_and_decoys() -> None:
+    assert len(SPELLINGS) >= 60
+    assert len(DECOYS) >= 25
