@@ -35,6 +35,10 @@ from ringfx.tiles import Expr
 __all__ = ["Scores", "Unrepresentable", "decompose", "has_threshold", "lifted"]
 
 
+ROUNDS_LITTLE = 100.0
+"""A number added to all scores of a row changes nothing but their rounding; a larger one does."""
+
+
 class Unrepresentable(Exception):
     """Why scores have no canonical form."""
 
@@ -220,7 +224,7 @@ def _plus(reader: _Reader, form: Form, expr: Expr) -> Form:
         chosen = _beside(reader, form, expr)
         if chosen is not None:
             return chosen
-    if expr[0] == "const" and math.isfinite(expr[1]):  # the same for all keys of a row
+    if expr[0] == "const" and abs(expr[1]) <= ROUNDS_LITTLE:  # the same for all keys of a row
         moved = frozenset(f + expr[1] if f > ABSORBS else f for f in form.fillings)
         return replace(form, fillings=moved)
     added = _addend(reader, expr)
