@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
+from ringfx.apart import unfused
 from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.errors import AttentionNotFound
@@ -164,7 +165,7 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
         return cast(Compiled, aot_eager(gm, inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Compiled, compile_fx(gm, inputs))
+    return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:

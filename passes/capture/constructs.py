@@ -12,7 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.flex import flex_attention
 from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
 from ringfx.passes.capture.regions import REGION, flatten_region
+from ringfx.passes.capture.selective import Asked, policy_of
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "autocast_kept", "refuse_unsupported"]
 
@@ -20,10 +22,6 @@ INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph", "wr
 """Higher-order operators whose body is run in place."""
 
 REFUSED: Mapping[str, str] = {
-    "autograd_function_apply": (
-        "a torch.autograd.Function: tracing would drop its own backward without a word. "
-        "Do: write it with differentiable operators, or as a torch.library.custom_op."
-    ),
     "cond": "torch.cond: data-dependent control flow. Do: move the branch out of the model.",
     "while_loop": "torch.while_loop. Do: unroll the loop.",
     "scan": "a scan (recurrence along an axis). Do: leave this module out of ringfx.optimize.",
@@ -50,7 +48,7 @@ def _reason(node: torch.fx.Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         name = node.target.name()
-        if name in INLINED or name == "flex_attention":
+        if name in INLINED or name in ("flex_attention", "autograd_function_apply"):
             return None
         return REFUSED.get(name, f"the higher-order operator {name!r}, which has no rule.")
     return None
@@ -123,6 +121,8 @@ class Inliner(torch.fx.Interpreter):
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "flex_attention":
             return flex_attention(*args, **kwargs)
+        if name == "autograd_function_apply":
+            return self._own_backward(args, kwargs)
         if name == "wrap_with_autocast":
             device, dtype, enabled, cache, body, *operands = args
             before = _autocast_state(device)
@@ -137,11 +137,29 @@ class Inliner(torch.fx.Interpreter):
             body, *operands = args
         region = self._region
         if name == "tag_activation_checkpoint":
-            if kwargs.get("context_fn") is not None or body.meta.get("_checkpoint_context_fn"):
-                raise CaptureRefused(
-                    f"{self._where}: torch.utils.checkpoint with a context_fn (selective "
-                    "checkpointing) is not carried. Do: use plain torch.utils.checkpoint, which is."
-                )
             self._regions += 1
             region = self._regions if region is None else region
+            with self._asked(body.meta.get("_checkpoint_context_fn")):
+                return Inliner(body, region).run(*operands)
         return Inliner(body, region).run(*operands)
+
+    def _asked(self, context_fn: Any) -> contextlib.AbstractContextManager[Any]:
+        """Under the user's policy of what a checkpoint saves, where there is one."""
+        if context_fn is None:
+            return contextlib.nullcontext()
+        policy = policy_of(context_fn)
+        if policy is None:
+            raise CaptureRefused(
+                f"{self._where}: torch.utils.checkpoint is given a context_fn that is not "
+                "selective checkpointing. Do: make it with create_selective_checkpoint_contexts."
+            )
+        return Asked(policy)
+
+    def _own_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward, backward, *operands = args
+        if kwargs.get("dirty_idx") or writes_operands(forward, operands):
+            raise CaptureRefused(
+                f"{self._where}: a torch.autograd.Function writes into its inputs. "
+                "Do: let it return a new tensor."
+            )
+        return OwnBackward(forward, backward, kwargs)(*operands)

@@ -127,9 +127,11 @@ class _Functionalizer:
         parent = self._parent(node, storage)
         if known and parent is None:
             parent = next((a for a in known if _same(a.made_by, node)), None)
-        constant = node.op == "get_attr"  # x.data is traced as a constant of x's memory
+        constant = node.op == "get_attr"
+        if constant and parent is not None:  # x.data is traced as a constant of x's memory
+            new = self.emit(aten.detach.default, parent.current)
         alias = Alias(
-            current=parent.current if constant and parent is not None else new,
+            current=new,
             made_by=node,
             parent=parent,
             detached=constant or node.target is aten.detach.default or not self.grad_enabled,
@@ -397,9 +399,16 @@ def _parameter(argument: Any) -> tuple[str, str]:
 
 
 def _arguments_for(op: OpOverload, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments without those that only say where the result goes."""
+    """The call's arguments without those that only say where the result goes.
+
+    A default of the in-place operator need not be one of the functional operator.
+    """
     keep = {a.name for a in op._schema.arguments}
-    return node.args, {k: v for k, v in node.kwargs.items() if k in keep}
+    given = {k: v for k, v in node.kwargs.items() if k in keep}
+    for argument in node.target._schema.arguments[len(node.args) :]:  # type: ignore[union-attr]
+        if argument.name in keep and argument.has_default_value() and not argument.kwarg_only:
+            given.setdefault(argument.name, argument.default_value)
+    return node.args, given
 
 
 # --- operators that are clearer in other words ------------------------------------------------

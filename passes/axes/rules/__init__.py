@@ -23,6 +23,7 @@ from ringfx.passes.axes.rules import (
     reduction,
     views,
 )
+from ringfx.passes.capture.own_backward import OwnBackward
 
 __all__ = ["AXIS_RULES", "find_rule"]
 
@@ -41,6 +42,8 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
 
 def find_rule(target: object) -> AxisRule | None:
     """The row for an operator; operators tagged pointwise share one."""
+    if isinstance(target, OwnBackward):
+        return indexing.own_backward
     rule = AXIS_RULES.get(target)
     if rule is None and isinstance(target, OpOverload):
         rule = AXIS_RULES.get(target.name())

@@ -1,0 +1,73 @@
+"""torch.autograd.Function: one call of the flat program that keeps the backward its author wrote.
+
+Tracing would inline the forward and drop the backward without a word. Instead the call stands in
+the program as it is. Nobody can read off a backward what it would do with a part of the tokens, so
+its operands are whole: gathered where they are split, and announced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    track_tensor_tree,
+)
+from torch.utils import _pytree as pytree
+
+from ringfx.passes.capture.aliases import storage_of
+from ringfx.passes.capture.regions import trace_below_autograd
+
+__all__ = ["OwnBackward", "writes_operands"]
+
+_apply = torch.ops.higher_order.autograd_function_apply
+
+
+class OwnBackward:
+    """A function with its own backward, as Dynamo captured both.
+
+    Called while the flat program is traced it records itself as one call; called later (run, or
+    traced by the compiler's autograd) it is the function.
+    """
+
+    def __init__(
+        self, forward: GraphModule, backward: GraphModule, options: Mapping[str, Any]
+    ) -> None:
+        self.forward = forward
+        self.backward = backward
+        self.options = dict(options)
+        text = f"{forward.code}{backward.code}{sorted(self.options.items())}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        # torch.fx names a call by these, and ranks compare programs by those names.
+        self.__name__ = self.__qualname__ = f"own_backward_{digest}"
+        self.__module__ = __name__
+
+    def __repr__(self) -> str:
+        return self.__name__  # plans name calls so, and ranks compare plans
+
+    def __call__(self, *operands: Any) -> Any:
+        mode = get_proxy_mode()
+        if mode is None or not getattr(mode, "pre_dispatch", False):
+            return _apply(self.forward, self.backward, *operands, **self.options)
+        tracer = cast(Any, mode.tracer)
+        proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
+        proxy = tracer.create_proxy("call_function", self, proxies, {}, name="own_backward")
+        with disable_proxy_modes_tracing():
+            results = _apply(self.forward, self.backward, *operands, **self.options)
+        return track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+
+
+def writes_operands(forward: GraphModule, operands: Sequence[Any]) -> bool:
+    """Whether a forward changes what it is given, by any of its views."""
+    flat = trace_below_autograd(torch.fx.Interpreter(forward).run, operands)
+    given = {storage_of(n.meta.get("val")) for n in flat.graph.nodes if n.op == "placeholder"} - {
+        None
+    }
+    calls = [n for n in flat.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    written = [n.args[0] for n in calls if n.target._schema.is_mutable and n.args]
+    return any(isinstance(w, Node) and storage_of(w.meta.get("val")) in given for w in written)
