@@ -109,6 +109,7 @@ def optimize(
     outputs: Outputs = "global",
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool = True,
+    strict: bool = False,
 ) -> M:
     """The same model with its sequence split over the ranks of ``mesh``.
 
@@ -147,6 +148,9 @@ def optimize(
     check_inputs
         Compare checksums of integer inputs on every call, of floating-point inputs and parameters
         on the first.
+    strict
+        Refuse a model (AttentionMissed) in which something looks like attention, by a count that is
+        independent of detection, and is neither found nor declined with a reason.
 
     Raises
     ------
@@ -165,6 +169,7 @@ def optimize(
             "outputs": outputs,
             "on_unsupported": on_unsupported,
             "check_inputs": check_inputs,
+            "strict": strict,
         }
     )
     backend = Backend(settings, World.of(mesh))
@@ -190,7 +195,7 @@ def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
     return made
 
 
-class _Planned(Exception):
+class Planned(Exception):
     """Stops the model once its plan is made."""
 
 
@@ -205,6 +210,7 @@ def plan(
     optimizer: str | int = "none",
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
+    strict: bool = False,
 ) -> Plan:
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
@@ -225,6 +231,7 @@ def plan(
             "profile": profile,
             "optimizer": optimizer,
             "on_unsupported": on_unsupported,
+            "strict": strict,
         }
     )
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
@@ -234,17 +241,17 @@ def plan(
         lowered = lower(gm, example_inputs, settings, world)
         plans.append(lowered.plan)
         if lowered.captured.graph_break is None and is_outermost():
-            raise _Planned
+            raise Planned
         return gm.forward
 
-    stopped = _trace(model, args, dict(kwargs or {}), backend)
+    stopped = trace(model, args, dict(kwargs or {}), backend)
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     joined = _joined(plans)
     return dataclasses.replace(joined, notes=(*joined.notes, *stopped))
 
 
-def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
+def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
     """Runs the model on fake tensors; says in words where that could not go on."""
     torch._dynamo.reset()
     mode = _mode_of(model, args, kwargs)
@@ -257,7 +264,7 @@ def _trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tupl
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
             raise failure.inner_exception from None
-        if not isinstance(failure.inner_exception, _Planned):
+        if not isinstance(failure.inner_exception, Planned):
             raise
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
         return (
@@ -321,6 +328,8 @@ def _joined(plans: list[Plan]) -> Plan:
         last,
         layers=tuple(x for p in plans for x in p.layers),
         declined=tuple(x for p in plans for x in p.declined),
+        missed=tuple(x for p in plans for x in p.missed),
+        attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
         reshardings=tuple(x for p in plans for x in p.reshardings),
         memory=MemoryPlan() if len(plans) > 1 else last.memory,

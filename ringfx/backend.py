@@ -76,6 +76,10 @@ class Backend:
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
         loud = [n for n in lowered.plan.notes if n.startswith("graph break")]
+        loud += [
+            f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
+            for x in lowered.plan.missed
+        ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
         for text in loud:
             if text not in self._announced:
@@ -169,7 +173,7 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:
-    declined = [d for plan in plans for d in plan.declined]
+    declined = [d for plan in plans for d in (*plan.declined, *plan.missed)]
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
     breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
     broken = "".join(f"\n  {note}" for note in breaks)

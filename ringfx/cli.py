@@ -104,6 +104,14 @@ def plan(
             "--hf", help="TARGET is a transformers configuration class.", rich_help_panel=MAKING
         ),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail if something looks like attention and was not recognised.",
+            rich_help_panel=MAKING,
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
     ] = False,
@@ -165,6 +173,7 @@ def plan(
             labels=labels,
             dtype=dtype,
             hf=hf,
+            strict=strict,
         )
         view = View(
             as_json=as_json,
@@ -176,6 +185,49 @@ def plan(
             diff=diff,
         )
         run(request, view)
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="MODULE:FACTORY, file.py:FACTORY, a Hugging Face config.json, or with --hf the"
+            " name of a configuration class.",
+        ),
+    ],
+    seq_len: Annotated[str, typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.")] = "4k",
+    batch_size: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 1,
+    train: Annotated[
+        bool,
+        typer.Option("--train/--infer", help="In training mode, or in eval without gradients."),
+    ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="Floating type of the parameters, such as bfloat16.")
+    ] = None,
+    hf: Annotated[
+        bool, typer.Option("--hf", help="MODEL is a transformers configuration class.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Fail if something looks like attention and was not recognised."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print each attention of a model, what it computes and how it was found; and each near miss.
+
+    Runs on fake tensors, without choosing a strategy: it answers even where no plan can be made.
+    """
+    with _one_line_errors():
+        from ringfx.explain_command import run
+
+        run(
+            target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
+            strict=strict, as_json=as_json,
+        )  # fmt: skip
 
 
 @app.command()

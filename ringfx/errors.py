@@ -33,6 +33,10 @@ class AttentionNotFound(RingfxError):
     """The program has no attention over a sequence, so there is nothing to split."""
 
 
+class AttentionMissed(RingfxError):
+    """Strict mode: something looks like attention and was neither found nor explained."""
+
+
 class NoAxisRule(RingfxError):
     """An operator touches split tokens and the axis table has no row for it."""
 

@@ -17,6 +17,7 @@ from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.detect import detect
+from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
 from ringfx.passes.place import Lines, find_lines, place, respell
 from ringfx.passes.rewrite import LocalProgram, rewrite
@@ -46,6 +47,9 @@ def lower(
     """Capture, detect, recover masks, name axes, place, choose, rewrite and verify."""
     captured = capture(gm, example_inputs, known=find_rule)
     sites = recover(captured, detect(captured))
+    overlooked, attentions = missed(captured, sites)
+    if settings.strict:
+        refuse_missed(overlooked)
     graph = captured.graph_module.graph
 
     axes = name_axes(graph)
@@ -79,8 +83,8 @@ def lower(
     plan = Plan(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
-        layers=layers,
-        declined=sites.declined, axes=_token_axes(lines), reshardings=local.reshardings,
+        layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
+        axes=_token_axes(lines), reshardings=local.reshardings,
         memory=memory(layers={layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),
     )  # fmt: skip

@@ -135,6 +135,10 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     """One entry for each attention call, in program order."""
     declined: tuple[Declined, ...] = ()
+    missed: tuple[Declined, ...] = ()
+    """What looks like attention by an independent count and was neither found nor declined."""
+    attentions: int | None = None
+    """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
@@ -142,6 +146,17 @@ class Plan:
     profile_date: str = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
+
+    @property
+    def found_words(self) -> str:
+        """``attention: 11/12 found, 1 declined``: detection against the independent count."""
+        found = len(self.layers)
+        total = found if self.attentions is None else self.attentions
+        declined = total - found - len(self.missed)
+        words = [f"attention: {found}/{total} found"]
+        words += [f"{declined} declined"] if declined else []
+        words += [f"{len(self.missed)} MISSED"] if self.missed else []
+        return ", ".join(words)
 
     @property
     def total_ms(self) -> float:
@@ -272,6 +287,7 @@ def _plan(fields: Mapping[str, Any]) -> Plan:
     values = dict(fields)
     values["layers"] = _all(fields["layers"], _layer)
     values["declined"] = _all(fields["declined"], lambda v: Declined(**v))
+    values["missed"] = _all(fields.get("missed", []), lambda v: Declined(**v))
     values["axes"] = _all(fields["axes"], lambda v: TokenAxis(**v))
     values["reshardings"] = _all(fields["reshardings"], lambda v: Resharding(**v))
     values["memory"] = _memory(fields["memory"])

@@ -51,6 +51,7 @@ class Request:
     labels: bool
     dtype: str | None
     hf: bool
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ def _made(request: Request) -> Plan:
                 optimizer=int(request.optimizer)
                 if request.optimizer.isdigit()
                 else request.optimizer,
+                strict=request.strict,
             )
 
 

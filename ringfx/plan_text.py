@@ -12,13 +12,14 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ringfx.cost_model.profile import age_words
-from ringfx.passes.values import Resharding
+from ringfx.passes.values import Declined, Resharding
 from ringfx.plan import LayerPlan, MemoryPlan, Plan
 
 __all__ = [
     "TEXT_WIDTH",
     "FoldedLayers",
     "fold",
+    "fold_names",
     "format_bytes",
     "format_ms",
     "index_set",
@@ -31,12 +32,12 @@ TEXT_WIDTH = 120
 """Columns of plain text: fixed, so that the same plan is the same text everywhere."""
 
 
-def to_text(plan: Plan) -> str:
-    """The plan as plain text without colours."""
+def to_text(shown: object) -> str:
+    """A plan, or what else prints itself, as plain text without colours."""
     console = Console(
         file=io.StringIO(), width=TEXT_WIDTH, no_color=True, force_terminal=False, highlight=False
     )
-    console.print(render(plan))
+    console.print(render(shown) if isinstance(shown, Plan) else shown)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))
 
@@ -45,7 +46,8 @@ def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
     parts += _section(_moves_title(plan), _moves(plan.reshardings))
-    parts += _section("left as it stands", _declined(plan))
+    parts += _section("looks like attention and was missed", _near(plan.missed))
+    parts += _section("left as it stands", _near(plan.declined))
     if plan.memory.parts:
         parts += _section(_memory_title(plan), _memory_lines(plan.memory))
         parts += _section("of it, by block of the model", _block_lines(plan.memory))
@@ -173,26 +175,40 @@ def _identity(layer: LayerPlan) -> tuple[object, ...]:
 
 
 def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
-    """Fold along the last number that varies; other numbers that vary stay apart."""
-    numbers = [_numbers(layer.name) for layer in members]
-    varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
-    if not varying:
-        yield FoldedLayers(name=members[0].name, layers=tuple(members))
-        return
-    place = varying[-1]
-    rows: dict[tuple[int, ...], list[LayerPlan]] = {}
-    for layer, row in zip(members, numbers, strict=True):
-        rows.setdefault((*row[:place], *row[place + 1 :]), []).append(layer)
-    for group in rows.values():
-        yield FoldedLayers(name=_folded_name(group, place), layers=tuple(group))
+    """Members of one template, folded along the last number that varies."""
+    for name, places in fold_names([layer.name for layer in members]):
+        yield FoldedLayers(name=name, layers=tuple(members[i] for i in places))
 
 
-def _folded_name(group: Sequence[LayerPlan], place: int) -> str:
-    indices = sorted({_numbers(layer.name)[place] for layer in group})
-    words: list[str] = [str(number) for number in _numbers(group[0].name)]
-    words[place] = index_set(indices)
+def fold_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Names that differ in one number as one, with their positions; other numbers stay apart.
+
+    >>> list(fold_names(["a.0", "a.1", "b"]))
+    [('a.{0,1}', [0, 1]), ('b', [2])]
+    """
+    alike: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        alike.setdefault(_template(name), []).append(i)
+    for places in alike.values():
+        numbers = [_numbers(names[i]) for i in places]
+        varying = [d for d, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+        if not varying:
+            yield names[places[0]], places
+            continue
+        along = varying[-1]
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, row in zip(places, numbers, strict=True):
+            rows.setdefault((*row[:along], *row[along + 1 :]), []).append(i)
+        for group in rows.values():
+            yield _folded_name([names[i] for i in group], along), group
+
+
+def _folded_name(names: Sequence[str], along: int) -> str:
+    indices = sorted({_numbers(name)[along] for name in names})
+    words: list[str] = [str(number) for number in _numbers(names[0])]
+    words[along] = index_set(indices)
     remaining = iter(words)
-    return re.sub(r"\d+", lambda _: next(remaining), group[0].name)
+    return re.sub(r"\d+", lambda _: next(remaining), names[0])
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -209,6 +225,7 @@ def _header(plan: Plan) -> RenderableType:
                 f" {axis.layout}"
             )
         )
+    lines.append(Text(f"  {plan.found_words}", "bold red" if plan.missed else ""))
     age = age_words(plan.profile_date)
     lines.append(
         Text(f"  predicted with profile {plan.profile}, {age}: {plan.profile_origin}", "dim")
@@ -335,8 +352,8 @@ def _move_line(group: Sequence[Resharding]) -> str:
     return f"{count}{kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"
 
 
-def _declined(plan: Plan) -> list[str]:
-    return [f"{d.name} ({_short_source(d.source)}): {d.reason}" for d in plan.declined]
+def _near(declined: Sequence[Declined]) -> list[str]:
+    return [f"{d.name} ({_short_source(d.source)}): {d.reason}" for d in declined]
 
 
 def _memory_title(plan: Plan) -> str:

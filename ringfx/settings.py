@@ -31,6 +31,8 @@ class Settings:
     on_unsupported: OnUnsupported = "error"
     check_inputs: bool = True
     """Compare checksums of inputs and parameters across ranks."""
+    strict: bool = False
+    """Refuse a model in which something looks like attention and is neither found nor explained."""
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Settings:
