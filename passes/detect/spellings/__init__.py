@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ringfx.passes.detect.spellings.flash_attention import FLASH_2, FLASH_3
+from ringfx.passes.detect.spellings.hugging_face import HUGGING_FACE, HUGGING_FACE_MASKS
 from ringfx.passes.detect.spellings.torch_nn import TORCH_BIAS, TORCH_TRANSFORMER
 from ringfx.passes.detect.spellings.xformers_attention import XFORMERS
 
@@ -22,6 +23,8 @@ SPELLINGS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "flash_attn_3.flash_attn_interface":        FLASH_3,
     "xformers.ops":                             XFORMERS,
     "xformers.ops.fmha":                        XFORMERS,
+    "transformers.modeling_flash_attention_utils": HUGGING_FACE,
+    "transformers.masking_utils":               HUGGING_FACE_MASKS,
     "torch.nn.modules.transformer":             TORCH_TRANSFORMER,
     "torch.nn.attention.bias":                  TORCH_BIAS,
 }  # fmt: skip
