@@ -103,7 +103,7 @@ def _documents(
     left, right = _window(sliding_window, k.shape[1] // batch)
     keep = window(pairs, left, 0 if causal else right)
     out = attend(q, k, v, keep=keep, scale=scale, dropout=dropout, soft_cap=soft_cap or 0.0)
-    return out[0].unflatten(0, (batch, -1))
+    return out.view(batch, -1, *out.shape[2:])
 
 
 def _keep_the_library(reason: str) -> None:
