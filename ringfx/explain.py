@@ -13,6 +13,7 @@ import torch
 from ringfx import api
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
+from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover

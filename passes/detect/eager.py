@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from ringfx.passes.capture.origin import spelled_as
 from ringfx.passes.detect.candidate import Candidate, Near, Region
 from ringfx.passes.detect.names import Factor, Names
 from ringfx.passes.detect.normalise import Normalised, normalised
@@ -60,7 +61,7 @@ def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward)
     scores = reader.element(found.scores, ())
     return Candidate(
         node=ahead.result,
-        found_by="eager",
+        found_by=spelled_as(ahead.result) or "eager",
         q=tuple(roles.q(p.q, named.source(p.q), i) for i, p in enumerate(pairs)),
         k=tuple(roles.k(p.k, named.source(p.k), i) for i, p in enumerate(pairs)),
         v=roles.v(v, named.source(v)),

@@ -307,6 +307,17 @@ MODULES: Mapping[str, CallCase] = {
     "multi-head, other widths": CallCase(model=OtherWidths),
     "multi-head, inference": CallCase(model=in_eval(MultiHead), backward=False),
     "multi-head as a function": CallCase(model=FunctionalMultiHead),
+    "multi-head as a function, weights dropped": CallCase(
+        model=P(FunctionalMultiHead, need_weights=True), found_by="eager"
+    ),
+    "multi-head, weights dropped": CallCase(
+        model=P(MultiHead, {"need_weights": True, "attn_mask": above}),
+        found_by="eager", mask="causal",
+    ),
+    "multi-head, weights dropped, padding": CallCase(
+        model=P(MultiHead, {"need_weights": True, "key_padding_mask": padding}),
+        found_by="eager", mask="",
+    ),
     "encoder": CallCase(model=Encoder, sites=2),
     "encoder, norm first, hint missing": CallCase(
         model=P(Encoder, {"mask": square}, norm_first=True), sites=2, mask="causal"

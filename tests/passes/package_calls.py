@@ -76,6 +76,7 @@ FLASH: Mapping[str, CallCase] = {
         "window": (flash(causal=True, window_size=(3, 0)), "", "causal, window 4"),
         "window on both sides": (flash(window_size=(3, 2), softmax_scale=0.3), "", ""),
         "ALiBi": (flash(causal=True, alibi_slopes=SLOPES), "", "causal, ALiBi bias"),
+        "soft cap": (flash(causal=True, softcap=2.0), "", "causal"),
         "ALiBi for each batch entry": (
             flash(causal=True, alibi_slopes=torch.stack([SLOPES, SLOPES * 2])), "", "",
         ),

@@ -121,7 +121,7 @@ def test_what_was_overlooked_is_named_unless_a_near_miss_explains_it() -> None:
     nothing = Sites(found=())
     overlooked, total = missed(program, nothing)
     assert total == 2
-    assert [x.name for x in overlooked] == ["0.v", "1.v"] or len(overlooked) == 2
+    assert len(overlooked) == 2
     product = next(n for n in program.graph_module.graph.nodes if n.name.startswith("matmul"))
     near = Declined(node=product.name, name="", source="", reason="its weights are read")
     assert missed(program, replace(nothing, declined=(near,))) == (overlooked[1:], 2)
