@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from ringfx.cli import app
 from ringfx.explain import Explanation
 from ringfx.explain_text import formula, tile_text
+from ringfx.passes.detect import Detected
 from ringfx.passes.values import Declined
 from ringfx.plan_text import to_text
 from ringfx.spec import AttentionSpec
@@ -39,12 +40,7 @@ def make(seq_len, batch_size):
     layers = [Layer(odd=False), Layer(odd=False), Layer(odd=True), Layer(odd=False)]
     return nn.Sequential(*layers), (torch.zeros(batch_size, seq_len, 16),)
 
-class Hidden(nn.Module):
-    def forward(self, x):
-        return (torch.cdist(x, x) @ x).exp() @ x.mT
-
 def none(): return nn.Linear(4, 4), (torch.zeros(1, 4, 4),)
-def hidden(): return Hidden(), (torch.zeros(1, 6, 4),)
 """
 
 
@@ -88,14 +84,18 @@ def test_a_model_without_attention_is_no_error(model: str) -> None:
     assert result.stdout.strip() == "attention: 0/0 found"
 
 
-def test_strict_fails_on_what_was_missed_with_its_place(model: str) -> None:
-    relaxed = run(f"{model}:hidden")
-    assert "attention: 0/1 found, 1 MISSED" in relaxed.stdout
+def test_strict_fails_on_what_was_missed_with_its_place(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a detection that sees nothing."""
+    monkeypatch.setattr("ringfx.explain.detect", lambda _: Detected(candidates=(), declined=()))
+    relaxed = run(f"{model}:make", "--seq-len", "64")
+    assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout
     assert "looks like attention and was MISSED" in relaxed.stdout
-    strict = run(f"{model}:hidden", "--strict")
+    strict = run(f"{model}:make", "--seq-len", "64", "--strict")
     assert strict.exit_code == 2
-    assert "1 of the program's attentions were not recognised" in strict.stderr
-    assert "(written.py:26)" in strict.stderr
+    assert "4 of the program's attentions were not recognised" in strict.stderr
+    assert "(written.py:14)" in strict.stderr
 
 
 def test_plan_has_the_count_and_strict_too(model: str) -> None:

@@ -1,8 +1,8 @@
 """How many attentions a program still holds, counted without detection.
 
 Detection asks whether a region *is* attention. This counts what *looks like* it, by plain
-reachability: a product of two activations, then (past no other product) an exponential or a
-softmax, then (past no other product) another product of activations. Calls whose name says
+reachability: a product of two activations, then (past no other product) a softmax, or an
+exponential and a sum, then (past no other product) another product of activations. Calls whose name says
 attention count too. What is left after detection has rewritten what it found must be explained
 by a near miss; anything else was missed.
 """
@@ -30,9 +30,10 @@ PRODUCTS = frozenset({
     "_grouped_mm", "convolution", "conv1d", "conv2d", "conv3d",
 })  # fmt: skip
 """Operators that contract: a softmax reads the product that is nearest above it."""
-EXPONENTIALS = frozenset({
-    "softmax", "_softmax", "_safe_softmax", "_masked_softmax", "exp", "exp2", "pow",
-})  # fmt: skip
+SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax", "_masked_softmax"})
+EXPONENTIALS = frozenset({"exp", "exp2", "pow"})
+"""Half a softmax: the other half is a sum of them."""
+SUMS = frozenset({"sum", "logsumexp"})
 BY_NAME = re.compile(r"scaled_dot_product|flash_attention|efficient_attention|cudnn_attention|"
                      r"flash_attn|multi_head_attention|flex_attention|fmha")  # fmt: skip
 
@@ -109,8 +110,9 @@ def _by_name(node: Node) -> LooksLike | None:
 
 
 def _around(node: Node, activations: set[Node]) -> LooksLike | None:
-    """An exponential between two products of activations."""
-    if _name(node) not in EXPONENTIALS or node not in activations or not _is_matrix(node):
+    """A softmax, or an exponential and a sum, between two products of activations."""
+    known = _name(node) in SOFTMAXES | EXPONENTIALS
+    if not known or node not in activations or not _is_matrix(node):
         return None
     if _name(node) == "pow" and isinstance(node.args[0], Node):
         return None  # x ** 2: only a number to a power is an exponential
@@ -119,6 +121,8 @@ def _around(node: Node, activations: set[Node]) -> LooksLike | None:
         return None
     below = _reach(node, lambda n: iter(n.users), activations)
     if not any(_is_product(n) and _of_activations(n, activations) for n in below):
+        return None
+    if _name(node) in EXPONENTIALS and not any(_name(n) in SUMS for n in above | below):
         return None
     return LooksLike(node=node, region=frozenset({node, *above, *below}))
 
