@@ -2,9 +2,9 @@
 
 Detection asks whether a region *is* attention. This counts what *looks like* it, by plain
 reachability: a product of two activations, then (past no other product) a softmax, or an
-exponential and a sum, then (past no other product) another product of activations. Calls whose name says
-attention count too. What is left after detection has rewritten what it found must be explained
-by a near miss; anything else was missed.
+exponential and a sum, then (past no other product) another product of activations. Calls whose
+name says attention count too. What is left after detection has rewritten what it found must be
+explained by a near miss; anything else was missed.
 """
 
 from __future__ import annotations
