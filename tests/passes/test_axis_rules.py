@@ -39,7 +39,7 @@ NEVER_SPLIT = {
     aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
     aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default,
     aten.randint.default, aten.randint.low, aten.randperm.default,
-    aten.bernoulli.default, aten.empty.memory_format, aten.new_empty.default,
+    aten.bernoulli.default,
     # The whole decides each element.
     aten.max.default, aten.min.default, aten.prod.default, aten.any.default, aten.all.default,
     aten.var.default, aten.norm.Scalar, aten.repeat_interleave.self_Tensor,
@@ -47,7 +47,11 @@ NEVER_SPLIT = {
     # No dimension.
     aten.scalar_tensor.default,
 }  # fmt: skip
-UNDEFINED_VALUES = {aten.empty_like.default}
+UNDEFINED_VALUES = {
+    aten.empty_like.default,
+    aten.empty.memory_format,
+    aten.new_empty.default,
+}
 
 Dims = Sequence[tuple[Any, ...]]
 

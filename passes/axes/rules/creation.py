@@ -38,6 +38,7 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         (
             aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default,
             aten.new_zeros.default, aten.new_ones.default, aten.scalar_tensor.default,
+            aten.empty.memory_format, aten.new_empty.default,
         ),
         constant,
     ),
@@ -46,7 +47,6 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
             aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
             aten.eye.default, aten.eye.m, aten.rand.default, aten.randn.default,
             aten.randint.default, aten.randint.low, aten.randperm.default, aten.bernoulli.default,
-            aten.empty.memory_format, aten.new_empty.default,
         ),
         counted,
     ),
