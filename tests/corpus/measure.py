@@ -133,7 +133,7 @@ def _differences(ours: _Step, oracle: _Step, variant: Variant) -> dict[str, Any]
         path: _difference(ours.outputs.get(path), whole, floor)
         for path, whole in oracle.outputs.items()
     } | {path: float("inf") for path in ours.outputs.keys() - oracle.outputs.keys()}
-    gradients = gradient_differences(ours.gradients, oracle.gradients, GRADIENT_FLOOR)
+    gradients = gradient_differences(_reached(ours, oracle), oracle.gradients, GRADIENT_FLOOR)
     worst_output = max(outputs, key=lambda path: outputs[path])
     worst_gradient = max(gradients, key=lambda path: gradients[path])
     return {
@@ -143,6 +143,14 @@ def _differences(ours: _Step, oracle: _Step, variant: Variant) -> dict[str, Any]
         "gradient": gradients[worst_gradient],
         "worst_gradient": worst_gradient + _presence(ours, oracle, worst_gradient),
         "num_gradients": sum(g is not None for g in oracle.gradients.values()),
+    }
+
+
+def _reached(ours: _Step, oracle: _Step) -> dict[str, torch.Tensor | None]:
+    """Zero stands for none where no loss reaches a parameter, as torch.compile itself has it."""
+    return {
+        name: None if oracle.gradients[name] is None and g is not None and not g.any() else g
+        for name, g in ours.gradients.items()
     }
 
 

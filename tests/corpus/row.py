@@ -24,7 +24,7 @@ class Row:
     sites: int | Mapping[str, int]
     """Attentions over a sequence that must be found; by implementation where that differs."""
     declined: tuple[str, ...] = ()
-    """Words of the reason of each look-alike that must be declined, in program order."""
+    """Words of the reason for which look-alikes must be declined."""
     attention: tuple[str, ...] = ("sdpa", "eager")
     """The implementations to run (``attn_implementation``)."""
     dtype: str = "float32"

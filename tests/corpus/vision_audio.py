@@ -50,7 +50,7 @@ VISION_AUDIO: tuple[Row, ...] = (
     row("dinov3", "DINOv3ViTModel", vit(num_register_tokens=3)),
     row("ijepa", "IJepaModel", vit()),
     row("siglip", "SiglipModel", {"text_config": TEXT | {"max_position_embeddings": 13},
-        "vision_config": VIT}, inputs=both(), sites=5, declined=("query",)),
+        "vision_config": VIT}, inputs=both(), sites=4, declined=("one query pools",)),
     row("clip", "CLIPModel", {"text_config": TEXT, "vision_config": VIT, "projection_dim": 20},
         inputs=both(), sites=4),
     row("clip-vision", "CLIPVisionModel", vit(), inputs=images()),
