@@ -142,7 +142,7 @@ def assuming(expr: Expr, fact: Expr, truth: bool) -> Expr:
 def _replaced(expr: Expr, known: Mapping[Expr, Expr]) -> Expr:
     if expr in known:
         return known[expr]
-    if expr[0] in ("b", "h", "q", "k", "const", "at"):
+    if expr[0] == "at" or not any(isinstance(part, tuple) for part in expr[1:]):
         return expr
     parts = tuple(_replaced(part, known) for part in expr[1:])
     return expr if parts == expr[1:] else simplify(expr[0], *parts)

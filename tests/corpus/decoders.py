@@ -106,7 +106,7 @@ DECODERS: tuple[Row, ...] = (
     row("hunyuan", "HunYuanDenseV1ForCausalLM", llama(head_dim=12)),
     row("ernie4_5", "Ernie4_5ForCausalLM", llama(head_dim=12)),
     row("apertus", "ApertusForCausalLM", llama()),
-    row("diffllama", "DiffLlamaForCausalLM", llama(), sites={"sdpa": 4, "eager": 2}),
+    row("diffllama", "DiffLlamaForCausalLM", llama(), sites=4),
     row("persimmon", "PersimmonForCausalLM", neox(qk_layernorm=True, partial_rotary_factor=0.5)),
     row("biogpt", "BioGptForCausalLM", neox(), inputs=padded()),
     row("xglm", "XGLMForCausalLM", {"vocab_size": 96, "d_model": 48, "ffn_dim": 80,

@@ -31,7 +31,8 @@ from tests.harness import gradient_differences
 
 __all__ = ["Outcome", "measure"]
 
-TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-9}
+TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-9, "float64/eager": 1e-6}
+"""Spelled-out attention takes its softmax in float32 even of a float64 model, ringfx in float64."""
 OPTIONS: Mapping[str, Any] = {"compiler": "eager", "on_unsupported": "gather"}
 GRADIENT_FLOOR = 1e-3
 FLOAT_FLOOR: Mapping[str, float] = {"float32": 1e-5, "float64": 1e-12}
@@ -65,9 +66,10 @@ class Outcome:
     whole_bytes: int = 0
     split_bytes: int = 0
 
-    def wrong(self, dtype: str) -> bool:
+    def wrong(self, variant: Variant) -> bool:
         """Whether loss, outputs or a gradient differ by more than rounding (NaN included)."""
-        bound = TOLERANCE[dtype]
+        dtype = variant.row.dtype
+        bound = TOLERANCE.get(f"{dtype}/{variant.attention}", TOLERANCE[dtype])
         return not all(x <= bound for x in (self.loss, self.output, self.gradient))
 
 

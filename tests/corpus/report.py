@@ -108,7 +108,7 @@ def _verdict(variant: Variant, every: Sequence[tuple[int, Outcome]]) -> tuple[st
         if outcome.error:
             return "refused", f"p={ranks}: {outcome.error}", ""
     for ranks, o in every:
-        if o.wrong(variant.row.dtype):
+        if o.wrong(variant):
             where = (
                 f"loss {o.loss:.1e}, output {o.output:.1e} ({o.worst_output}), "
                 f"gradient {o.gradient:.1e} ({o.worst_gradient})"
