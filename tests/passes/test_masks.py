@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from ringfx import tiles
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
-from ringfx.passes.masks.simplify import const, simplify
+from ringfx.passes.masks.simplify import assuming, const, simplify
 from ringfx.passes.values import AttentionSite, Captured
 from tests.passes.programs import Attend, captured_with_inputs
 from tests.passes.spellings import BATCH, HEADS, SPELLINGS, Spelling
@@ -238,3 +238,10 @@ def test_a_learned_bias_is_carried() -> None:
     sites = recover(program, detect(program))
     assert sites.found[0].spec.bias is not None
     assert sites.declined == ()
+
+
+def test_an_assumption_reaches_the_conditions_beside_scores() -> None:
+    kept, scores = tiles.CAUSAL, ("score", 0)
+    chosen = ("where", kept, ("mul", scores, const(2.0)), const(-1e9))
+    assert assuming(chosen, kept, True) == ("mul", scores, const(2.0))
+    assert assuming(scores, kept, True) == scores
