@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ringfx.collectives import gather_plain, take_plain
+from ringfx import messages
+from ringfx.collectives import gather_plain, mask_tokens, take_plain
 from ringfx.errors import AgreementError
 from ringfx.layout import Layout
+from ringfx.picks import local_rows, mask_rows
+from ringfx.reads import LocalCall, asked_tokens, local_call
 
 __all__ = ["SplitSpec", "SplitTensor", "wrap"]
 
@@ -45,8 +50,8 @@ class SplitSpec:
     inner: int
     rank: int
     group: str
-    number: int = field(default=0, compare=False)
-    """Counts outputs as they are made: every rank makes them in the same order."""
+    number: str = field(default="", compare=False)
+    """Tells outputs apart, and what is computed from them, in the same words on every rank."""
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(element that each local token holds, whether it holds one)."""
@@ -60,19 +65,22 @@ class SplitSpec:
 class SplitTensor(torch.Tensor):
     """A tensor of the global shape whose tokens are spread over the ranks.
 
-    Any operator on it gathers it first, on all ranks together, and runs on the whole.
+    ``ringfx.reads`` says which operators run on each rank's own tokens and which ask for a few
+    tokens only; any other gathers it first, on all ranks together, and runs on the whole.
     """
 
     _local: torch.Tensor
     _spec: SplitSpec
     _whole: torch.Tensor | None
+    _made: Counter[str]
+    """What was computed from it without gathering, to number the results."""
 
     @staticmethod
     def __new__(cls, local: torch.Tensor, spec: SplitSpec) -> SplitTensor:
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
-        made._local, made._spec, made._whole = local, spec, None
+        made._local, made._spec, made._whole, made._made = local, spec, None, Counter()
         return made
 
     def __tensor_flatten__(self) -> tuple[list[str], SplitSpec]:
@@ -123,10 +131,32 @@ class SplitTensor(torch.Tensor):
             made._whole = source._whole
             return made
 
+        kwargs = kwargs or {}
+        found = _without_gathering(func, args, kwargs)
+        if found is not None:
+            return found
+
         def whole(x: Any) -> Any:
             return x._gathered() if isinstance(x, SplitTensor) else x
 
-        return func(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
+        return func(*tree_map(whole, args), **tree_map(whole, kwargs))
+
+    def _tokens(self, asked: range) -> torch.Tensor:
+        """These tokens on every rank: each comes from the rank that has it."""
+        spec, local = self._spec, self._local
+        _agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
+        index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
+        own = spec.layout.positions(spec.rank, local.device) - spec.offset
+        rows = local_rows(index, own, spec.length, 1, 1)
+        taken = local.index_select(spec.dim, rows.clamp_min(0))
+        taken = mask_rows(taken, rows, taken.dim() - spec.dim - 1)
+        number = taken.to(torch.uint8) if taken.dtype == torch.bool else taken
+        total: torch.Tensor = messages.all_reduce(number, spec.group, spec.name)
+        return total.to(taken.dtype)
+
+    def _next(self, what: str) -> str:
+        self._made[what] += 1
+        return f"#{self._made[what]}"
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
@@ -144,6 +174,51 @@ class SplitTensor(torch.Tensor):
         return self._whole
 
 
+def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a call that needs no more than some tokens; None for others."""
+    given = [x for x in args if isinstance(x, SplitTensor)]
+    nested = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
+    if not given or len(nested) != len(given) or not _alike(given):
+        return None
+    source = given[0]
+    asked = asked_tokens(func, source._spec, args, kwargs)
+    if asked is not None and 0 < 2 * len(asked[0]) < source._spec.length and _sums(source):
+        return func(source._tokens(asked[0]), *asked[1])
+    call = local_call(func, source._spec, args, _local_part)
+    if call is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        return None
+    results = func(*call.args, **kwargs)
+    number = f"{source._spec.number}/{func}{source._next(str(func))}"
+    return tree_map(lambda x: _again_split(x, source._spec, call, number), results)
+
+
+def _alike(given: Sequence[SplitTensor]) -> bool:
+    """Whether they are split alike, and nothing of them is gathered (or only looked at) already."""
+    same = all(x._spec == dataclasses.replace(given[0]._spec, name=x._spec.name) for x in given)
+    return same and not any(x._whole is not None or isinstance(x._local, FakeTensor) for x in given)
+
+
+def _sums(source: SplitTensor) -> bool:
+    """Whether every backend sums this type."""
+    dtype = source.dtype
+    return dtype.is_floating_point or dtype in (torch.int32, torch.int64, torch.bool)
+
+
+def _local_part(x: Any) -> torch.Tensor | None:
+    return x._local if isinstance(x, SplitTensor) else None
+
+
+def _again_split(result: Any, spec: SplitSpec, call: LocalCall, number: str) -> Any:
+    if not isinstance(result, torch.Tensor):
+        return result
+    shape = list(result.shape)
+    shape[call.dim] = call.outer * spec.length * call.inner
+    made = dataclasses.replace(
+        spec, shape=tuple(shape), dim=call.dim, outer=call.outer, inner=call.inner, number=number
+    )
+    return SplitTensor(result, made)
+
+
 class _Wrap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
@@ -153,10 +228,11 @@ class _Wrap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,) = grads
-        if isinstance(grad, SplitTensor):
-            return grad._local, None
         spec: SplitSpec = ctx.spec
         index, valid = spec.index(grad.device)
+        if isinstance(grad, SplitTensor) and grad._whole is None:
+            local = grad._local
+            return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None
         return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None
 
 
@@ -173,12 +249,12 @@ class _Whole(torch.autograd.Function):
 
 def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
     """This rank's part as a tensor of the global shape, differentiable."""
-    numbered = dataclasses.replace(spec, number=next(_outputs))
+    numbered = dataclasses.replace(spec, number=str(next(_outputs)))
     wrapped: torch.Tensor = _Wrap.apply(local, numbered)  # type: ignore[no-untyped-call]
     return wrapped
 
 
-def _agree_to_touch(spec: SplitSpec) -> None:
+def _agree_to_touch(spec: SplitSpec, part: str = "") -> None:
     """All ranks say that they touch this output before any of them starts to gather.
 
     Raises
@@ -187,7 +263,7 @@ def _agree_to_touch(spec: SplitSpec) -> None:
         When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
     """
     store = dist.distributed_c10d._get_default_store()
-    key = f"ringfx/touch/{spec.group}/{spec.number}"
+    key = f"ringfx/touch/{spec.group}/{spec.number}{part}"
     everyone = [f"{key}/{r}" for r in range(spec.layout.world_size)]
     store.set(everyone[spec.rank], "here")
     try:

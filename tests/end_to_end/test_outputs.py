@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringfx
 from examples.peak_memory import extra_bytes
-from tests.end_to_end.models import llama, plain, tokens
-from tests.harness import RankPool
+from tests.end_to_end.models import llama, plain, shifted_loss, tokens
+from tests.harness import RankPool, gradient_differences
+from tests.recorded import recorded
 
 VOCAB = 1009
 MIB = 2**20
@@ -87,6 +88,83 @@ def test_a_gathered_output_is_read_like_any_tensor(ranks3: RankPool) -> None:
         for name, (ours, expected) in read.items():
             assert type(ours) is torch.Tensor, name
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def reads(seq_len: int) -> dict[str, tuple[Any, Any, int]]:
+    """Ways to read logits of a plain model, the stock model's, and the bytes that were moved."""
+    stock, model = plain()(), ringfx.optimize(plain()(), compiler="eager")
+    drawn = tokens(seq_len, 2)
+    bias = torch.arange(seq_len, dtype=torch.float32)[:, None]
+    found = {}
+    with torch.no_grad():
+        expected = stock(drawn)
+        for name, way in WAYS.items():
+            logits = model(drawn)
+            with recorded() as sent:
+                ours = way(logits, bias)
+                moved = sum(m.num_bytes for m in sent)
+            found[name] = (ours, way(expected.clone(), bias), moved)
+    return found
+
+
+WAYS: dict[str, Any] = {
+    "last": lambda x, b: x[:, -1],
+    "one": lambda x, b: x[:, 7],
+    "some": lambda x, b: x[:, 3:9:2],
+    "of one sample": lambda x, b: x[1, -2],
+    "largest of the last": lambda x, b: x[:, -1].argmax(-1),
+    "last of the largest": lambda x, b: x.argmax(-1)[:, -1],
+    "last of a float copy": lambda x, b: (x.double() * 2)[:, -1:],
+    "largest": lambda x, b: x.argmax(-1) + 0,
+    "values": lambda x, b: x.max(-1).values,
+    "mask": lambda x, b: (x > 0)[:, 2],
+    "with positions": lambda x, b: (x + b)[:, -1],
+    "softmax": lambda x, b: torch.softmax(x / 0.7, -1)[:, 5:8],
+    "top": lambda x, b: x.topk(3, -1).indices[..., 0, :],
+    "flat": lambda x, b: x.view(-1, x.shape[-1]).log_softmax(-1),
+    "transposed": lambda x, b: x.transpose(1, 2),
+    "all but the last": lambda x, b: x[:, :-1],
+    "mean": lambda x, b: x.mean(1),
+    "in place": lambda x, b: x.mul_(2) + x,
+}
+FEW = 6 * 96 * 8 * 2
+"""Bytes of what the tokens that are asked for may need, a tenth of the logits."""
+
+
+@pytest.mark.parametrize("ranks", ["ranks2", "ranks3"])
+def test_only_the_tokens_that_are_read_are_moved(
+    ranks: str, request: pytest.FixtureRequest
+) -> None:
+    whole = {"largest", "values", "flat", "transposed", "all but the last", "mean", "in place"}
+    for read in request.getfixturevalue(ranks).run(reads, 101):
+        for name, (ours, expected, moved) in read.items():
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=name)
+            assert name in whole or 0 < moved < FEW, (name, moved)
+
+
+def gradients_through_reads(seq_len: int) -> float:
+    """Losses outside of the model, on logits that stay split as long as they can."""
+    drawn = tokens(seq_len, 2)
+    worst = 0.0
+    for way in (
+        lambda x: x[:, -1].square().sum(),
+        lambda x: (x.square() * x.exp()).mean(),
+        lambda x: shifted_loss(x, drawn),
+        lambda x: torch.nn.functional.cross_entropy(x.view(-1, x.shape[-1]), drawn.view(-1)),
+        lambda x: (
+            torch.log_softmax(x.float(), -1)[:, 2:5] * x.sum(-1, keepdim=True)[:, 1:2]
+        ).sum(),
+    ):
+        stock, source = plain()().double(), plain()().double()
+        way(stock(drawn)).backward()
+        way(ringfx.optimize(source, compiler="eager")(drawn)).backward()
+        found, expected = ({n: p.grad for n, p in m.named_parameters()} for m in (source, stock))
+        worst = max(worst, *gradient_differences(found, expected).values())
+    return worst
+
+
+def test_gradients_flow_through_what_is_read(ranks3: RankPool) -> None:
+    assert max(ranks3.run(gradients_through_reads, 25)) < 1e-5
 
 
 def local_output(seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
