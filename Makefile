@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := ringfx passes cost_model tests examples benchmarks
 
-.PHONY: install demo test check test-all format lint types corpus bench-memory clean
+.PHONY: install demo test check test-all format lint types corpus bench-memory fuzz clean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,10 @@ types: $(INSTALLED)
 # Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.
 corpus: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.corpus $(CORPUS_ARGS)
+
+# Two thousand random spellings of attention; make test runs a hundred.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.fuzz_attention 2000
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+from typing import Any
+
 import pytest
 import torch
 
+from ringfx.tiles import CAUSAL
 from tests.passes.direct import canonical, program_of, results, worst
 from tests.passes.spellings_eager import DECOYS, SPELLINGS, B, E, S, T, Weights
 
 Tensor = torch.Tensor
+recovery = importlib.import_module("ringfx.passes.masks.recover")
 
 
 def given(names: str) -> list[Tensor]:
@@ -76,3 +82,21 @@ def test_a_near_miss_says_why(name: str) -> None:
 def test_there_are_many_spellings_and_decoys() -> None:
     assert len(SPELLINGS) >= 60
     assert len(DECOYS) >= 25
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"products": {0: 1.1}}, {"cap": 3.0}, {"bias": ("k",)}, {"written": CAUSAL}]
+)
+def test_a_canonical_form_that_differs_is_refused(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    right = recovery.decompose
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(right(*args, **kwargs), **wrong)
+
+    monkeypatch.setattr(recovery, "decompose", decompose)
+    program, _ = program_of(weights(SPELLINGS["plain"].body), given("x"))
+    sites = canonical(program)
+    assert sites.found == ()
+    assert "differs from it by" in sites.declined[0].reason

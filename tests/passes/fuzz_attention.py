@@ -1,0 +1,192 @@
+"""Random spellings of attention: legal ones are found and equal, broken ones are refused or equal.
+
+    python -m tests.passes.fuzz_attention 2000
+
+A spelling is drawn piece by piece: sizes (often all equal, so that only axes tell them apart), the
+form of both products, the place of the scale, the mask, the softmax. A mutation breaks one piece.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.passes.direct import canonical, program_of, results, worst
+
+__all__ = ["check", "spelling"]
+
+Tensor = torch.Tensor
+LOWEST = torch.finfo(torch.float32).min
+MUTATIONS = (
+    "none", "none", "none", "softmax over queries", "softmax over heads", "weights used again",
+    "scores used again", "keys are values", "queries are keys", "values transposed",
+    "weights transposed", "heads swapped", "mask transposed", "scores squared", "scores shifted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    batch: int
+    heads: int
+    tokens: int
+    width: int
+
+
+class Model(nn.Module):
+    def __init__(self, sizes: Sizes, body: Callable[..., Tensor]) -> None:
+        super().__init__()
+        hidden = sizes.heads * sizes.width
+        self.sizes, self.body = sizes, body
+        self.q, self.k, self.v = (nn.Linear(hidden, hidden) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.sizes
+        q, k, v = (
+            f(x).view(s.batch, s.tokens, s.heads, s.width).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        )
+        return self.body(q, k, v)
+
+
+def letters(rng: random.Random, n: int) -> list[str]:
+    return rng.sample("abcdefghijklmnopqrstuvwxyz", n)
+
+
+def by_einsum(rng: random.Random) -> Callable[[Tensor, Tensor], Tensor]:
+    b, h, i, j, d = letters(rng, 5)
+    equation = f"{b}{h}{i}{d},{b}{h}{j}{d}->{b}{h}{i}{j}"
+    return lambda q, k: torch.einsum(equation, q, k)
+
+
+def permuted(rng: random.Random) -> Callable[[Tensor, Tensor], Tensor]:
+    """An einsum on operands in random layouts."""
+    names = letters(rng, 5)
+    b, h, i, j, d = names
+    orders = [rng.sample(range(4), 4) for _ in range(2)]
+    left, right = ("".join([b, h, t, d][p] for p in o) for t, o in zip((i, j), orders, strict=True))
+    equation = f"{left},{right}->{b}{h}{i}{j}"
+    return lambda q, k: torch.einsum(equation, q.permute(orders[0]), k.permute(orders[1]))
+
+
+def folded(q: Tensor, k: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    left, right = q.reshape(b * h, n, d), k.reshape(b * h, n, d).transpose(1, 2)
+    return torch.bmm(left, right).view(b, h, n, n)
+
+
+def product(rng: random.Random) -> Callable[[Tensor, Tensor], Tensor]:
+    return rng.choice((
+        lambda q, k: q @ k.transpose(-1, -2),
+        lambda q, k: torch.matmul(q, k.permute(0, 1, 3, 2)),
+        lambda q, k: (k @ q.mT).mT,
+        lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
+        folded, by_einsum(rng), permuted(rng),
+    ))  # fmt: skip
+
+
+def value_product(rng: random.Random) -> Callable[[Tensor, Tensor], Tensor]:
+    b, h, i, j, d = letters(rng, 5)
+    equation = f"{b}{h}{i}{j},{b}{h}{j}{d}->{b}{h}{i}{d}"
+    return rng.choice((
+        lambda p, v: p @ v,
+        lambda p, v: (v.mT @ p.mT).mT,
+        lambda p, v: torch.einsum(equation, p, v),
+        lambda p, v: torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).view(v.shape),
+    ))  # fmt: skip
+
+
+def mask(rng: random.Random) -> Callable[[Tensor], Tensor]:
+    def keep(s: Tensor) -> Tensor:
+        return torch.ones(s.shape[-2], s.shape[-1], dtype=torch.bool).tril()
+
+    low = rng.choice((-math.inf, LOWEST, -1e9))
+    return rng.choice((
+        lambda s: s,
+        lambda s: s.masked_fill(~keep(s), low),
+        lambda s: torch.where(keep(s), s, low),
+        lambda s: s + torch.zeros(keep(s).shape, dtype=s.dtype).masked_fill(~keep(s), low),
+        lambda s: s + torch.arange(s.shape[-1]) * 0.1,
+        lambda s: 3 * torch.tanh(s / 3),
+    ))  # fmt: skip
+
+
+def exponentials(s: Tensor, dim: int) -> Tensor:
+    e = (s - s.amax(dim, keepdim=True)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+def softmax(rng: random.Random) -> Callable[[Tensor, int], Tensor]:
+    return rng.choice((
+        lambda s, dim: s.softmax(dim),
+        lambda s, dim: torch.softmax(s, dim % 4),
+        lambda s, dim: (s - s.logsumexp(dim, keepdim=True)).exp(),
+        lambda s, dim: s.log_softmax(dim).exp(),
+        exponentials,
+    ))  # fmt: skip
+
+
+def spelling(seed: int) -> tuple[Model, Tensor, str]:
+    """A model, its input, and what was broken in it."""
+    rng = random.Random(seed)
+    equal = rng.random() < 0.5
+    sizes = Sizes(batch=4, heads=4, tokens=4, width=4) if equal else Sizes(
+        batch=2, heads=3, tokens=5, width=4
+    )  # fmt: skip
+    broken = rng.choice(MUTATIONS)
+    if not equal and broken in ("values transposed", "heads swapped"):
+        broken = "none"
+    make, weigh, give, change = product(rng), softmax(rng), value_product(rng), mask(rng)
+    scale, place = rng.choice((1.0, 0.5, 0.37)), rng.choice("qks")
+
+    def body(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (q * scale if place == "q" else q), (k * scale if place == "k" else k)
+        k = q if broken == "queries are keys" else k
+        v = k if broken == "keys are values" else v.mT if broken == "values transposed" else v
+        v = v.transpose(0, 1) if broken == "heads swapped" else v
+        s = make(q, k)
+        s = s * scale if place == "s" else s
+        s = s.square() if broken == "scores squared" else s
+        s = s.roll(1, -1) if broken == "scores shifted" else s
+        s = change(s.mT).mT if broken == "mask transposed" else change(s)
+        dim = {"softmax over queries": -2, "softmax over heads": 1}.get(broken, -1)
+        p = weigh(s, dim)
+        out = give(p.mT if broken == "weights transposed" else p, v)
+        used: Any = p if broken == "weights used again" else s
+        again = broken in ("weights used again", "scores used again")
+        return out + used.clamp(-5, 5).mean() if again else out
+
+    torch.manual_seed(seed)
+    model = Model(sizes, body).double()
+    x = torch.randn(sizes.batch, sizes.tokens, sizes.heads * sizes.width, dtype=torch.float64)
+    return model, x, broken
+
+
+LEGAL = ("none", "keys are values", "queries are keys", "values transposed", "heads swapped")
+
+
+def check(seed: int) -> bool:
+    """Raises where a spelling is missed or changed; returns whether attention was found."""
+    model, x, broken = spelling(seed)
+    program, values = program_of(model, [x])
+    before = results(program, values)
+    sites = canonical(program)
+    assert sites.found or broken not in LEGAL, f"seed {seed} ({broken}): {sites.declined}"
+    difference = worst(results(program, values), before)
+    assert difference < 1e-8, f"seed {seed} ({broken}) differs by {difference:.1e}"
+    return bool(sites.found)
+
+
+def main(count: int) -> None:
+    found = sum(check(seed) for seed in range(count))
+    print(f"{count} spellings: {found} found, the others refused, none wrong")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
