@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ringfx.tiles.ranges import Box, classify
 __all__ = ["density", "describe", "is_balanced"]
 
 SAMPLED_ROWS = 64
-LEAF = 4096
+LEAF = 65536
 """Keys evaluated at once when a row's kept keys are counted."""
 PARTS = 8
 BALANCED_WITHIN = 1.25
@@ -54,7 +55,9 @@ def is_balanced(keep: Expr | None, q_len: int, kv_len: int) -> bool:
     return max(work) <= BALANCED_WITHIN * sum(work) / len(work)
 
 
+@functools.lru_cache(maxsize=64)
 def _row_counts(keep: Expr | None, q_len: int, kv_len: int) -> list[int]:
+    """Kept keys of each sampled row; the layers of a model share few masks."""
     static = [term for term in terms(keep) if not inputs_used(term)]
     rows = min(q_len, SAMPLED_ROWS)
     queries = [(2 * i + 1) * q_len // (2 * rows) for i in range(rows)]
