@@ -443,6 +443,11 @@ def _finish(
     full = keeps_a_key(keep, reader.make, q_len, kv_len)
     if not full:  # a soft term says more than what is kept: which masked key weighs most
         keep = _all(reader, *form.keep)
+    written = not full and not form.replaced and _is_ambiguous(form, bool(soft))
+    if written:  # added as it is written: exact, whatever the strengths, and no tile is left out
+        soft = [term for term in terms if term.low != -math.inf]
+        keep = _all(reader, *(term.keep for term in terms if term.low == -math.inf))
+        form = replace(form, fillings=frozenset({-math.inf}))
     masks = {t.written: t.added for t in terms if full or t not in soft}
     bias: Expr | None = None
     for added in form.added:
@@ -469,12 +474,19 @@ def _empty_rows(
 ) -> Literal["zero", "mean", "absorbed", "nan"]:
     if form.fillings == {-math.inf}:
         return empty_row
-    if len(form.fillings) == 1 and not soft and not math.isnan(*form.fillings):
+    if not _is_ambiguous(form, soft):
         return "mean" if form.replaced else "absorbed"
     raise Unrepresentable(
         "two masks of different strength meet, and a query whose keys are all masked would attend "
         "to those that are masked once"
     )
+
+
+def _is_ambiguous(form: Form, soft: bool) -> bool:
+    """Whether masked scores of one row may differ, so that a row without keys prefers some."""
+    if form.fillings <= {-math.inf}:
+        return False
+    return len(form.fillings) != 1 or soft or math.isnan(*form.fillings)
 
 
 def _all(reader: _Reader, *parts: Expr) -> Expr:

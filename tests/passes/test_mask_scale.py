@@ -33,8 +33,9 @@ def traced(name: str) -> Captured:
     with mode:
         inputs = [torch.empty(BATCH, HEADS, LENGTH, 1) for _ in range(3)]
         inputs += SPELLINGS[name].inputs(LENGTH, LENGTH)
-    program = make_fx(Attend(SPELLINGS[name].mask).forward, tracing_mode="fake", pre_dispatch=True)
-    return capture(program(*inputs), inputs, known=find_rule)
+        attend = Attend(SPELLINGS[name].mask)
+        program = make_fx(lambda *args: (attend(*args),), pre_dispatch=True)(*inputs)
+    return capture(program, inputs, known=find_rule)
 
 
 @contextmanager
