@@ -7,6 +7,7 @@ profile (constants with their origins) -> formulas (time and memory of one layer
 from ringfx.cost_model.choose import choose
 from ringfx.cost_model.formulas import Prediction, predict
 from ringfx.cost_model.memory import predict_memory
+from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import StrategyChoice
 from ringfx.cost_model.profile import Profile, available_profiles, load_profile
 from ringfx.cost_model.quantities import parse_bytes, parse_tokens
@@ -18,6 +19,7 @@ __all__ = [
     "available_profiles",
     "choose",
     "load_profile",
+    "outside_ms",
     "parse_bytes",
     "parse_tokens",
     "predict",

@@ -131,6 +131,7 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         layers=layers,
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=(),
+        outside_ms=0.0,
         memory=replace(plan.memory, parts=(), by_block=(), over_program=()),
         notes=(*plan.notes, "attention only: what moves outside it was not derived again"),
     )

@@ -332,6 +332,7 @@ def _joined(plans: list[Plan]) -> Plan:
         attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
         reshardings=tuple(x for p in plans for x in p.reshardings),
+        outside_ms=sum(p.outside_ms for p in plans),
         memory=MemoryPlan() if len(plans) > 1 else last.memory,
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ringfx.cost_model import choose, load_profile, predict_memory
+from ringfx.cost_model import choose, load_profile, outside_ms, predict_memory
 from ringfx.errors import NoAxisRule
 from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.rules import find_rule
@@ -85,6 +85,7 @@ def lower(
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
         axes=_token_axes(lines), reshardings=local.reshardings,
+        outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=memory(layers={layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),
     )  # fmt: skip

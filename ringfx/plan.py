@@ -143,6 +143,8 @@ class Plan:
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
     notes: tuple[str, ...] = ()
+    outside_ms: float = 0.0
+    """Predicted time of the messages outside attention of one step, as if nothing hid them."""
     profile_date: str = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION

@@ -330,7 +330,8 @@ def _section(title: str, lines: Sequence[str]) -> list[RenderableType]:
 
 def _moves_title(plan: Plan) -> str:
     count, size = plan.num_collectives, format_bytes(plan.collective_bytes)
-    return f"outside attention: {count} message{'' if count == 1 else 's'} a step, {size}"
+    time = f", {format_ms(plan.outside_ms)} if nothing hid them" if plan.outside_ms else ""
+    return f"outside attention: {count} message{'' if count == 1 else 's'} a step, {size}{time}"
 
 
 def _moves(moves: Sequence[Resharding]) -> list[str]:
