@@ -323,7 +323,23 @@ def triangle(call: Call) -> OpAxes:
     )  # fmt: skip
 
 
+def pairs(call: Call) -> OpAxes:
+    """view_as_complex and view_as_real: two numbers of the last dimension are one, or back."""
+    return OpAxes(
+        operands=(_with_pair(call.shapes[0], call.shapes[0], call.result_shape),),
+        results=(_with_pair(call.result_shape, call.shapes[0], call.result_shape),),
+        share=shares(whole=["pair"]),
+    )
+
+
+def _with_pair(shape: Sequence[int], before: Sequence[int], after: Sequence[int]) -> Labels:
+    common = min(len(before), len(after))
+    return numbered(shape[:common]) + (("pair",),) * (len(shape) - common)
+
+
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.view_as_complex.default: pairs,
+    aten.view_as_real.default: pairs,
     **dict.fromkeys(
         (
             aten.view.default, aten.reshape.default, aten._unsafe_view.default,
