@@ -10,6 +10,8 @@ time is that of the slowest rank, from a common start.
     (c) rows    each rank its own zigzag rows, all K and V already there: what balance by rows costs
     naive       matmul, softmax, matmul of the whole problem in one thread, head by head; / p
 
+and what others do on the same ranks: ``benchmarks/peers.py``.
+
 Memory is the peak resident memory of one forward and backward minus that before it, K, V, q and the
 gradient of the output already there; the worst rank.
 """
@@ -38,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from benchmarks.peers import PEERS
 from ringfx import ops
 from ringfx.layout import Layout
 from ringfx.ops import kernels, stats
@@ -128,6 +131,12 @@ def _split(case: Case, strategy: str, size: int) -> Callable[[], None]:
     return step
 
 
+def _peer(case: Case, name: str, size: int) -> Callable[[], None]:
+    q, k, v, dout = _random(case, case.length // size, case.heads)
+    step: Callable[[], None] = _stepping(lambda: PEERS[name](q, k, v, case.causal), dout, (q, k, v))
+    return step
+
+
 def _naive(case: Case) -> Callable[[], None]:
     q, k, v, dout = _random(case, case.length, 1)
 
@@ -190,6 +199,7 @@ def _contestants(case: Case, rank: int, size: int) -> dict[str, Callable[[], Non
         "heads": _sdpa(case, case.heads // size),
         "rows": _rows(case, rank, size),
         **{strategy: _split(case, strategy, size) for strategy in STRATEGIES},
+        **{name: _peer(case, name, size) for name in PEERS},
     }
 
 
