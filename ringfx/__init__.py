@@ -1,8 +1,8 @@
 """ringfx: split the sequence of any PyTorch model over many devices, without changing the model."""
 
-from ringfx.api import optimize, plan
+from ringfx.api import optimize, plan, stats
 from ringfx.errors import RingfxError
 from ringfx.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
-__all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan"]
+__all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats"]

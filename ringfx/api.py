@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ringfx.backend import Backend, no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
+from ringfx.ops.stats import LayerStats, snapshot
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.pipeline import lower
@@ -28,7 +29,7 @@ from ringfx.plan import MemoryPlan, Plan
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.world import World
 
-__all__ = ["Optimized", "offline", "optimize", "plan"]
+__all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -193,6 +194,27 @@ def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
     made: M = object.__new__(type(type(model).__name__, (Optimized, type(model)), {}))
     made.__dict__.update(state, _ringfx_backend=backend)
     return made
+
+
+def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
+    """What each attention of an optimized model has done on this rank so far, by module path.
+
+    Counters of kernel calls, messages, bytes sent and tiles halved for want of memory are always on;
+    seconds of compute and of waiting are taken only inside ``with ringfx.ops.timed():``. Models
+    whose layers have equal paths share counters; ``ringfx.ops.reset_stats()`` starts anew.
+
+    Raises
+    ------
+    InvalidArgument
+        If the model does not come from ``ringfx.optimize``.
+    """
+    if not isinstance(model, Optimized):
+        raise InvalidArgument(
+            f"stats: {type(model).__name__} does not come from ringfx.optimize. "
+            "Do: pass the model that optimize returned."
+        )
+    names = {layer.name for plan in model._ringfx_backend.plans for layer in plan.layers}
+    return {name: found for name, found in snapshot().items() if name in names}
 
 
 class Planned(Exception):

@@ -16,6 +16,7 @@ from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
+from ringfx.ops.stats import snapshot
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
@@ -103,6 +104,7 @@ class Runner:
         settings, world = backend.settings, backend.world
         self._compiled = compiled
         self._plan = lowered.plan
+        self._compared = False
         self._ran = backend.ran
         self._extra = list(extra)
         self._accumulation = backend.accumulation
@@ -129,6 +131,10 @@ class Runner:
         if self._extra:
             self._extra[-1] = torch.full((), self._accumulation.call(inputs))
         results = self._compiled(*self._kept(inputs), *self._extra)
+        if not self._compared:
+            self._compared = True
+            for text in other_kernels(self._plan):
+                log.warning(text)
         finished = [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
         return self._write(inputs, finished)
 
@@ -170,6 +176,17 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
     return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
+
+
+def other_kernels(plan: Plan) -> list[str]:
+    """What to say where a layer ran another kernel than the plan's times were made for."""
+    ran = {name: found.kernel for name, found in snapshot().items()}
+    return [
+        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran[layer.name]} ran; "
+        "its predicted times do not hold. Do: run `ringfx calibrate` on this machine."
+        for layer in plan.layers
+        if ran.get(layer.name) and ran[layer.name] != layer.kernel
+    ]
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:

@@ -3,5 +3,7 @@
 from ringfx.ops.attention import attention
 from ringfx.ops.direct import ring_attention
 from ringfx.ops.layouts import gather, shard
+from ringfx.ops.stats import reset as reset_stats
+from ringfx.ops.stats import timed
 
-__all__ = ["attention", "gather", "ring_attention", "shard"]
+__all__ = ["attention", "gather", "reset_stats", "ring_attention", "shard", "timed"]

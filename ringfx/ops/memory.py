@@ -6,6 +6,7 @@ a tile is complete, so a failed try leaves no trace in the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from ringfx.ops.problem import Problem
 __all__ = ["SMALLEST_TILE", "is_out_of_memory", "smaller", "tried"]
 
 T = TypeVar("T")
+log = logging.getLogger("ringfx")
 
 SMALLEST_TILE = 16
 """Tokens on a side below which halving would free less than a kernel's own scratch memory."""
@@ -61,6 +63,13 @@ def smaller(problem: Problem, piece: Piece, batch: int, heads: int) -> Tiling:
             f"kernel {problem.kernel.name}); tiles were halved down to it. What is held besides "
             f"grows with the tokens on a rank, {problem.q_layout.local_length} of {spec.q_len} "
             f"over {ranks.size} ranks. Do: use more ranks, a shorter sequence or a smaller batch."
+        )
+    if problem.stats.retries == 0:
+        log.warning(
+            "%s: a tile of %d queries x %d keys did not fit in memory and is halved",
+            problem.ranks.layer or "attention",
+            piece.q.length,
+            piece.k.length,
         )
     problem.stats.retries += 1
     return Tiling(masked=min(half, problem.tiling.masked), plain=half)
