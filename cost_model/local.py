@@ -9,7 +9,7 @@ import torch
 from ringfx.cost_model import terms
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.collective import GATHERED_BYTES
-from ringfx.ops.heads import head_groups, ring_bytes
+from ringfx.ops.heads import MOST_GROUPS, RING_GROUPS, Direction, head_groups, ring_bytes
 from ringfx.passes.values import AttentionSite
 
 __all__ = ["Local", "local_share"]
@@ -71,7 +71,7 @@ class Local:
         kept = self.out_items * self.itemsize + self.rows * self.accumulator_bytes
         return kept if self.site.trains else 0
 
-    def groups(self, least_bytes: int) -> int:
+    def groups(self, least_bytes: int, most: int = MOST_GROUPS) -> int:
         """Groups of heads that are sent one by one, each of at least so many bytes of K and V."""
         site, dtype = self.site, getattr(torch, self.site.dtype)
         q, k, v = (
@@ -82,12 +82,12 @@ class Local:
                 (site.kv_heads, self.kv_len, site.v_head_dim),
             )
         )
-        return len(head_groups(q, k, v, least_bytes=least_bytes))
+        return len(head_groups(q, k, v, least_bytes=least_bytes, most=most))
 
-    @property
-    def ring_groups(self) -> int:
+    def ring_groups(self, direction: Direction) -> int:
         """Groups of ``production``."""
-        return self.groups(ring_bytes(torch.device(self.site.device)))
+        least = ring_bytes(torch.device(self.site.device))
+        return self.groups(least, RING_GROUPS[direction])
 
     @property
     def gathered_groups(self) -> int:

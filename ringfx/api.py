@@ -199,7 +199,7 @@ def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
 def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
     """What each attention of an optimized model has done on this rank so far, by module path.
 
-    Counters of kernel calls, messages, bytes sent and tiles halved for want of memory are always on;
+    Counters of kernel calls, messages, bytes sent and tiles that were halved are always on;
     seconds of compute and of waiting are taken only inside ``with ringfx.ops.timed():``. Models
     whose layers have equal paths share counters; ``ringfx.ops.reset_stats()`` starts anew.
 
