@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ringfx.outputs import SplitTensor
 from tests.ranks import RankError, RankPool, error_text, raises
 
 __all__ = [
@@ -306,6 +307,8 @@ def _plain(value: torch.Tensor | None) -> torch.Tensor | None:
         return None
     with torch.no_grad():
         copied = value.detach().clone()
+        if isinstance(copied, SplitTensor):  # a copy of a split output is split: read it
+            copied = copied.whole()
     assert type(copied) is torch.Tensor, f"a touched value stayed {type(copied).__name__}"
     return copied.to(torch.complex128 if copied.is_complex() else torch.float64)
 
