@@ -328,6 +328,8 @@ def _lookups(a: int, b: int, c: int, d: int) -> list[Sample]:
         Sample(aten.searchsorted.Tensor, (real(d).sort().values, x)),
         Sample(aten.searchsorted.Tensor, (real(a, d), real(a, b)), splits=False),
         Sample(aten.diagonal.default, (x,), splits=False),
+        Sample(aten.view_as_complex.default, (real(a, b, 2),)),
+        Sample(aten.view_as_real.default, (torch.complex(real(a, b), real(a, b)),)),
         Sample(aten.diagonal_scatter.default, (real(a, b), real(min(a, b))), splits=False),
         Sample(aten.slice_scatter.default, (x, real(a, 2, c), 1, 1, 3)),
         Sample(aten.index_copy.default, (x, 1, whole(b, 2), real(a, 2, c)), splits=False),
