@@ -25,12 +25,20 @@ Tensor: TypeAlias = torch.Tensor
 aten = torch.ops.aten
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+def _kernel(query: Tensor, key: Tensor, value: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    return _flash(query, key, value, bool(given["is_causal"]))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
     return cast("tuple[Tensor, Tensor]", found)
 
 
-def _kernel_backward(
+def _kernel_backward(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    return _flash_backward(query=query, key=key, value=value, **given)
+
+
+def _flash_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -103,13 +111,14 @@ def _all_to_all(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if causal:
         size = dist.get_world_size()
         order = Layout("zigzag", q.shape[2] * size, size).order()
-    whole = [_HeadsForTokens.apply(x, False) for x in (q, k, v)]
+    whole = [_HeadsForTokens.apply(x, False) for x in (q, k, v)]  # type: ignore[no-untyped-call]
     if order is not None:
         whole = [x.index_select(2, order) for x in whole]
-    out = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=causal)
+    q, k, v = whole
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if order is not None:
         out = out.index_select(2, order.argsort())
-    return cast("Tensor", _HeadsForTokens.apply(out, True))
+    return cast("Tensor", _HeadsForTokens.apply(out, True))  # type: ignore[no-untyped-call]
 
 
 class _Gathered(torch.autograd.Function):
@@ -139,14 +148,14 @@ def _order(length: int) -> Tensor:
 
 
 def _all_gather(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    k, v = (cast("Tensor", _Gathered.apply(x, causal)) for x in (k, v))
+    k, v = (cast("Tensor", _Gathered.apply(x, causal)) for x in (k, v))  # type: ignore[no-untyped-call]
     if not causal:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
     layout = Layout("zigzag", k.shape[2], dist.get_world_size())
     parts = []
     for start, rows in zip(layout.chunk_starts(dist.get_rank()), q.chunk(2, dim=2), strict=True):
         stop = start + rows.shape[2]
-        parts.append(_Rows.apply(rows, k[:, :, :stop], v[:, :, :stop]))
+        parts.append(_Rows.apply(rows, k[:, :, :stop], v[:, :, :stop]))  # type: ignore[no-untyped-call]
     return torch.cat(parts, 2)
 
 
@@ -157,9 +166,9 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = k.shape[2] - q.shape[2]
         merger = template._SDPAMerger(True, seq_dim=2)
-        merger.step(*_kernel(q, k[:, :, first:], v[:, :, first:], True), False)
+        merger.step(*_flash(q, k[:, :, first:], v[:, :, first:], True), False)
         if first:
-            merger.step(*_kernel(q, k[:, :, :first], v[:, :, :first]), False)
+            merger.step(*_flash(q, k[:, :, :first], v[:, :, :first], False), False)
         out, lse = merger.results()
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -168,16 +177,16 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         first = k.shape[2] - q.shape[2]
-        dq, dk, dv = _kernel_backward(dout, q, k[:, :, first:], v[:, :, first:], out, lse, True)
+        dq, dk, dv = _flash_backward(dout, q, k[:, :, first:], v[:, :, first:], out, lse, True)
         if first:
-            before = _kernel_backward(dout, q, k[:, :, :first], v[:, :, :first], out, lse, False)
+            before = _flash_backward(dout, q, k[:, :, :first], v[:, :, :first], out, lse, False)
             dq = dq + before[0]
             dk, dv = torch.cat([before[1], dk], 2), torch.cat([before[2], dv], 2)
         return dq, dk, dv
 
 
 def _torch_ring(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return cast("Tensor", _TorchRing.apply(q, k, v, causal))
+    return cast("Tensor", _TorchRing.apply(q, k, v, causal))  # type: ignore[no-untyped-call]
 
 
 PEERS: Mapping[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {

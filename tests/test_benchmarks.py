@@ -40,8 +40,8 @@ def test_peers_give_the_output_and_gradients_of_unsplit_attention(
     causal: bool, ranks2: RankPool
 ) -> None:
     q, k, v, dout = _whole()
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    leaves = q, k, v = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     oracle = (out.detach(), *torch.autograd.grad(out, leaves, dout))
     by_rank = ranks2.run(_run, causal)
     layout = Layout("zigzag" if causal else "contiguous", LENGTH, 2)

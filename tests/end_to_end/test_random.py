@@ -48,7 +48,8 @@ class Drawing(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids)
         x = self.draws(self, x + self.attend(x))
-        return self.out(x + self.attend(x)).square().mean()
+        loss: torch.Tensor = self.out(x + self.attend(x)).square().mean()
+        return loss
 
 
 def dropout(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
