@@ -62,13 +62,13 @@ def _simple_backward(local: Local) -> int:
 
 def _production_forward(local: Local) -> int:
     """min(5, 3 N)/N kv e: two groups' blocks at hand, on their way, and one packed; the output."""
-    groups = local.ring_groups("forward")
+    groups = local.ring_groups
     return _passing(local, groups) + _output(local, groups)
 
 
 def _production_backward(local: Local) -> int:
     """min(5, 3 N)/N kv e + (q + kv) a for the sums + min(4, 3 N)/N kv a for shares of gradients."""
-    groups, kv = local.ring_groups("backward"), local.kv_items
+    groups, kv = local.ring_groups, local.kv_items
     shares = min(4, 3 * groups) * kv // groups
     kernel = (local.q_items + kv) // groups * local.itemsize
     return (

@@ -111,7 +111,7 @@ def production(local: Local, profile: Profile, direction: Direction) -> Phase:
     backward    the same, with m(dKV) beside each t_h from the second hop on: the gradients of the
                 hop before travel then; the last group's go home exposed, m(dKV) / N
     """
-    groups = local.ring_groups(direction)
+    groups = local.ring_groups
     hops = _hop_seconds(local, profile, "production", direction, all_hops=False, groups=groups)
     num = len(hops)
     kv_bytes, gradient_bytes = _kv_bytes(local), _gradient_bytes(local)

@@ -9,7 +9,7 @@ import torch
 from ringfx.cost_model import terms
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.collective import GATHERED_BYTES
-from ringfx.ops.heads import MOST_GROUPS, RING_GROUPS, Direction, head_groups, ring_bytes
+from ringfx.ops.heads import MOST_GROUPS, RING_GROUPS, head_groups, ring_bytes
 from ringfx.passes.values import AttentionSite
 
 __all__ = ["Local", "local_share"]
@@ -84,10 +84,11 @@ class Local:
         )
         return len(head_groups(q, k, v, least_bytes=least_bytes, most=most))
 
-    def ring_groups(self, direction: Direction) -> int:
+    @property
+    def ring_groups(self) -> int:
         """Groups of ``production``."""
         least = ring_bytes(torch.device(self.site.device))
-        return self.groups(least, RING_GROUPS[direction])
+        return self.groups(least, RING_GROUPS)
 
     @property
     def gathered_groups(self) -> int:

@@ -34,7 +34,7 @@ import torch
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.blocks import pack_into, unpack
 from ringfx.ops.buffers import POOL
-from ringfx.ops.heads import MOST_GROUPS, RING_GROUPS, Direction, HeadGroup, head_groups, ring_bytes
+from ringfx.ops.heads import MOST_GROUPS, RING_GROUPS, HeadGroup, head_groups, ring_bytes
 from ringfx.ops.kernels import accumulation_dtype
 from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.pieces import Tiling, pieces, runs_of
@@ -69,11 +69,9 @@ def hops_needed(spec: AttentionSpec, layout: LayoutKind, size: int) -> int:
     return 1
 
 
-def _groups(
-    problem: Problem, direction: Direction, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[HeadGroup, ...]:
+def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
     threads = problem.ranks.fewest_threads() if q.device.type == "cpu" else 1
-    least, most = ring_bytes(q.device), RING_GROUPS[direction]
+    least, most = ring_bytes(q.device), RING_GROUPS
     return head_groups(q, k, v, least_bytes=least, most=most, threads=threads)
 
 
@@ -145,7 +143,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
     ranks = problem.ranks
-    groups = _groups(problem, "forward", q_BHQD, k_BGKD, v_BGKE)
+    groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
     output = Output.empty(q_BHQD, v_BGKE.shape[-1])
     outputs = [output.of_heads(group.q) for group in groups]
@@ -201,7 +199,7 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    groups = _groups(problem, "backward", q_BHQD, k_BGKD, v_BGKE)
+    groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
     mine = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     parts = [mine.of_heads(group) for group in groups]
