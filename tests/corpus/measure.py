@@ -10,6 +10,7 @@ with that, an absolute difference of 1e-7 G: one rounding of the largest gradien
 from __future__ import annotations
 
 import copy
+import re
 import time
 import traceback
 import warnings
@@ -194,7 +195,7 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
         "declined": tuple(f"{d.name}: {d.reason}" for d in plan.declined),
         "gathers": tuple(wide),
         "narrow_gathers": narrow,
-        "breaks": tuple(n for n in plan.notes if n.startswith("graph break")),
+        "breaks": tuple(_portable(n) for n in plan.notes if n.startswith("graph break")),
         "whole_bytes": plan.memory.whole_bytes,
         "split_bytes": plan.memory.split_bytes,
     }
@@ -206,3 +207,8 @@ def _numbers_a_token(moved: int, plan: Plan, variant: Variant, ranks: int) -> fl
     length = max((axis.length for axis in plan.axes), default=1)
     size = 8 if variant.row.dtype == "float64" else 4
     return moved * ranks / max(ranks - 1, 1) / (batch * length * size)
+
+
+def _portable(text: str) -> str:
+    """Without the folder of this machine that packages are installed in."""
+    return re.sub(r"\S*/site-packages/", "", text)
