@@ -51,7 +51,7 @@ class Ring:
             inputs=(),
             ranks=Ranks(rank, self.size, None, "simulated"),
             layout="zigzag",
-            kernel=kernels.choose(q.device, q.dtype, soft_cap=False, math_only=False),
+            kernel=kernels.choose(q.device, q.dtype),
             tiling=Tiling(masked=512),
             stats=stats.LayerStats(),
         )

@@ -18,7 +18,7 @@ from ringfx import tiles
 from ringfx.cost_model.devices import device_name
 from ringfx.cost_model.profile import Direction
 from ringfx.cost_model.records import AttentionRecord
-from ringfx.ops.kernels import Kernel, Scores, choose
+from ringfx.ops.kernels import MATH, Kernel, Scores, choose
 
 __all__ = [
     "Effort",
@@ -78,7 +78,7 @@ def kernel_cases(device: str, effort: Effort) -> tuple[KernelCase, ...]:
             tokens=tokens,
         )
         for dtype in dtypes
-        for kernel in (_kernel(device, dtype, math_only=False).name, "math")
+        for kernel in _kernels(device, dtype)
         for direction in ("forward", "backward")
         for heads, head_dim, tokens in _sizes(kernel, effort)
     )
@@ -98,8 +98,11 @@ SIZES = ((1, 64, EVEN), (4, 128, EVEN), (8, 32, EVEN), (8, 64, EVEN), (5, 72, OD
 """Heads, head dim and tokens; the last row is for sizes that fill no block."""
 
 
-def _kernel(device: str, dtype: str, *, math_only: bool) -> Kernel:
-    return choose(torch.device(device), getattr(torch, dtype), soft_cap=False, math_only=math_only)
+def _kernels(device: str, dtype: str) -> dict[str, Kernel]:
+    """What layers run on this device, by name: in a ring, over gathered keys, and the reference."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    found = (choose(where, kind), choose(where, kind, gathered=True), MATH)
+    return {kernel.name: kernel for kernel in found}
 
 
 def measure_kernel(device: str, case: KernelCase, effort: Effort) -> AttentionRecord:
@@ -131,7 +134,7 @@ def measure_kernel(device: str, case: KernelCase, effort: Effort) -> AttentionRe
 def _kernel_call(
     device: str, case: KernelCase, bias: torch.Tensor | None = None
 ) -> Callable[[], object]:
-    kernel = _kernel(device, case.dtype, math_only=case.kernel == "math")
+    kernel = _kernels(device, case.dtype)[case.kernel]
     shape = (1, case.heads, case.tokens, case.head_dim)
     dtype: torch.dtype = getattr(torch, case.dtype)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))

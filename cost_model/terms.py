@@ -20,6 +20,7 @@ import torch
 
 from ringfx.cost_model.profile import Collective, Direction, Profile
 from ringfx.cost_model.work import MASKED_TILE, Work
+from ringfx.ops.kernels import GATHERED_KERNELS
 from ringfx.passes.values import AttentionSite
 
 __all__ = [
@@ -58,8 +59,11 @@ def kernel_name(site: AttentionSite, strategy: str, profile: Profile) -> str:
     """The kernel that will run: ``ringfx.ops.kernels.choose`` decides likewise."""
     if strategy == "simple" or site.spec.soft_cap is not None:
         return "math"
-    fused = (r.kernel for r in profile.kernels if r.dtype == site.dtype and r.kernel != "math")
-    return next(fused, profile.fused_kernel)
+    fused = [r.kernel for r in profile.kernels if r.dtype == site.dtype and r.kernel != "math"]
+    gathered = [name for name in fused if name in GATHERED_KERNELS]
+    if strategy == "collective" and gathered:
+        return gathered[0]
+    return next((name for name in fused if name not in gathered), profile.fused_kernel)
 
 
 def stored_tile(site: AttentionSite) -> int:

@@ -261,6 +261,7 @@ def _problem(
         q.dtype,
         soft_cap=spec.soft_cap is not None,
         math_only=strategy == "simple" or bool(bias_grads),
+        gathered=strategy == "collective",
     )
     found = stats.layer(name)
     found.kernel = kernel.name

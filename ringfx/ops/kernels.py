@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "CPU_FLASH",
+    "GATHERED_KERNELS",
     "MATH",
     "Kernel",
     "Scores",
@@ -69,16 +70,30 @@ class Kernel:
     """Whether a tile's scores are kept in memory, so that tiles must be bounded."""
 
 
-def choose(device: torch.device, dtype: torch.dtype, *, soft_cap: bool, math_only: bool) -> Kernel:
-    """The kernel for a device: the fastest that returns a logsumexp and can do what is asked."""
+GATHERED_KERNELS = frozenset({"cuda_xformers"})
+"""Kernels that are taken only where one call meets all keys."""
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    soft_cap: bool = False,
+    math_only: bool = False,
+    gathered: bool = False,
+) -> Kernel:
+    """The kernel for a device: the fastest that returns a logsumexp and can do what is asked.
+
+    ``gathered``: one call meets all keys, as in the collective strategy.
+    """
     if math_only or soft_cap:
         return MATH
     if device.type == "cpu":
         return CPU_FLASH
     if device.type == "cuda":
-        from ringfx.ops import cuda_kernels
+        from ringfx.ops import cuda
 
-        return cuda_kernels.choose(device, dtype)
+        return cuda.choose(device, dtype, gathered=gathered)
     return MATH
 
 
