@@ -39,6 +39,8 @@ class Captured:
     """Results that are a written input itself: index of the result -> index of the input."""
     graph_break: str | None = None
     """The user frame that broke the graph after this program, if one did."""
+    buffers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Values of the inputs that a module holds and this program does not write."""
     uncompiled_caller: str | None = None
     """The user frame that calls this program and that Dynamo could not compile, if there is one."""
 
@@ -126,5 +128,7 @@ class Sites:
 
     found: tuple[AttentionSite, ...]
     declined: tuple[Declined, ...] = ()
+    buffers: tuple[int, ...] = ()
+    """Inputs of the program whose present values the masks count on."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """For each site's node, the graph nodes whose tensors its tile functions read."""

@@ -16,6 +16,7 @@ from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
+from ringfx.held import Held
 from ringfx.ops.stats import snapshot
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.capture.breaks import is_outermost
@@ -112,6 +113,7 @@ class Runner:
         self._returned = lowered.captured.returned
         self._gather = lowered.captured.graph_break is not None
         self._outputs_form = settings.outputs
+        self._held = Held(lowered.captured, lowered.held)
         self._specs = [
             None if output is None else _spec(output, lowered, world, i)
             for i, output in enumerate(lowered.local.outputs)
@@ -126,6 +128,7 @@ class Runner:
     def __call__(self, *inputs: Any) -> list[Any]:
         self._ran.append(self._plan)
         inputs = tuple(_whole(v) for v in inputs)
+        self._held.check(inputs)
         if self._agreement is not None:
             self._agreement.check(inputs)
         if self._extra:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AgreementError",
     "AttentionNotFound",
+    "BufferChanged",
     "CaptureRefused",
     "CommunicationError",
     "InvalidArgument",
@@ -47,6 +48,10 @@ class StrategyRefused(RingfxError):
 
 class AgreementError(RingfxError):
     """The ranks do not run the same program on the same inputs."""
+
+
+class BufferChanged(RingfxError):
+    """A buffer holds another mask than when the model was compiled."""
 
 
 class CommunicationError(RingfxError):

@@ -37,6 +37,8 @@ class Lowered:
     captured: Captured
     plan: Plan
     local: LocalProgram
+    held: tuple[int, ...]
+    """Inputs whose values the program was made for: masks that modules keep."""
     digest: str
     """Equal on all ranks that run the same program under the same plan."""
 
@@ -89,7 +91,13 @@ def lower(
         memory=memory(layers={layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),
     )  # fmt: skip
-    return Lowered(captured=captured, plan=plan, local=local, digest=_digest(captured, plan))
+    return Lowered(
+        captured=captured,
+        plan=plan,
+        local=local,
+        held=sites.buffers,
+        digest=_digest(captured, plan),
+    )
 
 
 def _refuse_unknown(

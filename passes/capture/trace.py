@@ -78,6 +78,11 @@ def capture(
         needs_grad=needs_grad,
         writes=written.writes,
         returned=written.returned,
+        buffers={
+            i: value
+            for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if i not in written.writes and _is_buffer(node, value)
+        },
         graph_break=graph_break(gm),
         uncompiled_caller=uncompiled_caller(),
     )
@@ -115,6 +120,14 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_buffer(node: torch.fx.Node, value: Any) -> bool:
+    """A tensor that a module holds, no parameter, whose values can be looked at."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or not source.guard_source.is_unspecialized_nn_module():
+        return False
+    return type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
 
 
 def _input_name(node: torch.fx.Node) -> str:

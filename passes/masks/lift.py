@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from ringfx.passes.axes.call import Call
+from ringfx.passes.masks.buffers import Buffers
 from ringfx.passes.masks.constants import fold_constant
 from ringfx.passes.masks.elements import ELEMENT_RULES, Index
 from ringfx.passes.masks.ranged import Ranges
@@ -37,6 +38,8 @@ class Lifter:
         For each value the first one that is computed alike (``first_of_equals``).
     leaves
         Values that are expressions of their own, whatever computes them.
+    buffers
+        Inputs whose values are known.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class Lifter:
         box: Box | None = None,
         same: Mapping[Node, Node] | None = None,
         leaves: Mapping[Node, Expr] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.captured: list[Node] = []
         self._ranges = Ranges(box)
         self.same = same or {}
         self._leaves = leaves or {}
+        self._buffers = buffers or Buffers({})
         self._memo: dict[tuple[Node, Index], Expr] = {}
 
     def element(self, value: Any, index: Index) -> Expr:
@@ -89,16 +94,19 @@ class Lifter:
         return self.make("where", self.make("lt", expr, const(0)), wrapped, expr)
 
     def is_lifted(self, value: Node) -> bool:
-        return value in self._leaves or value.target in ELEMENT_RULES
+        return value in self._leaves or value.target in ELEMENT_RULES or self._buffers.has(value)
 
     def _lift(self, node: Node, index: Index) -> Expr:
         rule = ELEMENT_RULES.get(node.target)
         lifted = rule(self, Call(node), index) if rule is not None else None
         if lifted is None or _is_large(lifted):
             lifted = fold_constant(node, index)
-        return lifted if lifted is not None else self._capture(node, index)
+        if lifted is None:
+            lifted = self._buffers.element(self, node, index)
+        return lifted if lifted is not None else self.capture(node, index)
 
-    def _capture(self, node: Node, index: Index) -> Expr:
+    def capture(self, node: Node, index: Index) -> Expr:
+        """The element as it is read from the value itself."""
         if node not in self.captured:
             self.captured.append(node)
         return ("at", self.captured.index(node), *index)
@@ -107,12 +115,13 @@ class Lifter:
 class Lifters:
     """One lifter for each set of index ranges: equal masks of many layers are lifted once."""
 
-    def __init__(self, same: Mapping[Node, Node]) -> None:
+    def __init__(self, same: Mapping[Node, Node], buffers: Buffers) -> None:
         self._same = same
+        self._buffers = buffers
         self._found: dict[Box, Lifter] = {}
 
     def of(self, box: Box) -> Lifter:
-        return self._found.setdefault(box, Lifter(box, self._same))
+        return self._found.setdefault(box, Lifter(box, self._same, buffers=self._buffers))
 
 
 def _is_large(expr: Expr) -> bool:

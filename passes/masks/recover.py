@@ -16,6 +16,7 @@ from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
+from ringfx.passes.masks.buffers import Buffers
 from ringfx.passes.masks.decompose import (
     Scores,
     Unrepresentable,
@@ -26,7 +27,7 @@ from ringfx.passes.masks.decompose import (
 from ringfx.passes.masks.emit import Emitter
 from ringfx.passes.masks.lift import Lifter, Lifters, renumbered
 from ringfx.passes.masks.structure import first_of_equals
-from ringfx.passes.values import AttentionSite, Captured, Sites
+from ringfx.passes.values import AttentionSite, Captured, Declined, Sites
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import Box, Expr
 
@@ -55,19 +56,23 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     A candidate whose scores have no canonical form is declined with its reason and left as it is.
     """
     found: list[AttentionSite] = []
-    declined = list(detected.declined)
+    refused: list[Declined] = []
     graph = captured.graph_module.graph
-    lifters, proofs = Lifters(first_of_equals(graph)), Proofs()
-    for candidate in detected.candidates:
+    buffers = Buffers.of(captured)
+    lifters, proofs = Lifters(first_of_equals(graph), buffers), Proofs()
+    for candidate in reversed(detected.candidates):  # one may read another's result
         try:
             recovered = _recover(candidate, lifters.of(_box(candidate)), proofs)
         except Unrepresentable as reason:
-            declined.append(decline(candidate.node, str(reason)))
+            refused.append(decline(candidate.node, str(reason)))
             continue
         node = _replace(graph, candidate, recovered)
         found.append(_site(candidate, node, recovered.spec))
     _drop_dead_masks(captured.graph_module)
-    return Sites(found=tuple(found), declined=tuple(declined))
+    inputs = graph.find_nodes(op="placeholder")
+    read = tuple(i for i, node in enumerate(inputs) if node in buffers.read)
+    declined = (*detected.declined, *reversed(refused))
+    return Sites(found=tuple(reversed(found)), declined=declined, buffers=read)
 
 
 def _box(candidate: Candidate) -> Box:
