@@ -116,8 +116,6 @@ class _Functionalizer:
             return base.current if shares and base is not None else self._current(n)
 
         new = self.graph.node_copy(node, current)
-        if new.target is aten.view.default:  # a new value may have other strides
-            new.target = aten.reshape.default
         mark(new, self.grad_enabled)
         return new
 

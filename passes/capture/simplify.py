@@ -17,6 +17,10 @@ def simplify(gm: torch.fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is aten.cat.default:
             _drop_empty_parts(node)
+        if node.target is aten.view.default:
+            # Strides are not kept: an attention's result is contiguous, whatever the kernel's was,
+            # and a `contiguous()` that had nothing to do left no trace.
+            node.target = aten.reshape.default
     eliminate_dead(gm.graph)
     gm.graph.lint()
 

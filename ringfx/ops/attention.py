@@ -118,7 +118,7 @@ def _attention(
         if _may_lose_rows(problem, "mean", "absorbed"):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):
-            fill_nan(out_BHQE, lse_BHQ)
+            fill_nan(problem, out_BHQE, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
         return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)

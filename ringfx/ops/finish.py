@@ -75,9 +75,9 @@ def lost_rows(lse_BHQ: Tensor) -> Tensor:
     return (lse_BHQ == -math.inf)[..., None]
 
 
-def fill_nan(out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
-    """Rows without any key become NaN, as a plain softmax of -inf makes them."""
-    out_BHQE.masked_fill_(lost_rows(lse_BHQ), math.nan)
+def fill_nan(problem: Problem, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+    """Rows without any key become NaN, as a plain softmax of -inf makes them; padding stays 0."""
+    out_BHQE.masked_fill_(_without_keys(problem, lse_BHQ)[..., None], math.nan)
 
 
 def nan_gradient(problem: Problem, dv_BGKE: Tensor, lse_BHQ: Tensor) -> None:

@@ -1,0 +1,97 @@
+"""Models as people write them, each of which was once wrong or refused without a reason."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.end_to_end.models import tokens
+from tests.harness import Case, RankPool, compare_all, compare_here
+
+HIDDEN, HEADS, SEQ_LEN, VOCAB = 16, 2, 29, 96
+
+
+class Attention(nn.Module):
+    """``core(q, k, v)`` on [B, H, S, D], between an embedding and a head."""
+
+    def __init__(self, core: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.core = CORES[core]
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+        self.register_buffer("triangle", torch.tril(torch.ones(1, 1, 64, 64)))
+        nn.init.normal_(self.qkv.weight, std=0.4)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        batch, seq_len, hidden = x.shape
+        shape = (batch, seq_len, HEADS, hidden // HEADS)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in self.qkv(x).split(hidden, dim=2))
+        mixed = self.core(self, q, k, v).transpose(1, 2).contiguous().view(batch, seq_len, hidden)
+        result: torch.Tensor = self.out(mixed)
+        return result
+
+
+Core = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def fused(m: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def triangle_buffer(
+    m: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    hidden = m.triangle[:, :, : q.shape[2], : q.shape[2]] == 0  # type: ignore[index]
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+CORES: Mapping[str, Core] = {
+    "contiguous().view() after SDPA": fused,
+    "a triangle in a buffer": triangle_buffer,
+}
+
+
+def only_tokens() -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens(SEQ_LEN, 2)}
+
+
+def mean_square(output: torch.Tensor) -> torch.Tensor:
+    return output.square().mean()
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            model=functools.partial(Attention, name),
+            inputs=only_tokens,
+            loss=mean_square,
+            dtype=torch.float64,
+            options={"compiler": "eager"},
+            label=name,
+        )
+        for name in CORES
+    ]
+
+
+def test_attention_as_people_write_it_is_right_on_one_rank() -> None:
+    for case in cases():
+        found = compare_here(case).check()
+        assert len(found.strategies) == 1, found.label
+
+
+@pytest.mark.ranks
+def test_attention_as_people_write_it_is_right_on_three_ranks(ranks3: RankPool) -> None:
+    for found in compare_all(ranks3, cases()):
+        found.check()
+        assert len(found.strategies) == 1, found.label
