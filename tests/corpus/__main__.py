@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from tests.corpus.measure import Outcome, measure
-from tests.corpus.report import Record, load, save, write_tables
+from tests.corpus.report import Record, load, save, source, write_tables
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 from tests.ranks import RankError, RankPool
@@ -26,13 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [v for v in chosen if v.name not in before or before[v.name].verdict != "equal"]
     if options.missing:
         chosen = [v for v in chosen if v.name not in load()]
+    commit = source()
+    if options.stale:
+        before = load()
+        chosen = [v for v in chosen if not _fresh(before.get(v.name), commit, options.ranks)]
     pools = {n: RankPool(n, timeout_s=LIMIT_S, collective_timeout_s=COLLECTIVE_LIMIT_S)
              for n in sorted(set(options.ranks))}  # fmt: skip
     records = load()
     started = time.monotonic()
     try:
         for number, variant in enumerate(chosen, 1):
-            record = examine(variant, pools)
+            record = examine(variant, pools, commit)
             records = {**records, variant.name: record}
             save(records)
             print(f"[{number}/{len(chosen)}] {record.line()}", flush=True)
@@ -54,6 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="llama, 't5*/sdpa'")
     parser.add_argument("--failing", action="store_true", help="only what is not equal so far")
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")
+    parser.add_argument("--stale", action="store_true", help="only what this commit did not run")
     parser.add_argument("--limit", type=float, default=0, help="stop after this many seconds")
     return parser.parse_args(arguments)
 
@@ -63,9 +68,16 @@ def _wanted(variant: Variant, names: Sequence[str]) -> bool:
     return not names or any(fnmatch.fnmatch(text, name) for name in names for text in both)
 
 
-def examine(variant: Variant, pools: dict[int, RankPool]) -> Record:
+def _fresh(record: Record | None, commit: str, ranks: Sequence[int]) -> bool:
+    """Whether the record holds this commit's results on so many ranks."""
+    return (
+        record is not None and record.commit == commit and set(map(str, ranks)) == {*record.seconds}
+    )
+
+
+def examine(variant: Variant, pools: dict[int, RankPool], commit: str = "") -> Record:
     """The variant at one rank, and on every number of ranks asked for."""
-    return Record.of(variant, {n: _on(pool, variant) for n, pool in pools.items()})
+    return Record.of(variant, {n: _on(pool, variant) for n, pool in pools.items()}, commit)
 
 
 def _on(pool: RankPool, variant: Variant) -> list[Outcome]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from tests.corpus.measure import Outcome
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
-__all__ = ["Record", "load", "save", "write_tables"]
+__all__ = ["Record", "load", "save", "source", "write_tables"]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -45,6 +47,10 @@ class Record:
     breaks: tuple[str, ...]
     seconds: Mapping[str, float]
     trace: str = ""
+    commit: str = ""
+    """The source measured, as ``git describe`` names it; "+" where it had local changes."""
+    date: str = ""
+    """Day of the measurement, ISO 8601."""
 
     @property
     def model(self) -> str:
@@ -62,7 +68,7 @@ class Record:
         return self.verdict == "equal" and not whole
 
     @staticmethod
-    def of(variant: Variant, outcomes: Mapping[int, Sequence[Outcome]]) -> Record:
+    def of(variant: Variant, outcomes: Mapping[int, Sequence[Outcome]], commit: str = "") -> Record:
         every = [(n, o) for n, ranks in outcomes.items() for o in ranks]
         at_one = outcomes[min(outcomes)][0]
         most = outcomes[max(outcomes)][0]
@@ -88,6 +94,8 @@ class Record:
             breaks=at_one.breaks,
             seconds={str(n): ranks[0].seconds for n, ranks in outcomes.items()},
             trace=trace,
+            commit=commit,
+            date=datetime.date.today().isoformat(),
         )
 
     def line(self) -> str:
@@ -119,6 +127,20 @@ def _verdict(variant: Variant, every: Sequence[tuple[int, Outcome]]) -> tuple[st
 
 def _counted(words: Sequence[str]) -> str:
     return "; ".join(f"{n} x {w}" if n > 1 else w for w, n in Counter(words).items())
+
+
+def source() -> str:
+    """The commit of this tree, with "+" where source files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=HERE, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "/", ":(exclude,top)docs",
+                  ":(exclude,top)tests/corpus/results.json")  # fmt: skip
+    return git("rev-parse", "--short=9", "HEAD") + ("+" if changed else "")
 
 
 def load() -> dict[str, Record]:
@@ -187,8 +209,20 @@ def summary(records: Sequence[Record]) -> str:
         f"{sites} of {sum(r.expected for r in records)} attentions found.",
         f"{sum(r.fully_split for r in records)} variants fully split; "
         f"{len(best)} of {len(models)} rows in at least one implementation.",
+        _measured(records),
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _measured(records: Sequence[Record]) -> str:
+    """From which source, on how many ranks; what is older is named."""
+    commits = Counter(r.commit or "an older source" for r in records)
+    newest = max((r.commit for r in records), key=lambda c: commits[c], default="")
+    ranks = Counter(tuple(sorted(r.seconds)) for r in records)
+    on = "; ".join(f"{n} at p = {', '.join(p)}" for p, n in ranks.most_common())
+    older = [r.name for r in records if r.commit != newest]
+    words = f"Measured at commit {newest or 'unknown'}: {on}."
+    return words + (f" From other commits: {', '.join(older)}." if older else "")
 
 
 def _found_row(r: Record) -> str:
