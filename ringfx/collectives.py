@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 
 from ringfx import messages
+from ringfx.gradients import NOT_REACHED
 
 __all__ = [
     "enter",
@@ -209,7 +210,8 @@ class _Enter(torch.autograd.Function):
 
     Besides the tensors it gives a carrier, a view of one zero in the shape of the flat message,
     which exists to bring that message back. Autograd runs what entered first last, so that the wait
-    comes after everything else that backward has to do.
+    comes after everything else that backward has to do. The tensors' own gradients only tell which
+    of them the loss reaches: the others get none, as in the unsplit program.
     """
 
     @staticmethod
@@ -229,8 +231,8 @@ class _Enter(torch.autograd.Function):
         parts = messages.finish_sum(flat, [shape.numel() for shape in ctx.shapes])
         shaped = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         return tuple(
-            torch.view_as_complex(x) if pairs else x
-            for x, pairs in zip(shaped, ctx.complex, strict=True)
+            None if reached is None else torch.view_as_complex(x) if pairs else x
+            for x, pairs, reached in zip(shaped, ctx.complex, grads[:-1], strict=True)
         )
 
 
@@ -239,15 +241,32 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: torch.Tensor, settings: tuple[Any, ...], *tensors: Any) -> Any:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(call)
         ctx.settings = settings
+        ctx.shapes = [t.shape for t in tensors[:-1]]
         return tuple(t.view_as(t) for t in tensors[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (call,) = ctx.saved_tensors
-        flat = messages.begin_sum(list(grads), call, *ctx.settings)
-        return None, None, *[None] * len(grads), flat
+        members, group, what = ctx.settings
+        given = next((g for g in grads if g is not None), None)
+        if given is None:
+            return (None,) * (len(grads) + 3)
+        parts = [
+            given.new_zeros(shape) if g is None else g
+            for g, shape in zip(grads, ctx.shapes, strict=True)
+        ]
+        reached = [NOT_REACHED if g is None else m for m, g in zip(members, grads, strict=False)]
+        flat = messages.begin_sum(parts, call, reached, group, what)
+        marks = [None if g is None else _mark(g) for g in grads]
+        return None, None, *marks, flat
+
+
+def _mark(grad: torch.Tensor) -> torch.Tensor:
+    """Stands for a gradient that travels in the flat message; one element of memory."""
+    return grad.new_zeros(()).expand(grad.shape)
 
 
 def _place(where: tuple[Any, ...]) -> tuple[int, int, int]:

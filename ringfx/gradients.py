@@ -18,10 +18,13 @@ import torch
 from ringfx.errors import RingfxError
 from ringfx.ops.ranks import Ranks
 
-__all__ = ["NO_CALL", "Accumulation", "parts_to_send"]
+__all__ = ["NOT_REACHED", "NO_CALL", "Accumulation", "parts_to_send"]
 
 NO_CALL = 0
 """Number of a call whose gradients are summed at once and never held."""
+
+NOT_REACHED = -1
+"""Stands for the number of an input that this backward gives no gradient: its part is zero."""
 
 Parameter: TypeAlias = Callable[[], torch.Tensor | None]
 
@@ -70,6 +73,8 @@ class Accumulation:
         self._forget_cleared()
         for reference, part in zip(parameters, parts, strict=True):
             held = self._held.get(id(reference()))
+            if reference is _gone:
+                continue
             if held is None:
                 self._held[id(reference())] = _Held(reference, part.clone())
             else:
@@ -157,7 +162,7 @@ def parts_to_send(
     found = _CALLS.get(call)
     if found is None or not members:
         return parts
-    parameters = [found.parameters[i] for i in members]
+    parameters = [_gone if i == NOT_REACHED else found.parameters[i] for i in members]
     if found.syncing:
         return found.owner.release(parameters, parts)
     found.owner.hold(parameters, parts)

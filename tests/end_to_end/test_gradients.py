@@ -126,6 +126,43 @@ def _two_towers() -> nn.Module:
     return TwoTowers()
 
 
+class TwoHeads(TwoTowers):
+    """Both heads are computed in one program; a loss may use only one."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        found: list[torch.Tensor] = []
+        hook = self.head.register_forward_hook(lambda _, given, __: found.append(given[0]))
+        result = super().forward(input_ids, labels)
+        hook.remove()
+        return (*result, self.other(found[0]).square().mean())
+
+
+def _two_heads() -> nn.Module:
+    torch.manual_seed(7)
+    return TwoHeads()
+
+
+def where_the_loss_does_not_reach() -> float:
+    """None where the unsplit program has none: an optimizer leaves such a parameter alone."""
+    stock, source, model = trio(_two_heads)
+    loss_of(stock).backward()
+    loss_of(model).backward()
+    assert stock.other.weight.grad is None  # type: ignore[union-attr]
+    return difference(source, stock)
+
+
+def held_back_where_the_next_loss_does_not_reach() -> float:
+    stock, source, model = trio(_two_heads)
+    drawn = tokens(SEQ_LEN, 2, seed=0)
+    with model.no_sync():
+        for called in (stock, model):
+            *_, first = called(drawn, drawn)
+            first.backward()
+    loss_of(stock).backward()
+    loss_of(model).backward()
+    return difference(source, stock)
+
+
 def cleared_by_zero_grad(set_to_none: bool) -> float:
     stock, source, model = trio()
     loss_of(stock, 1).backward()
@@ -260,6 +297,8 @@ def _tied() -> nn.Module:
     [
         held_back_at_other_lengths,
         held_back_where_the_next_backward_does_not_reach,
+        where_the_loss_does_not_reach,
+        held_back_where_the_next_loss_does_not_reach,
         functools.partial(cleared_by_zero_grad, True),
         functools.partial(cleared_by_zero_grad, False),
         summed_by_the_backward_of_an_earlier_call,
