@@ -47,6 +47,8 @@ class Record:
     breaks: tuple[str, ...]
     seconds: Mapping[str, float]
     trace: str = ""
+    rounding: int = 0
+    """Tensors that agree up to the unsplit model's own rounding only."""
     commit: str = ""
     """The source measured, as ``git describe`` names it; "+" where it had local changes."""
     date: str = ""
@@ -94,6 +96,7 @@ class Record:
             breaks=at_one.breaks,
             seconds={str(n): ranks[0].seconds for n, ranks in outcomes.items()},
             trace=trace,
+            rounding=max((len(o.rounding) for _, o in every), default=0),
             commit=commit,
             date=datetime.date.today().isoformat(),
         )
@@ -189,10 +192,12 @@ figures are in [results.json](../tests/corpus/results.json).
 ## Split over ranks
 
 *Error*: the worst relative difference of the loss, any output and any gradient, on any rank, from
-the unsplit model in eager mode. *Fully split*: no hidden state of a whole sequence on any rank.
+the unsplit model in eager mode; *rounding*: tensors left out of it because they are as close to the
+exact result as the unsplit model's are. [compare.py](../tests/corpus/compare.py) says both in
+formulas. *Fully split*: no hidden state of a whole sequence on any rank.
 
-| model | dtype | error, 2 ranks | error, 3 ranks | fully split | what is gathered, or the refusal |
-|---|---|---|---|---|---|
+| model | dtype | error, 2 ranks | 3 ranks | rounding | fully split | gathered, or refused |
+|---|---|---|---|---|---|---|
 {split}
 """
 
@@ -233,7 +238,8 @@ def _found_row(r: Record) -> str:
 def _split_row(r: Record) -> str:
     errors = (f"{r.errors[n]:.0e}" if n in r.errors else "" for n in ("2", "3"))
     rest = _short(r.why) if r.why else "; ".join(dict.fromkeys((*r.gathers, *r.breaks)))
-    return _cells(r.name, r.dtype, *errors, "yes" if r.fully_split else "no", rest)
+    rounding = str(r.rounding or "")
+    return _cells(r.name, r.dtype, *errors, rounding, "yes" if r.fully_split else "no", rest)
 
 
 def _cells(*texts: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from tests.corpus.compare import Exact, Results, disagreements, excused
 from tests.corpus.measure import Outcome, measure
 from tests.corpus.report import Record
 from tests.corpus.row import Variant
@@ -55,3 +57,52 @@ def test_an_internal_error_is_wrong_and_a_refusal_is_not() -> None:
     raw = Outcome(seconds=1.0, error="KeyError: 3", trace="somewhere")
     assert Record.of(variant, {2: [refused, refused]}).verdict == "refused"
     assert Record.of(variant, {2: [refused, raw]}).verdict == "WRONG"
+
+
+def results(**gradients: torch.Tensor | None) -> Results:
+    return Results(tensors={f"gradient of {name}": g for name, g in gradients.items()})
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def far(ours: Results, stock: Results, exact: Results) -> set[str]:
+    found = disagreements(ours, stock)
+    wrong = {name for name, value in found.items() if not value <= 1e-4}
+    return wrong - excused(wrong, ours, stock, exact, "float32")
+
+
+def test_rounding_of_a_gradient_that_is_zero_in_theory_is_no_error() -> None:
+    exact = results(weight=tensor(1.0, 2.0), bias=tensor(0.0, 1e-17))
+    stock = results(weight=tensor(1.0, 2.0), bias=tensor(5e-7, 0.0))
+    ours = results(weight=tensor(1.0, 2.0), bias=tensor(-5e-7, 1e-7))
+    assert not far(ours, stock, exact)
+    ours = results(weight=tensor(1.0, 2.0), bias=tensor(-2e-6, 1e-7))
+    assert far(ours, stock, exact) == {"gradient of bias"}
+
+
+def test_a_small_gradient_that_is_off_is_an_error() -> None:
+    stock = results(weight=tensor(1.0), bias=tensor(2e-3))
+    assert far(results(weight=tensor(1.0), bias=tensor(2.001e-3)), stock, stock)
+
+
+def test_an_unsplit_model_that_is_far_from_exact_excuses_nothing() -> None:
+    exact, stock = results(expert=tensor(3.0)), results(expert=tensor(1.0))
+    assert far(results(expert=tensor(2.0)), stock, exact) == {"gradient of expert"}
+
+
+@pytest.mark.parametrize("ours", [tensor(0.0), tensor(float("nan")), tensor(0.0, 0.0)])
+def test_zeros_and_nan_agree_with_no_gradient_at_all_never(ours: torch.Tensor) -> None:
+    stock = results(used=tensor(1.0), unused=None)
+    assert far(results(used=tensor(1.0), unused=ours), stock, stock) == {"gradient of unused"}
+
+
+def test_the_exact_model_rounds_nothing_to_float32() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with Exact():
+        found = (
+            x.float(), x.to(torch.float32), x.softmax(-1, dtype=torch.float32),
+            torch.zeros(2, dtype=torch.float32),
+        )  # fmt: skip
+    assert {y.dtype for y in found} == {torch.float64}

@@ -1,0 +1,124 @@
+"""When split results count as equal: the one rule, for the loss, every output and every gradient.
+
+A tensor t agrees with the stock model's t*, run in the variant's own type, if
+
+    max|t - t*|  <=  tolerance * max(max|t*|, floor)                                   (plain)
+
+with tolerance 1e-4 (float32) or 1e-10 (float64), and for gradients floor = 1e-4 G, where G is the
+largest gradient of any parameter. Where it does not, t may still be as good as t* is: both are
+compared with the *exact* t', the stock model in float64 in which every request for float32 is
+answered in float64 (Hugging Face computes norms, softmax and losses in float32 in any type).
+
+    max|t - t'|  <=  2 max|t* - t'| + tolerance * floor      and
+    max|t* - t'| <=  1e-6 G  (gradients),  1e-5 max|t'|  (others)                      (rounding)
+
+So what is only rounding in the unsplit model, such as the gradient of a key's bias, which is zero
+in theory, may be other rounding of the same size. The second line keeps this from excusing
+anything else: where the unsplit model itself is far from exact, a token went to another expert.
+
+A gradient that only one side has, another shape, and NaN agree with nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["TOLERANCE", "Exact", "Results", "disagreements", "excused"]
+
+TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-10}
+GRADIENT_FLOOR = 1e-4
+LARGEST_ROUNDING = {"gradient": 1e-6, "other": 1e-5}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Results:
+    """What one run gave, by name; gradients are named ``gradient of ...``."""
+
+    tensors: Mapping[str, torch.Tensor | None]
+
+    @property
+    def largest_gradient(self) -> float:
+        found = (t for name, t in self.tensors.items() if _is_gradient(name) and t is not None)
+        return max(map(_magnitude, found), default=0.0)
+
+
+class Exact(TorchFunctionMode):
+    """Float64 wherever a program asks for float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {k: _wide(v) for k, v in (kwargs or {}).items()}
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*map(_wide, args), **given)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def disagreements(ours: Results, stock: Results) -> dict[str, float]:
+    """For each tensor max|t - t*| / max(max|t*|, floor); infinite where nothing is comparable."""
+    names = stock.tensors.keys() | ours.tensors.keys()
+    floor = GRADIENT_FLOOR * stock.largest_gradient
+    return {
+        name: _relative(
+            ours.tensors.get(name), stock.tensors.get(name), floor if _is_gradient(name) else 0.0
+        )
+        for name in sorted(names)
+    }
+
+
+def excused(
+    names: Iterable[str], ours: Results, stock: Results, exact: Results, dtype: str
+) -> set[str]:
+    """The names whose difference from the stock model is no more than rounding, as defined."""
+    return {name for name in names if _is_rounding(name, ours, stock, exact, TOLERANCE[dtype])}
+
+
+def _is_rounding(
+    name: str, ours: Results, stock: Results, exact: Results, tolerance: float
+) -> bool:
+    mine, theirs, true = (r.tensors.get(name) for r in (ours, stock, exact))
+    if mine is None or theirs is None or true is None or mine.shape != theirs.shape:
+        return False
+    largest = exact.largest_gradient
+    scale = largest if _is_gradient(name) else _magnitude(true)
+    bound = LARGEST_ROUNDING["gradient" if _is_gradient(name) else "other"] * scale
+    rounding = _distance(theirs, true)
+    floor = tolerance * GRADIENT_FLOOR * scale
+    return rounding <= bound and _distance(mine, true) <= 2 * rounding + floor
+
+
+def _is_gradient(name: str) -> bool:
+    return name.startswith("gradient of ")
+
+
+def _relative(ours: torch.Tensor | None, stock: torch.Tensor | None, floor: float) -> float:
+    if ours is None or stock is None:
+        return 0.0 if ours is stock else math.inf
+    distance = _distance(ours, stock)
+    if distance == 0.0:
+        return 0.0
+    scale = max(_magnitude(stock), floor)
+    return distance / scale if scale > 0.0 else math.inf
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b|; infinities on both sides agree; infinite for NaN or another shape."""
+    if a.shape != b.shape:
+        return math.inf
+    if not a.numel():
+        return 0.0
+    found = float(torch.where(a == b, 0.0, a - b).abs().max())
+    return math.inf if math.isnan(found) else found
+
+
+def _magnitude(value: torch.Tensor) -> float:
+    finite = value[value.isfinite()] if value.isinf().any() else value
+    return float(finite.abs().max()) if finite.numel() else 0.0
