@@ -8,14 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.corpus.measure import Outcome, measure
-from tests.corpus.report import Record, load, save, source, write_tables
+from tests.corpus.forked import outcomes, warm_up
+from tests.corpus.report import Record, load, source, update, write_tables
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
-from tests.ranks import RankError, RankPool
-
-LIMIT_S = 150.0
-COLLECTIVE_LIMIT_S = 40.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,25 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.missing:
         chosen = [v for v in chosen if v.name not in load()]
     commit = source()
+    part, parts = options.part
+    chosen = chosen[part - 1 :: parts]
     if options.stale:
         before = load()
         chosen = [v for v in chosen if not _fresh(before.get(v.name), commit, options.ranks)]
-    pools = {n: RankPool(n, timeout_s=LIMIT_S, collective_timeout_s=COLLECTIVE_LIMIT_S)
-             for n in sorted(set(options.ranks))}  # fmt: skip
-    records = load()
+    warm_up()
     started = time.monotonic()
-    try:
-        for number, variant in enumerate(chosen, 1):
-            record = examine(variant, pools, commit)
-            records = {**records, variant.name: record}
-            save(records)
-            print(f"[{number}/{len(chosen)}] {record.line()}", flush=True)
-            if options.limit and time.monotonic() - started > options.limit:
-                print(f"stopped after {options.limit} s; {len(chosen) - number} are left")
-                break
-    finally:
-        for pool in pools.values():
-            pool.close()
+    for number, variant in enumerate(chosen, 1):
+        record = examine(variant, options.ranks, commit)
+        records = update(record)
+        print(f"[{number}/{len(chosen)}] {record.line()}", flush=True)
+        if options.limit and time.monotonic() - started > options.limit:
+            print(f"stopped after {options.limit} s; {len(chosen) - number} are left")
+            break
+    records = load()
     write_tables(records)
     bad = [v.name for v in chosen if v.name in records and records[v.name].verdict == "WRONG"]
     print(f"{len(chosen)} variants, {len(bad)} wrong" + "".join(f"\n  {name}" for name in bad))
@@ -59,6 +51,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--failing", action="store_true", help="only what is not equal so far")
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")
     parser.add_argument("--stale", action="store_true", help="only what this commit did not run")
+    parts = "every Nth variant from the Ith; parts may run at the same time"
+    parser.add_argument("--part", type=int, nargs=2, default=(1, 1), metavar=("I", "N"), help=parts)
     parser.add_argument("--limit", type=float, default=0, help="stop after this many seconds")
     return parser.parse_args(arguments)
 
@@ -75,20 +69,9 @@ def _fresh(record: Record | None, commit: str, ranks: Sequence[int]) -> bool:
     )
 
 
-def examine(variant: Variant, pools: dict[int, RankPool], commit: str = "") -> Record:
-    """The variant at one rank, and on every number of ranks asked for."""
-    return Record.of(variant, {n: _on(pool, variant) for n, pool in pools.items()}, commit)
-
-
-def _on(pool: RankPool, variant: Variant) -> list[Outcome]:
-    started = time.monotonic()
-    try:
-        outcomes: list[Outcome] = pool.run(measure, variant.name)
-        return outcomes
-    except RankError as error:
-        kind = "HANG" if "did not answer" in str(error) else "CRASH"
-        seconds = round(time.monotonic() - started, 1)
-        return [Outcome(seconds=seconds, error=f"{kind}: {str(error)[-3000:]}")]
+def examine(variant: Variant, world_sizes: Sequence[int], commit: str = "") -> Record:
+    """The variant on every number of ranks asked for."""
+    return Record.of(variant, outcomes(variant.name, world_sizes), commit)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ from tests.corpus.measure import Outcome
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
-__all__ = ["Record", "load", "save", "source", "write_tables"]
+__all__ = ["Record", "load", "save", "source", "update", "write_tables"]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
+LOCK = Path(tempfile.gettempdir(), "ringfx-corpus.lock")
 TABLE = HERE.parent.parent / "docs" / "coverage.md"
 
 
@@ -155,6 +158,15 @@ def load() -> dict[str, Record]:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def update(record: Record) -> dict[str, Record]:
+    """Put one record into the file, which other processes may be writing to; all of them."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        records = {**load(), record.name: record}
+        save(records)
+    return records
 
 
 def save(records: Mapping[str, Record]) -> None:
