@@ -58,7 +58,8 @@ types: $(INSTALLED)
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
-	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) benchmarks/memory.py benchmarks/attention_schedule.py
+	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) \
+  benchmarks/memory.py benchmarks/attention_schedule.py $(wildcard benchmarks/prediction/*.py)
 
 # Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.
 corpus: $(INSTALLED)

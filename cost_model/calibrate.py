@@ -26,7 +26,7 @@ from ringfx.cost_model.measure import (
     Effort,
     KernelCase,
     kernel_cases,
-    mask_ns_per_pair,
+    mask_costs,
     masked_ns_per_pair,
     measure_kernel,
     memory_gbytes_per_s,
@@ -72,6 +72,7 @@ class Measurements:
     layers: tuple[AttentionRecord, ...]
     """Layers of each strategy: what any layer, any call and any byte of buffers costs."""
     memory_gbytes_per_s: float
+    mask_us_per_tile: float
     mask_ns_per_pair: float
     masked_ns_per_pair: Mapping[tuple[str, Direction], float]
     """By kernel and direction."""
@@ -116,7 +117,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
     steps.next("memory")
     memory = memory_gbytes_per_s(device, effort)
     steps.next("masks")
-    mask = mask_ns_per_pair(device, effort)
+    mask_us_per_tile, mask_ns_per_pair = mask_costs(device, effort)
     masked = {
         (kernel, direction): masked_ns_per_pair(device, kernel, direction, effort)
         for kernel in dict.fromkeys(case.kernel for case in kernel_cases(device, effort))
@@ -137,7 +138,8 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         messages=messages,
         layers=layers,
         memory_gbytes_per_s=memory,
-        mask_ns_per_pair=mask,
+        mask_us_per_tile=mask_us_per_tile,
+        mask_ns_per_pair=mask_ns_per_pair,
         masked_ns_per_pair=masked,
         contention_ns_per_byte=contention,
         noise=_noise(device, effort),
@@ -249,6 +251,7 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         kernels=kernels,
         links=links,
         mask_ns_per_pair=round(measured.mask_ns_per_pair, 4),
+        mask_us_per_tile=round(measured.mask_us_per_tile, 2),
         contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
         noise=round(measured.noise, 3),
         date=measured.date,

@@ -24,7 +24,7 @@ __all__ = [
     "Effort",
     "KernelCase",
     "kernel_cases",
-    "mask_ns_per_pair",
+    "mask_costs",
     "masked_ns_per_pair",
     "measure_kernel",
     "memory_gbytes_per_s",
@@ -36,6 +36,10 @@ __all__ = [
 
 MASK_SIDE = 512
 """Side of the tiles in which operators evaluate a mask."""
+SMALL_MASK_SIDE = 8
+"""Of a tile whose pairs cost nothing beside the calls."""
+MASKED_SIDE = 256
+"""Of the tiles in which a mask's price for a kernel is measured: their scores stay in cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +184,14 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def mask_ns_per_pair(device: str, effort: Effort) -> float:
-    """Evaluating a causal window on a tile and writing it out, a pair."""
-    side = MASK_SIDE
+def mask_costs(device: str, effort: Effort) -> tuple[float, float]:
+    """Evaluating a causal window and writing it out: microseconds a tile, nanoseconds a pair."""
+    small, large = (_mask_ms(device, side, effort) for side in (SMALL_MASK_SIDE, MASK_SIDE))
+    ns_per_pair = 1e6 * max(0.0, large - small) / (MASK_SIDE**2 - SMALL_MASK_SIDE**2)
+    return 1e3 * small, ns_per_pair
+
+
+def _mask_ms(device: str, side: int, effort: Effort) -> float:
     span = torch.arange(side, device=device)
     one = torch.zeros(1, dtype=torch.int64, device=device)
     index = tiles.TileIndex(b=one, h=one, q=span + side, k=span)
@@ -195,25 +204,28 @@ def mask_ns_per_pair(device: str, effort: Effort) -> float:
         kept = tiles.evaluate(keep, index, []).to(torch.bool)
         return torch.where(kept, zero, -torch.inf).contiguous()
 
-    return 1e6 * statistics.median(timed(run, device, effort)) / side**2
+    return statistics.median(timed(run, device, effort))
 
 
 def masked_ns_per_pair(
     device: str, kernel_name: str, direction: Direction, effort: Effort
 ) -> float:
-    """What a kernel takes longer for a pair where it is given a mask, as tiles are."""
+    """What a kernel takes longer for a pair where it is given a mask that hides half of the pairs.
+
+    Hidden ones cost more than others: the exponential of minus infinity is slow on a CPU.
+    """
     case = KernelCase(
         kernel=kernel_name,
         dtype="float32",
         direction=direction,
         heads=4,
         head_dim=64,
-        tokens=MASK_SIDE,
+        tokens=MASKED_SIDE,
     )
-    zeros = torch.zeros(1, 1, MASK_SIDE, MASK_SIDE, device=device)
-    runs = [_kernel_call(device, case, bias) for bias in (zeros, None)]
+    causal = torch.full((1, 1, MASKED_SIDE, MASKED_SIDE), -torch.inf, device=device).triu_(1)
+    runs = [_kernel_call(device, case, bias) for bias in (causal, None)]
     with_mask, without = (statistics.median(timed(run, device, effort)) for run in runs)
-    return 1e6 * max(0.0, with_mask - without) / (case.heads * MASK_SIDE**2)
+    return 1e6 * max(0.0, with_mask - without) / (case.heads * MASKED_SIDE**2)
 
 
 def memory_gbytes_per_s(device: str, effort: Effort, num_bytes: int = 64 * 2**20) -> float:

@@ -129,6 +129,8 @@ class Profile:
     links: tuple[LinkRow, ...]
     mask_ns_per_pair: float = 0.0
     """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
+    mask_us_per_tile: float = 0.0
+    """What evaluating a mask costs for each tile, whatever its size."""
     handling_ns_per_byte: float = 0.0
     """What a byte of a layer's buffers costs: packing, casting, first touch of new memory."""
     contention_ns_per_byte: float = 0.0
@@ -299,7 +301,12 @@ def _check(profile: Profile, where: str) -> None:
     speed = profile.memory_gbytes_per_s
     if (speed is not None and speed <= 0) or profile.ranks_per_node < 1:
         raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
-    costs = ("contention_ns_per_byte", "mask_ns_per_pair", "handling_ns_per_byte")
+    costs = (
+        "contention_ns_per_byte",
+        "mask_ns_per_pair",
+        "mask_us_per_tile",
+        "handling_ns_per_byte",
+    )
     for name in costs:
         if getattr(profile, name) < 0:
             raise ProfileError(f"profile {where}: {name} must not be negative.")

@@ -92,20 +92,23 @@ def kernel_seconds(
     """
     row = profile.kernel(kernel, site.dtype, direction)
     heads = site.batch * site.heads * head_share
-    calls, pairs = work.calls, work.pairs
+    calls, pairs, masked_pairs = work.calls, work.pairs, work.masked_pairs
+    side = MASKED_TILE
     if kernel == "math":
         side = stored_tile(site)
         calls = max(calls, pairs / side**2)
         work = replace(work, q_rows=max(work.q_rows, pairs / side))
         work = replace(work, k_rows=max(work.k_rows, pairs / side))
         pairs += work.causal_rows * side / 2
+        masked_pairs += work.causal_rows * side
     elif work.diagonals:
         rows = work.causal_rows / work.diagonals
         pairs += work.diagonals * (diagonal_pairs(kernel, rows) - rows * (rows + 1) / 2)
     flops = flops_per_pair(site.head_dim, site.v_head_dim, direction) * pairs
     per_head = flops / (row.gflops * 1e9) + pairs * row.ns_per_pair / 1e9
-    per_head += work.masked_pairs * row.masked_ns_per_pair / 1e9
+    per_head += masked_pairs * row.masked_ns_per_pair / 1e9
     masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
+    masks_s += work.masked_pairs / side**2 * profile.mask_us_per_tile / 1e6
     merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
     return calls * row.call_us / 1e6 + heads * per_head + masks_s + merging
 
