@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.backend import Backend, no_attention_text
 from ringfx.cost_model import StrategyChoice
+from ringfx.dynamo import NEVER_UNSPLIT, for_ringfx, prepare_tracing
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
 from ringfx.ops.stats import LayerStats, snapshot
 from ringfx.passes.capture.breaks import is_outermost
-from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.pipeline import lower
 from ringfx.plan import MemoryPlan, Plan
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
@@ -32,16 +32,6 @@ from ringfx.world import World
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 
 M = TypeVar("M", bound=torch.nn.Module)
-
-_NEVER_UNSPLIT = {
-    "recompile_limit": 1024,
-    "accumulated_recompile_limit": 4096,
-    "fail_on_recompile_limit_hit": True,
-    "optimize_ddp": False,
-}
-"""Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
-each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
-DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
 
 
 class Optimized:
@@ -85,9 +75,9 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
         backend.ran.clear()
-        keep_substituting()
+        prepare_tracing()
         try:
-            with torch._dynamo.config.patch(_NEVER_UNSPLIT):
+            with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
                 result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, RingfxError):
@@ -278,7 +268,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     torch._dynamo.reset()
     mode = _mode_of(model, args, kwargs)
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
-    keep_substituting()
+    prepare_tracing()
     compiled = torch.compile(fake_model, backend=for_ringfx(backend), dynamic=False)
     try:
         with mode:

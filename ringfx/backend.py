@@ -14,13 +14,13 @@ from ringfx.agreement import Agreement
 from ringfx.apart import unfused
 from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
+from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.errors import AttentionNotFound
 from ringfx.gradients import Accumulation
 from ringfx.held import Held
 from ringfx.ops.stats import snapshot
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.capture.breaks import is_outermost
-from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Resharding
 from ringfx.passes.verify.check import line_inputs
@@ -47,7 +47,7 @@ class Backend:
         self.accumulation = Accumulation(world.group)
         self._announced: set[str] = set()
         for_ringfx(self)
-        keep_substituting()
+        prepare_tracing()
 
     @property
     def num_sites(self) -> int:
@@ -279,4 +279,4 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
 
 
 for_ringfx(ringfx_backend)
-keep_substituting()  # Dynamo looks this backend up by name before it traces
+prepare_tracing()  # Dynamo looks this backend up by name before it traces

@@ -102,20 +102,27 @@ class SplitTensor(torch.Tensor):
         """This rank's tokens, padding included."""
         return self._local
 
+    # What follows may be called by code that Dynamo looks at, such as a handler of log lines.
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self._gathered())
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def numpy(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """The whole value as a NumPy array."""
         return self._gathered().numpy(**kwargs)
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self._gathered().__array__(*args, **kwargs)
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def tolist(self) -> Any:
         """The whole value as nested lists."""
         return self._gathered().tolist()
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._gathered().__reduce_ex__(protocol)
 

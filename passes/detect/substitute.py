@@ -19,7 +19,7 @@ from torch._dynamo.callback import CallbackArgs, callback_handler
 
 from ringfx.passes.detect.spellings import SPELLINGS
 
-__all__ = ["for_ringfx", "keep_substituting", "substitute_loaded"]
+__all__ = ["for_ringfx", "is_for_ringfx", "keep_substituting", "substitute_loaded"]
 
 _MARK = "traces_for_ringfx"
 
@@ -96,7 +96,7 @@ def _row(original: Any, traced: Callable[..., Any], builder: Any, value: Any) ->
     from torch._dynamo.variables import PolyfilledFunctionVariable
 
     rows = _dynamo_rows()
-    if value is not original or not _is_for_ringfx(builder.tx.output.compiler_fn):
+    if value is not original or not is_for_ringfx(builder.tx.output.compiler_fn):
         row = rows.pop(id(value))
         try:
             return builder._wrap(value)
@@ -106,7 +106,7 @@ def _row(original: Any, traced: Callable[..., Any], builder: Any, value: Any) ->
     return PolyfilledFunctionVariable(traced, source=builder.source, **guards)
 
 
-def _is_for_ringfx(backend: Any) -> bool:
+def is_for_ringfx(backend: Any) -> bool:
     """Whether a backend, under the wrappers that torch puts around it, is ringfx's."""
     while backend is not None:
         if getattr(backend, _MARK, False):

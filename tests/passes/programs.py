@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
-from ringfx.passes.detect.substitute import for_ringfx, keep_substituting
 from ringfx.passes.values import Captured
 from ringfx.pipeline import Lowered, lower
 from ringfx.settings import Settings
@@ -32,7 +32,7 @@ def traced(model: Callable[..., Any], *args: Any, see: Callable[..., Any], **kwa
         raise _Stop
 
     torch._dynamo.reset()
-    keep_substituting()
+    prepare_tracing()
     try:
         torch.compile(model, backend=for_ringfx(backend), dynamic=False)(*args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as failure:
