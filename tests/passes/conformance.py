@@ -61,7 +61,8 @@ HOW = {
     "flex attention": "score and mask functions are mapped over positions and recovered from there",
     "layers": "fused operators are spelled out",
     "random operators": "drawn for the whole tensor, so that any split draws the same",
-    "control flow": "what depends on data breaks the graph, and split values are gathered there",
+    "control flow": "log lines wait for the end of their program; what depends on data breaks the "
+    "graph, and split values are gathered there",
     "numbers": "complex values are carried as they are",
     "results": "what the model returns may stay split",
 }
