@@ -23,12 +23,9 @@ from typing import Any
 
 from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.exc import unimplemented
-from torch._dynamo.variables import (
-    ConstantVariable,
-    FunctoolsPartialVariable,
-    TensorVariable,
-)
+from torch._dynamo.variables import ConstantVariable, TensorVariable
 from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.functions import FunctoolsPartialVariable
 from torch._dynamo.variables.misc import (
     DebuggingVariable,
     LoggingLoggerVariable,
@@ -120,7 +117,8 @@ def _logger_method(usual: Any, is_for_ringfx: Callable[[Any], bool]) -> Any:
         if is_for_ringfx(tx.output.compiler_fn):
             if name in ASKING and all(x.is_python_constant() for x in args):
                 answer = getattr(self.value, name)(*(x.as_python_constant() for x in args))
-                return ConstantVariable.create(answer)
+                known: VariableTracker = ConstantVariable.create(answer)
+                return known
             if SAYING.fullmatch(name):
                 line = _line(tx, _Method(self, name), args, kwargs)
                 if line is not None:
