@@ -69,6 +69,14 @@ def hops_needed(spec: AttentionSpec, layout: LayoutKind, size: int) -> int:
     return 1
 
 
+def _backward_hops(problem: Problem) -> int:
+    """Rows whose mask was added and absorbed their scores send gradients to all keys."""
+    may_lose_rows = problem.spec.keep is not None and not problem.spec.is_causal
+    if problem.spec.fully_masked == "absorbed" and may_lose_rows:
+        return problem.ranks.size
+    return hops_needed(problem.spec, problem.layout, problem.ranks.size)
+
+
 def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
     threads = problem.ranks.fewest_threads() if q.device.type == "cpu" else 1
     least, most = ring_bytes(q.device), RING_GROUPS
@@ -200,7 +208,7 @@ def backward(
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
-    hops = hops_needed(problem.spec, problem.layout, ranks.size)
+    hops = _backward_hops(problem)
     mine = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     parts = [mine.of_heads(group) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)

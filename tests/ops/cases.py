@@ -71,6 +71,49 @@ def spec(q_len: int = LENGTH, kv_len: int | None = None, **fields: Any) -> Atten
     return AttentionSpec(scale=0.3, q_len=q_len, kv_len=kv_len or q_len, **fields)
 
 
+def table_and_padding() -> Sequence[torch.Tensor]:
+    return (*relative_table(), *key_padding())
+
+
+def no_keys() -> Sequence[torch.Tensor]:
+    """One batch entry without any key, the other with all."""
+    return (torch.tensor([[False], [True]]).expand(BATCH, LENGTH).contiguous(),)
+
+
+def lost_rows() -> Iterator[tuple[str, str, Example]]:
+    """Every meaning of a row without keys, under masks that lose rows in many ways."""
+    padded = conjunction(CAUSAL, PADDING)
+    for meaning in ("zero", "mean", "absorbed", "nan"):
+        fields: dict[str, Any] = {"fully_masked": meaning}
+        yield "causal", meaning, Example(spec=spec(keep=padded, **fields), make_inputs=key_padding)
+        yield (
+            "window", meaning,
+            Example(spec=spec(keep=conjunction(CAUSAL, WINDOW, PADDING), **fields),
+                    make_inputs=key_padding),
+        )  # fmt: skip
+        yield (
+            "a batch entry", meaning,
+            Example(spec=spec(keep=PADDING, **fields), make_inputs=no_keys),
+        )  # fmt: skip
+        yield (
+            "by position", meaning,
+            Example(spec=spec(keep=("and", CAUSAL, ("gt", K, ("const", 6))), **fields)),
+        )  # fmt: skip
+        yield (
+            "grouped, soft cap", meaning,
+            Example(spec=spec(keep=padded, soft_cap=2.0, **fields), make_inputs=key_padding,
+                    kv_heads=2, v_head_dim=5),
+        )  # fmt: skip
+        yield (
+            "trained bias", meaning,
+            Example(spec=spec(keep=conjunction(CAUSAL, ("at", 1, B, K)), bias=RELATIVE, **fields),
+                    make_inputs=table_and_padding, trains_inputs=True),
+        )  # fmt: skip
+
+
+LOST: Mapping[str, Example] = {
+    f"rows without keys: {kind}, {meaning}": example for kind, meaning, example in lost_rows()
+}
 KINDS: Mapping[str, Example] = {
     "full": Example(spec=spec()),
     "causal": Example(spec=spec(keep=CAUSAL)),
@@ -86,6 +129,7 @@ KINDS: Mapping[str, Example] = {
         spec=spec(100, keep=conjunction(CAUSAL, PADDING), fully_masked="mean"),
         make_inputs=long_padding,
     ),
+    **LOST,
     "prefix": Example(spec=spec(keep=PREFIX)),
     "alibi": Example(spec=spec(keep=CAUSAL, bias=ALIBI), make_inputs=slopes),
     "alibi, trained": Example(
@@ -124,6 +168,8 @@ def examples(world_size: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[E
             if strategy == "ulysses" and HEADS % world_size:
                 continue
             for layout in get_args(LayoutKind):
+                if label in LOST and layout == "contiguous" and strategy != "production":
+                    continue  # layouts matter where a ring may end early
                 yield replace(
                     KINDS[label],
                     strategy=strategy,

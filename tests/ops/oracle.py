@@ -19,6 +19,14 @@ from ringfx.spec import AttentionSpec
 from ringfx.tiles import TileIndex, evaluate
 
 Tensor = torch.Tensor
+LOWEST = torch.finfo(torch.float64).min
+SPELLED: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zero": lambda s, keep: s.masked_fill(~keep & keep.any(-1, keepdim=True), -math.inf),
+    "nan": lambda s, keep: s.masked_fill(~keep, -math.inf),
+    "mean": lambda s, keep: s.masked_fill(~keep, LOWEST),
+    "absorbed": lambda s, keep: s + torch.zeros_like(s).masked_fill(~keep, LOWEST),
+}
+"""The spelling that each meaning of a row without keys is named after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +122,16 @@ def reference(example: Example) -> Result:
     if spec.keep is not None:
         keep = evaluate(spec.keep, index, inputs).bool()
     keep = keep.expand(s.shape)
-    s = s.masked_fill(~keep, -math.inf)
-    empty = ~keep.any(-1, keepdim=True)
-    s = s.masked_fill(empty, 0.0)
     if spec.sinks:
+        s = s.masked_fill(~keep, -math.inf)
         s = torch.cat([s, inputs[-1][None, :, None, None].expand(*s.shape[:3], 1)], -1)
-    largest_lse = float(s.detach().logsumexp(-1).abs().max())
+        largest_lse = float(s.detach().logsumexp(-1).abs().max())
+    else:
+        largest_lse = float(s.detach().logsumexp(-1).abs().max())
+        s = SPELLED[spec.fully_masked](s, keep)
     p = torch.softmax(s, -1)[..., : spec.kv_len]
-    if spec.fully_masked == "zero" or spec.sinks:
-        p = p.masked_fill(empty, 0.0)
+    if spec.fully_masked == "zero":
+        p = p.masked_fill(~keep.any(-1, keepdim=True), 0.0)
     out = p @ v.repeat_interleave(groups, 1)
     leaves = {"q": q, "k": k, "v": v}
     leaves |= {f"inputs[{i}]": x for i, x in enumerate(inputs) if x.requires_grad}
@@ -227,13 +236,18 @@ def assemble(
 
 
 def difference(ours: Result, oracle: Result) -> dict[str, float]:
-    """max|ours - oracle| / max(max|oracle|, 1e-3) of the output and of each gradient."""
+    """max|ours - oracle| / max(max|oracle|, 1e-3) of the output and of each gradient.
+
+    Both must be NaN at the same places.
+    """
     assert ours.grads.keys() == oracle.grads.keys(), (ours.grads.keys(), oracle.grads.keys())
     pairs = {"out": (ours.out, oracle.out)}
     pairs |= {f"d{n}": (ours.grads[n], oracle.grads[n]) for n in oracle.grads}
     found = {}
     for name, (a, b) in pairs.items():
         assert a.shape == b.shape, (name, a.shape, b.shape)
+        lost = torch.equal(a.isnan(), b.isnan())
+        a, b = a.nan_to_num(0.0), b.nan_to_num(0.0)
         ratio = float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
-        found[name] = math.inf if math.isnan(ratio) else ratio
+        found[name] = ratio if lost and math.isfinite(ratio) else math.inf
     return found
