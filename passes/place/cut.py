@@ -15,6 +15,7 @@ from ringfx.ops import attention
 from ringfx.passes.axes.call import Share, result_values
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.place.alike import alike
 from ringfx.passes.place.lines import Carried, Lines
 from ringfx.passes.place.modes import Form, Split, Unsplittable, split_mode
 
@@ -85,27 +86,33 @@ def _cut(
 ) -> set[Node]:
     """The calls on the split side."""
     ranks = lines.lines[line].layout.world_size
+    savings = {n: _savings(lines, n, line, ranks) for n, m in modes.items() if isinstance(m, Split)}
+    vertex = alike(graph, lambda n: (modes.get(n), savings.get(n), _bytes(n)))
     network = nx.DiGraph()
     network.add_nodes_from((WHOLE, SPLIT))
     connect = _connector(network)
     for node, mode in modes.items():
         if isinstance(mode, Unsplittable):
-            connect(WHOLE, node.name, None)
+            connect(WHOLE, vertex[node], None)
             continue
         if node.target is attention:
-            connect(node.name, SPLIT, None)
-        saved = int(_work(lines, node) * (1 - _stored(lines, node, line) / ranks))
-        connect(node.name, SPLIT, max(saved, 0) + 1)
-        connect(WHOLE, node.name, max(-saved, 0))
+            connect(vertex[node], SPLIT, None)
+        connect(vertex[node], SPLIT, max(savings[node], 0) + 1)
+        connect(WHOLE, vertex[node], max(-savings[node], 0))
         if mode.partial:
-            connect(WHOLE, node.name, COMMUNICATION * _bytes(node) + 1)
+            connect(WHOLE, vertex[node], COMMUNICATION * _bytes(node) + 1)
     for node in graph.nodes:
-        _connect_uses(connect, lines, line, node, modes)
+        _connect_uses(connect, vertex, lines, line, node, modes)
     for together in _tied(lines, line, modes):
         for one, other in pairwise((*together, together[0])):
-            connect(one.name, other.name, None)
+            connect(vertex[one], vertex[other], None)
     _, (_, split_side) = nx.minimum_cut(network, WHOLE, SPLIT)
-    return {n for n in modes if n.name in split_side}
+    return {n for n in modes if vertex[n] in split_side}
+
+
+def _savings(lines: Lines, node: Node, line: int, ranks: int) -> int:
+    """What a rank saves when the call runs split, in bytes of memory traffic."""
+    return int(_work(lines, node) * (1 - _stored(lines, node, line) / ranks))
 
 
 Connect = Callable[[str, str, int | None], None]
@@ -129,6 +136,7 @@ def _connector(network: nx.DiGraph) -> Connect:
 
 def _connect_uses(
     connect: Connect,
+    names: Mapping[Node, str],
     lines: Lines,
     line: int,
     value: Node,
@@ -141,8 +149,8 @@ def _connect_uses(
     maker = value.all_input_nodes[0] if value.target is operator.getitem else value
     made = modes.get(maker)
     stays = isinstance(made, Split) and not made.partial
-    vertex = str(maker.name) if stays or isinstance(made, Unsplittable) else WHOLE
-    gather, cut = f"gather {value.name}", f"slice {value.name}"
+    vertex = names[maker] if stays or isinstance(made, Unsplittable) else WHOLE
+    gather, cut = f"gather {names[value]}", f"slice {names[value]}"
     fixed = carried.member.is_sorted
     moved = COMMUNICATION * _bytes(value)
     for user in value.users:
@@ -152,9 +160,9 @@ def _connect_uses(
         if form is Form.OWN:
             continue
         if form is Form.SPLIT:
-            connect(cut, user.name, None)
+            connect(cut, names[user], None)
             connect(vertex, cut, None if fixed else moved + 1 if needs_grad(value) else 1)
-            connect(user.name, gather, None)
+            connect(names[user], gather, None)
         else:
             connect(WHOLE, gather, None)
         if vertex != WHOLE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import networkx as nx
@@ -86,9 +86,18 @@ class Lines:
     axes: AxisMap
     _owner: Mapping[int, int]
     routes: tuple[Route, ...] = ()
+    _known: dict[tuple[Node, int], Carried | Tangle | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def carried(self, node: Node, index: int = 0) -> Carried | Tangle | None:
         """How one tensor of a value carries a token line, if it does."""
+        key = (node, index)
+        if key not in self._known:
+            self._known[key] = self._carried(node, index)
+        return self._known[key]
+
+    def _carried(self, node: Node, index: int) -> Carried | Tangle | None:
         if node not in self.axes.values:
             return None
         found: list[Carried] = []

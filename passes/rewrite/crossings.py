@@ -48,6 +48,11 @@ class Crossings:
         self._positions: list[Node] = []
         self._orders: list[Node] = []
         self._members: dict[tuple[int, Member, str], Node] = {}
+        self._last_input: Node
+        self._seen: Node
+        """How far the program so far was searched for regions without gradients."""
+        self._enabled = True
+        self._last_enabled: Node
 
     def add_line_inputs(self) -> None:
         """Placeholders for each line: this rank's positions and the order of all ranks' tokens.
@@ -60,6 +65,9 @@ class Crossings:
                 self._orders.append(self.graph.placeholder(f"order_{line.index}"))
         if self._positions:
             self.call = self.graph.placeholder("call")
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        if inputs:
+            self._last_input = self._seen = self._last_enabled = inputs[-1]
 
     def convert(self, value: Node, form: Form, user: Node) -> Node:
         """The value in the wanted form, for a user that the plan names as the reason."""
@@ -111,15 +119,15 @@ class Crossings:
 
     def _last_with_gradients(self) -> AbstractContextManager[None]:
         """The end of the program so far, or before the no-grad region that it ends in."""
-        enabled, last = True, None
-        for node in self.graph.nodes:
-            if node.target is torch._C._set_grad_enabled:
-                enabled = bool(node.args[0])
-            if enabled:
-                last = node
-        if enabled or last is None:
+        while self._seen.next.op != "root":
+            self._seen = self._seen.next
+            if self._seen.target is torch._C._set_grad_enabled:
+                self._enabled = bool(self._seen.args[0])
+            if self._enabled:
+                self._last_enabled = self._seen
+        if self._enabled:
             return contextlib.nullcontext()
-        place: AbstractContextManager[None] = self.graph.inserting_after(last)
+        place: AbstractContextManager[None] = self.graph.inserting_after(self._last_enabled)
         return place
 
     def reduce(self, node: Node, partial: Node) -> Node:
@@ -147,7 +155,7 @@ class Crossings:
 
     def _after_inputs(self) -> Node:
         """The last of the leading placeholders and crossings."""
-        after: Node = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+        after = self._last_input
         while after.next.meta.get("ringfx_crossing") or after.next.meta.get("ringfx_prologue"):
             after = after.next
         return after

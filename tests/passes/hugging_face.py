@@ -23,7 +23,7 @@ EAGER: Mapping[str, Any] = {
 def llama(**more: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**HEADS, **EAGER, **more))
+    return LlamaForCausalLM(LlamaConfig(**{**HEADS, **EAGER, **more}))
 
 
 def gpt2() -> nn.Module:
