@@ -27,6 +27,7 @@ from ringfx.gradients import NOT_REACHED
 
 __all__ = [
     "enter",
+    "fill_padding",
     "gather_plain",
     "gather_shared",
     "gather_tokens",
@@ -62,6 +63,20 @@ def mask_tokens(
     row = valid.view(1, tokens, 1).expand(outer, tokens, inner).reshape(outer * tokens * inner)
     row = row.view(-1, *(1,) * (x.dim() - dim - 1))
     return torch.where(row, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+
+
+def fill_padding(
+    out_BHQE: torch.Tensor, v_BGKE: torch.Tensor, valid_Q: torch.Tensor
+) -> torch.Tensor:
+    """An attention's result with a value where a query is padding.
+
+    No key is shown to padding, which leaves it 0; and what a model does next (divide by a norm,
+    take a logarithm) may give NaN there, whose product with a gradient of 0 is NaN in every weight.
+    A row of v is what attention with all weight on one key gives.
+    """
+    some_BGE = v_BGKE.detach()[:, :, 0]
+    some_BHE = some_BGE.repeat_interleave(out_BHQE.shape[1] // v_BGKE.shape[1], 1)
+    return torch.where(valid_Q[:, None], out_BHQE, some_BHE[:, :, None].to(out_BHQE.dtype))
 
 
 def _tokens_first(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:

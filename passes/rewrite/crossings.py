@@ -97,7 +97,11 @@ class Crossings:
         return self._member_node(carried, "valid")
 
     def index(self, carried: Carried) -> Node:
-        """int64 [local tokens]: the element that each local token is, clamped where it is none."""
+        """int64 [local tokens]: the element that each local token is; where it is none, another.
+
+        Padding goes round the axis instead of repeating its end: then it is as unlikely as real
+        tokens to hold equal neighbours, whose difference a division would make NaN.
+        """
         return self._member_node(carried, "index")
 
     def own(self, carried: Carried) -> Node:
@@ -209,7 +213,7 @@ class Crossings:
             return own
         with self.graph.inserting_after(own):
             if kind == "index":
-                return self._prologue(aten.clamp.default, own, 0, member.length - 1)
+                return self._prologue(aten.remainder.Scalar, own, member.length)
             low = self._prologue(aten.ge.Scalar, own, 0)
         with self.graph.inserting_after(low):
             high = self._prologue(aten.lt.Scalar, own, member.length)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ringfx import collectives
 from ringfx.layout import LayoutKind
 from ringfx.ops import attention
 from ringfx.passes.capture.simplify import eliminate_dead
@@ -153,7 +154,18 @@ class _Rewriter:
                 kwargs["spec"] = moved.to_json()
             kwargs |= {"group": self.group, "layout": layout}
         kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
-        return self.graph.call_function(attention, (q, k, v, inputs), kwargs)
+        new = self.graph.call_function(attention, (q, k, v, inputs), kwargs)
+        return new if mode is None else self._with_filled_padding(node, new, v)
+
+    def _with_filled_padding(self, node: Node, new: Node, v: Node) -> Node:
+        carried = self.placement.lines.carried(node)
+        if not isinstance(carried, Carried):
+            return new
+        if not self.placement.lines.lines[carried.line].has_padding(carried.member):
+            return new
+        new.meta = {k: x for k, x in node.meta.items() if k != "val"}
+        valid = self.crossings.valid(carried)
+        return self.graph.call_function(collectives.fill_padding, (new, v, valid))
 
     def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:
         split: list[SplitOutput | None] = []
