@@ -43,6 +43,11 @@ class Lowered:
     """Equal on all ranks that run the same program under the same plan."""
 
 
+LONGEST_CHAIN = 16
+"""Times that the program is respelled at most; twice is common, a stack of convolutions needs one
+time for each."""
+
+
 def lower(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
 ) -> Lowered:
@@ -56,7 +61,9 @@ def lower(
 
     axes = name_axes(graph)
     lines = find_lines(graph, axes, sites.found, world.size)
-    if world.size > 1 and respell(graph, axes, lines):
+    for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
+        if world.size == 1 or not respell(graph, axes, lines):
+            break
         axes = name_axes(graph)
         lines = find_lines(graph, axes, sites.found, world.size)
     unknown = _refuse_unknown(axes, lines, settings, world)

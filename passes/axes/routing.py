@@ -14,6 +14,7 @@ rows up by it or inverts it, and every count ends in the row borders of a groupe
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch.fx import Node
 from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.propagate import AxisMap
 from ringfx.passes.axes.rules.contraction import GROUPED
-from ringfx.passes.axes.space import Dim
+from ringfx.passes.axes.space import AxisClash, Dim
 
 __all__ = ["Route", "find_routes"]
 
@@ -128,10 +129,19 @@ class _Trace:
                 return False
             dim = given.index(value)
         source = call.operands[0]
-        if source is value or self.axes.dims(source)[dim] != self.axes.space.resolve(names):
+        if source is value or not self._numbered(self.axes.dims(source)[dim], names):
             return False
         self.nodes.add(user)
         return True
+
+    def _numbered(self, axis: Dim, names: Dim) -> bool:
+        """Whether elements of the axis are what the numbers mean: what is looked up by an order of
+        all of ``names``' elements, and is as long, has one for each."""
+        space = self.axes.space
+        if space.size(space.resolve(axis)) == space.size(space.resolve(names)):
+            with contextlib.suppress(AxisClash):
+                space.unify(axis, names)
+        return space.resolve(axis) == space.resolve(names)
 
     def _inverse(self, value: Node, names: Dim, user: Node) -> bool:
         """argsort(order), or empty[order] = arange."""

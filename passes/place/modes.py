@@ -386,9 +386,9 @@ def _with_results(
     for result, labels in zip(results, axes.results, strict=True):
         if not isinstance(result, Carried) or result.line != line:
             continue
-        names = labels[result.dim]
-        local = [n for n in names if axes.share_of(n) is Share.LOCAL]
-        if len(local) != len(names):
+        # Of a dimension (tokens, copies) only the tokens are split.
+        names = [n for n in labels[result.dim] if n in active] or labels[result.dim]
+        if any(axes.share_of(n) is not Share.LOCAL for n in names):
             return Unsplittable(reason)
         made |= set(names)
     summed = {n for n in active if axes.share_of(n) is Share.SUM}

@@ -148,6 +148,38 @@ def experts_with_ranks(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     return routed(m, x, put_back)
 
 
+def experts_chosen_in_turn(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Each choice is made apart, so that its numbers and weights are joined by themselves."""
+    x = m.attend(x)
+    flat = x.reshape(-1, HIDDEN)
+    scores = m.router(flat).softmax(-1)
+    first, one = scores.max(-1, keepdim=True)
+    second, two = scores.masked_fill(scores == first, -1.0).max(-1, keepdim=True)
+    weights, chosen = torch.cat((first, second), -1), torch.cat((one, two), -1)
+
+    def put_back(y: Tensor, order: Tensor) -> Tensor:
+        return y[torch.argsort(order)].view(-1, 2, HIDDEN).sum(1)
+
+    y = by_expert(m, flat, weights.reshape(-1), chosen.reshape(-1), put_back)
+    return m.attend(x + y.view_as(x))
+
+
+def experts_side_by_side(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Every expert has all tokens, one copy of them after the other."""
+    flat = m.attend(x).reshape(-1, HIDDEN)
+    scores = m.router(flat).sigmoid().transpose(0, 1).reshape(-1, 1)
+    copies = flat.repeat(4, 1) * scores
+    y = torch.bmm(copies.view(4, -1, HIDDEN), m.experts).view(4, -1, HIDDEN).sum(0)
+    return m.attend(y.view_as(x))
+
+
+def tokens_repeated(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """A copy of each token for each of its two choices."""
+    flat = m.attend(x).reshape(-1, HIDDEN)
+    rows = flat.repeat_interleave(2, dim=0) * m.prefix[0, :2].repeat(flat.shape[0], 1)
+    return m.attend(rows.view(-1, 2, HIDDEN).sum(1).view_as(x))
+
+
 def dense_experts(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     x = m.attend(x)
     weights = m.router(x).softmax(-1)
@@ -181,6 +213,13 @@ def wide_convolution(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     y = F.conv1d(x, kernel[..., ::2], padding="same", groups=HIDDEN)
     y = F.conv1d(y, kernel[..., :3], padding=1, groups=HIDDEN)
     return m.attend((x + y).transpose(1, 2))
+
+
+def stacked_convolutions(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    y = m.attend(x).transpose(1, 2)
+    for _ in range(5):
+        y = F.conv1d(y, m.kernel[:, :, :3], padding=1, groups=HIDDEN).tanh()
+    return m.attend(y.transpose(1, 2))
 
 
 def strided_stem(m: Around, x: Tensor, ids: Tensor) -> Tensor:
@@ -280,6 +319,7 @@ CONSTRUCTS: Mapping[str, Construct] = {
     "causal convolution": causal_convolution,
     "cropped convolution": cropped_convolution,
     "wide convolution": wide_convolution,
+    "stacked convolutions": stacked_convolutions,
     "strided stem": strided_stem,
     "patches": patches,
     "token shift": token_shift,
@@ -293,6 +333,9 @@ CONSTRUCTS: Mapping[str, Construct] = {
     "experts, inverse by scatter": experts_scattered_inverse,
     "experts, rows added": experts_added,
     "experts, order used": experts_with_ranks,
+    "experts, chosen in turn": experts_chosen_in_turn,
+    "experts, side by side": experts_side_by_side,
+    "tokens repeated": tokens_repeated,
     "experts, dense": dense_experts,
     "experts, weights by token": weights_by_token,
 }

@@ -111,7 +111,12 @@ def repeat_interleave(call: Call) -> OpAxes:
     at = call.dim("dim", len(shape))
     result = list(labels)
     result[at] = (*labels[at], "copy") if call["repeats"] != 1 else labels[at]
-    return OpAxes(operands=(labels,), results=(tuple(result),), share=shares(whole=["copy"]))
+    told = call.get("output_size") is not None
+    return OpAxes(
+        operands=(labels,), results=(tuple(result),),
+        share=shares(whole=["copy", f"d{at}"] if told else ["copy"]),
+        reason="it is told the length of its result" if told else "",
+    )  # fmt: skip
 
 
 def slice_(call: Call) -> OpAxes:
