@@ -1,8 +1,8 @@
 """torch.autograd.Function: one call of the flat program that keeps the backward its author wrote.
 
 Tracing would inline the forward and drop the backward without a word. Instead the call stands in
-the program as it is. Nobody can read off a backward what it would do with a part of the tokens, so
-its operands are whole: gathered where they are split, and announced.
+the program as it is. ``passes/axes/bodies.py`` reads off both bodies along which axes it may be
+split; elsewhere its operands are gathered, and announced.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ HOW = {
     "activation checkpointing": "the body is run in place; its calls are tagged for AOTAutograd's "
     "partitioner, which recomputes them in backward; a policy of selective checkpointing is asked",
     "gradients": "regions keep their mode; a torch.autograd.Function stays one call with its own "
-    "backward, on whole values (gathered, announced)",
+    "backward: split where both bodies prove it, else on gathered values, announced",
     "writes in place": "every write is a value; views are put back into their base and made again",
     "buffers and inputs written": "new values are results of the program, copied into the user's "
     "tensors after the run, equally on all ranks",

@@ -83,8 +83,8 @@ def test_a_policy_says_which_calls_are_saved() -> None:
     assert wishes[aten.gelu.default] == {CheckpointPolicy.PREFER_RECOMPUTE}
 
 
-def test_a_function_with_its_own_backward_is_whole_and_announced() -> None:
-    program = lowered(constructs.OwnBackward(), *x())
+def test_a_function_whose_backward_does_more_than_sum_is_whole_and_announced() -> None:
+    program = lowered(constructs.OwnBackwards(), *x())
     (move,) = [m for m in program.plan.reshardings if "own_backward" in m.reason]
     assert move.kind == "gather"
     assert "a backward of its own" in move.reason

@@ -43,7 +43,9 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
 def find_rule(target: object) -> AxisRule | None:
     """The row for an operator; operators tagged pointwise share one."""
     if isinstance(target, OwnBackward):
-        return indexing.own_backward
+        from ringfx.passes.axes.bodies import own_backward  # which names the axes of bodies itself
+
+        return own_backward
     rule = AXIS_RULES.get(target)
     if rule is None and isinstance(target, OpOverload):
         rule = AXIS_RULES.get(target.name())

@@ -186,10 +186,6 @@ def rank_among(values: str, borders: str) -> AxisRule:
     return rule
 
 
-def own_backward(call: Call) -> OpAxes:
-    return _opaque(call, "it is a torch.autograd.Function with a backward of its own")
-
-
 def _opaque(call: Call, reason: str) -> OpAxes:
     operands = tuple(
         tuple((f"o{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
