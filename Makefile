@@ -67,7 +67,8 @@ corpus: $(INSTALLED)
 
 # Two thousand random spellings of attention; make test runs a hundred.
 fuzz: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.fuzz_attention 2000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.fuzz_attention 0 2000 \
+	  --record tests/passes/fuzz_record.json
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory

@@ -16,7 +16,7 @@ from ringfx.passes.detect.program import Program
 from ringfx.passes.detect.region import Named, check_gradients, check_users, name_region
 from ringfx.passes.detect.roles import Pair, Refused, Roles, assign
 from ringfx.passes.detect.scores import ScoreReader
-from ringfx.passes.detect.walk import Back, Onward, back, onward
+from ringfx.passes.detect.walk import Back, Onward, back, onward, short
 
 __all__ = ["find_eager"]
 
@@ -40,7 +40,11 @@ def find_eager(node: Node, program: Program) -> Candidate | Near | None:
 
 def _no_product(behind: Back, ahead: Onward | Near | None) -> Near | None:
     """A softmax of something else than products of two values."""
-    if not isinstance(ahead, Onward) or not behind.projections:
+    if not isinstance(ahead, Onward):
+        return None
+    if behind.stopped:
+        return Near(f"between its product and its softmax stands {short(behind.stopped[0])}")
+    if not behind.projections:
         return None
     return Near(
         "its scores are a projection of one value, no products of queries with keys (a learned "
@@ -58,7 +62,7 @@ def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward)
     v = named.factors[ahead.product.node][1 - ahead.side]
     roles = _roles(program, named, pairs, ahead)
     reader = ScoreReader(named, roles, inside)
-    scores = reader.element(found.scores, ())
+    scores = reader.normalised(found)
     return Candidate(
         node=ahead.result,
         found_by=spelled_as(ahead.result) or "eager",

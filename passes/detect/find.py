@@ -7,6 +7,8 @@ from torch.fx import Node
 from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
+from ringfx.passes.detect.normalise import merge_exponentials
+from ringfx.passes.detect.pairs import contract_in_pairs
 from ringfx.passes.detect.program import Program
 from ringfx.passes.detect.respell import respell
 from ringfx.passes.values import Captured
@@ -21,6 +23,8 @@ def detect(captured: Captured) -> Detected:
     each softmax over products of queries with keys that is multiplied with values.
     """
     graph = captured.graph_module.graph
+    merge_exponentials(graph)
+    contract_in_pairs(graph)
     refused = respell(graph, other_form)
     program = Program(graph, _parameters(captured))
     candidates: list[Candidate] = []

@@ -106,10 +106,11 @@ class _Trial:
         total: Tensor | None = None
         for i, scale in claim.products.items():
             q, k = (self._operand(o[i], i) for o in (candidate.q, candidate.k))
-            for _factor, (of_keys, operand) in zip(
+            for factor, (of_keys, operand) in zip(
                 claim.factors, claim.factor_operands, strict=True
             ):
                 value = self._arranged(self._entered(operand.value), operand.arrangement)
+                value = value.reciprocal() if factor[0] == "reciprocal" else value
                 q, k = (q, k * value) if of_keys else (q * value, k)
             part = scale * q @ _grouped(k, q).transpose(-1, -2)
             total = part if total is None else total + part
@@ -181,6 +182,8 @@ class _Trial:
         return value.narrow(at, start, shape[at])
 
     def _value(self, node: Node, env: Mapping[Node, Any]) -> Tensor:
+        if node not in env and node not in self.candidate.entering:
+            return torch.zeros((), dtype=torch.float64)  # what beta = 0 ignores
         value: Tensor = env[node] if node in env else self._entered(node)
         return value
 

@@ -73,8 +73,13 @@ def _replace(node: Node, spelling: KernelCall) -> str | None:
     return None
 
 
-def inline(node: Node, function: Callable[..., torch.Tensor], **arguments: Any) -> Node:
-    """What ``function(**arguments)`` computes, as nodes before ``node``; arguments hold nodes."""
+def inline(
+    node: Node, function: Callable[..., torch.Tensor], *, named: bool = True, **arguments: Any
+) -> Node:
+    """What ``function(**arguments)`` computes, as nodes before ``node``; arguments hold nodes.
+
+    ``named``: what is found in them is said to be found by the name of the call.
+    """
     names = [n for n, v in arguments.items() if isinstance(v, Node)]
     operands = [arguments[n] for n in names]
     fakes = [n.meta["val"] for n in operands]
@@ -93,6 +98,8 @@ def inline(node: Node, function: Callable[..., torch.Tensor], **arguments: Any) 
                 break
             if old not in copied:
                 copied[old] = _copy(node, old, copied)
+                if not named:
+                    del copied[old].meta["ringfx_spelled"]
     (result,) = traced.graph.output_node().args
     made: Node = copied[result]  # type: ignore[index]
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx import Node
 from ringfx.passes.axes.call import Call
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
+from ringfx.passes.detect.normalise import Normalised
 from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.region import Named
 from ringfx.passes.detect.roles import Refused, Roles
@@ -19,7 +21,7 @@ from ringfx.passes.detect.walk import SHIFTS, short
 from ringfx.passes.masks.elements import ELEMENT_RULES, ElementRule, Index
 from ringfx.passes.masks.lift import Lifter
 from ringfx.passes.masks.simplify import const, simplify
-from ringfx.tiles import Expr
+from ringfx.tiles import Expr, walk
 
 __all__ = ["SHIFT", "ScoreReader"]
 
@@ -40,6 +42,46 @@ class ScoreReader(Lifter):
         self._inside = frozenset(inside)
         self._products = {p.node: (i, p) for i, p in enumerate(named.products)}
         self._known: dict[Node, Expr] = {}
+
+    def normalised(self, found: Normalised) -> Expr:
+        """The scores of a softmax, and what it does besides as a part of them."""
+        scores = self.element(found.scores, ())
+        if found.factor != 1:
+            scores = simplify("mul", scores, const(found.factor))
+        if found.added:
+            self._one_more(scores, found.added)
+        for call in found.kept:
+            scores = ("kept", scores, self._kept(call))
+        return scores
+
+    def _one_more(self, scores: Expr, added: float) -> None:
+        """A number added to the sum of exponentials is a logit that joins them."""
+        if any(part == SHIFT for part in walk(scores)):
+            raise Refused("a number is added to the sum of exponentials that its row has scaled")
+        if self.sinks is not None:
+            raise Refused("a column of logits and a number join its scores")
+        self.sinks = const(math.log(added))
+
+    def _kept(self, call: Node) -> Expr:
+        """Where a call on exponentials leaves them as they are."""
+        args = call.args
+        if call.target is aten.masked_fill.Scalar:
+            return ("not", self._truth(args[1]))
+        if call.target is aten.where.ScalarOther:
+            return self._truth(args[0])
+        if call.target is aten.mul.Tensor:
+            factors = [a for a in args if isinstance(a, Node) and a not in self._named.nodes]
+            if len(factors) != 1:
+                raise Refused("its exponentials are multiplied with scores")
+            return self._truth(factors[0])
+        row, column = self._roles.index(self._named.names.dims(call)[-2:])
+        edge = ("add", row, const(Call(call)["diagonal"]))
+        return ("le", column, edge) if call.target is aten.tril.default else ("ge", column, edge)
+
+    def _truth(self, value: Any) -> Expr:
+        read = self.element(value, ())
+        is_bool = isinstance(value, Node) and value.meta["val"].dtype == torch.bool
+        return ("bool", read) if is_bool else read
 
     def element(self, value: Any, index: Index) -> Expr:
         if not isinstance(value, Node):

@@ -15,7 +15,7 @@ from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.rules.pointwise import elementwise
 from ringfx.passes.detect.candidate import Near
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
-from ringfx.passes.detect.normalise import Normalised
+from ringfx.passes.detect.normalise import CASTS, Normalised
 from ringfx.passes.detect.products import Product, as_product
 
 __all__ = ["SHIFTS", "Back", "Onward", "back", "learned", "onward", "short"]
@@ -29,11 +29,6 @@ SHIFTS = frozenset({
     aten.amax.default, aten.max.dim, aten.logsumexp.default, aten.mean.dim, aten.amin.default,
 })  # fmt: skip
 """Reductions whose result may be subtracted from a row of scores."""
-
-CASTS = frozenset({
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
-    aten.type_as.default,
-})  # fmt: skip
 
 
 def is_elementwise(node: Node) -> bool:
@@ -56,6 +51,8 @@ class Back:
     """Products with a parameter as it stands: linear layers."""
     seen: frozenset[Node]
     """Everything between, masks included."""
+    stopped: tuple[Node, ...] = ()
+    """Calls that scores do not pass through and that a product of two values is just behind."""
 
     def inside(self, products: Sequence[Product], order: Mapping[Node, int]) -> list[Node]:
         """The calls that depend on one of the products, in program order."""
@@ -73,6 +70,7 @@ def back(start: Node, parameters: frozenset[Node]) -> Back:
     products: list[Product] = []
     projections: list[Product] = []
     seen: set[Node] = set()
+    stopped: list[Node] = []
     queue = deque([start])
     while queue and len(seen) < LOOKED_AT:
         node = queue.popleft()
@@ -85,7 +83,25 @@ def back(start: Node, parameters: frozenset[Node]) -> Back:
             (projections if direct else products).append(product)
         elif _passes(node):
             queue.extend(node.all_input_nodes)
-    return Back(products=tuple(products), projections=tuple(projections), seen=frozenset(seen))
+        elif any(_is_scores(n, parameters) for n in node.all_input_nodes):
+            stopped.append(node)
+    return Back(
+        products=tuple(products), projections=tuple(projections), seen=frozenset(seen),
+        stopped=tuple(stopped),
+    )  # fmt: skip
+
+
+def _is_scores(node: Node, parameters: frozenset[Node]) -> bool:
+    """A product of two values, scaled, masked and viewed by a few calls."""
+    for _ in range(8):
+        product = as_product(node)
+        if product is not None:
+            return not any(learned(f, parameters) for f in product.factors)
+        inputs = node.all_input_nodes
+        if not inputs or not _passes(node):
+            return False
+        node = inputs[0]
+    return False
 
 
 def _passes(node: Node) -> bool:
@@ -218,16 +234,14 @@ def _ahead(node: Node) -> Iterator[bool]:
 
 def _divided(node: Node, normalised: Normalised) -> tuple[Node, ...] | Near:
     """The division by the sum of each row, where it comes after the product."""
-    if normalised.total is None:
+    if normalised.total is None or normalised.divisors is None:
         return ()
     found: list[Node] = []
     current = node
     while len(current.users) == 1:
         user = next(iter(current.users))
-        if user.target in (aten.div.Tensor, aten.true_divide.Tensor) and user.args[0] is current:
-            if user.args[1] in normalised.sums:
-                return (*found, user)
-            break
+        if normalised.divisors.divides(user, current):
+            return (*found, user)
         if user.target not in VIEWS:
             break
         found.append(user)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from ringfx.passes.masks.additive import (
     ABSORBS,
     FAR_BELOW,
@@ -67,7 +69,8 @@ class Form:
     replaced: bool = False
     """Some scores were replaced by their filling: their gradient is 0."""
     factors: tuple[Expr, ...] = ()
-    """Values that the products are multiplied with: elements of queries or of keys alone."""
+    """Values that the products are multiplied with, or their reciprocals: elements of queries or of
+    keys alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,7 @@ def has_score(expr: Expr) -> bool:
     return any(has_score(a) for a in expr[1:])
 
 
+_CASTS = frozenset({"float", "double", "half", "bfloat16", "int"})
 _LEAVES = frozenset({"b", "h", "q", "k", "const", "at", "shift"})
 
 
@@ -318,14 +322,19 @@ def _mul(reader: _Reader, a: Expr, b: Expr) -> Form:
     form, factor = reader.read(scores), reader.plain(other)
     if factor[0] == "const":
         return _times(reader, form, float(factor[1]))
-    kept = _truth(factor)
+    kept = _truth(reader, factor)
     if kept is not None:
         return _filled(reader, form, kept, 0.0)
-    if other[0] == "at" and not (form.added or form.keep or form.cap is not None):
-        names = {n for e in other[2:] for n in _index_names(e)}
-        if not {"q", "k"} <= names:
-            return replace(form, factors=(*form.factors, other))
+    if _is_factor(form, other):
+        return replace(form, factors=(*form.factors, other))
     raise Unrepresentable("its scores are multiplied with a value of queries and keys")
+
+
+def _is_factor(form: Form, other: Expr) -> bool:
+    """Whether queries or keys can be multiplied with a value in place of the scores."""
+    if other[0] != "at" or form.added or form.keep or form.cap is not None:
+        return False
+    return not {"q", "k"} <= {n for e in other[2:] for n in _index_names(e)}
 
 
 def _index_names(expr: Expr) -> set[str]:
@@ -336,8 +345,22 @@ def _index_names(expr: Expr) -> set[str]:
     return {n for part in expr[1:] if isinstance(part, tuple) for n in _index_names(part)}
 
 
-def _truth(factor: Expr) -> Expr | None:
+def _kept(reader: _Reader, a: Expr, b: Expr) -> Form:
+    """Exponentials that are left out of their sum: scores of -inf."""
+    factor = reader.plain(b)
+    kept = _truth(reader, factor)
+    if kept is None:
+        raise Unrepresentable("its exponentials are multiplied with what is not known to be 0 or 1")
+    return _filled(reader, reader.read(a), kept, -math.inf)
+
+
+def _truth(reader: _Reader, factor: Expr) -> Expr | None:
     """The truth value that a factor of 0 and 1 is."""
+    while factor[0] in _CASTS:
+        factor = factor[1]
+    captured = reader.lifter.captured
+    if factor[0] == "at" and captured[factor[1]].meta["val"].dtype == torch.bool:
+        return ("bool", factor)
     if is_boolean(factor):
         return factor
     for condition in _conditions(factor):
@@ -353,10 +376,12 @@ def _truth(factor: Expr) -> Expr | None:
 def _div(reader: _Reader, a: Expr, b: Expr) -> Form:
     if has_score(b):
         raise Unrepresentable("it divides by its scores")
-    divisor = reader.plain(b)
-    if divisor[0] != "const" or divisor[1] == 0:
-        raise Unrepresentable("its scores are divided by a value")
-    return _times(reader, reader.read(a), 1 / float(divisor[1]))
+    form, divisor = reader.read(a), reader.plain(b)
+    if divisor[0] == "const" and divisor[1] != 0:
+        return _times(reader, form, 1 / float(divisor[1]))
+    if _is_factor(form, b):
+        return replace(form, factors=(*form.factors, ("reciprocal", b)))
+    raise Unrepresentable("its scores are divided by a value of queries and keys")
 
 
 def _tanh(reader: _Reader, a: Expr) -> Form:
@@ -423,6 +448,7 @@ FORM_RULES: Mapping[str, Callable[..., Form]] = {
     "mul": _mul,
     "div": _div,
     "neg": _neg,
+    "kept": _kept,
     "tanh": _tanh,
     "where": _where,
     "max": _max,

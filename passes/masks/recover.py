@@ -167,14 +167,16 @@ def _multiplied(
     """Scores times a value of queries or of keys: the queries or keys times it."""
     of_keys, operand = _factor(candidate, i, factor)
     value = _operand(emit, candidate, operand)
+    meets = aten.div.Tensor if factor[0] == "reciprocal" else aten.mul.Tensor
     if of_keys:
-        return q, emit.call(aten.mul.Tensor, k, value)
-    return emit.call(aten.mul.Tensor, q, value), k
+        return q, emit.call(meets, k, value)
+    return emit.call(meets, q, value), k
 
 
 def _factor(candidate: Candidate, i: int, factor: Expr) -> tuple[bool, Operand]:
     """Whether keys are multiplied with a factor of the scores, and how it is arranged."""
-    value = candidate.values[factor[1]]
+    read = factor[1] if factor[0] == "reciprocal" else factor
+    value = candidate.values[read[1]]
     dims = candidate.entering[value]
     present = {a for dim in dims for a in dim}
     of_keys = bool(present & set(candidate.k[i].arrangement.wanted[2]))

@@ -1,6 +1,6 @@
 """Random spellings of attention: legal ones are found and equal, broken ones are refused or equal.
 
-    python -m tests.passes.fuzz_attention 2000
+    python -m tests.passes.fuzz_attention 0 2000 --record tests/passes/fuzz_record.json
 
 A spelling is drawn piece by piece: sizes (often all equal, so that only axes tell them apart), the
 form of both products, the place of the scale, the mask, the softmax. A mutation breaks one piece.
@@ -8,11 +8,14 @@ form of both products, the place of the scale, the mask, the softmax. A mutation
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
 import math
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,13 +84,25 @@ def folded(q: Tensor, k: Tensor) -> Tensor:
     return torch.bmm(left, right).view(b, h, n, n)
 
 
+def in_parts(q: Tensor, k: Tensor) -> Tensor:
+    """Two products of parts of the head dim."""
+    return q[..., :2] @ k[..., :2].mT + q[..., 2:] @ k[..., 2:].mT
+
+
+def added(q: Tensor, k: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    left, right = q.reshape(b * h, n, d), k.reshape(b * h, n, d).transpose(1, 2)
+    return torch.baddbmm(q.new_zeros(b * h, n, n), left, right, beta=0).view(b, h, n, n)
+
+
 def product(rng: random.Random) -> Callable[[Tensor, Tensor], Tensor]:
     return rng.choice((
         lambda q, k: q @ k.transpose(-1, -2),
         lambda q, k: torch.matmul(q, k.permute(0, 1, 3, 2)),
         lambda q, k: (k @ q.mT).mT,
         lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
-        folded, by_einsum(rng), permuted(rng),
+        lambda q, k: torch.einsum("bhqd,bhkd,h->bhqk", q, k, q.new_ones(q.shape[1])),
+        in_parts, added, folded, by_einsum(rng), permuted(rng),
     ))  # fmt: skip
 
 
@@ -114,6 +129,7 @@ def mask(rng: random.Random) -> Callable[[Tensor], Tensor]:
         lambda s: s + torch.zeros(keep(s).shape, dtype=s.dtype).masked_fill(~keep(s), low),
         lambda s: s + torch.arange(s.shape[-1]) * 0.1,
         lambda s: 3 * torch.tanh(s / 3),
+        lambda s: s / torch.linspace(0.5, 2.0, s.shape[-2])[:, None],
     ))  # fmt: skip
 
 
@@ -122,8 +138,23 @@ def exponentials(s: Tensor, dim: int) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
+def masked_later(s: Tensor, dim: int) -> Tensor:
+    """A triangle of exponentials; the sum of what is left."""
+    keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    e = (s - s.amax(dim, keepdim=True)).exp() * (keep if dim == -1 else keep.mT)
+    return e * e.sum(dim, keepdim=True).reciprocal()
+
+
+def renormalised(s: Tensor, dim: int) -> Tensor:
+    p = s.softmax(dim).masked_fill(torch.eye(s.shape[-1], dtype=torch.bool).roll(1, -1), 0.0)
+    return p / p.sum(dim, keepdim=True)
+
+
 def softmax(rng: random.Random) -> Callable[[Tensor, int], Tensor]:
     return rng.choice((
+        masked_later, renormalised,
+        lambda s, dim: s.exp2() / (s.exp2().sum(dim, keepdim=True) + 0.5),
+        lambda s, dim: s.exp() / s.exp().sum(dim, keepdim=True),
         lambda s, dim: s.softmax(dim),
         lambda s, dim: torch.softmax(s, dim % 4),
         lambda s, dim: (s - s.logsumexp(dim, keepdim=True)).exp(),
@@ -183,10 +214,36 @@ def check(seed: int) -> bool:
     return bool(sites.found)
 
 
-def main(count: int) -> None:
-    found = sum(check(seed) for seed in range(count))
-    print(f"{count} spellings: {found} found, the others refused, none wrong")
+def main(first: int, stop: int, record: Path | None) -> None:
+    """Check seeds in pieces of 50, each noted as soon as it is done."""
+    for start in range(first, stop, 50):
+        end = min(start + 50, stop)
+        found = sum(check(seed) for seed in range(start, end))
+        print(f"seeds {start}..{end - 1}: {found} found, {end - start - found} refused, none wrong")
+        if record is not None:
+            note(record, start, end, found)
+
+
+def note(record: Path, first: int, stop: int, found: int) -> None:
+    """Add a piece to the committed record: what was found right, when, and with which torch."""
+    known = json.loads(record.read_text()) if record.exists() else {"pieces": {}}
+    today = datetime.date.today().isoformat()
+    known["pieces"][f"{first}-{stop - 1}"] = {
+        "found": found, "refused": stop - first - found, "wrong": 0, "date": today,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    pieces = known["pieces"].values()
+    known["total"] = {key: sum(p[key] for p in pieces) for key in ("found", "refused", "wrong")} | {
+        "seeds": sum(p["found"] + p["refused"] for p in pieces)
+    }
+    order = sorted(known["pieces"].items(), key=lambda item: int(item[0].split("-")[0]))
+    known["pieces"] = dict(order)
+    record.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("first", type=int, nargs="?", default=0)
+    parser.add_argument("stop", type=int, nargs="?", default=2000)
+    parser.add_argument("--record", type=Path)
+    main(**vars(parser.parse_args()))

@@ -450,5 +450,4 @@ DECOYS: Mapping[str, Callable[..., Any]] = {
     "detached": weighed(lambda s: s.detach().softmax(-1)), "contrastive": contrastive,
     "top keys": formed(top_keys), "windows": windows, "convolved": convolved,
     "not normalised": weighed(torch.exp), "rolled": weighed(lambda s: s.roll(1, -1).softmax(-1)),
-    "a weak sum": weighed(lambda s: s.exp() / (s.exp().sum(-1, keepdim=True) + 1.0)),
 }  # fmt: skip
