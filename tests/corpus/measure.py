@@ -144,8 +144,12 @@ def _differences(ours: Results, model: nn.Module, variant: Variant) -> dict[str,
 def _exact(variant: Variant, model: nn.Module) -> Results:
     """The stock model without any rounding to float32."""
     model = copy.deepcopy(model).double()
-    with Exact():
-        return _step(variant, model, torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Exact():
+            return _step(variant, model, torch.float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _worst(differences: Mapping[str, float]) -> tuple[str, float]:
