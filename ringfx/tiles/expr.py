@@ -17,6 +17,7 @@ printed, written as JSON and sent as the argument of an operator:
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,15 @@ def _maximum(a: Any, b: Any) -> Any:
     return torch.maximum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, min=a)
 
 
+def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
+    """Two numbers make the default type, unless one is beyond it: float64's most negative."""
+    numbers = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor)
+    largest = torch.finfo(torch.get_default_dtype()).max
+    if numbers and any(math.isfinite(x) and abs(x) > largest for x in (a, b)):
+        a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    return torch.where(torch.as_tensor(condition), a, b)
+
+
 TILE_OPS: Mapping[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -96,7 +106,7 @@ TILE_OPS: Mapping[str, Callable[..., Any]] = {
     "bitand": _on_tensors(torch.bitwise_and),
     "bitor": _on_tensors(torch.bitwise_or),
     "bitxor": _on_tensors(torch.bitwise_xor),
-    "where": lambda c, a, b: torch.where(torch.as_tensor(c), a, b),
+    "where": _where,
     "exp": _on_tensors(torch.exp),
     "log": _on_tensors(torch.log),
     "log2": _on_tensors(torch.log2),

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = chosen[part - 1 :: parts]
     if options.stale:
         before = load()
-        chosen = [v for v in chosen if not _fresh(before.get(v.name), commit, options.ranks)]
+        fresh = (commit, *options.fresh)
+        chosen = [v for v in chosen if not _fresh(before.get(v.name), fresh, options.ranks)]
     warm_up()
     started = time.monotonic()
     for number, variant in enumerate(chosen, 1):
@@ -51,6 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--failing", action="store_true", help="only what is not equal so far")
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")
     parser.add_argument("--stale", action="store_true", help="only what this commit did not run")
+    parser.add_argument("--fresh", nargs="+", default=[], metavar="COMMIT", help="nor these")
     parts = "every Nth variant from the Ith; parts may run at the same time"
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), metavar=("I", "N"), help=parts)
     parser.add_argument("--limit", type=float, default=0, help="stop after this many seconds")
@@ -62,11 +64,15 @@ def _wanted(variant: Variant, names: Sequence[str]) -> bool:
     return not names or any(fnmatch.fnmatch(text, name) for name in names for text in both)
 
 
-def _fresh(record: Record | None, commit: str, ranks: Sequence[int]) -> bool:
-    """Whether the record holds this commit's results on so many ranks."""
-    return (
-        record is not None and record.commit == commit and set(map(str, ranks)) == {*record.seconds}
-    )
+def _fresh(record: Record | None, commits: Sequence[str], ranks: Sequence[int]) -> bool:
+    """Whether the record holds good results of one of the commits on so many ranks."""
+    if (
+        record is None
+        or record.commit not in commits
+        or not {*map(str, ranks)} <= {*record.seconds}
+    ):
+        return False
+    return record.commit == commits[0] or record.verdict == "equal"
 
 
 def examine(variant: Variant, world_sizes: Sequence[int], commit: str = "") -> Record:

@@ -12,11 +12,12 @@ answered in float64 (Hugging Face computes norms, softmax and losses in float32 
     max|t - t'|  <=  2 r + tolerance * floor,    r = max|t* - t'|                      (rounding)
     r            <=  1e-6 G  (gradients),  1e-5 max|t'|  (others)
 
-where for gradients r is the largest of the same module: the gradients of a layer's weight and bias
-are sums of the same terms, and a single small tensor is a poor sample of how they round. So what is
-only rounding in the unsplit model, such as the gradient of a key's bias, which is zero in theory,
-may be other rounding of the same size. The second line keeps this from excusing anything else:
-where the unsplit model itself is far from exact, a token went to another expert.
+where for gradients r is the largest of all parameters: no gradient of the split model is further
+from exact than the unsplit model's worst is, in absolute terms. So what is only rounding there, such
+as the gradient of a key's bias, which is zero in theory, may be rounding of the same size here (a
+single small tensor is a poor sample of it, and a fused kernel rounds other sums than a spelled-out
+one). The second line keeps this from excusing anything else: where the unsplit model itself is far
+from exact, a token went to another expert.
 
 A gradient that only one side has, another shape, and NaN agree with nothing.
 """
@@ -92,21 +93,19 @@ def _is_rounding(
     largest = exact.largest_gradient
     scale = largest if _is_gradient(name) else _magnitude(true)
     bound = LARGEST_ROUNDING["gradient" if _is_gradient(name) else "other"] * scale
-    rounding = max(_distance(*pair) for pair in _of_module(name, stock, exact))
+    rounding = max(_distance(*pair) for pair in _of_kind(name, stock, exact))
     floor = tolerance * GRADIENT_FLOOR * scale
     return rounding <= bound and _distance(mine, true) <= 2 * rounding + floor
 
 
-def _of_module(
+def _of_kind(
     name: str, stock: Results, exact: Results
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The tensor from both sides, and for a gradient those of its module's other parameters."""
-    module = name.rpartition(".")[0] if _is_gradient(name) else None
+    """The tensor from both sides; for a gradient every gradient."""
     for other, theirs in stock.tensors.items():
         true = exact.tensors.get(other)
-        if other != name and (not _is_gradient(other) or other.rpartition(".")[0] != module):
-            continue
-        if theirs is not None and true is not None:
+        alike = other == name or (_is_gradient(name) and _is_gradient(other))
+        if alike and theirs is not None and true is not None:
             yield theirs, true
 
 

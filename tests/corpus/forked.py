@@ -73,7 +73,7 @@ def _trace(name: str, world_sizes: Sequence[int], folder: Path) -> Never:
     _say_where_when_asked(folder / BEFORE)
     try:
         outcome = measure(name)
-        if dist.is_initialized():
+        if dist.is_initialized() and not outcome.error:
             dist.barrier()  # nobody leaves while a neighbour still needs it
         (folder / place[0]).write_bytes(pickle.dumps(outcome))
     finally:

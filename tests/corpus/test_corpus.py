@@ -75,7 +75,7 @@ def far(ours: Results, stock: Results, exact: Results) -> set[str]:
 
 def test_rounding_of_a_gradient_that_is_zero_in_theory_is_no_error() -> None:
     exact = results(weight=tensor(1.0, 2.0), bias=tensor(0.0, 1e-17))
-    stock = results(weight=tensor(1.0, 2.0), bias=tensor(5e-7, 0.0))
+    stock = results(weight=tensor(1.0, 2.0 + 5e-7), bias=tensor(1e-7, 0.0))
     ours = results(weight=tensor(1.0, 2.0), bias=tensor(-5e-7, 1e-7))
     assert not far(ours, stock, exact)
     ours = results(weight=tensor(1.0, 2.0), bias=tensor(-2e-6, 1e-7))
