@@ -57,7 +57,8 @@ SEQ2SEQ: tuple[Row, ...] = (
     row("bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", BART | {
         "attention_type": "original_full"}, **ONLY_EAGER),
     row("pegasus_x", "PegasusXForConditionalGeneration", BART | {"block_size": 16,
-        "num_global_tokens": 8, "stagger_local_blocks": False}, inputs=seq2seq(64, 37), **ONLY_EAGER),
+        "num_global_tokens": 8, "stagger_local_blocks": False}, inputs=seq2seq(64, 37),
+        **ONLY_EAGER),
     row("led", "LEDForConditionalGeneration", {"vocab_size": 96, "d_model": 48,
         "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
         "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 64,
