@@ -13,10 +13,10 @@ answered in float64 (Hugging Face computes norms, softmax and losses in float32 
     r            <=  1e-6 G  (gradients),  1e-5 max|t'|  (others)
 
 where for gradients r is the largest of all parameters: no gradient of the split model is further
-from exact than the unsplit model's worst is, in absolute terms. So what is only rounding there, such
-as the gradient of a key's bias, which is zero in theory, may be rounding of the same size here (a
-single small tensor is a poor sample of it, and a fused kernel rounds other sums than a spelled-out
-one). The second line keeps this from excusing anything else: where the unsplit model itself is far
+from exact than the unsplit model's worst is, in absolute terms. So what is only rounding there,
+such as the gradient of a key's bias, which is zero in theory, may be rounding of the same size here
+(a single small tensor is a poor sample of it, and a fused kernel rounds other sums than a
+spelled-out one). The second line keeps this from excusing anything else: where the unsplit model itself is far
 from exact, a token went to another expert.
 
 A gradient that only one side has, another shape, and NaN agree with nothing.
