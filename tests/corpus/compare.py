@@ -16,8 +16,8 @@ where for gradients r is the largest of all parameters: no gradient of the split
 from exact than the unsplit model's worst is, in absolute terms. So what is only rounding there,
 such as the gradient of a key's bias, which is zero in theory, may be rounding of the same size here
 (a single small tensor is a poor sample of it, and a fused kernel rounds other sums than a
-spelled-out one). The second line keeps this from excusing anything else: where the unsplit model itself is far
-from exact, a token went to another expert.
+spelled-out one). The second line keeps this from excusing anything else: where the unsplit model
+itself is far from exact, a token went to another expert.
 
 A gradient that only one side has, another shape, and NaN agree with nothing.
 """
