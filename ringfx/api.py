@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -33,11 +34,19 @@ __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
+_UNSPLIT = (
+    "this call of the model was not compiled and ran whole on every rank: inside a transform of "
+    "torch.func, in FullyShardedDataParallel's own code and under a stance or setting that turns "
+    "compilation off Dynamo traces nothing. Do: call the model outside of them; shard with "
+    "fully_shard."
+)
+
 
 class Optimized:
     """What ``optimize`` adds to a model's class; parameters, names and methods are the model's."""
 
     _ringfx_backend: Backend
+    _compiled_call_impl: Any
 
     @property
     def plan(self) -> Plan:
@@ -75,6 +84,8 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
         backend.ran.clear()
+        if self._compiled_call_impl is None:  # nn.Module leaves it out of copies
+            self.compile(backend=for_ringfx(backend), dynamic=False)  # type: ignore[attr-defined]
         prepare_tracing()
         try:
             with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
@@ -85,6 +96,8 @@ class Optimized:
             raise
         if backend.ran and not any(plan.layers for plan in backend.ran):
             raise AttentionNotFound(no_attention_text(backend.ran))
+        if not backend.ran and not torch.compiler.is_compiling():
+            backend.announce(_UNSPLIT)
         return result
 
 
@@ -150,6 +163,11 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise InvalidArgument(
+            "model comes from torch.compile, which would run it as it is. Do: pass the model "
+            "itself; ringfx compiles it, see compiler=."
+        )
     settings = Settings.of(
         {
             "strategy": strategy,
@@ -181,7 +199,11 @@ def _optimized(model: M, backend: Backend) -> M:
 
 def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
     """A model of the same state whose class has what ``Optimized`` adds."""
-    made: M = object.__new__(type(type(model).__name__, (Optimized, type(model)), {}))
+    given = type(model)
+    if issubclass(given, Optimized):  # optimized again: with the new options
+        given = given.__bases__[1]
+    names = {"__module__": given.__module__, "__qualname__": given.__qualname__}
+    made: M = object.__new__(type(given.__name__, (Optimized, given), names))
     made.__dict__.update(state, _ringfx_backend=backend)
     return made
 

@@ -83,13 +83,18 @@ class Backend:
             for x in lowered.plan.missed
         ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
-        for text in loud:
-            if text not in self._announced:
-                log.warning(text)
+        self.announce(*loud)
         for note in lowered.plan.notes:
             if note not in self._announced:
                 log.info(note)
-        self._announced |= {*loud, *lowered.plan.notes}
+        self._announced |= {*lowered.plan.notes}
+
+    def announce(self, *texts: str) -> None:
+        """Warn of each once."""
+        for text in texts:
+            if text not in self._announced:
+                log.warning(text)
+        self._announced |= {*texts}
 
 
 class Runner:

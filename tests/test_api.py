@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import ringfx
+from ringfx.backend import ringfx_backend
+from ringfx.passes.detect.substitute import for_ringfx
 
 LENGTHS = range(4, 16)
 """More than Dynamo's own limit of recompilations (8), after which it runs a model as it is."""
@@ -50,6 +53,59 @@ def test_a_plan_is_asked_for_before_the_first_call() -> None:
         _ = model.plan
 
 
+def test_a_copy_of_an_optimized_model_is_optimized_too() -> None:
+    for before_the_first_call in (True, False):
+        model: Any = ringfx.optimize(Attention(), compiler="eager")
+        x = torch.randn(2, 5, 16)
+        if not before_the_first_call:
+            model(x)
+        twin: Any = copy.deepcopy(model)
+        torch.testing.assert_close(twin(x), model(x))
+        assert len(twin.plan.layers) == 1
+        assert twin.qkv.weight is not model.qkv.weight
+
+
+def test_a_model_may_be_optimized_again_with_other_options() -> None:
+    stock = Attention()
+    first: Any = ringfx.optimize(stock, compiler="eager")
+    again: Any = ringfx.optimize(first, compiler="eager", strategy="simple")
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(again(x), stock(x))
+    assert [layer.strategy for layer in again.plan.layers] == ["simple"]
+
+
+def test_what_torch_compile_made_is_refused() -> None:
+    with pytest.raises(ringfx.errors.InvalidArgument, match="pass the model itself"):
+        ringfx.optimize(torch.compile(Attention()))  # type: ignore[type-var]
+
+
+def test_a_call_that_nothing_compiled_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = ringfx.optimize(Attention(), compiler="eager")
+    with caplog.at_level("WARNING", logger="ringfx"):
+        for _ in range(2):
+            torch.func.vmap(model)(torch.randn(3, 2, 5, 16))
+    assert sum("ran whole on every rank" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_model_compiled_for_any_size_is_found_with_its_numbers_as_they_are() -> None:
+    """With dynamic=True Dynamo hands floats over as tensors: an epsilon, a temperature."""
+    torch._dynamo.reset()
+    stock = nn.Sequential(Attention(), nn.LayerNorm(16, eps=0.5))
+    whole: list[bool] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        runner = ringfx_backend(gm, example_inputs, options={"compiler": "eager"})
+        calls = {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
+        whole.append({"layer_norm", "scaled_dot_product_attention"} <= calls)
+        return runner
+
+    for length in (5, 9):
+        model = torch.compile(stock, backend=for_ringfx(backend), dynamic=True)
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(model(x), stock(x))
+    assert whole == [True, True]
+
+
 class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +143,7 @@ def test_another_kernel_than_the_plan_counts_on_is_announced_once(
     monkeypatch.setitem(
         ringfx.ops.attention.__globals__,
         "choose",
-        lambda *where, soft_cap, math_only: chosen(*where, soft_cap=soft_cap, math_only=True),
+        lambda *where, **asked: chosen(*where, **(asked | {"math_only": True})),
     )
     model = ringfx.optimize(Attention(), compiler="eager")
     for _ in range(2):

@@ -18,6 +18,7 @@ from ringfx.passes.capture.flex import drop_block_masks
 from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
+from ringfx.passes.capture.numbers import ask_for_numbers
 from ringfx.passes.capture.origin import clean_path, stamp_origins
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
@@ -49,6 +50,7 @@ def capture(
     CaptureRefused
         For a construct that cannot be carried with its meaning and gradient kept.
     """
+    ask_for_numbers(gm)
     constructs.refuse_unsupported(gm)
     fold_regions(gm)
     drop_block_masks(gm)

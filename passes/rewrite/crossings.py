@@ -232,7 +232,7 @@ class Crossings:
         self.reshardings.append(
             Resharding(
                 node=node.name,
-                name=node.meta.get("ringfx_path", ""),
+                name=node.meta.get("ringfx_path", "") or node.meta.get("ringfx_input", ""),
                 source=node.meta.get("ringfx_source", ""),
                 kind=kind,
                 bytes_moved=size,

@@ -1,0 +1,38 @@
+"""Python floats that Dynamo hands over as tensors become numbers again.
+
+With ``dynamic=True`` (or a float that changed between two calls) Dynamo makes an epsilon or a
+temperature a scalar tensor, so that one program serves all its values, and reads it back by
+``item()``. The passes here read such arguments, so Dynamo is asked to trace again with the float as
+it is; another value then compiles another program, as another sequence length does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["ask_for_numbers"]
+
+
+def ask_for_numbers(gm: torch.fx.GraphModule) -> None:
+    """Makes Dynamo trace again where a float came as a tensor; returns where none did."""
+    found = [name for n in gm.graph.nodes if (name := _float_symbol(n)) is not None]
+    new = [name for name in found if not TensorifyState.should_specialize(name)]
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _float_symbol(node: torch.fx.Node) -> str | None:
+    """The name under which Dynamo knows a float, if this placeholder is one."""
+    value = node.meta.get("example_value")
+    if node.op != "placeholder" or not isinstance(value, FakeTensor) or value.item_memo is None:
+        return None
+    if not all(user.target == "item" for user in node.users):
+        return None
+    # The symbol, not what it was replaced with: Dynamo looks it up in the same way.
+    name: str | None = getattr(value.item_memo.node._expr, "name", None)
+    return name
