@@ -64,6 +64,26 @@ def diff(call: Call) -> OpAxes:
     )
 
 
+def transform(call: Call) -> OpAxes:
+    """A Fourier transform along ``dim``; some change the length."""
+    shape, result = call.shapes[0], call.result_shape
+    labels, out = numbered(shape), list(numbered(result))
+    dims = call.get("dim")
+    lengths = call.get("s")
+    if dims is None and lengths is not None:
+        dims = list(range(-len(lengths), 0))
+    at = _dims(dims, len(shape))
+    for i in at:
+        if result[i] != shape[i]:
+            out[i] = (f"f{i}",) if result[i] != 1 else ()
+    return OpAxes(
+        operands=(labels,),
+        results=(tuple(out),),
+        share=shares(whole=[name for i in at for name in (f"d{i}", f"f{i}")]),
+        reason="it transforms along the axis",
+    )
+
+
 def histogram(call: Call) -> OpAxes:
     """Counts of values in a range add up; what lies outside of it is not counted."""
     labels = numbered(call.shapes[0])
@@ -146,4 +166,14 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.bincount.default: histogram,
     aten.topk.default: topk,
     aten.diff.default: diff,
+    aten.fft_fft.default: transform,
+    aten.fft_ifft.default: transform,
+    aten.fft_rfft.default: transform,
+    aten.fft_irfft.default: transform,
+    aten.fft_fft2.default: transform,
+    aten.fft_ifft2.default: transform,
+    aten.fft_fftn.default: transform,
+    aten.fft_ifftn.default: transform,
+    aten.fft_rfftn.default: transform,
+    aten.fft_irfftn.default: transform,
 }  # fmt: skip
