@@ -36,6 +36,7 @@ from ringfx.cost_model.liveness import (
     values_of,
 )
 from ringfx.cost_model.optimizers import state_bytes
+from ringfx.ops import attention
 from ringfx.passes.rewrite.parameters import LARGEST_BUCKET, NUM_BUCKETS, SMALLEST_BUCKET
 from ringfx.passes.values import Captured
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan
@@ -52,6 +53,7 @@ Kind = Literal["whole", "split", "attention"]
 
 CAUSES: Mapping[str, Kind] = {
     "parameters": "whole",
+    "masks given whole": "whole",
     "optimiser state": "whole",
     "parameter gradients": "whole",
     "gradients joined and summed": "whole",
@@ -122,6 +124,7 @@ def predict_memory(
     alive = [x for x in held if x.at(position)]
     there = {
         "parameters": sum(map(_bytes, parameters)),
+        "masks given whole": sum(map(_bytes, _given_masks(inputs, parameters))),
         "optimiser state": sum(_state_bytes(optimizer, node) for node in trained),
         "gradients joined and summed": _message(trained) if world_size > 1 else 0,
         "held by Inductor for reuse": reuse,
@@ -132,6 +135,14 @@ def predict_memory(
         over_program=_over_program(held, len(values.nodes), there),
         unknown=("optimiser state",) if trained and optimizer == "none" else (),
     )
+
+
+def _given_masks(inputs: Sequence[Node], parameters: Sequence[Node]) -> list[Node]:
+    """Inputs and buffers that attention reads as they stand, whole on every rank."""
+    return [
+        n for n in inputs
+        if n not in parameters and any(u.target is attention and n in u.args[3] for u in n.users)
+    ]  # fmt: skip
 
 
 def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:

@@ -75,6 +75,9 @@ class AttentionSite:
     """Device type: ``cpu``, ``cuda``."""
     trains: bool
     """Whether a backward pass goes through it."""
+    matrix_bytes: int = 0
+    """Bytes of the masks and biases with an entry for each query and key that it reads, which every
+    rank has whole."""
     checkpoint: int = 0
     """The checkpointed region that it lies in and is run again with in backward; 0: none."""
 

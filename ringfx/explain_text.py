@@ -14,6 +14,7 @@ from ringfx.passes.values import AttentionSite, Declined
 from ringfx.plan_text import fold_names, table_lines
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import Expr
+from ringfx.tiles.words import whole_text
 
 __all__ = ["formula", "render", "tile_text"]
 
@@ -84,6 +85,8 @@ def form(site: AttentionSite) -> Iterator[str]:
         dims += f" (values {site.v_head_dim})"
     tokens = f"{site.q_len:,} x {site.kv_len:,} tokens"
     yield f"{site.batch} x {heads} heads x {tokens}, head dim {dims}, {site.dtype}"
+    if site.matrix_bytes:
+        yield f"reads {whole_text(site.matrix_bytes)}"
 
 
 def formula(spec: AttentionSpec) -> str:

@@ -21,10 +21,11 @@ from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
 from ringfx.passes.place import Lines, find_lines, place, respell
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.values import Captured, TokenAxis
+from ringfx.passes.values import Captured, Sites, TokenAxis
 from ringfx.passes.verify import verify
 from ringfx.plan import Plan
 from ringfx.settings import Settings
+from ringfx.tiles.words import whole_text
 from ringfx.world import World
 
 __all__ = ["Lowered", "lower"]
@@ -96,7 +97,8 @@ def lower(
         axes=_token_axes(lines), reshardings=local.reshardings,
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=memory(layers={layer.site.node: layer for layer in layers}),
-        notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown, *_graph_break(captured)),
+        notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown,
+               *_whole_masks(sites), *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(
         captured=captured,
@@ -125,6 +127,16 @@ def _refuse_unknown(
         f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
         for n in touching
     )
+
+
+def _whole_masks(sites: Sites) -> tuple[str, ...]:
+    """What is read with an entry for each query and key, and is therefore as long as it is wide."""
+    reading = [site for site in sites.found if site.matrix_bytes]
+    if not reading:
+        return ()
+    first, largest = reading[0], max(site.matrix_bytes for site in reading)
+    more = f" and {len(reading) - 1} more" if len(reading) > 1 else ""
+    return (f"{first.name or first.node} ({first.source}){more}: {whole_text(largest)}",)
 
 
 def _graph_break(captured: Captured) -> tuple[str, ...]:

@@ -26,6 +26,9 @@ from ringfx.passes.detect.walk import is_elementwise
 __all__ = ["contract_in_pairs"]
 
 aten = torch.ops.aten
+SOFTMAXES = frozenset({
+    *ROOTS, aten.log_softmax.int, aten._log_softmax.default, aten.logsumexp.default,
+})  # fmt: skip
 NEAR = 24
 """Calls between an einsum and a softmax."""
 
@@ -58,7 +61,7 @@ def _leads_to_softmax(start: Node, step: Callable[[Node], Iterator[Node]]) -> bo
         if node in seen:
             continue
         seen.add(node)
-        if node.target in ROOTS:
+        if node.target in SOFTMAXES:
             return True
         if node is start or is_elementwise(node) or node.target in VIEWS | BROADCASTS:
             queue.extend(step(node))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -252,7 +252,14 @@ def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSit
         device=q.device.type,
         trains=needs_grad(node),
         checkpoint=node.meta.get("ac_graph_id", 0),
+        matrix_bytes=sum(x.numel() * x.element_size() for x in _matrices(node, spec)),
     )
+
+
+def _matrices(node: Node, spec: AttentionSpec) -> list[torch.Tensor]:
+    """What the tile functions read that has an entry for each query and key."""
+    read: Any = node.args[3]
+    return [read[i].meta["val"] for i in tiles.matrices(spec.keep, spec.bias)]
 
 
 def _drop_dead_masks(gm: torch.fx.GraphModule) -> None:

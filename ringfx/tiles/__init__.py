@@ -18,7 +18,7 @@ from ringfx.tiles.expr import (
     walk,
 )
 from ringfx.tiles.ranges import Box, Kind, bounds, classify
-from ringfx.tiles.words import density, describe, is_balanced
+from ringfx.tiles.words import density, describe, is_balanced, matrices
 
 __all__ = [
     "CAUSAL",
@@ -41,6 +41,7 @@ __all__ = [
     "inputs_used",
     "is_balanced",
     "loads",
+    "matrices",
     "terms",
     "walk",
 ]

@@ -12,7 +12,7 @@ import torch
 from ringfx.tiles.expr import Expr, TileIndex, evaluate, inputs_used, terms, walk
 from ringfx.tiles.ranges import Box, classify
 
-__all__ = ["density", "describe", "is_balanced"]
+__all__ = ["density", "describe", "is_balanced", "matrices", "whole_text"]
 
 SAMPLED_ROWS = 64
 LEAF = 65536
@@ -36,6 +36,22 @@ def describe(keep: Expr | None, bias: Expr | None = None) -> str:
     if bias is not None:
         words.append(_bias_words(bias))
     return ", ".join(dict.fromkeys(words))
+
+
+def matrices(*exprs: Expr | None) -> tuple[int, ...]:
+    """Captured tensors that are read with a query index and, in another dimension, a key index."""
+    found = set()
+    for read in (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at"):
+        places = [_indices(p) for p in read[2:]]
+        pairs = itertools.permutations(places, 2)
+        if any("q" in a and "k" in b for a, b in pairs):
+            found.add(read[1])
+    return tuple(sorted(found))
+
+
+def whole_text(size: int) -> str:
+    """Of masks and biases that are no function of positions."""
+    return f"a mask or bias given whole: {size / 2**20:,.1f} MiB on every rank, not split"
 
 
 def density(keep: Expr | None, q_len: int, kv_len: int) -> float:

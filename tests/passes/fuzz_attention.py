@@ -146,7 +146,8 @@ def masked_later(s: Tensor, dim: int) -> Tensor:
 
 
 def renormalised(s: Tensor, dim: int) -> Tensor:
-    p = s.softmax(dim).masked_fill(torch.eye(s.shape[-1], dtype=torch.bool).roll(1, -1), 0.0)
+    rows, columns = (torch.arange(n) for n in s.shape[-2:])
+    p = s.softmax(dim).masked_fill(rows[:, None] + 1 == columns, 0.0)
     return p / p.sum(dim, keepdim=True)
 
 

@@ -59,6 +59,12 @@ def three_operands(w: Weights, x: Tensor) -> Tensor:
     return w.o(merge(s.softmax(-1) @ v))
 
 
+def three_operands_in_logarithms(w: Weights, x: Tensor) -> Tensor:
+    q, k, v = qkv(w, x)
+    s = torch.einsum("bhqd,bhkd,h->bhqk", q, k, w.temperature.view(H))
+    return w.o(merge(s.log_softmax(-1).exp() @ v))
+
+
 def projected_with_the_values(w: Weights, x: Tensor) -> Tensor:
     q, k, v = qkv(w, x)
     out = w.o.weight.view(E, H, D)
@@ -272,6 +278,7 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
     "zeroed after exp": weighed(zeroed_after_exp),
     "masked and renormalised": weighed(masked_and_renormalised),
     "renormalised": weighed(renormalised),
+    "three operands, logarithms": three_operands_in_logarithms,
     "three operands": three_operands, "projected with the values": projected_with_the_values,
     "transposed keys": transposed_keys, "convolved keys": convolved_keys,
     "parts joined": parts_joined, "latent": latent, "cosine": cosine, "normed": formed(normed),
