@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -139,10 +139,13 @@ def predict_memory(
 
 def _given_masks(inputs: Sequence[Node], parameters: Sequence[Node]) -> list[Node]:
     """Inputs and buffers that attention reads as they stand, whole on every rank."""
-    return [
-        n for n in inputs
-        if n not in parameters and any(u.target is attention and n in u.args[3] for u in n.users)
-    ]  # fmt: skip
+    return [n for n in inputs if n not in parameters and any(_reads(u, n) for u in n.users)]
+
+
+def _reads(call: Node, value: Node) -> bool:
+    """Whether a call is an attention whose tile functions read the value."""
+    read: Any = call.args[3] if call.target is attention else ()
+    return value in read
 
 
 def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:
