@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ringfx.passes.axes.space import Dim
 
@@ -48,15 +49,15 @@ class Arrangement:
         return _sizes(self.wanted, size)
 
     def steps(self, size: Size) -> Steps:
-        given, wanted = self._atoms(self.given), self._atoms(self.wanted)
-        assert self.is_permutation, f"axes are lost or repeated between {given} and {wanted}"
+        assert self.is_permutation, f"axes are lost or repeated: {self.given} to {self.wanted}"
+        given, wanted = self._runs(self.given), self._runs(self.wanted)
         before = _sizes(self.given, size)
-        split = tuple(size(a) for a in given)
+        split = _sizes(given, size)
         kept = [a for a in wanted if a in given]
         order = tuple(given.index(a) for a in kept)
-        permuted = tuple(size(a) for a in kept)
-        spaced = tuple(size(a) if a in given else 1 for a in wanted)
-        expanded = tuple(size(a) for a in wanted)
+        permuted = _sizes(tuple(kept), size)
+        spaced = _sizes(tuple(a if a in given else () for a in wanted), size)
+        expanded = _sizes(wanted, size)
         merged = self.shape(size)
         moves = order != tuple(range(len(order)))
         if not moves and expanded == spaced:
@@ -72,9 +73,26 @@ class Arrangement:
             merged=None if merged == expanded else merged,
         )
 
+    def _runs(self, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        """The axes, those that stay side by side kept together: tokens that are rows and columns of
+        patches elsewhere are tokens here."""
+        together = _neighbours(self.given) & _neighbours(self.wanted)
+        runs: list[Dim] = []
+        for dim in dims:
+            for i, atom in enumerate(dim):
+                if i and (dim[i - 1], atom) in together:
+                    runs[-1] += (atom,)
+                else:
+                    runs.append((atom,))
+        return tuple(runs)
+
     @staticmethod
     def _atoms(dims: tuple[Dim, ...]) -> tuple[int, ...]:
         return tuple(atom for dim in dims for atom in dim)
+
+
+def _neighbours(dims: tuple[Dim, ...]) -> set[tuple[int, int]]:
+    return {pair for dim in dims for pair in pairwise(dim)}
 
 
 def _sizes(dims: tuple[Dim, ...], size: Size) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ringfx.passes.detect.arrange import Arrangement, Steps
 from ringfx.passes.detect.estimate import missed
 from ringfx.tiles import CAUSAL
 from tests.passes.direct import canonical, program_of, results, worst
@@ -115,3 +116,16 @@ def test_a_canonical_form_that_differs_is_refused(
     sites = canonical(program)
     assert sites.found == ()
     assert "differs from it by" in sites.declined[0].reason
+
+
+def test_tokens_that_are_rows_and_columns_of_patches_are_moved_as_one_dimension() -> None:
+    """Cut in two they could not be split, and the keys of every image would be gathered."""
+    head, rows, columns, dim = range(4)
+    moved = Arrangement(given=((head,), (dim,), (rows, columns)),
+                        wanted=((head,), (rows, columns), (dim,)))  # fmt: skip
+    sizes = (4, 5, 6, 12)
+    assert moved.steps(sizes.__getitem__) == Steps(
+        split=None, order=(0, 2, 1), spaced=None, expanded=None, merged=None
+    )
+    apart = Arrangement(given=((rows, columns), (dim,)), wanted=((columns, rows), (dim,)))
+    assert apart.steps(sizes.__getitem__).split == (5, 6, 12)
