@@ -206,8 +206,11 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
         + (f"Near misses:{near}\n" if near else "")
         + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
-        + "Ringfx recognises torch.nn.functional.scaled_dot_product_attention. Do: call it in the "
-        "model (Hugging Face: attn_implementation='sdpa'), or run the model without ringfx."
+        + "Ringfx recognises scaled_dot_product_attention and its kernels, nn.MultiheadAttention, "
+        "flex_attention, flash-attn, xformers, and any spelling of softmax(q k^T) v over tokens; "
+        "layers that mix tokens otherwise (convolutions, Fourier transforms, recurrences) hold "
+        "none. Do: see `ringfx explain MODEL` for what was looked at and why it is none, or run "
+        "the model without ringfx."
     )
 
 

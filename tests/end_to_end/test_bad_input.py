@@ -41,7 +41,9 @@ def no_attention() -> None:
 
 def test_a_model_without_attention(ranks2: RankPool) -> None:
     for text in raises(ranks2, no_attention):
-        assert text.startswith("AttentionNotFound: ")
+        assert text.startswith("AttentionNotFound: no attention over a sequence was found")
+        assert "any spelling of softmax(q k^T) v" in text
+        assert "ringfx explain" in text
 
 
 def unknown_strategy() -> None:
