@@ -59,7 +59,7 @@ types: $(INSTALLED)
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
 	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) \
-  benchmarks/memory.py benchmarks/attention_schedule.py $(wildcard benchmarks/prediction/*.py)
+	  benchmarks/memory.py benchmarks/attention_schedule.py $(wildcard benchmarks/prediction/*.py)
 
 # Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.
 corpus: $(INSTALLED)

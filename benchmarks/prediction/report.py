@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,30 +106,17 @@ def _pairs(timings: Iterable[Timing], part: str) -> list[tuple[float, float]]:
 
 
 def _error_table(found: Sequence[Outcome]) -> dict[str, Any]:
-    """Errors of all figures, and of each strategy, direction, link and dtype by itself."""
+    """Errors of all figures, and of each direction, strategy, link and dtype by itself."""
     everything = [(o.case, t) for o in found for t in o.timings]
-
-    def where(keep: Callable[[Case, Timing], bool]) -> list[Timing]:
-        return [t for case, t in everything if keep(case, t)]
-
-    strategies = sorted({t.prediction.strategy for _, t in everything})
-    links = sorted({case.link for case, _ in everything})
-    table = {"all": _errors(_pairs(where(lambda c, t: True), "total"))}
-    table |= {
-        part: _errors(_pairs(where(lambda c, t: True), part)) for part in ("forward", "backward")
+    timings = [t for _, t in everything]
+    parts = {"all": "total", "forward": "forward", "backward": "backward"}
+    groups: dict[str, list[Timing]] = {}
+    for case, found_there in everything:
+        for name in (found_there.prediction.strategy, case.link, case.dtype):
+            groups.setdefault(name, []).append(found_there)
+    return {name: _errors(_pairs(timings, part)) for name, part in parts.items()} | {
+        name: _errors(_pairs(group, "total")) for name, group in sorted(groups.items())
     }
-    table |= {
-        name: _errors(_pairs(where(lambda c, t, n=name: t.prediction.strategy == n), "total"))
-        for name in strategies
-    }
-    table |= {
-        link: _errors(_pairs(where(lambda c, t, n=link: c.link == n), "total")) for link in links
-    }
-    table |= {
-        dtype: _errors(_pairs(where(lambda c, t, n=dtype: c.dtype == n), "total"))
-        for dtype in sorted({case.dtype for case, _ in everything})
-    }
-    return table
 
 
 # --- what the choice costs --------------------------------------------------------------------
