@@ -87,7 +87,7 @@ class Local:
     @property
     def ring_groups(self) -> int:
         """Groups of ``production``."""
-        least = ring_bytes(torch.device(self.site.device))
+        least = ring_bytes(torch.device(self.site.device), self.world_size)
         return self.groups(least, RING_GROUPS)
 
     @property

@@ -13,15 +13,15 @@ import torch
 
 __all__ = ["MOST_GROUPS", "RING_GROUPS", "HeadGroup", "head_groups", "ring_bytes"]
 
-GROUP_BYTES: Mapping[str, int] = {"cpu": 1 << 19}
-"""A group's K and V on one rank: gloo reaches its full bandwidth at 0.5 to 2 MiB a message."""
+GROUP_BYTES: Mapping[str, int] = {"cpu": 2 << 20}
+"""A group's K and V on one rank: gloo reaches its full bandwidth at 0.5 to 2 MiB a message, and each
+message wakes a thread that takes the core from the tiles."""
 GROUP_BYTES_ELSEWHERE = 64 << 20
 """A GPU's kernel needs many heads at once to fill the device."""
 MOST_GROUPS = 8
 RING_GROUPS = 4
-"""Each message wakes a thread that takes the core from the tiles: with 2 groups a forward of 4096
-tokens on two cores took 1.00, with 4 groups 1.09, with 8 groups 1.34 of the time without messages;
-with 4 groups it holds half as much as with 2."""
+"""With 2 groups a forward of 4096 tokens on two cores took 1.00, with 4 groups 1.09, with 8 groups
+1.34 of the time without messages; with 4 groups it holds half as much as with 2."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,14 @@ class HeadGroup:
         return first
 
 
-def ring_bytes(device: torch.device) -> int:
-    """How many bytes of K and V a ring moves at once, at least."""
-    return GROUP_BYTES.get(device.type, GROUP_BYTES_ELSEWHERE)
+def ring_bytes(device: torch.device, size: int) -> int:
+    """How many bytes of K and V a ring of ``size`` ranks moves at once, at least.
+
+    Between two ranks a block makes a single hop, and a group holds half as much as in a longer
+    ring: a receiving buffer is never sent from.
+    """
+    least = GROUP_BYTES.get(device.type, GROUP_BYTES_ELSEWHERE)
+    return 2 * least if size == 2 else least
 
 
 def head_groups(

@@ -79,7 +79,7 @@ def _backward_hops(problem: Problem) -> int:
 
 def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
     threads = problem.ranks.fewest_threads() if q.device.type == "cpu" else 1
-    least, most = ring_bytes(q.device), RING_GROUPS
+    least, most = ring_bytes(q.device, problem.ranks.size), RING_GROUPS
     return head_groups(q, k, v, least_bytes=least, most=most, threads=threads)
 
 
