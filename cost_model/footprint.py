@@ -61,15 +61,25 @@ def _simple_backward(local: Local) -> int:
 
 
 def _production_forward(local: Local) -> int:
-    """min(5, 3 N)/N kv e: two groups' blocks at hand, on their way, and one packed; the output."""
+    """min(5, 3 N)/N kv e: two groups' blocks at hand, on their way, and one packed; the output.
+
+    Between two ranks nothing is passed on: min(4, 2 N)/N kv e, sent and received.
+    """
     groups = local.ring_groups
     return _passing(local, groups) + _output(local, groups)
 
 
 def _production_backward(local: Local) -> int:
-    """min(5, 3 N)/N kv e + (q + kv) a for the sums + min(4, 3 N)/N kv a for shares of gradients."""
+    """min(5, 3 N)/N kv e + (q + kv) a for the sums + min(4, 3 N)/N kv a for shares of gradients.
+
+    Between two ranks a share is made when its block is done with, in that block's buffers where
+    they are as large: min(4, 2 N)/N kv (e, and a unless e = a).
+    """
     groups, kv = local.ring_groups, local.kv_items
     shares = min(4, 3 * groups) * kv // groups
+    if local.world_size == 2:
+        own = local.itemsize != local.accumulator_bytes
+        shares = min(4, 2 * groups) * kv // groups if own else 0
     kernel = (local.q_items + kv) // groups * local.itemsize
     return (
         _passing(local, groups) + kernel + (local.q_items + kv + shares) * local.accumulator_bytes
@@ -77,7 +87,8 @@ def _production_backward(local: Local) -> int:
 
 
 def _passing(local: Local, groups: int) -> int:
-    return min(5, 3 * groups) * local.kv_items // groups * local.itemsize
+    blocks = min(4, 2 * groups) if local.world_size == 2 else min(5, 3 * groups)
+    return blocks * local.kv_items // groups * local.itemsize
 
 
 def _collective_forward(local: Local) -> int:

@@ -9,9 +9,10 @@ operators at some interval of positions runs, and the peak is the largest sum ov
     the gradient of a value                         from its last use to its own position
     what one operator needs for itself              at its position
 
-Splitting divides what carries tokens by the ranks. Inductor gives a buffer that is free to the next
-value of its size and never returns one that it will give away again, so for each size it holds the
-larger of what it needs now and the smaller of the most it needed and the most it will need.
+Splitting divides what carries tokens by the ranks. Inductor keeps a loss's logits themselves and
+writes their gradient over them, unless the caller has them too. It gives a buffer that is free to
+the next value of its size and never returns one that it will give away again, so for each size it
+holds the larger of what it needs now and the smaller of the most it needed and the most it will.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def predict_memory(
     if compiler == "eager":
         values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
-    held = list(_held(values, layers, trained, everything=compiler == "eager"))
+    everything, in_place = compiler == "eager", compiler == "inductor"
+    held = list(_held(values, layers, trained, everything=everything, in_place=in_place))
     position, reuse = _peak(held, len(values.nodes), reuses=compiler == "inductor")
     alive = [x for x in held if x.at(position)]
     there = {
@@ -240,7 +242,12 @@ def _alive(held: Iterable[Held], num: int) -> NDArray[np.int64]:
 
 
 def _held(
-    values: Values, layers: Mapping[str, LayerPlan], trained: Sequence[Node], *, everything: bool
+    values: Values,
+    layers: Mapping[str, LayerPlan],
+    trained: Sequence[Node],
+    *,
+    everything: bool,
+    in_place: bool,
 ) -> Iterator[Held]:
     """All that is ever alive; of a program without a backward, in the order that it runs."""
     last_use = _last_uses(values)
@@ -252,18 +259,26 @@ def _held(
     end = len(values.nodes) - 1
     for node in trained:
         yield _whole_gradient(node, last_use)
-    yield from _kept(values, kept, layers, end)
+    fused = _fused_losses(values) if in_place else frozenset()
+    yield from _kept(values, kept, layers, end, fused)
     yield from _again(values, layers)
     handed_over = outputs_of(values) & values.has_grad
     for i, node in enumerate(values.nodes):
         if node not in values.has_grad or node.op != "call_function":
             continue
-        for size in _own_bytes(node, values, kept, handed_over):
+        for size in _own_bytes(node, values, kept, handed_over, fused):
             yield Held(cause="temporaries", node=node, bytes=size, first=i, last=i)
         yield from _workspace(node, i, layers)
         if values.owner[node] is node and last_use[node] > i:
-            cause, size = "gradients of activations", values.bytes[node]
-            yield Held(cause=cause, node=node, bytes=size, first=i + 1, last=last_use[node])
+            cause, size, last = "gradients of activations", values.bytes[node], last_use[node]
+            if values.nodes[last] in fused and node not in kept:
+                last -= 1
+            yield Held(cause=cause, node=node, bytes=size, first=i + 1, last=last)
+
+
+def _fused_losses(values: Values) -> frozenset[Node]:
+    """Losses whose backward Inductor makes one pass over the logits of."""
+    return frozenset(node for node in values.nodes if values.hidden(node))
 
 
 def _whole_gradient(parameter: Node, last_use: Mapping[Node, int]) -> Held:
@@ -278,19 +293,28 @@ def _workspace(node: Node, position: int, layers: Mapping[str, LayerPlan]) -> It
 
 
 def _kept(
-    values: Values, kept: frozenset[Node], layers: Mapping[str, LayerPlan], end: int
+    values: Values,
+    kept: frozenset[Node],
+    layers: Mapping[str, LayerPlan],
+    end: int,
+    fused: frozenset[Node],
 ) -> Iterator[Held]:
     """From the forward on, outside checkpointed regions."""
     for i, node in enumerate(values.nodes):
         if node in values.region:
             continue
         cause = "activations kept for backward"
-        for size in (values.hidden(node), values.bytes[node] if node in kept else 0):
+        own = 0 if node in fused and _logits_are_kept(node, values, kept) else values.hidden(node)
+        for size in (own, values.bytes[node] if node in kept else 0):
             yield Held(cause=cause, node=node, bytes=size, first=i, last=end)
         if node.name in layers:
             layer = layers[node.name]
             size = layer.result_bytes if _again_inputs(layer, values) else layer.saved_bytes
             yield Held(cause="kept by attention", node=node, bytes=size, first=i, last=end)
+
+
+def _logits_are_kept(loss: Node, values: Values, kept: frozenset[Node]) -> bool:
+    return any(values.owner[n] in kept for n in loss.all_input_nodes if n in values.has_grad)
 
 
 def _again_inputs(layer: LayerPlan, values: Values) -> bool:
@@ -342,14 +366,18 @@ def _last_uses(values: Values) -> Mapping[Node, int]:
 
 
 def _own_bytes(
-    node: Node, values: Values, kept: frozenset[Node], handed_over: frozenset[Node]
+    node: Node,
+    values: Values,
+    kept: frozenset[Node],
+    handed_over: frozenset[Node],
+    fused: frozenset[Node],
 ) -> Iterator[int]:
     """Its output's gradient, values computed again for it, a loss's gradient of its own array.
 
     The gradient of a value that was handed to the caller comes twice: from there and from here.
     """
     yield values.bytes[node]
-    yield values.hidden(node)
+    yield 0 if node in fused else values.hidden(node)
     yield from _sizes((n for n in node.all_input_nodes if values.owner[n] in handed_over), values)
     if op_name(node) != "attention":
         elsewhere = (n for n in needed_by(node, values) if n not in kept)
