@@ -14,8 +14,8 @@ import torch
 __all__ = ["MOST_GROUPS", "RING_GROUPS", "HeadGroup", "head_groups", "ring_bytes"]
 
 GROUP_BYTES: Mapping[str, int] = {"cpu": 2 << 20}
-"""A group's K and V on one rank: gloo reaches its full bandwidth at 0.5 to 2 MiB a message, and each
-message wakes a thread that takes the core from the tiles."""
+"""A group's K and V on one rank: gloo reaches its full bandwidth at 0.5 to 2 MiB a message, and
+each message wakes a thread that takes the core from the tiles."""
 GROUP_BYTES_ELSEWHERE = 64 << 20
 """A GPU's kernel needs many heads at once to fill the device."""
 MOST_GROUPS = 8
