@@ -50,12 +50,12 @@ def flash_attn_func(
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Result:
     """qkv [batch, tokens, 3, heads, dim]; then as ``flash_attn_func``."""
-    return flash_attn_func(*qkv.unbind(2), *options, **named)
+    return flash_attn_func(*_parts(qkv, 2), *options, **named)
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
     """q [batch, queries, heads, dim], kv [batch, keys, 2, key heads, dim]."""
-    return flash_attn_func(q, *kv.unbind(2), *options, **named)
+    return flash_attn_func(q, *_parts(kv, 2), *options, **named)
 
 
 def flash_attn_varlen_func(
@@ -91,15 +91,15 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
 ) -> Result:
     """qkv [all tokens, 3, heads, dim]; then as ``flash_attn_varlen_func``."""
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(*qkv.unbind(1), *lengths, *options, **named)
+    lengths: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(*_parts(qkv, 1), *lengths, *options, **named)
 
 
 def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, *lengths_and_options: Any, **named: Any
 ) -> Result:
     """q [all queries, heads, dim], kv [all keys, 2, key heads, dim]."""
-    return flash_attn_varlen_func(q, *kv.unbind(1), *lengths_and_options, **named)
+    return flash_attn_varlen_func(q, *_parts(kv, 1), *lengths_and_options, **named)
 
 
 def flash_attn_3_func(
@@ -195,6 +195,11 @@ def flash_attn_3_qkvpacked_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
         attention_chunk, softcap, return_attn_probs=return_attn_probs,
     )  # fmt: skip
+
+
+def _parts(packed: Tensor, dim: int) -> Any:
+    """Queries, keys and values, as positional arguments."""
+    return packed.unbind(dim)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, *options: Any) -> Result:
