@@ -7,6 +7,7 @@ An operator that has no row here and stands above such an input is an error, nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -30,6 +31,15 @@ PULL_RULES: Mapping[str, Pull] = {
     "log": lambda g, r, a: (g / a,),
     "sqrt": lambda g, r, a: (g / (2 * r),),
     "tanh": lambda g, r, a: (g * (1 - r * r),),
+    "sigmoid": lambda g, r, a: (g * r * (1 - r),),
+    "softplus": lambda g, r, a: (g * torch.sigmoid(a),),
+    "relu": lambda g, r, a: (g * (a > 0),),
+    "log1p": lambda g, r, a: (g / (1 + a),),
+    "log2": lambda g, r, a: (g / (a * math.log(2)),),
+    "rsqrt": lambda g, r, a: (-g * r / (2 * a),),
+    "reciprocal": lambda g, r, a: (-g * r * r,),
+    "sin": lambda g, r, a: (g * torch.cos(a),),
+    "cos": lambda g, r, a: (-g * torch.sin(a),),
     "abs": lambda g, r, a: (g * torch.sign(a),),
     "where": lambda g, r, c, a, b: (None, torch.where(c, g, 0), torch.where(c, 0, g)),
     "float": lambda g, r, a: (g,),

@@ -69,7 +69,7 @@ SEQ2SEQ: tuple[Row, ...] = (
         "encoder_ffn_dim": 80, "decoder_ffn_dim": 64, "num_encoder_layers": 1,
         "num_decoder_layers": 1, "num_encoder_attention_heads": 4,
         "num_decoder_attention_heads": 4, "max_position_embeddings": 256,
-        "decoder_start_token_id": 0}, sites=2, **ONLY_EAGER),
+        "decoder_start_token_id": 0}, sites=4, **ONLY_EAGER),
     row("switch_transformers", "SwitchTransformersForConditionalGeneration",
         T5 | {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
         "num_decoder_layers": 1}, dtype="float64", **ONLY_EAGER),
