@@ -23,7 +23,7 @@ from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, st
 from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
 
-__all__ = ["Functional", "functionalize"]
+__all__ = ["Functional", "functionalize", "mutates"]
 
 aten = torch.ops.aten
 _ADVICE = "Do: use the out-of-place form (x = x + y instead of x += y)."
@@ -48,12 +48,13 @@ def functionalize(gm: GraphModule, mode: FakeTensorMode, inputs_need: Sequence[b
     CaptureRefused
         For a write whose meaning, or gradient, the functional form would not keep.
     """
-    if not any(_mutates(node) or node.op == "get_attr" for node in gm.graph.nodes):
+    if not any(mutates(node) or node.op == "get_attr" for node in gm.graph.nodes):
         return Functional(graph_module=gm)
     return _Functionalizer(gm, mode, inputs_need).run()
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Whether the call writes into one of its operands."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
@@ -82,7 +83,7 @@ class _Functionalizer:
             if node.op == "output":
                 writes, returned = self._output(node, inputs)
                 break
-            if _mutates(node):
+            if mutates(node):
                 self._write(node)
             else:
                 self._keep(node, need.get(node, False))
@@ -342,7 +343,7 @@ def _last_uses(graph: Graph) -> dict[Node, int]:
     last: dict[Node, int] = {}
     for node in reversed(graph.nodes):
         last[node] = max(
-            (max(order[u], last[u] if _mutates(u) else -1) for u in node.users), default=-1
+            (max(order[u], last[u] if mutates(u) else -1) for u in node.users), default=-1
         )
     return last
 

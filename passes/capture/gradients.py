@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["mark", "needs_grad", "stamp_gradients"]
+__all__ = ["mark", "needs_grad", "receives_grad", "stamp_gradients"]
 
 _KEY = "ringfx_needs_grad"
 _NOT_DIFFERENTIABLE = frozenset({torch.ops.aten.detach.default})
@@ -35,6 +35,19 @@ def stamp_gradients(graph: torch.fx.Graph, inputs_need: Sequence[bool]) -> None:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
         mark(node, enabled)
+
+
+def receives_grad(graph: torch.fx.Graph) -> frozenset[torch.fx.Node]:
+    """Values that a gradient of some result can come back to.
+
+    A parameter that only an ``argmax`` reads needs a gradient and gets none: its ``grad`` stays
+    None, which an optimiser with weight decay takes for something else than zero.
+    """
+    found: set[torch.fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in found:
+            found |= {n for n in node.all_input_nodes if needs_grad(n)}
+    return frozenset(found)
 
 
 def _differentiable(node: torch.fx.Node) -> bool:

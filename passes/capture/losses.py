@@ -32,11 +32,35 @@ def cross_entropy(
     if target.shape == x.shape:  # class probabilities: every row counts
         classes = x.shape[1] if x.dim() > 1 else x.shape[0]
         return total / (x.numel() // classes)
+    return total / _weight(target, weight, ignore_index)
+
+
+def negative_log_likelihood(
+    op: torch._ops.OpOverload,
+) -> Callable[..., Any]:
+    """The mean of a loss that picks a class: the weighted sum over the total weight."""
+
+    def mean(
+        x: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        reduction: int = MEAN,
+        ignore_index: int = -100,
+    ) -> Any:
+        if reduction != MEAN:
+            return NotImplemented
+        return op(x, target, weight, SUM, ignore_index) / _weight(target, weight, ignore_index)
+
+    return mean
+
+
+def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """The weight of all targets that are not ignored: their number without weights."""
     kept = target != ignore_index
     if weight is None:
-        return total / kept.sum()
+        return kept.sum()
     chosen = weight[torch.where(kept, target, 0)]
-    return total / torch.where(kept, chosen, 0).sum()
+    return torch.where(kept, chosen, 0).sum()
 
 
 def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -53,6 +77,10 @@ def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 LOSS_DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.cross_entropy_loss.default: cross_entropy,
+    **{
+        op: negative_log_likelihood(op)
+        for op in (aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)
+    },
     **{
         op: elementwise(op)
         for op in (

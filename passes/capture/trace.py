@@ -15,7 +15,7 @@ from ringfx.passes.capture import constructs
 from ringfx.passes.capture.breaks import graph_break, uncompiled_caller
 from ringfx.passes.capture.definitions import DEFINITIONS
 from ringfx.passes.capture.flex import drop_block_masks
-from ringfx.passes.capture.functional import functionalize
+from ringfx.passes.capture.functional import functionalize, mutates
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from ringfx.passes.capture.numbers import ask_for_numbers
@@ -67,6 +67,8 @@ def capture(
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
     written = functionalize(traced, mode, needs_grad)
     traced = decompose_unknown(written.graph_module, mode, fakes, known)
+    if any(map(mutates, traced.graph.nodes)):  # in what was taken apart
+        traced = functionalize(traced, mode, needs_grad).graph_module
     for node, value in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta.setdefault("val", value)  # numbers: sizes that Dynamo passes along
     stamp_origins(traced.graph)

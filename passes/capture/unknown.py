@@ -1,8 +1,15 @@
-"""Operators that later passes have no rule for, taken apart with torch's own decompositions."""
+"""Operators that later passes have no rule for, taken apart with torch's own decompositions.
+
+A decomposition is taken only if it is made of operators that autograd knows (torch's references
+also go down to ``prims``, which have no gradient), and if it reads the operator's own arguments:
+the references of losses take ``reduction`` as a word where the operator has a number, and would
+compute something else without a word. One that writes nothing is preferred; writes are made values
+afterwards as the user's own are. What has no such decomposition stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +17,14 @@ import torch.fx.traceback as fx_traceback
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["decompose_unknown"]
 
+Decomposition = Callable[..., Any]
 Known = Callable[[object], object | None]
 MAX_ROUNDS = 4
 """A decomposition may use further unknown operators."""
@@ -24,7 +35,7 @@ def decompose_unknown(
 ) -> torch.fx.GraphModule:
     """Trace again with a decomposition for each unknown operator that has one."""
     for _ in range(MAX_ROUNDS):
-        table = _table(gm, known)
+        table = _table(gm, mode, known)
         if not table:
             return gm
         with mode, fx_traceback.preserve_node_meta():
@@ -34,14 +45,67 @@ def decompose_unknown(
     return gm
 
 
-def _table(gm: torch.fx.GraphModule, known: Known) -> dict[OpOverload, Callable[..., Any]]:
-    table: dict[OpOverload, Callable[..., Any]] = {}
+def _table(
+    gm: torch.fx.GraphModule, mode: FakeTensorMode, known: Known
+) -> dict[OpOverload, Decomposition]:
+    table: dict[OpOverload, Decomposition] = {}
+    stay: set[OpOverload] = set()
     for node in gm.graph.nodes:
         op = node.target
         if not isinstance(op, OpOverload) or known(op) is not None or op._schema.is_mutable:
             continue
-        if op in decomposition_table:
-            table[op] = decomposition_table[op]
-        elif op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            table[op] = op.decompose
-    return table
+        chosen = _chosen(op, node, mode)
+        if chosen is None:
+            stay.add(op)
+        else:
+            table[op] = chosen
+    return {op: chosen for op, chosen in table.items() if op not in stay}
+
+
+def _chosen(op: OpOverload, node: Node, mode: FakeTensorMode) -> Decomposition | None:
+    """The first decomposition that writes nothing, else the first that autograd knows."""
+    writing: Decomposition | None = None
+    for candidate in _candidates(op):
+        seen = _seen(candidate, node, mode)
+        if seen.has_gradients and not seen.writes:
+            return candidate
+        if seen.has_gradients and writing is None:
+            writing = candidate
+    return writing
+
+
+def _candidates(op: OpOverload) -> Iterator[Decomposition]:
+    if op in decomposition_table and not _takes_words(decomposition_table[op], op):
+        yield decomposition_table[op]
+    if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        yield op.decompose
+
+
+def _takes_words(decomposition: Decomposition, op: OpOverload) -> bool:
+    """Whether it is a reference of torch.nn.functional for a loss that reduces by number."""
+    is_reference = getattr(decomposition, "__module__", "").startswith("torch._refs")
+    return is_reference and any(a.name == "reduction" for a in op._schema.arguments)
+
+
+class _Seen(TorchDispatchMode):
+    """What kind of operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_gradients = True
+        self.writes = False
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.has_gradients &= func.namespace != "prims"
+        self.writes |= func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
+
+
+def _seen(decomposition: Decomposition, node: Node, mode: FakeTensorMode) -> _Seen:
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with mode, torch.no_grad(), _Seen() as seen:
+        if decomposition(*args, **kwargs) is NotImplemented:
+            seen.has_gradients = False
+    return seen

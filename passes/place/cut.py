@@ -28,6 +28,8 @@ memory (NVLink 450 GB/s against HBM 3.3 TB/s on H100, vendor data sheets)."""
 FLOPS_PER_BYTE = 100
 """Floating-point operations that take as long as a byte of memory traffic (same data sheets)."""
 
+OTHERWISE = Unsplittable("it runs split along other tokens")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Placement:
@@ -58,11 +60,15 @@ def place(graph: torch.fx.Graph, lines: Lines) -> Placement:
     for line in lines.lines:
         if line.layout.world_size == 1:
             continue
-        wanted = {n: m for n in graph.nodes if (m := split_mode(lines, n, line.index)) is not None}
+        wanted = {
+            n: OTHERWISE if n in modes and not lines.axes.ops[n].axes.together else m
+            for n in graph.nodes
+            if (m := split_mode(lines, n, line.index)) is not None
+        }
         chosen = _cut(graph, lines, line.index, wanted)
         for node, mode in wanted.items():
             if isinstance(mode, Unsplittable):
-                reasons[node] = mode.reason
+                reasons.setdefault(node, mode.reason)
             elif node in chosen:
                 modes[node] = _merge(modes.get(node), mode)
             else:
@@ -71,7 +77,7 @@ def place(graph: torch.fx.Graph, lines: Lines) -> Placement:
 
 
 def _merge(old: Split | None, new: Split) -> Split:
-    """A call split along two lines (cross-attention) takes each operand as its line says."""
+    """Attention from one line to another takes each operand as its line says."""
     if old is None:
         return new
     operands = tuple(

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx import collectives
-from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.capture.gradients import receives_grad
 from ringfx.passes.place import Placement
 from ringfx.passes.place.modes import Form
 from ringfx.passes.rewrite.crossings import Crossings
@@ -39,7 +39,8 @@ def share_parameters(
     inputs = [n for n in nodes if n.op == "placeholder"]
     number = {n: i for i, n in enumerate(inputs)}
     order = {n: i for i, n in enumerate(nodes)}
-    used = [n for n in inputs if needs_grad(n) and _used_whole_by_split(n, placement)]
+    wanted = receives_grad(captured.graph_module.graph)
+    used = [n for n in inputs if n in wanted and _used_whole_by_split(n, placement)]
     used.sort(key=lambda n: min(order[u] for u in n.users))
     parameters = [n for n in used if captured.is_parameter[number[n]]]
     for bucket in _buckets(parameters):

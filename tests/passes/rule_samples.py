@@ -58,6 +58,7 @@ def samples(a: int, b: int, c: int, d: int) -> list[Sample]:
         _lookups(a, b, c, d),
         _made(a, b, c),
         _losses(a, b, c),
+        _transforms(a, b, c),
     )
     return [sample for group in groups for sample in group]
 
@@ -291,6 +292,14 @@ def _along(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.cumsum.default, (x, 1)),
         Sample(aten.cumprod.default, (x, -1)),
         Sample(aten.logcumsumexp.default, (x, 1)),
+        Sample(aten.cummax.default, (x, 1)),
+        Sample(aten.cummin.default, (x, -1)),
+        Sample(aten.median.dim, (x, 1)),
+        Sample(aten.nanmedian.dim, (x, -1, True)),
+        Sample(aten.median.default, (x,), splits=False),
+        Sample(aten.nanmedian.default, (x,), splits=False),
+        Sample(aten.kthvalue.default, (x, 2, 1)),
+        Sample(aten.mode.default, (x, 1)),
         Sample(aten.sort.default, (x, 1)),
         Sample(aten.sort.stable, (x,), {"stable": True, "dim": 0}),
         Sample(aten.argsort.default, (x, -1)),
@@ -312,6 +321,8 @@ def _along(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.flip.default, (x, [1])),
         Sample(aten.roll.default, (x, [1], [1])),
         Sample(aten.roll.default, (x, [1]), splits=False),
+        Sample(aten.unfold.default, (x, 1, 3, 2)),
+        Sample(aten.unfold.default, (x, -1, 2, 1)),
         Sample(aten.tril.default, (x,)),
         Sample(aten.triu.default, (x, 1)),
         Sample(aten.layer_norm.default, (x, [c], real(c), real(c))),
@@ -403,7 +414,41 @@ def _losses(a: int, b: int, c: int) -> list[Sample]:
             (reduction, entropy, real(a, c), whole(c, a), None, reduction),
             (reduction, entropy, real(a, c, b), whole(c, a, b), positive(c), reduction, 1, 0.1),
             (reduction, entropy, real(a, c), real(a, c).softmax(1), None, reduction),
+            *(
+                (reduction, op.default, real(a, c), whole(c, a), positive(c), reduction, 1)
+                for op in (aten.nll_loss_nd, aten.nll_loss)
+            ),
+            (reduction, aten.nll_loss_nd.default, real(a, c, b), whole(c, a, b), None, reduction),
+            (
+                reduction,
+                aten.nll_loss2d.default,
+                real(a, c, b, 2),
+                whole(c, a, b, 2),
+                None,
+                reduction,
+                1,
+            ),
             *((reduction, op.default, real(a, b), real(a, b), reduction) for op in elementwise),
             (reduction, aten.mse_loss.default, real(a, b), real(b), reduction),
         ]
     return [Sample(op, tuple(args), splits=reduction != 1) for reduction, op, *args in calls]
+
+
+def _transforms(a: int, b: int, c: int) -> list[Sample]:
+    x, pairs = real(a, b, c), torch.complex(real(a, b, c), real(a, b, c))
+    one = (aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft, aten.fft_hfft)
+    two = (aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2)
+    many = (aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn, aten.fft_irfftn)
+    return [
+        *(Sample(op.default, (x, None, 1)) for op in one),
+        Sample(aten.fft_ihfft.default, (x,)),
+        *(Sample(op.default, (x,)) for op in two),
+        *(Sample(op.default, (x, [4])) for op in many),
+        *(Sample(op.default, (x, None, [0, -1])) for op in many),
+        *(Sample(op.default, (x,), splits=False) for op in many),
+        Sample(aten.fft_fftshift.default, (x, [1])),
+        Sample(aten.fft_ifftshift.default, (x, [0, 2])),
+        Sample(aten._fft_c2c.default, (pairs, [1], 0, True)),
+        Sample(aten._fft_r2c.default, (x, [0, 1], 0, True)),
+        Sample(aten._fft_c2r.default, (pairs, [2], 0, 2 * c - 2)),
+    ]

@@ -21,6 +21,7 @@ from ringfx.passes.axes.rules import (
     normalization,
     pointwise,
     reduction,
+    transforms,
     views,
 )
 from ringfx.passes.capture.own_backward import OwnBackward
@@ -37,6 +38,7 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
     | indexing.RULES
     | creation.RULES
     | losses.RULES
+    | transforms.RULES
 )
 
 

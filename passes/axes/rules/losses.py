@@ -15,7 +15,10 @@ NONE, MEAN, SUM = 0, 1, 2
 
 
 def cross_entropy(call: Call) -> OpAxes:
-    """input [N, C, d1...] or [C]; target class indices [N, d1...] or probabilities like input."""
+    """input [N, C, d1...] or [C]; target class indices [N, d1...] or probabilities like input.
+
+    nll_loss, which takes what cross entropy's softmax gives, is cut alike.
+    """
     shape = call.shape("self")
     class_dim = 1 if len(shape) > 1 else 0
     labels = tuple(
@@ -38,7 +41,7 @@ def cross_entropy(call: Call) -> OpAxes:
             whole=["class"] + (summed if call["reduction"] == MEAN else []),
         ),
         fill={1: call["ignore_index"] if by_index else 0} if total else {},
-        reason="the softmax over classes needs all of them",
+        reason="a row of classes needs all of them",
     )
 
 
@@ -66,6 +69,9 @@ def elementwise_loss(call: Call) -> OpAxes:
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.cross_entropy_loss.default: cross_entropy,
+    aten.nll_loss_nd.default: cross_entropy,
+    aten.nll_loss.default: cross_entropy,
+    aten.nll_loss2d.default: cross_entropy,
     aten.mse_loss.default: elementwise_loss,
     aten.l1_loss.default: elementwise_loss,
     aten.smooth_l1_loss.default: elementwise_loss,

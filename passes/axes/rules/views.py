@@ -293,6 +293,19 @@ def _padded(amounts: Sequence[int], dim: int, rank: int) -> bool:
     return any(amounts[at : at + 2])
 
 
+def unfold(call: Call) -> OpAxes:
+    """Overlapping windows of one dimension, whose elements become the last one."""
+    labels = numbered(call.shapes[0])
+    at = call.dim("dimension", len(labels))
+    windows: Labels = (("windows",) if call.result_shape[at] != 1 else (),)
+    inside: Labels = (("inside",) if call.result_shape[-1] != 1 else (),)
+    return OpAxes(
+        operands=(labels,), results=((*labels[:at], *windows, *labels[at + 1 :], *inside),),
+        share=shares(whole=[f"d{at}", "windows", "inside"]),
+        reason="its windows of the axis overlap",
+    )  # fmt: skip
+
+
 def along(*names: str, reason: str) -> AxisRule:
     """Shape-keeping operators that need the whole of the named dimensions."""
 
@@ -386,6 +399,7 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.constant_pad_nd.default: pad,
     aten.flip.default: along("dims", reason="it reverses the axis"),
     aten.roll.default: along("dims", reason="it shifts the axis"),
+    aten.unfold.default: unfold,
     aten.tril.default: triangle,
     aten.triu.default: triangle,
 }  # fmt: skip
