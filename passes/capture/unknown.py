@@ -91,7 +91,7 @@ class _Seen(TorchDispatchMode):
     """What kind of operators run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.has_gradients = True
         self.writes = False
 
@@ -105,7 +105,8 @@ class _Seen(TorchDispatchMode):
 
 def _seen(decomposition: Decomposition, node: Node, mode: FakeTensorMode) -> _Seen:
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad(), _Seen() as seen:
+    seen = _Seen()
+    with mode, torch.no_grad(), seen:
         if decomposition(*args, **kwargs) is NotImplemented:
             seen.has_gradients = False
     return seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ _ONE = along_dims(lambda call, rank: [call["dim"]])
 _GIVEN = along_dims(lambda call, rank: call["dim"])
 _ALL = along_dims(_all)
 
-RULES: Mapping[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[torch._ops.OpOverload, AxisRule] = {
     **dict.fromkeys(
         (
             aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default,
