@@ -96,13 +96,17 @@ def _run(variant: Variant, compare: bool) -> dict[str, Any]:
 
 
 def _step(
-    variant: Variant, owner: nn.Module, dtype: torch.dtype, call: nn.Module | None = None
+    variant: Variant,
+    owner: nn.Module,
+    dtype: torch.dtype,
+    call: nn.Module | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Results:
     """Forward and backward; outputs are touched after the backward, as most training code does."""
-    row = variant.row
-    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in row.inputs().items()}
+    given = inputs or variant.row.inputs()
+    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in given.items()}
     torch.manual_seed(1)
-    output = (call or owner)(**given, **row.calls)
+    output = (call or owner)(**given, **variant.row.calls)
     loss = total(output)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {"loss": _plain(loss)} | {k: _plain(x) for k, x in tensors(output).items()}
@@ -147,10 +151,11 @@ def _exact(variant: Variant, model: nn.Module) -> Results:
     model = copy.deepcopy(model).double()
     if isinstance(model, transformers.PreTrainedModel) and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    inputs = variant.row.inputs()  # drawn as numbers of the default type
     torch.set_default_dtype(torch.float64)
     try:
         with Exact():
-            return _step(variant, model, torch.float64)
+            return _step(variant, model, torch.float64, inputs=inputs)
     finally:
         torch.set_default_dtype(torch.float32)
 
