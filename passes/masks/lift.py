@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ringfx.passes.axes.call import Call
+from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.masks.buffers import Buffers
 from ringfx.passes.masks.constants import fold_constant
 from ringfx.passes.masks.elements import ELEMENT_RULES, Index
@@ -97,6 +99,8 @@ class Lifter:
         return value in self._leaves or value.target in ELEMENT_RULES or self._buffers.has(value)
 
     def _lift(self, node: Node, index: Index) -> Expr:
+        if _cuts_gradient(node):
+            return self.capture(node, index)
         rule = ELEMENT_RULES.get(node.target)
         lifted = rule(self, Call(node), index) if rule is not None else None
         if lifted is None or _is_large(lifted):
@@ -110,6 +114,14 @@ class Lifter:
         if node not in self.captured:
             self.captured.append(node)
         return ("at", self.captured.index(node), *index)
+
+
+def _cuts_gradient(node: Node) -> bool:
+    """Whether it is made without gradient of something trained, as under ``torch.no_grad``: looked
+    through, it would give what it was made of a gradient that the program does not."""
+    value = node.meta.get("val")
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return floating and not needs_grad(node) and any(map(needs_grad, node.all_input_nodes))
 
 
 class Lifters:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import ringfx
 from tests.end_to_end.models import plain, shifted_loss, tokens, tokens_and_labels
 from tests.harness import Case, RankPool, compare_all
 
@@ -83,3 +85,34 @@ def test_attention_without_a_mask(ranks3: RankPool) -> None:
 
 def test_positional_arguments(ranks2: RankPool) -> None:
     check(ranks2, cases(48, inputs=functools.partial(positional_tokens, 48)))
+
+
+class BiasedWithoutGradient(nn.Module):
+    """A bias from a trained table that is read without gradient, as in LayoutLMv3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.table = nn.Parameter(torch.randn(8, 2))
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        places = torch.arange(length)
+        distance = (places[:, None] - places).abs().clamp(max=7)
+        with torch.no_grad():
+            bias = self.table[distance].permute(2, 0, 1)[None]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return y.transpose(1, 2).reshape(batch, length, 8)
+
+
+def test_a_bias_read_without_gradient_gives_its_table_none() -> None:
+    model = BiasedWithoutGradient()
+    x = torch.randn(2, 11, 8)
+    expected = model(x)
+    found = ringfx.optimize(model, compiler="eager")(x)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    assert model.table.grad is None
+    assert model.qkv.weight.grad is not None
