@@ -61,13 +61,13 @@ def _trace(name: str, world_sizes: Sequence[int], folder: Path) -> Never:
     place = [BEFORE]
     original = Backend._agree_on_profile
 
-    def forking(backend: Backend, device: str) -> None:
+    def forking(self: Backend, device: str) -> None:
         """The first thing that a backend does."""
         Backend._agree_on_profile = original  # type: ignore[method-assign]
         place[0] = _fork_ranks(world_sizes, folder)
-        backend.world = World.of(None)
-        backend.accumulation = Accumulation(backend.world.group)
-        original(backend, device)
+        self.world = World.of(None)
+        self.accumulation = Accumulation(self.world.group)
+        original(self, device)
 
     Backend._agree_on_profile = forking  # type: ignore[method-assign]
     _say_where_when_asked(folder / BEFORE)
@@ -103,7 +103,7 @@ def _become(rank: int, size: int, folder: Path) -> None:
         return
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.FileStore(str(folder / f"{size}.store"), size)
+    store = torch._C._distributed_c10d.FileStore(str(folder / f"{size}.store"), size)
     limit = datetime.timedelta(seconds=COLLECTIVE_LIMIT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 

@@ -120,10 +120,10 @@ def said(model: Any) -> list[str]:
 
 def said_by_both() -> tuple[list[str], list[str], int]:
     stock = Talking()
-    model = ringfx.optimize(copy.deepcopy(stock), compiler="eager")
+    model: Any = ringfx.optimize(copy.deepcopy(stock), compiler="eager")
     with torch.no_grad():
         ours = said(model)
-        return ours, said(stock), len(model._ringfx_backend.ran)  # type: ignore[attr-defined]
+        return ours, said(stock), len(model._ringfx_backend.ran)
 
 
 def inputs() -> tuple[torch.Tensor, ...]:

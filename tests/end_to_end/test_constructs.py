@@ -90,7 +90,8 @@ def all_pairs(m: Around, x: torch.Tensor) -> torch.Tensor:
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """Without an epsilon: a row of zeros, as padding might be, would be NaN."""
-    return x / x.norm(dim=-1, keepdim=True)
+    lengths: torch.Tensor = x.norm(dim=-1, keepdim=True)
+    return x / lengths
 
 
 def unit_window(m: Around, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ result of the model in any case.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ def elementwise_loss(loss: Callable[..., Tensor], **options: object) -> Operator
     return lambda m, x, ids: loss(x * m.weight, target(x), **options)
 
 
-def entropy(**options: object) -> Operator:
+def entropy(**options: Any) -> Operator:
     def operator(m: Between, x: Tensor, ids: Tensor) -> Tensor:
         weight = m.weight.detach() if options.get("weight") else None
         rest = {k: v for k, v in options.items() if k != "weight"}
@@ -130,12 +131,15 @@ def scan_by_cumsum(m: Between, x: Tensor, ids: Tensor) -> Tensor:
 def ctc(m: Between, x: Tensor, ids: Tensor) -> Tensor:
     log_probs = (x * m.weight).log_softmax(-1).transpose(0, 1)
     lengths = torch.full((2,), x.shape[1])
-    return F.ctc_loss(log_probs, ids[:, :3] % (HIDDEN - 1) + 1, lengths, torch.tensor([3, 2]))
+    labels = ids[:, :3] % (HIDDEN - 1) + 1
+    loss: Tensor = F.ctc_loss(log_probs, labels, lengths, torch.tensor([3, 2]))
+    return loss
 
 
 def linear_attention(m: Between, x: Tensor, ids: Tensor) -> Tensor:
     q, k, v = m.qkv(x).chunk(3, -1)
-    return (F.elu(q) + 1) @ ((F.elu(k) + 1).transpose(1, 2) @ v) / x.shape[1]
+    sums: Tensor = (F.elu(k) + 1).transpose(1, 2) @ v
+    return (F.elu(q) + 1) @ sums / x.shape[1]
 
 
 def causal_linear_attention(m: Between, x: Tensor, ids: Tensor) -> Tensor:
@@ -237,7 +241,9 @@ OPERATORS: Mapping[str, Operator] = {
     "any of all": lambda m, x, ids: x * (ids == 3).any() + m.weight,
     "var": lambda m, x, ids: spread(m, x, (x * m.weight).var(1, keepdim=True)),
     "std": lambda m, x, ids: x / (x * m.weight).std((1, 2), keepdim=True, correction=0),
-    "var_mean": lambda m, x, ids: spread(m, x, sum(torch.var_mean(x, 1, keepdim=True))),
+    "var_mean": lambda m, x, ids: spread(
+        m, x, torch.stack(torch.var_mean(x, 1, keepdim=True)).sum(0)
+    ),
     "norm": lambda m, x, ids: x / (x * m.weight).norm(dim=1, keepdim=True),
     "norm of all": lambda m, x, ids: x / (x * m.weight).norm(),
     "infinity norm": lambda m, x, ids: x / torch.linalg.vector_norm(x, float("inf"), (1,), True),
@@ -419,7 +425,9 @@ OPERATORS: Mapping[str, Operator] = {
     "mse_loss": elementwise_loss(F.mse_loss),
     "mse_loss, none": elementwise_loss(F.mse_loss, reduction="none"),
     "mse_loss, weighted": lambda m, x, ids: F.mse_loss(
-        x * m.weight, target(x), weight=truths(x) + 1
+        x * m.weight,
+        target(x),
+        weight=truths(x) + 1,  # type: ignore[call-arg]
     ),
     "l1_loss": elementwise_loss(F.l1_loss),
     "l1_loss, sum": elementwise_loss(F.l1_loss, reduction="sum"),
