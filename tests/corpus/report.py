@@ -208,8 +208,8 @@ the unsplit model in eager mode; *rounding*: tensors left out of it because they
 exact result as the unsplit model's are. [compare.py](../tests/corpus/compare.py) says both in
 formulas. *Fully split*: no hidden state of a whole sequence on any rank.
 
-| model | dtype | error, 2 ranks | 3 ranks | rounding | fully split | gathered, or refused |
-|---|---|---|---|---|---|---|
+| model | dtype | error, 2 ranks | 3 ranks | rounding | split | gathered, or refused | commit |
+|---|---|---|---|---|---|---|---|
 {split}
 """
 
@@ -232,14 +232,13 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def _measured(records: Sequence[Record]) -> str:
-    """From which source, on how many ranks; what is older is named."""
-    commits = Counter(r.commit or "an older source" for r in records)
-    newest = max((r.commit for r in records), key=lambda c: commits[c], default="")
+    """From which sources, on how many ranks."""
+    commits = Counter(r.commit or "an unknown source" for r in records)
     ranks = Counter(tuple(sorted(r.seconds)) for r in records)
     on = "; ".join(f"{n} at p = {', '.join(p)}" for p, n in ranks.most_common())
-    older = [r.name for r in records if r.commit != newest]
-    words = f"Measured at commit {newest or 'unknown'}: {on}."
-    return words + (f" From other commits: {', '.join(older)}." if older else "")
+    of = "; ".join(f"{n} of {commit}" for commit, n in commits.most_common())
+    note = "one commit" if len(commits) == 1 else f"{len(commits)} commits, in the last column"
+    return f"Measured: {on}. Sources: {note}: {of}."
 
 
 def _found_row(r: Record) -> str:
@@ -251,7 +250,9 @@ def _split_row(r: Record) -> str:
     errors = (f"{r.errors[n]:.0e}" if n in r.errors else "" for n in ("2", "3"))
     rest = _short(r.why) if r.why else "; ".join(dict.fromkeys((*r.gathers, *r.breaks)))
     rounding = str(r.rounding or "")
-    return _cells(r.name, r.dtype, *errors, rounding, "yes" if r.fully_split else "no", rest)
+    return _cells(
+        r.name, r.dtype, *errors, rounding, "yes" if r.fully_split else "no", rest, r.commit
+    )
 
 
 def _cells(*texts: str) -> str:
