@@ -78,10 +78,11 @@ def measure(name: str, compare: bool = True) -> Outcome:
     try:
         fields = _run(variant, compare)
     except ringfx.RingfxError as error:
-        fields = {"error": f"{type(error).__name__}: {error}", "refused": True}
+        fields = {"error": _portable(f"{type(error).__name__}: {error}"), "refused": True}
     except Exception as error:
         text = "".join(traceback.format_exception(error))
-        fields = {"error": f"{type(error).__name__}: {error}", "trace": text[-6000:]}
+        said = _portable(f"{type(error).__name__}: {error}")
+        fields = {"error": said, "trace": _portable(text[-6000:])}
     return Outcome(seconds=round(time.monotonic() - started, 1), **fields)
 
 
