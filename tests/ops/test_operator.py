@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ringfx import ops
 from ringfx.errors import InvalidArgument, RingfxError, StrategyRefused
 from ringfx.layout import Layout
+from ringfx.spec import AttentionSpec
 from ringfx.tiles import CAUSAL
 from tests.ops.cases import KINDS, examples, spec
 from tests.ops.oracle import data, split
@@ -20,7 +22,12 @@ from tests.ranks import RankPool
 Tensor = torch.Tensor
 
 
-@pytest.mark.parametrize("example", [e for e in examples(1) if e.strategy == "production"])
+def _compared_by_opcheck(example: Any) -> bool:
+    """opcheck takes two NaNs for different; NaN rows are compared in test_values."""
+    return example.strategy == "production" and example.spec.fully_masked != "nan"
+
+
+@pytest.mark.parametrize("example", [e for e in examples(1) if _compared_by_opcheck(e)])
 def test_opcheck(example: Any) -> None:
     found = data(example)
     lengths = (example.spec.q_len, example.spec.kv_len, example.spec.kv_len)
@@ -206,4 +213,5 @@ def test_the_table_of_kinds_covers_every_field_of_the_spec() -> None:
     assert any(s.bias for s in specs)
     assert any(s.soft_cap for s in specs)
     assert any(s.sinks for s in specs)
-    assert {s.fully_masked for s in specs} == {"zero", "mean"}
+    meanings = typing.get_type_hints(AttentionSpec)["fully_masked"]
+    assert {s.fully_masked for s in specs} == set(typing.get_args(meanings))

@@ -48,14 +48,45 @@ def flash_attn_func(
     )  # fmt: skip
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Result:
-    """qkv [batch, tokens, 3, heads, dim]; then as ``flash_attn_func``."""
-    return flash_attn_func(*_parts(qkv, 2), *options, **named)
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """qkv [batch, tokens, 3, heads, dim]."""
+    q, k, v = qkv.unbind(2)
+    pairs = positions(q.shape[1], k.shape[1], q.device)
+    return _masked(
+        q, k, v, pairs, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p,
+        return_attn_probs,
+    )  # fmt: skip
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
     """q [batch, queries, heads, dim], kv [batch, keys, 2, key heads, dim]."""
-    return flash_attn_func(q, *_parts(kv, 2), *options, **named)
+    k, v = kv.unbind(2)
+    pairs = positions(q.shape[1], k.shape[1], q.device)
+    return _masked(
+        q, k, v, pairs, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -88,18 +119,51 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any, **named: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
-    """qkv [all tokens, 3, heads, dim]; then as ``flash_attn_varlen_func``."""
-    lengths: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(*_parts(qkv, 1), *lengths, *options, **named)
+    """qkv [all tokens, 3, heads, dim]."""
+    q, k, v = qkv.unbind(1)
+    pairs = in_documents(cu_seqlens, cu_seqlens, q.shape[0], k.shape[0], same=True)
+    return _packed(
+        q, k, v, pairs, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_kvpacked_func(
-    q: Tensor, kv: Tensor, *lengths_and_options: Any, **named: Any
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
     """q [all queries, heads, dim], kv [all keys, 2, key heads, dim]."""
-    return flash_attn_varlen_func(q, *_parts(kv, 1), *lengths_and_options, **named)
+    k, v = kv.unbind(1)
+    same = cu_seqlens_q is cu_seqlens_k and q.shape[0] == k.shape[0]
+    pairs = in_documents(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], same=same)
+    return _packed(
+        q, k, v, pairs, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_3_func(
@@ -195,11 +259,6 @@ def flash_attn_3_qkvpacked_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
         attention_chunk, softcap, return_attn_probs=return_attn_probs,
     )  # fmt: skip
-
-
-def _parts(packed: Tensor, dim: int) -> Any:
-    """Queries, keys and values, as positional arguments."""
-    return packed.unbind(dim)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, *options: Any) -> Result:
