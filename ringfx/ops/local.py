@@ -194,8 +194,9 @@ def _fitting(
     for piece in found:
         problem.stats.tiles += 1
         if tried(partial(work, piece)) is None:
-            parts = smaller(problem, piece, B, H)
-            _fitting(problem, q_BHQD, [piece.q], [piece.k], parts, work)
+            smaller_tiling = smaller(problem, piece, B, H)
+            for part in piece.parts or (piece,):
+                _fitting(problem, q_BHQD, [part.q], [part.k], smaller_tiling, work)
 
 
 def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:

@@ -8,6 +8,7 @@ and only what is left has its mask evaluated, in tiles of bounded size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,11 @@ class Piece:
     """What is left of the mask inside the piece, to be evaluated; None keeps everything."""
     causal: bool = False
     """The kernel's own causal path: both runs are the same positions."""
+    parts: tuple[Piece, ...] = ()
+    """Where runs that lie side by side are computed in one call: the pieces of one run each.
+
+    ``q`` and ``k`` then say places, not positions: nothing in such a piece reads a position.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,10 @@ def pieces(
         The captured tensors; None where only what follows from positions is wanted.
     """
     cut = _Cut(spec, tiling, b, h, inputs)
+    together = cut.together(q_runs, k_runs)
+    if together is not None:
+        yield together
+        return
     for q_run in q_runs:
         for k_run in k_runs:
             yield from cut.rectangle(q_run, k_run, tiles.terms(spec.keep))
@@ -117,6 +127,27 @@ class _Cut:
     b: tuple[int, int]
     h: tuple[int, int]
     inputs: Sequence[torch.Tensor] | None
+
+    def together(self, q_runs: Sequence[Run], k_runs: Sequence[Run]) -> Piece | None:
+        """All that there is to compute as one call, if it is one rectangle or one triangle.
+
+        Runs of ascending positions make a causal triangle also where positions are left out between
+        them. So a rank's own block is one call, and so is each block that zigzag brings to it.
+        """
+        if self.tiling.plain is not None or self.spec.bias is not None:
+            return None
+        if len(q_runs) * len(k_runs) < 2 or not (_side_by_side(q_runs) and _side_by_side(k_runs)):
+            return None
+        found: list[Piece] = []
+        for q, k in itertools.product(q_runs, k_runs):
+            left = self._undecided(q, k, tiles.terms(self.spec.keep))
+            if left == (tiles.CAUSAL,) and (q.position, q.length) == (k.position, k.length):
+                found.append(Piece(q, k, None, causal=True))
+            elif left == ():
+                found.append(Piece(q, k, None))
+            elif left is not None:
+                return None
+        return _one_call(found) if len(found) > 1 else None
 
     def rectangle(self, q: Run, k: Run, keep: tuple[Expr, ...]) -> Iterator[Piece]:
         left = self._undecided(q, k, keep)
@@ -180,6 +211,32 @@ class _Cut:
             middle = (first + last + 1) // 2 * size
             yield from self._band(q, k.part(k.position, middle), left)
             yield from self._band(q, k.part(middle, k.stop), left)
+
+
+def _side_by_side(runs: Sequence[Run]) -> bool:
+    return all(a.offset + a.length == b.offset for a, b in itertools.pairwise(runs))
+
+
+def _one_call(found: Sequence[Piece]) -> Piece | None:
+    """The pieces as one, if they fill a rectangle or, with causal diagonals, a triangle."""
+    q_runs, k_runs = _distinct(p.q for p in found), _distinct(p.k for p in found)
+    if not (_side_by_side(q_runs) and _side_by_side(k_runs)):
+        return None
+    cells = [(q_runs.index(p.q), k_runs.index(p.k), p.causal) for p in found]
+    rectangle = [(i, j, False) for i in range(len(q_runs)) for j in range(len(k_runs))]
+    triangle = [(i, j, i == j) for i in range(len(q_runs)) for j in range(i + 1)]
+    if cells not in (rectangle, triangle):
+        return None
+    causal = any(p.causal for p in found)
+    return Piece(_joined_run(q_runs), _joined_run(k_runs), None, causal, tuple(found))
+
+
+def _distinct(runs: Iterable[Run]) -> list[Run]:
+    return sorted(set(runs), key=lambda run: run.offset)
+
+
+def _joined_run(runs: Sequence[Run]) -> Run:
+    return replace(runs[0], length=sum(run.length for run in runs))
 
 
 def _split(run: Run, size: int | None) -> Iterator[Run]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,7 +95,7 @@ def test_pieces_cover_every_kept_pair_once(mask: Expr, size: int, zigzag: bool, 
                     h=(0, 1),
                     inputs=INPUTS,
                 )
-                for piece in found:
+                for piece in itertools.chain.from_iterable(p.parts or (p,) for p in found):
                     assert not piece.causal or piece.q.position == piece.k.position
                     assert not piece.causal or piece.q.length == piece.k.length
                     q, k = (piece.q.position, piece.q.stop), (piece.k.position, piece.k.stop)
@@ -109,6 +111,24 @@ def test_a_causal_sequence_is_one_causal_piece() -> None:
     runs = runs_of(Layout("contiguous", 4096, 1), 0)
     found = list(pieces(spec, runs, runs, Tiling(masked=512), b=(0, 1), h=(0, 1), inputs=()))
     assert [(piece.causal, piece.q.length) for piece in found] == [(True, 4096)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("keep", [None, CAUSAL])
+@pytest.mark.parametrize("length", [4096, 4001])
+def test_in_zigzag_each_block_is_one_call(size: int, keep: Expr | None, length: int) -> None:
+    layout = Layout("zigzag", length, size)
+    spec = AttentionSpec(scale=1.0, q_len=length, kv_len=length, keep=keep)
+    kept = torch.ones(length, length, dtype=torch.int64)
+    counted = torch.zeros_like(kept)
+    for q_rank, k_rank in itertools.product(range(size), repeat=2):
+        runs = runs_of(layout, q_rank), runs_of(layout, k_rank)
+        (piece,) = pieces(spec, *runs, Tiling(masked=64), b=(0, 1), h=(0, 1), inputs=())
+        q, k = (layout.positions(r)[run.offset : run.offset + run.length]
+                for r, run in ((q_rank, piece.q), (k_rank, piece.k)))  # fmt: skip
+        block = torch.ones(len(q), len(k), dtype=torch.int64)
+        counted[q[:, None], k[None]] += block.tril() if piece.causal else block
+    assert torch.equal(counted, kept if keep is None else kept.tril())
 
 
 @pytest.mark.parametrize(
