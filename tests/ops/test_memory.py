@@ -17,7 +17,7 @@ from ringfx.ops import kernels, stats
 from ringfx.ops.buffers import BufferPool
 from ringfx.ops.kernels import CPU_FLASH, MATH
 from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL
+from ringfx.tiles import CAUSAL, Expr, K
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.ranks import RankPool
 
@@ -56,15 +56,24 @@ def _run_failing(examples: list[Example], seed: int, share: float) -> Any:
     return results, stats.snapshot()["layers.0"].retries
 
 
+CHUNK = LENGTH // 4
+WITHOUT_A_CHUNK: Expr = ("and", CAUSAL, ("or", ("lt", K, ("const", CHUNK)),
+                                         ("ge", K, ("const", 2 * CHUNK))))  # fmt: skip
+"""Rank 0 of two holds chunks 0 and 3 side by side: read as positions, 3 would be the lost one."""
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_tiles_that_do_not_fit_leave_the_result_as_it_is(ranks2: RankPool, share: float) -> None:
     """Each rank fails at tiles of its own, so no message may depend on it."""
-    spec = AttentionSpec(scale=0.3, q_len=LENGTH, kv_len=LENGTH, keep=CAUSAL)
     examples = [
-        Example(spec=spec, strategy=strategy, layout="zigzag", label=strategy, kv_heads=2)
+        Example(
+            spec=AttentionSpec(scale=0.3, q_len=LENGTH, kv_len=LENGTH, keep=keep),
+            strategy=strategy, layout="zigzag", label=f"{strategy} {keep}", kv_heads=2,
+        )
         for strategy in ("simple", "collective", "production", "ulysses")
-    ]
+        for keep in (CAUSAL, WITHOUT_A_CHUNK)
+    ]  # fmt: skip
     by_rank = ranks2.run(_run_failing, examples, 7, share)
     assert all(retries > 0 for _, retries in by_rank)
     results = zip(*(found for found, _ in by_rank), strict=True)
