@@ -41,10 +41,12 @@ def ring_bytes(device: torch.device, size: int) -> int:
     """How many bytes of K and V a ring of ``size`` ranks moves at once, at least.
 
     Between two ranks a block makes a single hop, and a group holds half as much as in a longer
-    ring: a receiving buffer is never sent from.
+    ring (a receiving buffer is never sent from) while its messages have less to hide behind. With
+    4, 8, 16 MiB a causal forward of 8192 tokens took 1.062, 1.040, 1.037 of the time without
+    messages (2 cores, float32, 8 heads of 64).
     """
     least = GROUP_BYTES.get(device.type, GROUP_BYTES_ELSEWHERE)
-    return 2 * least if size == 2 else least
+    return 4 * least if size == 2 else least
 
 
 def head_groups(
