@@ -3,7 +3,8 @@
 Two questions, both asked of the whole journey in ``ringfx/pipeline.py``:
 
 - planning a Llama (the 8B model's shapes) of 4 to 80 layers at a million tokens for 1,024 ranks on
-  fake tensors, sdpa and eager: seconds of each pass, and whether they grow linearly with layers;
+  fake tensors, sdpa and eager: seconds of each pass, whether they grow linearly with layers, and
+  what share of Dynamo's time detection and masks take;
 - training the demo's model on one of two ranks under Inductor: all passes as a share of what Dynamo
   and Inductor take from an empty cache (a process group without peers, so that no rank waits).
 
@@ -41,6 +42,8 @@ MOST_SHARE = 0.25
 """All passes, as a share of the time of Dynamo and Inductor for the demo's model."""
 MOST_SECONDS = 60.0
 """All passes for the largest model."""
+MOST_DETECTION = 0.10
+"""Detection, masks and the independent estimate, as a share of Dynamo's time for the same model."""
 MOST_GROWTH = 1.3
 """Seconds a layer of the largest model over those of the smallest that is not dominated by what
 does not depend on layers at all."""
@@ -68,7 +71,12 @@ def main() -> int:
         "what": "seconds of one processor in ringfx's passes",
         "planning": {"tokens": options.seq_len, "ranks": options.world_size, "rows": rows},
         "demo": demo,
-        "limits": {"seconds": MOST_SECONDS, "share": MOST_SHARE, "growth": MOST_GROWTH},
+        "limits": {
+            "seconds": MOST_SECONDS,
+            "share": MOST_SHARE,
+            "growth": MOST_GROWTH,
+            "detection": MOST_DETECTION,
+        },
         **origin(),
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -85,6 +93,11 @@ def _missed(rows: Sequence[Mapping[str, Any]], demo: Mapping[str, Any] | None) -
         f"{row['layers']} layers, {row['attention']}: {row['passes']} s"
         for row in rows
         if row["passes"] > MOST_SECONDS
+    ]
+    texts += [
+        f"{row['layers']} layers, {row['attention']}: {row['detection share']:.0%} in detection"
+        for row in rows
+        if row["detection share"] > MOST_DETECTION
     ]
     for attention in {row["attention"] for row in rows}:
         alike = sorted((r for r in rows if r["attention"] == attention), key=lambda r: r["layers"])
@@ -145,7 +158,12 @@ def _planned(layers: int, attention: str, options: argparse.Namespace) -> dict[s
         )  # fmt: skip
         whole = time.process_time() - started
     assert len(plan.layers) == layers, plan
-    row = {"layers": layers, "attention": attention, "Dynamo": whole - found["passes"], **found}
+    dynamo = whole - found["passes"]
+    detection = sum(found[name] for name in ("detect", "masks", "estimate"))
+    row = {
+        "layers": layers, "attention": attention, "Dynamo": dynamo, **found,
+        "detection share": detection / dynamo,
+    }  # fmt: skip
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -208,7 +226,7 @@ def _print(rows: Sequence[Mapping[str, Any]], demo: Mapping[str, Any] | None) ->
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 20, 40, 80])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 20, 32, 80])
     parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"])
     parser.add_argument("--seq-len", type=int, default=1 << 20)
     parser.add_argument("--world-size", type=int, default=1024)
