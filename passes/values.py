@@ -78,6 +78,8 @@ class AttentionSite:
     matrix_bytes: int = 0
     """Bytes of the masks and biases with an entry for each query and key that it reads, which every
     rank has whole."""
+    row_bytes: int = 0
+    """Bytes of what it computes and reads at its queries' own rows, which is split with them."""
     checkpoint: int = 0
     """The checkpointed region that it lies in and is run again with in backward; 0: none."""
 

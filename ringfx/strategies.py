@@ -46,6 +46,12 @@ def _no_dropout(site: AttentionSite, world_size: int) -> Refusal | None:
 
 def _heads_divide(site: AttentionSite, world_size: int) -> Refusal | None:
     refusal = _no_dropout(site, world_size)
+    if refusal is None and site.row_bytes:
+        refusal = Refusal(
+            reason='"ulysses" computes all queries of some heads, and each rank has only its own '
+            "queries' rows of the scores that are added to them",
+            remedy='use "production" or "collective"',
+        )
     if refusal is not None or site.heads % world_size == 0:
         return refusal
     divisors = [str(p) for p in range(2, site.heads + 1) if site.heads % p == 0]

@@ -67,6 +67,8 @@ class OpAxes:
     """For a partial sum: operand -> the value that padded tokens must hold."""
     together: frozenset[str] = frozenset()
     """Labels that may be split at the same time: the operator itself moves what crosses."""
+    captured: frozenset[int] = frozenset()
+    """Operands whose whole gradient the operator gives to every rank that has them whole."""
     pick: int | None = None
     """The call takes this one element of its summed label: only its owner has it."""
     mean: bool = False

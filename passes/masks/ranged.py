@@ -44,11 +44,15 @@ class Ranges:
         return (low, high) if isinstance(low, int) and isinstance(high, int) else None
 
     def _collected(self, expr: Expr) -> Expr:
-        """A sum of positions with like terms together: ``(q + 1) - 1`` is q."""
+        """A sum of positions with like terms together: ``(q + 1) - 1`` is q, and so is
+        ``q // 64 * 64 + q % 64``."""
         if expr[0] not in ("add", "sub") or self.ends(expr) is None:
             return expr
         terms = {e: c for e, c in linear(expr).items() if c}
-        return self._sum(terms) if len(terms) < _num_terms(expr) else expr
+        rejoined = _rejoined(terms)
+        if rejoined is None and len(terms) >= _num_terms(expr):
+            return expr
+        return self._sum(terms if rejoined is None else rejoined)
 
     def _decided(self, expr: Expr) -> Expr:
         if expr[0] in ("const", "at", "b", "h", "q", "k"):
@@ -101,28 +105,37 @@ class Ranges:
         return None
 
     def _divided(self, x: Expr, n: Expr) -> tuple[Expr | None, Expr | None]:
-        """Quotient and remainder, where the parts of x that n does not divide stay in one cell."""
+        """Quotient and remainder, where the parts of x that n does not divide stay in one cell.
+
+        Rows of a matrix that is read one column too short are such parts as well: of 121 q + k + 61
+        in rows of 122, q whole rows and k - q + 61, which is inside a row.
+        """
         size = _size(n)
         if size is None or self.ends(x) is None:
             return None, None
         terms = linear(x)
-        rest = self._sum({e: c for e, c in terms.items() if c % size})
-        ends = self.ends(rest)
-        if ends is None or ends[0] // size != ends[1] // size:
-            return None, None
-        cell = ends[0] // size
-        whole = self._sum({e: c // size for e, c in terms.items() if c % size == 0})
-        quotient = self._sum({**linear(whole), ONE: linear(whole).get(ONE, 0) + cell})
-        return quotient, self._sum({**linear(rest), ONE: linear(rest).get(ONE, 0) - cell * size})
+        for taken in (_dividing, _nearest):
+            whole = {e: taken(c, size) for e, c in terms.items()}
+            rest = self._sum({e: c - whole[e] * size for e, c in terms.items()})
+            ends = self.ends(rest)
+            if ends is not None and ends[0] // size == ends[1] // size:
+                cell = ends[0] // size
+                quotient = self._sum({**whole, ONE: whole.get(ONE, 0) + cell})
+                left = linear(rest)
+                return quotient, self._sum({**left, ONE: left.get(ONE, 0) - cell * size})
+        return None, None
 
     def _sum(self, terms: Terms) -> Expr:
+        """The sum as it is written: what is added first, then what is taken away, then a number."""
         total = const(0)
-        for part, times in sorted(terms.items(), key=lambda item: item[0] == ONE):
+        for part, times in sorted(terms.items(), key=lambda item: (item[0] == ONE, item[1] < 0)):
+            head, number = ("add", times) if times >= 0 else ("sub", -times)
             if part == ONE:
-                head, number = ("add", times) if times >= 0 else ("sub", -times)
                 total = simplify(head, total, const(number))
+            elif total == const(0):
+                total = simplify("mul", part, const(times))
             elif times:
-                total = simplify("add", total, simplify("mul", part, const(times)))
+                total = simplify(head, total, simplify("mul", part, const(number)))
         return total
 
     def minimum(self, a: Expr, b: Expr) -> Expr | None:
@@ -152,6 +165,32 @@ _RULES: Mapping[str, Callable[..., Expr | None]] = {
     "max": Ranges.maximum,
     "abs": Ranges.absolute,
 }
+
+
+def _dividing(times: int, size: int) -> int:
+    """How often a part holds ``size``, if it does exactly."""
+    return times // size if times % size == 0 else 0
+
+
+def _nearest(times: int, size: int) -> int:
+    """How often a part holds ``size``, about: what is left is as small as it can be."""
+    return (times + size // 2) // size
+
+
+def _rejoined(terms: Terms) -> Terms | None:
+    """The sum with ``n * (x // n) + x % n`` written as x; None if it holds no such pair."""
+    for part, times in terms.items():
+        if part[0] != "mod" or _size(part[2]) is None:
+            continue
+        quotient = ("floordiv", *part[1:])
+        if terms.get(quotient) != times * part[2][1]:
+            continue
+        joined = {e: c for e, c in terms.items() if e not in (part, quotient)}
+        for e, c in linear(part[1]).items():
+            joined[e] = joined.get(e, 0) + c * times
+        left = {e: c for e, c in joined.items() if c}
+        return _rejoined(left) or left
+    return None
 
 
 def _size(n: Expr) -> int | None:

@@ -252,14 +252,28 @@ def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSit
         device=q.device.type,
         trains=needs_grad(node),
         checkpoint=node.meta.get("ac_graph_id", 0),
-        matrix_bytes=sum(x.numel() * x.element_size() for x in _matrices(node, spec)),
+        matrix_bytes=sum(_bytes(x) for x in _matrices(node, spec)),
+        row_bytes=sum(_bytes(x) for x in _by_row(node, spec)),
     )
 
 
-def _matrices(node: Node, spec: AttentionSpec) -> list[torch.Tensor]:
-    """What the tile functions read that has an entry for each query and key."""
+def _matrices(node: Node, spec: AttentionSpec) -> list[Node]:
+    """What the tile functions read that has an entry for each query and key, and is held whole."""
     read: Any = node.args[3]
-    return [read[i].meta["val"] for i in tiles.matrices(spec.keep, spec.bias)]
+    found = [read[i] for i in tiles.matrices(spec.keep, spec.bias)]
+    return [x for x in found if x not in _by_row(node, spec)]
+
+
+def _by_row(node: Node, spec: AttentionSpec) -> list[Node]:
+    """What is computed and read at the queries' own rows."""
+    read: Any = node.args[3]
+    rows = (read[i] for i in tiles.rows_read(spec.keep, spec.bias))
+    return [x for x in rows if x.op != "placeholder"]
+
+
+def _bytes(node: Node) -> int:
+    value: torch.Tensor = node.meta["val"]
+    return value.numel() * value.element_size()
 
 
 def _drop_dead_masks(gm: torch.fx.GraphModule) -> None:

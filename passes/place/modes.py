@@ -128,8 +128,8 @@ def _whole_lines(
 ) -> bool:
     """Whether attention is given lines of one layout, whole or windows that its mask can name."""
     kinds = set()
-    for carried, labels in zip(operands, axes.operands, strict=True):
-        if labels is None:
+    for i, (carried, labels) in enumerate(zip(operands, axes.operands, strict=True)):
+        if labels is None or i in axes.captured:
             continue
         if not isinstance(carried, Carried) or not set(labels[carried.dim]) <= axes.together:
             return False
@@ -360,15 +360,14 @@ def _labelled(
 ) -> Split | Unsplittable:
     forms: list[Form] = []
     active: set[str] = set()
-    for carried, labels in zip(operands, axes.operands, strict=True):
-        if carried is Tangle.TANGLED and labels is not None:
+    for i, (carried, labels) in enumerate(zip(operands, axes.operands, strict=True)):
+        captured = i in axes.captured
+        if carried is Tangle.TANGLED and labels is not None and not captured:
             return Unsplittable("one of its operands holds the token axis twice or in pieces")
         names = labels[carried.dim] if labels and isinstance(carried, Carried) else ()
         splits = (
             _on(carried, line) and len(names) == 1 and axes.share_of(names[0]) is not Share.WHOLE
         )
-        # What an operator captures whole, it gives the whole gradient of, on every rank.
-        captured = labels is None and bool(axes.together)
         forms.append(Form.SPLIT if splits else Form.WHOLE if captured else Form.SHARED)
         active |= set(names) if splits else set()
     return _with_results(axes, results, forms, active, line)

@@ -27,7 +27,10 @@ def can_move(spec: AttentionSpec) -> bool:
 def along_the_line(
     spec: AttentionSpec, queries: Member, keys: Member, q_len: int, kv_len: int
 ) -> AttentionSpec:
-    """The same attention, over all positions of the lines that hold its queries and keys."""
+    """The same attention, over all positions of the lines that hold its queries and keys.
+
+    What is read at a rank's own rows is stored along the line already.
+    """
     if (queries.length, keys.length) == (q_len, kv_len):
         return spec
     assert can_move(spec), spec

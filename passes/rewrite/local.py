@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ringfx import collectives
+from ringfx import collectives, tiles
 from ringfx.layout import LayoutKind
 from ringfx.ops import attention
 from ringfx.passes.capture.simplify import eliminate_dead
@@ -149,7 +149,7 @@ class _Rewriter:
                 lines = self.placement.lines.lines
                 layout = lines[q_carried.line].layout.kind
                 lengths = (lines[q_carried.line].length, lines[k_carried.line].length)
-                spec = AttentionSpec.from_json(str(kwargs["spec"]))
+                spec = _with_own_rows(AttentionSpec.from_json(str(kwargs["spec"])), mode)
                 moved = along_the_line(spec, q_carried.member, k_carried.member, *lengths)
                 kwargs["spec"] = moved.to_json()
             kwargs |= {"group": self.group, "layout": layout}
@@ -184,6 +184,13 @@ class _Rewriter:
         written = [self._wanted(value, Form.WHOLE, node) for value in results[given:]]
         self.graph.output((*local, *written))
         return (*split, *(None for _ in written))
+
+
+def _with_own_rows(spec: AttentionSpec, mode: Split) -> AttentionSpec:
+    """What it reads at its queries' own rows, and is split as they are, is read at local ones."""
+    local = {i for i, form in enumerate(mode.operands[3:]) if form is Form.SPLIT}
+    keep, bias = (tiles.of_own_rows(expr, local) for expr in (spec.keep, spec.bias))
+    return replace(spec, keep=keep, bias=bias)
 
 
 def _inputs(node: Node) -> list[Node]:

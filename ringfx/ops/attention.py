@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ringfx import tiles
 from ringfx.ops import checks, collective, production, simple, stats, ulysses
 from ringfx.ops.finish import (
     add_sinks,
@@ -72,7 +73,8 @@ def attention(
         ``Layout(layout, length, ranks).local_length``.
     inputs
         The whole tensors that the tile functions of ``spec`` read, and the sinks last if there are
-        any; the same on all ranks. Their gradients are complete on every rank.
+        any; the same on all ranks. Their gradients are complete on every rank. Of those that are
+        read at ``("row",)`` each rank has the rows of its own queries, and their gradient.
     spec
         ``AttentionSpec.to_json()``.
     strategy
@@ -176,8 +178,13 @@ def _attention_backward(
             position = len(inputs) - 1
             found.append(sink_gradient(dout, out, lse, sinks_H) if position in wanted else None)
         operation = "backward: sum of the bias gradients"
+        own = tiles.own_rows(problem.spec.keep, problem.spec.bias)
         extra = [
-            problem.ranks.all_reduce(operation, _asked(found[i])).to(inputs[i].dtype)
+            (
+                _asked(found[i])
+                if i in own
+                else problem.ranks.all_reduce(operation, _asked(found[i]))
+            ).to(inputs[i].dtype)
             for i in wanted
         ]
         dq, dk, dv = sums.dq_BHQD.to(q.dtype), sums.dk_BGKD.to(k.dtype), sums.dv_BGKE.to(v.dtype)

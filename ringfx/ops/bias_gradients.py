@@ -68,6 +68,13 @@ def refuse_unsupported(bias: Expr, wanted: Sequence[int], layer: str) -> None:
         refuse_unsupported(part, wanted, layer)
 
 
+def _value(expr: Expr, index: TileIndex, inputs: Sequence[Tensor]) -> Tensor:
+    """A number in double precision: it gives its type to no tensor, and must not be rounded."""
+    if expr[0] == "const" and isinstance(expr[1], float):
+        return torch.tensor(expr[1], dtype=torch.float64, device=index.q.device)
+    return evaluate(expr, index, inputs)
+
+
 def add(
     expr: Expr,
     gradient_BHQK: Tensor,
@@ -88,7 +95,7 @@ def add(
         summed = gradient_BHQK.sum_to_size(shape).to(total.dtype)
         total.index_put_(tuple(places), summed, accumulate=True)
         return
-    values = [evaluate(e, index, inputs) for e in args]
+    values = [_value(e, index, inputs) for e in args]
     result = evaluate(expr, index, inputs)
     pulled = PULL_RULES[head](gradient_BHQK, result, *values)
     for part, value, gradient in zip(args, values, pulled, strict=True):

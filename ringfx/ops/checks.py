@@ -11,7 +11,7 @@ from ringfx.layout import Layout, LayoutKind
 from ringfx.ops import bias_gradients as bias_gradient_rules
 from ringfx.ops.ranks import Ranks
 from ringfx.spec import AttentionSpec
-from ringfx.tiles import inputs_used
+from ringfx.tiles import inputs_used, own_rows
 
 __all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name"]
 
@@ -81,6 +81,12 @@ def runs(q: Tensor, spec: AttentionSpec, strategy: str, ranks: Ranks) -> None:
         raise StrategyRefused(
             f'{where}: "ulysses" needs heads % ranks == 0; here {q.shape[1]} heads, '
             f'{ranks.size} ranks. Do: use "production" or "collective".'
+        )
+
+    if strategy == "ulysses" and ranks.size > 1 and own_rows(spec.keep, spec.bias):
+        raise StrategyRefused(
+            f'{where}: "ulysses" computes all queries of some heads, and each rank has only its '
+            'own queries\' rows of a bias or mask. Do: use "production" or "collective".'
         )
 
 

@@ -208,6 +208,7 @@ def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:
         h=span(problem.first_head, q_BHQD.shape[1]),
         q=span(piece.q.position, piece.q.length),
         k=span(piece.k.position, piece.k.length),
+        row=span(piece.q.offset, piece.q.length),
     )
 
 

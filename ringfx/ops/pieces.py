@@ -162,7 +162,10 @@ class _Cut:
 
     def _undecided(self, q: Run, k: Run, keep: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
         """The masks that matter inside the rectangle; None if one of them empties it."""
-        box = tiles.Box(b=self.b, h=self.h, q=(q.position, q.stop), k=(k.position, k.stop))
+        box = tiles.Box(
+            b=self.b, h=self.h, q=(q.position, q.stop), k=(k.position, k.stop),
+            row=(q.offset, q.offset + q.length),
+        )  # fmt: skip
         kinds = [tiles.classify(term, box, self.inputs) for term in keep]
         if "empty" in kinds:
             return None

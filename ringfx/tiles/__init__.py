@@ -14,6 +14,9 @@ from ringfx.tiles.expr import (
     evaluate,
     inputs_used,
     loads,
+    of_own_rows,
+    own_rows,
+    rows_read,
     terms,
     walk,
 )
@@ -42,6 +45,9 @@ __all__ = [
     "is_balanced",
     "loads",
     "matrices",
+    "of_own_rows",
+    "own_rows",
+    "rows_read",
     "terms",
     "walk",
 ]

@@ -7,6 +7,7 @@ positions. The expression is a nested tuple of plain values, so that it can be c
 printed, written as JSON and sent as the argument of an operator:
 
     ("b",) ("h",) ("q",) ("k",)      index of batch, head, query token, key token
+    ("row",)                         place of the query among this rank's own
     ("const", 3)                     a number
     ("at", i, e0, e1, ...)           inputs[i][e0, e1, ...]
     (name, e0, ...)                  a row of TILE_OPS
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -35,18 +36,22 @@ __all__ = [
     "evaluate",
     "inputs_used",
     "loads",
+    "of_own_rows",
+    "own_rows",
+    "rows_read",
     "terms",
     "walk",
 ]
 
 Expr: TypeAlias = tuple[Any, ...]
 
+INDICES = ("b", "h", "q", "k", "row")
 B: Expr = ("b",)
 H: Expr = ("h",)
 Q: Expr = ("q",)
 K: Expr = ("k",)
+ROW: Expr = ("row",)
 CAUSAL: Expr = ("le", K, Q)
-LEAVES = frozenset({"b", "h", "q", "k", "const", "at"})
 
 
 def _on_tensors(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -145,12 +150,15 @@ class TileIndex:
     h: torch.Tensor
     q: torch.Tensor
     k: torch.Tensor
+    row: torch.Tensor | None = None
+    """Places of the queries among this rank's own; None where they are not known."""
 
     def broadcast(self, name: str) -> torch.Tensor:
         """The named vector shaped to broadcast over [B, H, Q, K]."""
         shape = [1, 1, 1, 1]
-        shape["bhqk".index(name)] = -1
-        vector: torch.Tensor = getattr(self, name)
+        shape["bhqk".index("q" if name == "row" else name)] = -1
+        vector: torch.Tensor | None = getattr(self, name)
+        assert vector is not None, "a rank's own rows are read where they are known"
         return vector.view(shape)
 
 
@@ -162,7 +170,7 @@ def evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> to
 def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> Any:
     """A constant stays a Python number: as in a model's code, it decides no type."""
     head, *args = expr
-    if head in ("b", "h", "q", "k"):
+    if head in INDICES:
         return index.broadcast(head)
     if head == "const":
         return args[0]
@@ -175,7 +183,7 @@ def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> A
 def walk(expr: Expr) -> Iterator[Expr]:
     """The expression and everything inside it, outermost first."""
     yield expr
-    if expr[0] in ("b", "h", "q", "k", "const"):
+    if expr[0] == "const" or expr[0] in INDICES:
         return
     for part in expr[2:] if expr[0] == "at" else expr[1:]:
         yield from walk(part)
@@ -186,6 +194,32 @@ def inputs_used(expr: Expr | None) -> tuple[int, ...]:
     if expr is None:
         return ()
     return tuple(sorted({e[1] for e in walk(expr) if e[0] == "at"}))
+
+
+def rows_read(*exprs: Expr | None) -> Mapping[int, int]:
+    """Captured tensors that are read at the query's own row only: position -> dim of the rows."""
+    found: dict[int, int | None] = {}
+    for read in (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at"):
+        at = [d for d, place in enumerate(read[2:]) if place == Q]
+        rows = at[0] if len(at) == 1 else None
+        found[read[1]] = rows if found.get(read[1], rows) == rows else None
+    return {i: dim for i, dim in found.items() if dim is not None}
+
+
+def of_own_rows(expr: Expr | None, local: Collection[int]) -> Expr | None:
+    """The expression where each rank has its own queries' rows of the inputs in ``local``."""
+    if expr is None or expr[0] == "const" or expr[0] in INDICES:
+        return expr
+    if expr[0] == "at" and expr[1] in local:
+        return (*expr[:2], *(ROW if e == Q else of_own_rows(e, local) for e in expr[2:]))
+    head = 2 if expr[0] == "at" else 1
+    return (*expr[:head], *(of_own_rows(e, local) for e in expr[head:]))
+
+
+def own_rows(*exprs: Expr | None) -> frozenset[int]:
+    """Captured tensors of which each rank has its own queries' rows."""
+    reads = (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at")
+    return frozenset(read[1] for read in reads if ROW in read[2:])
 
 
 def conjunction(*parts: Expr | None) -> Expr | None:

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ringfx.tiles.expr import Expr
+from ringfx.tiles.expr import INDICES, Expr
 
 __all__ = ["Box", "Interval", "Kind", "bounds", "classify"]
 
@@ -35,6 +35,8 @@ class Box:
     h: tuple[int, int] = (0, 1)
     q: tuple[int, int]
     k: tuple[int, int]
+    row: tuple[int, int] | None = None
+    """Places of the queries among this rank's own; None where they are not known."""
 
 
 def classify(keep: Expr | None, box: Box, inputs: Sequence[torch.Tensor] | None = None) -> Kind:
@@ -60,9 +62,9 @@ def classify(keep: Expr | None, box: Box, inputs: Sequence[torch.Tensor] | None 
 def bounds(expr: Expr, box: Box, inputs: Sequence[torch.Tensor] | None = None) -> Interval:
     """An interval that holds every value of the expression on the box."""
     head, *args = expr
-    if head in ("b", "h", "q", "k"):
-        start, stop = getattr(box, head)
-        return start, stop - 1
+    if head in INDICES:
+        span: tuple[int, int] | None = getattr(box, head)
+        return UNKNOWN if span is None else (span[0], span[1] - 1)
     if head == "const":
         value = args[0]
         return (int(value), int(value)) if isinstance(value, bool) else (value, value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from ringfx import tiles
 from ringfx.ops import attention
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import labels_like, leading, shares
+from ringfx.spec import AttentionSpec
 
 __all__ = ["RULES"]
 
@@ -16,17 +18,36 @@ __all__ = ["RULES"]
 def canonical(call: Call) -> OpAxes:
     """Query and key tokens stay local: the strategy moves what crosses; the rest is whole.
 
-    Batch and heads stay local too where no captured tensor is read by their index.
+    Batch and heads stay local too where no captured tensor is read by their index. A captured
+    tensor that is read at the query's own row has query tokens as well.
     """
     q, k, v = (a.meta["val"].shape for a in call.node.args[:3])  # type: ignore[union-attr]
     operands = _qkv(q, k, v)
-    rest = (None,) * (len(call.operands) - 3)
+    rest = tuple(_captured(call))
+    others = {x for labels in rest for dim in labels or () for x in dim} - {"s"}
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(whole=["d", "e", *_indexed(operands, rest)]),
+        share=shares(whole=["d", "e", *others, *_indexed(operands, rest)]),
         together=frozenset({"s", "t"}),
+        captured=frozenset(range(3, len(call.operands))),
     )
+
+
+def _captured(call: Call) -> Iterator[Labels | None]:
+    """Labels of what the tile functions read; None for what is read at other than its own rows.
+
+    An input of the program is whole on every rank as it is.
+    """
+    spec = AttentionSpec.from_json(call["spec"])
+    rows = tiles.rows_read(spec.keep, spec.bias)
+    for i, value in enumerate(call.operands[3:]):
+        shape = value.meta["val"].shape
+        if i not in rows or value.op == "placeholder" or shape[rows[i]] != spec.q_len:
+            yield None
+            continue
+        names = ["s" if d == rows[i] else f"read{i}.{d}" for d in range(len(shape))]
+        yield tuple((name,) if size != 1 else () for name, size in zip(names, shape, strict=True))
 
 
 def sdpa(call: Call) -> OpAxes:
@@ -41,7 +62,7 @@ def sdpa(call: Call) -> OpAxes:
     )
 
 
-def _indexed(operands: Sequence[Labels], rest: Sequence[None]) -> set[str]:
+def _indexed(operands: Sequence[Labels], rest: Sequence[Labels | None]) -> set[str]:
     """Batch and heads, if a mask or a captured tensor may be read by their index."""
     if not rest:
         return set()
