@@ -340,6 +340,8 @@ def _window(
     if f"d{source.dim}" != window.source:
         return _labelled(axes, operands, results, line)
     alone = source.outer * source.inner == 1
+    if isinstance(result, Carried) and result.outer * result.inner != source.outer * source.inner:
+        return Unsplittable(axes.reason)  # streams side by side: its tokens are not the source's
     if isinstance(result, Carried) and result.line == line:
         shift = source.member.offset + window.start - result.member.offset
         if shift == 0:

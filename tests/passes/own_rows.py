@@ -40,7 +40,8 @@ class Rows(nn.Module):
             later = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         mixed = scores.softmax(-1) @ v
-        return x + self.out(mixed.transpose(1, 2).reshape(batch, seq_len, HIDDEN))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, seq_len, HIDDEN))
+        return x + out
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(self.attend(x)).tanh()
@@ -57,7 +58,7 @@ def sinusoids(positions: Tensor, like: Tensor) -> Tensor:
 
 def by_distance(m: Rows, q: Tensor, positions: Tensor) -> Tensor:
     """[batch, heads, queries, positions]."""
-    keys = m.positions(sinusoids(positions, q)).view(-1, HEADS, 8)
+    keys: Tensor = m.positions(sinusoids(positions, q)).view(-1, HEADS, 8)
     return (q + m.place) @ keys.permute(1, 2, 0)
 
 
@@ -91,7 +92,8 @@ def gathered(m: Rows, x: Tensor, q: Tensor) -> Tensor:
 def synthesized(m: Rows, x: Tensor, q: Tensor) -> Tensor:
     """Scores that a layer makes of the query alone."""
     batch, n, _ = x.shape
-    return m.by_key(x).view(batch, n, HEADS, MOST).transpose(1, 2)[..., :n].tanh()
+    scores: Tensor = m.by_key(x).view(batch, n, HEADS, MOST).transpose(1, 2)[..., :n]
+    return scores.tanh()
 
 
 def behind_a_token(m: Rows, x: Tensor, q: Tensor) -> Tensor:

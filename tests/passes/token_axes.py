@@ -306,6 +306,16 @@ def last_read_all(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(batch, seq_len - 3, HIDDEN) + x[:, 3:]
 
 
+def streams(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Three streams of the same tokens, of which the last two become a dimension (ProphetNet)."""
+    batch, seq_len, _ = x.shape
+    joined = m.attend(torch.cat([x, x * m.weight, x.tanh()], 1))
+    rest = joined[:, seq_len:].view(batch, 2, seq_len, HIDDEN)
+    for _ in range(4):  # enough of it that its place matters
+        rest = m.qkv(rest).tanh() @ m.qkv.weight
+    return joined[:, :seq_len] + rest[:, 0] - rest[:, 1].tanh()
+
+
 CONSTRUCTS: Mapping[str, Construct] = {
     "class token": class_token,
     "registers": registers,
@@ -338,6 +348,7 @@ CONSTRUCTS: Mapping[str, Construct] = {
     "tokens repeated": tokens_repeated,
     "experts, dense": dense_experts,
     "experts, weights by token": weights_by_token,
+    "streams": streams,
 }
 
 
