@@ -36,13 +36,18 @@ class Agreement:
         names: Sequence[str],
         summary: str,
         generators: Sequence[torch.device] = (),
+        evaluating: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """``generators``: devices whose default generator the program draws from."""
+        """``generators``: devices whose default generator the program draws from.
+
+        ``evaluating``: names of the model's modules in evaluation mode, asked to explain an error.
+        """
         self._world = world
         self._digest = digest
         self._names = (*names, *(f"{_GENERATOR} of {device}" for device in generators))
         self._generators = tuple(generators)
         self._summary = summary
+        self._evaluating = evaluating
         self._first = True
 
     def check(self, inputs: Sequence[Any]) -> None:
@@ -58,7 +63,7 @@ class Agreement:
         inputs = [*inputs, *map(_generator_state, self._generators)]
         sums = [self._sum(value) for value in inputs]
         self._first = False
-        combined = hashlib.sha256(repr(sums).encode()).digest()
+        combined = hashlib.sha256(repr((sums, _recorded(inputs))).encode()).digest()
         mine = torch.tensor([_int(bytes.fromhex(self._digest)), _int(combined)], dtype=torch.int64)
         if all(bool((other == mine).all()) for other in self._everyone(mine)):
             return
@@ -86,14 +91,18 @@ class Agreement:
         group = process_group(self._world.group)
         said: list[Any] = [None] * self._world.size
         shapes = [_shape(v) for v in inputs]
-        mine = (self._digest, self._summary, self._names, shapes, sums)
+        modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
+        mine = (self._digest, self._summary, self._names, shapes, sums, modes)
         self._speak(lambda: dist.all_gather_object(said, mine, group=group))
         raise AgreementError(_difference(said))
 
 
 def _difference(said: Sequence[Any]) -> str:
-    digest, summary, names, shapes, sums = said[0]
+    digest, summary, names, shapes, sums, modes = said[0]
     for rank, other in enumerate(said[1:], 1):
+        other_mode = _different_modes(rank, names, modes, other[2], other[5])
+        if other_mode:
+            return other_mode
         if other[2] != names or other[3] != shapes:
             return _different_shapes(rank, said[0], other)
         if other[0] != digest:
@@ -121,6 +130,45 @@ def _difference(said: Sequence[Any]) -> str:
     return "the ranks disagree, and agree when asked again: inputs changed between two looks."
 
 
+def _different_modes(
+    rank: int, names: Sequence[str], mine: Any, other_names: Sequence[str], theirs: Any
+) -> str | None:
+    """One rank trains and the other evaluates, or keeps no gradients, or for other tensors."""
+    (recording, wanted, evaluating), (their_recording, their_wanted, their_evaluating) = (
+        mine,
+        theirs,
+    )
+    if recording != their_recording:
+        off = rank if recording else 0
+        return (
+            f"rank {off} runs this call under torch.no_grad() or inference_mode() and rank "
+            f"{rank - off} does not: they would wait for each other in backward. Do: enter it on "
+            "every rank or on none."
+        )
+    if evaluating != their_evaluating:
+        differ = sorted(set(evaluating) ^ set(their_evaluating))
+        side = 0 if differ[0] in evaluating else rank
+        return (
+            f"{differ[0] or 'the model'} is in evaluation mode on rank {side} and in training mode "
+            f"on rank {rank - side}{_more(differ)}, and the ranks would run different programs. "
+            "Do: call model.train() or model.eval() on every rank alike."
+        )
+    first = {n for n, w in zip(names, wanted, strict=False) if w}
+    second = {n for n, w in zip(other_names, their_wanted, strict=False) if w}
+    differ = sorted((first ^ second) & set(names) & set(other_names))
+    if differ:
+        side = 0 if differ[0] in first else rank
+        return (
+            f"{differ[0]} requires a gradient on rank {side} and not on rank {rank - side}"
+            f"{_more(differ)}. Do: freeze the same parameters on every rank."
+        )
+    return None
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+
+
 def _different_shapes(rank: int, first: Any, other: Any) -> str:
     mine = dict(zip(first[2], first[3], strict=True))
     theirs = dict(zip(other[2], other[3], strict=True))
@@ -133,6 +181,12 @@ def _different_shapes(rank: int, first: Any, other: Any) -> str:
         f"rank 0 and rank {rank} were given inputs of different shapes:\n" + "\n".join(lines) + "\n"
         "Do: give every rank the whole, identical batch; ringfx splits it along the tokens."
     )
+
+
+def _recorded(inputs: Sequence[Any]) -> list[bool]:
+    """Which inputs this call keeps gradients for."""
+    recording = torch.is_grad_enabled()
+    return [recording and isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
 
 
 def _generator_state(device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -39,6 +40,12 @@ _UNSPLIT = (
     "torch.func, in FullyShardedDataParallel's own code and under a stance or setting that turns "
     "compilation off Dynamo traces nothing. Do: call the model outside of them; shard with "
     "fully_shard."
+)
+
+_SAVED = (
+    "an optimized model is pickled as the model that was given to ringfx.optimize: what is loaded "
+    "runs whole. Do: call ringfx.optimize again after loading; or save model.state_dict(), which "
+    "is the same with and without ringfx."
 )
 
 
@@ -81,9 +88,32 @@ class Optimized:
         with outer(), self._ringfx_backend.accumulation.no_sync():
             yield
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        inherited = getattr(super(), "__deepcopy__", None)
+        if inherited is not None:
+            return inherited(memo)
+        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))  # type: ignore[attr-defined]
+
+    def __copy__(self) -> Any:
+        return copy._reconstruct(self, None, *super().__reduce_ex__(4))  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled (``torch.save``) as the model that was given: the split one has no file form."""
+        self._ringfx_backend.announce(_SAVED)
+        given = type(self).__bases__[1]
+        made, arguments, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(given if x is type(self) else x for x in arguments)
+        if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # only for objects of the class itself
+            made, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
+        if rest and isinstance(rest[0], dict):
+            added = ("_ringfx_backend", "_compiled_call_impl")
+            rest[0] = {name: x for name, x in rest[0].items() if name not in added}
+        return made, arguments, *rest
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._ringfx_backend
         backend.ran.clear()
+        backend.runs(self)  # type: ignore[arg-type]
         if self._compiled_call_impl is None:  # nn.Module leaves it out of copies
             self.compile(backend=for_ringfx(backend), dynamic=False)  # type: ignore[attr-defined]
         prepare_tracing()
@@ -168,6 +198,7 @@ def optimize(
             "model comes from torch.compile, which would run it as it is. Do: pass the model "
             "itself; ringfx compiles it, see compiler=."
         )
+    _refuse_nested(model)
     settings = Settings.of(
         {
             "strategy": strategy,
@@ -189,6 +220,18 @@ def optimize(
         optimized._modules = {**model._modules, "module": inner}
         return optimized
     return _optimized(model, backend)
+
+
+def _refuse_nested(model: torch.nn.Module) -> None:
+    """A part that is compiled by itself would break the whole model's program around it."""
+    outer = {model, model.module} if isinstance(model, DistributedDataParallel) else {model}
+    for name, part in model.named_modules():
+        if part not in outer and isinstance(part, (Optimized, OptimizedModule)):
+            raise InvalidArgument(
+                f"{name} is compiled by itself (by ringfx.optimize or torch.compile), and ringfx "
+                "compiles the whole model. Do: optimize either the model or its parts, and pass "
+                "modules that are not compiled."
+            )
 
 
 def _optimized(model: M, backend: Backend) -> M:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
@@ -15,17 +19,19 @@ from ringfx.apart import unfused
 from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.dynamo import for_ringfx, prepare_tracing
-from ringfx.errors import AttentionNotFound
+from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError, VerificationError
 from ringfx.gradients import Accumulation
 from ringfx.held import Held
 from ringfx.ops.stats import snapshot
 from ringfx.outputs import SplitSpec, SplitTensor, wrap
 from ringfx.passes.capture.breaks import is_outermost
+from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
 from ringfx.plan import Plan
+from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
 from ringfx.world import World
 
@@ -45,6 +51,7 @@ class Backend:
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
+        self._model: weakref.ref[torch.nn.Module] | None = None
         self._announced: set[str] = set()
         for_ringfx(self)
         prepare_tracing()
@@ -55,8 +62,9 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         example_inputs = [_whole_example(v) for v in example_inputs]
+        _refuse_without_values(gm, example_inputs)
         self._agree_on_profile(_device(example_inputs).type)
-        lowered = lower(gm, example_inputs, self.settings, self.world)
+        lowered = lower_or_say(gm, example_inputs, self.settings, self.world)
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -68,6 +76,17 @@ class Backend:
             lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
         )
         return Runner(lowered, compiled, extra, self)
+
+    def runs(self, model: torch.nn.Module) -> None:
+        """Whose call it is that programs now run for."""
+        self._model = weakref.ref(model)
+
+    def evaluating(self) -> tuple[str, ...]:
+        """The modules of the model in evaluation mode; none where the model is not known."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return ()
+        return tuple(name for name, part in model.named_modules() if not part.training)
 
     def _agree_on_profile(self, device: str) -> None:
         """Once, when every rank compiles its first program: all of them choose alike."""
@@ -125,7 +144,14 @@ class Runner:
         ]
         names = lowered.captured.input_names
         self._agreement = (
-            Agreement(world, lowered.digest, names, _summary(lowered.plan), _generators(lowered))
+            Agreement(
+                world,
+                lowered.digest,
+                names,
+                _summary(lowered.plan),
+                _generators(lowered),
+                evaluating=backend.evaluating,
+            )
             if settings.check_inputs
             else None
         )
@@ -139,6 +165,7 @@ class Runner:
         if self._extra:
             self._extra[-1] = torch.full((), self._accumulation.call(inputs))
         results = self._compiled(*self._kept(inputs), *self._extra)
+        refuse_in_compiled(results)
         if not self._compared:
             self._compared = True
             for text in other_kernels(self._plan):
@@ -171,6 +198,37 @@ class Runner:
         wrapped = wrap(result, spec)
         # Across a graph break Dynamo reads the value with the user's own code: gather it there.
         return _whole(wrapped) if self._gather else wrapped
+
+
+def lower_or_say(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
+) -> Lowered:
+    """``lower``; what goes wrong inside it and has no name of its own gets one."""
+    try:
+        return lower(gm, example_inputs, settings, world)
+    except (RingfxError, TorchDynamoException):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = next((f for f in reversed(frames) if "ringfx" in f.filename), frames[-1])
+        said = (str(error).strip() or "no text").splitlines()[0]
+        raise VerificationError(
+            f"ringfx could not rewrite this program: {type(error).__name__} ({said}) in "
+            f"{where.name}, {Path(where.filename).name}:{where.lineno}. This is a defect of "
+            "ringfx, not of the model. Do: run the model without ringfx, and please report it "
+            "with the model; the cause is attached to this error."
+        ) from error
+
+
+def _refuse_without_values(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            raise InvalidArgument(
+                f"{input_name(node)} {tuple(value.shape)} is on the meta device: it has a shape "
+                "and no values, and cannot be computed with. Do: ringfx.plan(model, ...) plans on "
+                "meta tensors; to run, make the model (to_empty, load_state_dict) and inputs on a "
+                "real device."
+            )
 
 
 def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:

@@ -26,6 +26,7 @@ from ringfx import messages
 from ringfx.gradients import NOT_REACHED
 
 __all__ = [
+    "choose_tokens",
     "enter",
     "fill_padding",
     "gather_plain",
@@ -59,10 +60,18 @@ def mask_tokens(
     x: torch.Tensor, valid: torch.Tensor, fill: float, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
     """x with ``fill`` where a token is padding; ``valid`` is bool [tokens]."""
+    other = torch.full((), fill, dtype=x.dtype, device=x.device)
+    return choose_tokens(x, other, valid, dim, outer, inner)
+
+
+def choose_tokens(
+    x: torch.Tensor, other: torch.Tensor, valid: torch.Tensor, dim: int, outer: int, inner: int
+) -> torch.Tensor:
+    """x where a token is valid, elsewhere what broadcasts to it; ``valid`` is bool [tokens]."""
     tokens = valid.shape[0]
     row = valid.view(1, tokens, 1).expand(outer, tokens, inner).reshape(outer * tokens * inner)
     row = row.view(-1, *(1,) * (x.dim() - dim - 1))
-    return torch.where(row, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+    return torch.where(row, x, other)
 
 
 def fill_padding(
@@ -82,10 +91,9 @@ def fill_padding(
 def _tokens_first(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
     """[tokens, everything before, everything after], contiguous."""
     tokens = x.shape[dim] // (outer * inner)
-    before = outer
-    for size in x.shape[:dim]:
-        before *= size
-    return x.reshape(before, tokens, -1).transpose(0, 1).contiguous()
+    before = outer * x.shape[:dim].numel()
+    after = inner * x.shape[dim + 1 :].numel()
+    return x.reshape(before, tokens, after).transpose(0, 1).contiguous()
 
 
 def _tokens_back(

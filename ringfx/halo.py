@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from ringfx.collectives import choose_tokens
 from ringfx.ops.ranks import Ranks
 
-__all__ = ["convolution", "convolve_tokens", "shift_tokens"]
+__all__ = ["convolution", "convolve_tokens", "fill_convolved", "shift_tokens"]
 
 
 @torch.library.custom_op("ringfx::shift_chunks", mutates_args=())
@@ -90,11 +91,10 @@ def _extended(
     x: torch.Tensor, before: int, after: int, chunks: int, group: str, dim: int, outer: int
 ) -> torch.Tensor:
     """[chunks, leading, before + tokens of a chunk + after, rest]: each run with its neighbours."""
-    leading = outer
-    for size in x.shape[:dim]:
-        leading *= size
+    leading = outer * x.shape[:dim].numel()
     tokens = x.shape[dim] // outer
-    runs = x.reshape(leading, chunks, tokens // chunks, -1).transpose(0, 1)
+    rest = x.shape[dim + 1 :].numel()
+    runs = x.reshape(leading, chunks, tokens // chunks, rest).transpose(0, 1)
     parts = [runs]
     if before:
         last = runs[:, :, runs.shape[2] - before :].contiguous()
@@ -105,15 +105,38 @@ def _extended(
 
 
 def shift_tokens(
-    x: torch.Tensor, by: int, chunks: int, group: str, dim: int, outer: int, inner: int
+    x: torch.Tensor,
+    by: int,
+    valid: torch.Tensor,
+    chunks: int,
+    group: str,
+    dim: int,
+    outer: int,
+    inner: int,
 ) -> torch.Tensor:
-    """y[position] = x[position + by], by at most a chunk's length; zero beyond the line's ends."""
+    """y[position] = x[position + by], by at most a chunk's length, where a token is ``valid``.
+
+    Elsewhere another token of this rank: what comes from beyond the line's ends is zero, and so is
+    the difference of a token and itself, which a model that divides by it would make NaN.
+    """
     shape = x.shape
-    opened = x.reshape(*shape[:dim], shape[dim] // inner, -1)
+    rest = inner * shape[dim + 1 :].numel()
+    opened = x.reshape(*shape[:dim], shape[dim] // inner, rest)
     before, after = max(-by, 0), max(by, 0)
     runs = _extended(opened, before, after, chunks, group, dim, outer)
     length = runs.shape[2] - abs(by)
-    return runs.narrow(2, after, length).transpose(0, 1).reshape(shape)
+    moved = runs.narrow(2, after, length).transpose(0, 1).reshape(shape)
+    return choose_tokens(moved, _another(x, dim, outer, inner), valid, dim, outer, inner)
+
+
+def _another(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
+    """Every token replaced by its neighbour on this rank; of one token alone, half of it."""
+    x = x.detach()
+    tokens = x.shape[dim] // (outer * inner)
+    if tokens == 1:
+        return x * 0.5 if x.is_floating_point() or x.is_complex() else x
+    opened = x.reshape(*x.shape[:dim], outer, tokens, inner * x.shape[dim + 1 :].numel())
+    return opened.roll(1, dim + 1).reshape(x.shape)
 
 
 def convolution(
@@ -136,6 +159,44 @@ def convolution(
         x, weight, bias, list(stride), padding, list(dilation), False, [0] * rank, groups
     )
     return result
+
+
+def fill_convolved(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    valid: torch.Tensor,
+    *,
+    stride: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    dim: int,
+    outer: int,
+    inner: int,
+) -> torch.Tensor:
+    """A convolution's result with a value where a token is padding.
+
+    It has seen zeros there, and gives zeros where it has no bias, which a model that divides by
+    their norm would make NaN. The value is what the convolution makes of this rank's first tokens.
+
+    Parameters
+    ----------
+    x
+        What was convolved, padding as it stands.
+    dim, outer, inner
+        Of the result.
+    """
+    seen = dilation[dim - 2] * (weight.shape[dim] - 1) + 1
+    window = torch.arange(seen, device=x.device) % x.shape[dim]
+    inner_pads = [(0, 0) if i == dim - 2 else pair for i, pair in enumerate(pads)]
+    some = convolution(
+        x.detach().index_select(dim, window), weight.detach(),
+        None if bias is None else bias.detach(),
+        stride=stride, pads=inner_pads, dilation=dilation, groups=groups,
+    )  # fmt: skip
+    return choose_tokens(y, some, valid, dim, outer, inner)
 
 
 def convolve_tokens(
@@ -169,7 +230,8 @@ def convolve_tokens(
         Neighbouring tokens that a run needs on each side.
     """
     shape = x.shape
-    opened = x.reshape(*shape[:dim], shape[dim] // frames, -1)
+    rest = frames * shape[dim + 1 :].numel()
+    opened = x.reshape(*shape[:dim], shape[dim] // frames, rest)
     runs = _extended(opened, before, after, chunks, group, dim, 1)
     length = shape[dim] // chunks
     runs = runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])

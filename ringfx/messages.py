@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ringfx.errors import CommunicationError
 from ringfx.gradients import parts_to_send
 from ringfx.ops.ranks import Ranks
+from ringfx.second import once_differentiable
 
 __all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter"]
 
@@ -133,6 +134,10 @@ def finish_sum(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 @finish_sum.register_fake
 def _(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [flat.new_empty(size) for size in sizes]
+
+
+for _operator in (all_gather, reduce_scatter, all_reduce, begin_sum, finish_sum):
+    once_differentiable(_operator)
 
 
 def _ranks(group: str) -> Ranks:

@@ -40,7 +40,7 @@ class World:
             )
         group = _group(mesh)
         if dist.get_rank(group) < 0:
-            raise InvalidArgument("this rank is not a member of the mesh that was given.")
+            raise InvalidArgument(_NOT_A_MEMBER)
         size = dist.get_world_size(group)
         return World(size, dist.get_rank(group), group.group_name if size > 1 else "")
 
@@ -50,6 +50,12 @@ def process_group(name: str) -> dist.ProcessGroup:
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     group: dist.ProcessGroup = resolve(name)
     return group
+
+
+_NOT_A_MEMBER = (
+    "this rank is not a member of the mesh or group that was given. Do: call ringfx.optimize only "
+    "on the ranks that share the sequence, each with its own group of a mesh, such as mesh['sp']."
+)
 
 
 def _group(mesh: Any) -> dist.ProcessGroup:
@@ -66,6 +72,8 @@ def _group(mesh: Any) -> dist.ProcessGroup:
         return mesh.get_group()
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
+    if mesh == dist.GroupMember.NON_GROUP_MEMBER:
+        raise InvalidArgument(_NOT_A_MEMBER)
     raise InvalidArgument(
         f"mesh must be a one-dimensional DeviceMesh, a ProcessGroup or None, "
         f"not {type(mesh).__name__}: {mesh!r}"

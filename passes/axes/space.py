@@ -77,6 +77,9 @@ class AxisSpace:
 
     def regroup(self, dims: Iterable[Dim], sizes: Iterable[int]) -> tuple[Dim, ...]:
         """The dimensions of a row-major reshape, cutting axes at its borders."""
+        dims, sizes = tuple(dims), tuple(sizes)
+        if 0 in sizes:
+            return self._regroup_nothing(dims, sizes)
         rest = list(self.resolve(axis for dim in dims for axis in dim))
         result: list[Dim] = []
         for size in sizes:
@@ -96,6 +99,21 @@ class AxisSpace:
             result.append(tuple(taken))
         # An axis taken early may have been cut later: resolve once more.
         return tuple(self.resolve(dim) for dim in result)
+
+    def _regroup_nothing(self, dims: tuple[Dim, ...], sizes: tuple[int, ...]) -> tuple[Dim, ...]:
+        """Of no elements: equal dimensions at both ends stay themselves, the others are new."""
+        given = [self.size(dim) for dim in dims]
+        shorter = min(len(given), len(sizes))
+        first = next((i for i in range(shorter) if given[i] != sizes[i]), shorter)
+        last = next(
+            (i for i in range(shorter - first) if given[-1 - i] != sizes[-1 - i]), shorter - first
+        )
+        between = sizes[first : len(sizes) - last]
+        return (
+            *map(self.resolve, dims[:first]),
+            *map(self.fresh, between),
+            *map(self.resolve, dims[len(dims) - last :]),
+        )
 
     def ancestors(self) -> dict[int, set[int]]:
         """For each atom that was cut out of a longer axis, the axes that it was cut from."""

@@ -30,7 +30,7 @@ def batch_norm(
         over = [d for d in range(x.dim()) if d != 1]
         mean = wide.mean(over)
         var = (wide - mean.view(shape)).square().mean(over)
-        count = x.numel() // x.shape[1]
+        count = math.prod(x.shape[d] for d in over)
         _move(running_mean, mean, momentum)
         _move(running_var, var * (count / max(count - 1, 1)), momentum)
     else:

@@ -31,7 +31,7 @@ def cross_entropy(
     total = aten.cross_entropy_loss.default(x, target, weight, SUM, ignore_index, label_smoothing)
     if target.shape == x.shape:  # class probabilities: every row counts
         classes = x.shape[1] if x.dim() > 1 else x.shape[0]
-        return total / (x.numel() // classes)
+        return total / (x.numel() // max(classes, 1))
     return total / _weight(target, weight, ignore_index)
 
 

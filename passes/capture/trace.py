@@ -25,7 +25,7 @@ from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
 from ringfx.passes.values import Captured
 
-__all__ = ["capture"]
+__all__ = ["capture", "input_name"]
 
 
 def capture(
@@ -63,7 +63,7 @@ def capture(
             pre_dispatch=True,
             decomposition_table=LOSS_DECOMPOSITIONS | DEFINITIONS,
         )(*fakes)
-    names = tuple(_input_name(n) for n in placeholders)
+    names = tuple(input_name(n) for n in placeholders)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
     written = functionalize(traced, mode, needs_grad)
     traced = decompose_unknown(written.graph_module, mode, fakes, known)
@@ -134,7 +134,7 @@ def _is_buffer(node: torch.fx.Node, value: Any) -> bool:
     return type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
 
 
-def _input_name(node: torch.fx.Node) -> str:
+def input_name(node: torch.fx.Node) -> str:
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:

@@ -149,6 +149,13 @@ def has_score(expr: Expr) -> bool:
     return any(has_score(a) for a in expr[1:])
 
 
+def _number(expr: Expr) -> float | None:
+    """The number that an expression is; float64 writes what float32 would round as a cast of it."""
+    if expr[0] == "double":
+        return _number(expr[1])
+    return float(expr[1]) if expr[0] == "const" else None
+
+
 _CASTS = frozenset({"float", "double", "half", "bfloat16", "int"})
 _LEAVES = frozenset({"b", "h", "q", "k", "const", "at", "shift"})
 
@@ -228,8 +235,9 @@ def _plus(reader: _Reader, form: Form, expr: Expr) -> Form:
         chosen = _beside(reader, form, expr)
         if chosen is not None:
             return chosen
-    if expr[0] == "const" and abs(expr[1]) <= ROUNDS_LITTLE:  # the same for all keys of a row
-        moved = frozenset(f + expr[1] if f > ABSORBS else f for f in form.fillings)
+    moving = _number(expr)
+    if moving is not None and abs(moving) <= ROUNDS_LITTLE:  # the same for all keys of a row
+        moved = frozenset(f + moving if f > ABSORBS else f for f in form.fillings)
         return replace(form, fillings=moved)
     added = _addend(reader, expr)
     for term in added.terms:
@@ -320,8 +328,9 @@ def assume(expr: Expr, condition: Expr, value: bool) -> Expr:
 def _mul(reader: _Reader, a: Expr, b: Expr) -> Form:
     scores, other = (a, b) if has_score(a) else (b, a)
     form, factor = reader.read(scores), reader.plain(other)
-    if factor[0] == "const":
-        return _times(reader, form, float(factor[1]))
+    constant = _number(factor)
+    if constant is not None:
+        return _times(reader, form, constant)
     kept = _truth(reader, factor)
     if kept is not None:
         return _filled(reader, form, kept, 0.0)
@@ -377,8 +386,9 @@ def _div(reader: _Reader, a: Expr, b: Expr) -> Form:
     if has_score(b):
         raise Unrepresentable("it divides by its scores")
     form, divisor = reader.read(a), reader.plain(b)
-    if divisor[0] == "const" and divisor[1] != 0:
-        return _times(reader, form, 1 / float(divisor[1]))
+    constant = _number(divisor)
+    if constant:
+        return _times(reader, form, 1 / constant)
     if _is_factor(form, b):
         return replace(form, factors=(*form.factors, ("reciprocal", b)))
     raise Unrepresentable("its scores are divided by a value of queries and keys")
@@ -397,10 +407,10 @@ def _where(reader: _Reader, condition: Expr, a: Expr, b: Expr) -> Form:
     kept = reader.plain(condition)
     if has_score(b):
         kept, a, b = reader.make("not", kept), b, a
-    filling = reader.plain(b)
-    if filling[0] != "const":
+    filling = _number(reader.plain(b))
+    if filling is None:
         raise Unrepresentable("its masked scores are filled with something that varies")
-    return _filled(reader, reader.read(a), kept, float(filling[1]))
+    return _filled(reader, reader.read(a), kept, filling)
 
 
 def _filled(reader: _Reader, form: Form, kept: Expr, filling: float) -> Form:
@@ -428,10 +438,10 @@ def _min(reader: _Reader, a: Expr, b: Expr) -> Form:
 
 def _bounded(reader: _Reader, a: Expr, b: Expr) -> tuple[Expr, float]:
     scores, other = (a, b) if has_score(a) else (b, a)
-    bound = reader.plain(other)
-    if bound[0] != "const":
+    bound = _number(reader.plain(other))
+    if bound is None:
         raise Unrepresentable("its scores are clamped by a value")
-    return scores, float(bound[1])
+    return scores, bound
 
 
 def _same(reader: _Reader, a: Expr) -> Form:

@@ -10,8 +10,10 @@ import torch
 from torch.fx import Node
 
 from ringfx import tiles
+from ringfx.errors import InvalidArgument
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
@@ -55,6 +57,7 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     Guarantee: the program still computes the same; no S x S mask is left that only attention read.
     A candidate whose scores have no canonical form is declined with its reason and left as it is.
     """
+    _refuse_empty(detected)
     found: list[AttentionSite] = []
     refused: list[Declined] = []
     graph = captured.graph_module.graph
@@ -73,6 +76,17 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     read = tuple(i for i, node in enumerate(inputs) if node in buffers.read)
     declined = (*detected.declined, *reversed(refused))
     return Sites(found=tuple(reversed(found)), declined=declined, buffers=read)
+
+
+def _refuse_empty(detected: Detected) -> None:
+    for candidate in detected.candidates:
+        q_len, kv_len = (candidate.shape(x)[2] for x in (candidate.q[0], candidate.k[0]))
+        if not q_len or not kv_len:
+            raise InvalidArgument(
+                f"{describe_node(candidate.node)}: attention of {q_len} queries over {kv_len} "
+                "keys: the sequence is empty, and there is nothing to split. Do: skip empty "
+                "batches, or give them to the model that was passed to ringfx.optimize."
+            )
 
 
 def _box(candidate: Candidate) -> Box:

@@ -138,8 +138,11 @@ def shifted(
         assert isinstance(carried, Carried)
         _report_borders(placement, node, value, carried, abs(shift), crossings)
         chunks = placement.lines.lines[carried.line].layout.chunks_per_rank
+        moved_to = placement.lines.carried(node)
+        assert isinstance(moved_to, Carried)
         where = (chunks, crossings.group, carried.dim, carried.outer, carried.inner)
-        result[i] = graph.call_function(halo.shift_tokens, (operands[i], shift, *where))
+        args = (operands[i], shift, crossings.valid(moved_to), *where)
+        result[i] = graph.call_function(halo.shift_tokens, args)
     return result
 
 
@@ -187,7 +190,15 @@ def _convolve(
         "group": crossings.group,
         "dim": carried.dim,
     }
-    return graph.call_function(halo.convolve_tokens, (x, weight, bias[0] if bias else None), kwargs)
+    given = (weight, bias[0] if bias else None)
+    y = graph.call_function(halo.convolve_tokens, (x, *given), kwargs)
+    result = placement.lines.carried(node)
+    assert isinstance(result, Carried)
+    if not placement.lines.lines[result.line].has_padding(result.member):
+        return y
+    where = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
+    args = (y, operands[0], *given, crossings.valid(result))
+    return graph.call_function(halo.fill_convolved, args, dict(node.kwargs) | where)
 
 
 def _look_up(

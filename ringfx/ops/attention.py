@@ -31,6 +31,7 @@ from ringfx.ops.kernels import accumulation_dtype, choose
 from ringfx.ops.pieces import Tiling
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
+from ringfx.second import once_differentiable
 from ringfx.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -233,6 +234,7 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+once_differentiable(_attention_backward)
 
 
 def _plain_arithmetic(q: Tensor) -> torch.autocast:

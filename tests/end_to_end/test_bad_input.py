@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ringfx
 from tests.end_to_end.models import llama, plain, tokens
-from tests.harness import RankPool, raises
+from tests.harness import RankPool, error_text, raises
 
 pytestmark = pytest.mark.ranks
 
@@ -158,6 +158,101 @@ def test_ranks_with_different_tokens_on_any_call(ranks2: RankPool) -> None:
         assert "input_ids" in text
         assert "rank 0" in text
         assert "rank 1" in text
+
+
+class Modal(nn.Module):
+    """Something that is another program in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = plain()()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.drop(self.model(input_ids))
+        return result
+
+
+def no_grad_on_rank_1(warm: bool) -> None:
+    model = ringfx.optimize(plain()(), compiler="eager")
+    if warm:  # both programs are compiled already
+        model(tokens(16)).sum().backward()
+        with torch.no_grad():
+            model(tokens(16))
+    with torch.set_grad_enabled(dist.get_rank() == 0):
+        model(tokens(16))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_one_rank_without_gradients(ranks2: RankPool, warm: bool) -> None:
+    for text in raises(ranks2, no_grad_on_rank_1, warm):
+        assert text.startswith("AgreementError: rank 1 runs this call under torch.no_grad()")
+        assert "every rank or on none" in text
+
+
+def evaluation_on_rank_1() -> None:
+    model = Modal().train(dist.get_rank() == 0)
+    call(model, tokens(16))
+
+
+def test_one_rank_in_evaluation_mode(ranks2: RankPool) -> None:
+    for text in raises(ranks2, evaluation_on_rank_1):
+        assert text.startswith("AgreementError: the model is in evaluation mode on rank 1 and in")
+        assert "model.train() or model.eval() on every rank" in text
+
+
+def frozen_on_rank_1() -> None:
+    model: Any = plain()()
+    model.head.weight.requires_grad_(dist.get_rank() == 0)
+    call(model, tokens(16))
+
+
+def test_one_rank_with_a_frozen_parameter(ranks2: RankPool) -> None:
+    for text in raises(ranks2, frozen_on_rank_1):
+        assert text.startswith("AgreementError: head.weight requires a gradient on rank 0 and not")
+        assert "freeze the same parameters" in text
+
+
+def no_tokens() -> None:
+    call(plain()(), tokens(0, 2))
+
+
+def test_an_empty_sequence(ranks2: RankPool) -> None:
+    for text in raises(ranks2, no_tokens):
+        assert text.startswith("InvalidArgument: blocks.0")
+        assert "attention of 0 queries over 0 keys" in text
+        assert "skip empty batches" in text
+
+
+def inputs_without_values() -> None:
+    call(plain()(), tokens(16).to("meta"))
+
+
+def test_inputs_on_the_meta_device(ranks2: RankPool) -> None:
+    for text in raises(ranks2, inputs_without_values):
+        assert text.startswith("InvalidArgument: input_ids (1, 16) is on the meta device")
+        assert "ringfx.plan" in text
+
+
+def a_part_that_is_compiled() -> None:
+    model: Any = plain()()
+    model.blocks[1] = ringfx.optimize(model.blocks[1], compiler="eager")
+    call(model, tokens(16))
+
+
+def test_a_part_that_is_optimized_already(ranks2: RankPool) -> None:
+    for text in raises(ranks2, a_part_that_is_compiled):
+        assert text.startswith("InvalidArgument: blocks.1 is compiled by itself")
+
+
+def group_of_rank_0() -> None:
+    call(plain()(), tokens(16), mesh=dist.new_group([0]))
+
+
+def test_a_group_without_this_rank(ranks2: RankPool) -> None:
+    texts = ranks2.run(error_text, group_of_rank_0)
+    assert texts[0] is None
+    assert texts[1].startswith("InvalidArgument: this rank is not a member of the mesh")
 
 
 class OnVectors(nn.Module):

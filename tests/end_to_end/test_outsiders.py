@@ -56,9 +56,47 @@ def triangle_buffer(
     return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
 
 
+def one_key_head_and_the_types_lowest_number(
+    m: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    scores = torch.einsum("bhqd,bkd->bhqk", q, k[:, 0]) * q.shape[-1] ** -0.5
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return torch.einsum("bhqk,bkd->bhqd", scores.softmax(-1), v[:, 0])
+
+
 CORES: Mapping[str, Core] = {
     "contiguous().view() after SDPA": fused,
     "a triangle in a buffer": triangle_buffer,
+    "one key head, masked with float64's lowest number": one_key_head_and_the_types_lowest_number,
+}
+
+
+class Normalised(Attention):
+    """What sees neighbours gives zeros in padding, and is then divided by its own norm."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__("contiguous().view() after SDPA")
+        self.neighbours = NEIGHBOURS[way]
+        self.ahead = nn.Conv1d(HIDDEN, HIDDEN, 3, bias=False)
+        self.around = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, bias=False)
+        self.half = nn.Conv1d(HIDDEN, HIDDEN, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        y = self.neighbours(self, super().forward(input_ids))
+        return y / y.norm(dim=-1, keepdim=True)
+
+
+def channels_first(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+    return function(x.transpose(1, 2)).transpose(1, 2)
+
+
+NEIGHBOURS: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "a convolution": lambda m, x: channels_first(m.around, x),
+    "a causal one": lambda m, x: channels_first(m.ahead, F.pad(x, (0, 0, 2, 0))),
+    "one that looks ahead": lambda m, x: channels_first(m.ahead, F.pad(x, (0, 0, 0, 2))),
+    "one of stride 2": lambda m, x: channels_first(m.half, x[:, :-1]),
+    "a difference of neighbours": lambda m, x: x[:, 1:] - x[:, :-1],
 }
 
 
@@ -82,6 +120,38 @@ def cases() -> list[Case]:
         )
         for name in CORES
     ]
+
+
+def divided() -> list[Case]:
+    return [
+        Case(
+            model=functools.partial(Normalised, way),
+            inputs=functools.partial(tokens_of, seq_len),
+            loss=weighted,
+            dtype=torch.float64,
+            options={"compiler": "eager"},
+            label=f"{way}, {seq_len} tokens",
+        )
+        for way in NEIGHBOURS
+        for seq_len in (5, 13)
+    ]
+
+
+def tokens_of(seq_len: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens(seq_len, 2)}
+
+
+def weighted(output: torch.Tensor) -> torch.Tensor:
+    """The norm itself is 1: weights that differ between tokens and channels."""
+    numbers = torch.arange(output.numel(), dtype=output.dtype).view_as(output)
+    return (output * numbers.sin()).sum()
+
+
+@pytest.mark.ranks
+def test_padding_is_never_divided_by_nothing(ranks3: RankPool) -> None:
+    for found in compare_all(ranks3, divided()):
+        found.check()
+        assert len(found.strategies) == 1, found.label
 
 
 def test_attention_as_people_write_it_is_right_on_one_rank() -> None:
