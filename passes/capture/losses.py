@@ -25,12 +25,18 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """Mean cross entropy: the weighted sum over the total weight of the kept targets."""
+    """Mean cross entropy: the weighted sum over the total weight of the kept targets.
+
+    Probabilities are smoothed here, as the operator does: a row of zeros then adds nothing to a sum.
+    """
+    classes = x.shape[1] if x.dim() > 1 else x.shape[0]
+    if target.shape == x.shape and label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / max(classes, 1)
+        return aten.cross_entropy_loss.default(x, target, weight, reduction, ignore_index, 0.0)
     if reduction != MEAN:
         return NotImplemented
     total = aten.cross_entropy_loss.default(x, target, weight, SUM, ignore_index, label_smoothing)
     if target.shape == x.shape:  # class probabilities: every row counts
-        classes = x.shape[1] if x.dim() > 1 else x.shape[0]
         return total / (x.numel() // max(classes, 1))
     return total / _weight(target, weight, ignore_index)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringfx.passes.capture.gradients import needs_grad
+
 __all__ = ["eliminate_dead", "simplify"]
 
 aten = torch.ops.aten
@@ -26,9 +28,17 @@ def simplify(gm: torch.fx.GraphModule) -> None:
 
 
 def _drop_empty_parts(node: Node) -> None:
-    """cat skips legacy 1-D tensors of no elements (a cache that holds nothing yet)."""
+    """cat skips legacy 1-D tensors of no elements (a cache that holds nothing yet).
+
+    A trained part of no elements stays: its gradient, of no elements too, is there to be found.
+    """
     parts: Any = node.args[0]
-    kept = [p for p in parts if p.meta["val"].numel() > 0]
+    dims = node.meta["val"].dim()
+    kept = [
+        p
+        for p in parts
+        if p.meta["val"].numel() > 0 or (p.meta["val"].dim() == dims and needs_grad(p))
+    ]
     dtype = node.meta["val"].dtype
     if len(kept) == 1 and kept[0].meta["val"].dtype == dtype:
         node.replace_all_uses_with(kept[0])

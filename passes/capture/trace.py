@@ -72,8 +72,8 @@ def capture(
     for node, value in zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta.setdefault("val", value)  # numbers: sizes that Dynamo passes along
     stamp_origins(traced.graph)
-    simplify(traced)
     stamp_gradients(traced.graph, needs_grad)
+    simplify(traced)
     traced.recompile()
     return Captured(
         graph_module=traced,

@@ -80,7 +80,7 @@ class Normalised(Attention):
         self.neighbours = NEIGHBOURS[way]
         self.ahead = nn.Conv1d(HIDDEN, HIDDEN, 3, bias=False)
         self.around = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, bias=False)
-        self.half = nn.Conv1d(HIDDEN, HIDDEN, 3, stride=2, padding=1, bias=False)
+        self.halve = nn.Conv1d(HIDDEN, HIDDEN, 3, stride=2, padding=1, bias=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         y = self.neighbours(self, super().forward(input_ids))
@@ -95,7 +95,7 @@ NEIGHBOURS: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "a convolution": lambda m, x: channels_first(m.around, x),
     "a causal one": lambda m, x: channels_first(m.ahead, F.pad(x, (0, 0, 2, 0))),
     "one that looks ahead": lambda m, x: channels_first(m.ahead, F.pad(x, (0, 0, 0, 2))),
-    "one of stride 2": lambda m, x: channels_first(m.half, x[:, :-1]),
+    "one of stride 2": lambda m, x: channels_first(m.halve, x[:, :-1]),
     "a difference of neighbours": lambda m, x: x[:, 1:] - x[:, :-1],
 }
 
