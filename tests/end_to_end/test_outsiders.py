@@ -147,6 +147,41 @@ def weighted(output: torch.Tensor) -> torch.Tensor:
     return (output * numbers.sin()).sum()
 
 
+class SoftTargets(Attention):
+    """Class probabilities, smoothed: every row of a sum counts, but not one of padding."""
+
+    def __init__(self) -> None:
+        super().__init__("contiguous().view() after SDPA")
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(input_ids).transpose(1, 2)
+        wanted = self.embed.weight.detach()[input_ids].transpose(1, 2).softmax(1)
+        total = F.cross_entropy(logits, wanted, label_smoothing=0.1, reduction="sum")
+        return F.cross_entropy(logits, wanted, label_smoothing=0.1) + 0.01 * total
+
+
+class Pooled(Attention):
+    """A moving mean over tokens: gathered, announced."""
+
+    def __init__(self) -> None:
+        super().__init__("contiguous().view() after SDPA")
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool1d(super().forward(input_ids).transpose(1, 2), 3, 1, 1)
+
+
+@pytest.mark.ranks
+def test_smoothed_probabilities_and_pools(ranks2: RankPool) -> None:
+    options = {"compiler": "eager"}
+    cases = [
+        Case(model=model, inputs=only_tokens, loss=mean_square, dtype=torch.float64,
+             options=options, label=model.__name__)
+        for model in (SoftTargets, Pooled)
+    ]  # fmt: skip
+    for found in compare_all(ranks2, cases):
+        found.check()
+
+
 @pytest.mark.ranks
 def test_padding_is_never_divided_by_nothing(ranks3: RankPool) -> None:
     for found in compare_all(ranks3, divided()):

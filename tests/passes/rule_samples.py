@@ -309,6 +309,8 @@ def _along(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.topk.default, (x, 2, 1)),
         Sample(aten.diff.default, (x, 1, 1)),
         Sample(aten.fft_fft.default, (x, None, 1)),
+        Sample(aten.avg_pool2d.default, (real(a, b, 6, 4), [3, 2], [1, 2], [1, 0])),
+        Sample(aten.avg_pool3d.default, (real(a, b, 2, 6, 4), [2, 3, 2])),
         Sample(aten.fft_ifft.default, (x,)),
         Sample(aten.fft_rfft.default, (x, None, -1)),
         Sample(aten.fft_irfft.default, (torch.complex(x, x), None, 1)),

@@ -1,4 +1,5 @@
-"""Fourier transforms: all of the dimensions that they go along, each point of the others alone."""
+"""Fourier transforms and means of windows: all of the dimensions that they go along, each point of
+the others alone."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ __all__ = ["RULES"]
 aten = torch.ops.aten
 
 
-def along_dims(dims_of: Callable[[Call, int], Sequence[int]]) -> AxisRule:
+def along_dims(
+    dims_of: Callable[[Call, int], Sequence[int]], reason: str = "it transforms the axis"
+) -> AxisRule:
     """``dims_of``: the dimensions of a call on a tensor of some rank."""
 
     def rule(call: Call) -> OpAxes:
@@ -31,7 +34,7 @@ def along_dims(dims_of: Callable[[Call, int], Sequence[int]]) -> AxisRule:
             operands=(numbered(call.shapes[0]),),
             results=(made,),
             share=shares(whole=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
-            reason="it transforms the axis",
+            reason=reason,
         )
 
     return rule
@@ -50,7 +53,11 @@ _ONE = along_dims(lambda call, rank: [call["dim"]])
 _GIVEN = along_dims(lambda call, rank: call["dim"])
 _ALL = along_dims(_all)
 
+_WINDOWS = "its windows see neighbours along the axis"
+
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
+    aten.avg_pool2d.default: along_dims(lambda call, rank: (rank - 2, rank - 1), _WINDOWS),
+    aten.avg_pool3d.default: along_dims(lambda call, rank: range(rank - 3, rank), _WINDOWS),
     **dict.fromkeys(
         (
             aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default,
