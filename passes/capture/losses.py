@@ -27,7 +27,7 @@ def cross_entropy(
 ) -> Any:
     """Mean cross entropy: the weighted sum over the total weight of the kept targets.
 
-    Probabilities are smoothed here, as the operator does: a row of zeros then adds nothing to a sum.
+    Probabilities are smoothed here, as the operator does: then zeros add nothing to a sum.
     """
     classes = x.shape[1] if x.dim() > 1 else x.shape[0]
     if target.shape == x.shape and label_smoothing:
