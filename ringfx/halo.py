@@ -130,13 +130,17 @@ def shift_tokens(
 
 
 def _another(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:
-    """Every token replaced by its neighbour on this rank; of one token alone, half of it."""
+    """Every token replaced by its neighbour on this rank, or by half of itself where they agree.
+
+    Padding repeats tokens, so that a rank may hold one of them twice.
+    """
     x = x.detach()
     tokens = x.shape[dim] // (outer * inner)
-    if tokens == 1:
-        return x * 0.5 if x.is_floating_point() or x.is_complex() else x
     opened = x.reshape(*x.shape[:dim], outer, tokens, inner * x.shape[dim + 1 :].numel())
-    return opened.roll(1, dim + 1).reshape(x.shape)
+    beside = opened.roll(1, dim + 1).reshape(x.shape)
+    if not (x.is_floating_point() or x.is_complex()):
+        return beside
+    return torch.where(beside == x, x * 0.5, beside)
 
 
 def convolution(
