@@ -101,7 +101,8 @@ class Optimized:
         """Pickled (``torch.save``) as the model that was given: the split one has no file form."""
         self._ringfx_backend.announce(_SAVED)
         given = type(self).__bases__[1]
-        made, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, *rest = reduced
         arguments = tuple(given if x is type(self) else x for x in arguments)
         if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # only for objects of the class itself
             made, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]

@@ -196,9 +196,9 @@ def _convolve(
     assert isinstance(result, Carried)
     if not placement.lines.lines[result.line].has_padding(result.member):
         return y
-    where = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
+    place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
     args = (y, operands[0], *given, crossings.valid(result))
-    return graph.call_function(halo.fill_convolved, args, dict(node.kwargs) | where)
+    return graph.call_function(halo.fill_convolved, args, dict(node.kwargs) | place)
 
 
 def _look_up(
