@@ -83,7 +83,7 @@ class Normalised(Attention):
         self.halve = nn.Conv1d(HIDDEN, HIDDEN, 3, stride=2, padding=1, bias=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        y = self.neighbours(self, super().forward(input_ids))
+        y: torch.Tensor = self.neighbours(self, super().forward(input_ids))
         return y / y.norm(dim=-1, keepdim=True)
 
 

@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from torch import nn
 
 import ringfx
 from ringfx.errors import VerificationError
+from ringfx.settings import Compiler
 from tests.end_to_end.models import plain, tokens
 from tests.harness import Case, RankPool, compare_all, raises
 
 pytestmark = pytest.mark.ranks
 
 
-def twice(compiler: str) -> None:
+def twice(compiler: Compiler) -> None:
     """A gradient penalty on the parameters."""
     model = ringfx.optimize(plain()(), compiler=compiler)
     loss = model(tokens(13), labels=tokens(13))[0]
@@ -29,13 +31,13 @@ def twice(compiler: str) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_second_derivatives_are_refused_by_name(ranks2: RankPool, compiler: str) -> None:
+def test_second_derivatives_are_refused_by_name(ranks2: RankPool, compiler: Compiler) -> None:
     for text in raises(ranks2, twice, compiler):
         assert text.startswith("RingfxError: second derivatives are not supported")
         assert "Do: take them of the model that was given" in text
 
 
-def recorded_but_not_used(compiler: str) -> float:
+def recorded_but_not_used(compiler: Compiler) -> float:
     """``create_graph=True`` alone is no second derivative."""
     stock = plain()()
     model = ringfx.optimize(copy.deepcopy(stock), compiler=compiler)
@@ -46,7 +48,7 @@ def recorded_but_not_used(compiler: str) -> float:
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_first_derivatives_may_be_recorded(ranks2: RankPool, compiler: str) -> None:
+def test_first_derivatives_may_be_recorded(ranks2: RankPool, compiler: Compiler) -> None:
     assert max(ranks2.run(recorded_but_not_used, compiler)) < 1e-5
 
 
@@ -126,12 +128,8 @@ def a_defect() -> None:
     def lower(*args: Any) -> Any:
         raise KeyError("something of ours")
 
-    before = ringfx.backend.lower
-    ringfx.backend.lower = lower
-    try:
+    with mock.patch("ringfx.backend.lower", lower):
         ringfx.optimize(plain()(), compiler="eager")(tokens(13))
-    finally:
-        ringfx.backend.lower = before
 
 
 def test_a_defect_says_that_it_is_one(ranks2: RankPool) -> None:
