@@ -84,7 +84,8 @@ class Normalised(Attention):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.neighbours(self, super().forward(input_ids))
-        return y / y.norm(dim=-1, keepdim=True)
+        norm: torch.Tensor = y.norm(dim=-1, keepdim=True)
+        return y / norm
 
 
 def channels_first(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
