@@ -336,6 +336,23 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def _table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Ratios to (b) with quartiles, as Markdown."""
+    shown = [
+        name
+        for name in result["rows"][0]["contestants"]
+        if name not in ("heads", "naive", "simple")
+    ]
+    yield "| " + " | ".join(["", *shown]) + " |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for row in result["rows"]:
+        found = [row["contestants"][name] for name in shown]
+        cells = [
+            f"{x['ratio']:.2f} ({x['quartiles'][0]:.2f}-{x['quartiles'][1]:.2f})" for x in found
+        ]
+        yield "| " + " | ".join([row["case"], *cells]) + " |"
+
+
 def _origin() -> dict[str, Any]:
     def command(*words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -363,12 +380,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--show", type=Path, help="print results of earlier runs as a table")
     return parser.parse_args()
 
 
 def main() -> None:
     """Prints a line a case and writes all figures as JSON."""
     options = _options()
+    if options.show is not None:
+        print("\n".join(_table(json.loads(options.show.read_text()))))
+        return
     origin, rows = _origin(), []
     for size in options.ranks:
         for message in _run(size, options):

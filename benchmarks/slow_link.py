@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,14 @@ def _run(rate: str, arguments: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+def _words(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['rate']} S={row['length']} {row['what']:<17} "
+        f"production {row['production_ms']:.0f} ms = {row['production_over_bound']:.2f} x its "
+        f"bound; collective {row['collective_ms']:.0f} ms"
+    )
+
+
 def main() -> None:
     """Prints, for each rate and length, measured time over the schedule's bound."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,13 +213,10 @@ def main() -> None:
     for rate in options.rates:
         for row in _run(rate, arguments):
             rows.append({"rate": rate, **row})
-            print(
-                f"{rate} S={row['length']} {row['what']:<17} production {row['production_ms']:.0f} "
-                f"ms = {row['production_over_bound']:.2f} x its bound; collective "
-                f"{row['collective_ms']:.0f} ms"
-            )
+            print(_words(rows[-1]), flush=True)
     origin = {
         "date": datetime.date.today().isoformat(),
+        "rounds": options.rounds,
         "host_cores": os.cpu_count(),
         "machine": os.uname().machine,
         "torch": torch.__version__,
