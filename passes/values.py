@@ -7,16 +7,32 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ringfx.layout import LayoutKind
+from ringfx.layout import Layout, LayoutKind
 from ringfx.spec import AttentionSpec
 
 __all__ = [
+    "Arrival",
     "AttentionSite",
     "Captured",
     "Declined",
     "Resharding",
     "TokenAxis",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """How an input that an earlier program left split is split: ``dim`` is [outer, tokens, inner].
+
+    Element i of its tokens is at position ``offset + i`` of the layout.
+    """
+
+    layout: Layout
+    offset: int
+    length: int
+    dim: int
+    outer: int
+    inner: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

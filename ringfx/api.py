@@ -70,7 +70,8 @@ class Optimized:
                 "this model has not run yet, and its plan depends on the shapes of its inputs. "
                 "Do: call it once, or use ringfx.plan(model, args, world_size=...)."
             )
-        return _joined(plans)
+        joined, moved = _joined(plans), self._ringfx_backend.between.moved
+        return dataclasses.replace(joined, reshardings=(*joined.reshardings, *moved))
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -119,7 +120,7 @@ class Optimized:
             self.compile(backend=for_ringfx(backend), dynamic=False)  # type: ignore[attr-defined]
         prepare_tracing()
         try:
-            with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
+            with backend.between.call(), torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
                 result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, RingfxError):

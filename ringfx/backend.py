@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from ringfx.agreement import Agreement
 from ringfx.apart import unfused
+from ringfx.between import Between, is_split, part_example, whole_example
 from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.dynamo import for_ringfx, prepare_tracing
@@ -23,11 +24,11 @@ from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError, Verif
 from ringfx.gradients import Accumulation
 from ringfx.held import Held
 from ringfx.ops.stats import snapshot
-from ringfx.outputs import SplitSpec, SplitTensor, wrap
+from ringfx.outputs import SplitSpec, wrap_all
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
-from ringfx.passes.values import Resharding
+from ringfx.passes.values import Arrival, Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
 from ringfx.plan import Plan
@@ -51,6 +52,7 @@ class Backend:
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
+        self.between = Between(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._announced: set[str] = set()
         for_ringfx(self)
@@ -61,10 +63,13 @@ class Backend:
         return sum(len(plan.layers) for plan in self.plans)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        example_inputs = [_whole_example(v) for v in example_inputs]
+        arrivals = {i: v._spec.arrival() for i, v in enumerate(example_inputs) if is_split(v)}
+        given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
         _refuse_without_values(gm, example_inputs)
         self._agree_on_profile(_device(example_inputs).type)
-        lowered = lower_or_say(gm, example_inputs, self.settings, self.world)
+        lowered = lower_or_say(gm, example_inputs, self.settings, self.world, arrivals)
+        for i in lowered.arrived:
+            example_inputs[i] = part_example(given[i])
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -75,7 +80,8 @@ class Backend:
         compiled = hand_over(
             lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
         )
-        return Runner(lowered, compiled, extra, self)
+        specs = {i: given[i]._spec for i in lowered.arrived}
+        return Runner(lowered, compiled, extra, self, specs)
 
     def runs(self, model: torch.nn.Module) -> None:
         """Whose call it is that programs now run for."""
@@ -125,6 +131,7 @@ class Runner:
         compiled: Compiled,
         extra: Sequence[torch.Tensor],
         backend: Backend,
+        arrived: Mapping[int, SplitSpec],
     ) -> None:
         settings, world = backend.settings, backend.world
         self._compiled = compiled
@@ -135,7 +142,9 @@ class Runner:
         self._accumulation = backend.accumulation
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
-        self._gather = lowered.captured.graph_break is not None
+        self._arrived = arrived
+        self._between = backend.between
+        self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
         self._outputs_form = settings.outputs
         self._held = Held(lowered.captured, lowered.held)
         self._specs = [
@@ -158,20 +167,27 @@ class Runner:
 
     def __call__(self, *inputs: Any) -> list[Any]:
         self._ran.append(self._plan)
-        inputs = tuple(_whole(v) for v in inputs)
-        self._held.check(inputs)
+        taken = [self._take(i, v) for i, v in enumerate(inputs)]
+        self._held.check(taken)
         if self._agreement is not None:
-            self._agreement.check(inputs)
+            self._agreement.check([None if i in self._arrived else x for i, x in enumerate(taken)])
         if self._extra:
-            self._extra[-1] = torch.full((), self._accumulation.call(inputs))
-        results = self._compiled(*self._kept(inputs), *self._extra)
+            self._extra[-1] = torch.full((), self._accumulation.call(taken))
+        results = self._compiled(*self._kept(taken), *self._extra)
         refuse_in_compiled(results)
         if not self._compared:
             self._compared = True
             for text in other_kernels(self._plan):
                 log.warning(text)
-        finished = [self._finish(r, s) for r, s in zip(results, self._specs, strict=True)]
+        finished = self._finish(results)
         return self._write(inputs, finished)
+
+    def _take(self, index: int, value: Any) -> Any:
+        """An input as the program was made for it: this rank's part, or the whole."""
+        spec = self._arrived.get(index)
+        if spec is None:
+            return self._between.whole(value)
+        return self._between.part(value, spec)
 
     def _kept(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, and copies of those that are written later: backward may need the old."""
@@ -189,23 +205,26 @@ class Runner:
             for i, result in enumerate(results[:given])
         ]
 
-    def _finish(self, result: Any, spec: SplitSpec | None) -> Any:
-        if spec is None:
-            return result
-        if self._outputs_form == "local" and not self._gather:
-            result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
-            return result
-        wrapped = wrap(result, spec)
-        # Across a graph break Dynamo reads the value with the user's own code: gather it there.
-        return _whole(wrapped) if self._gather else wrapped
+    def _finish(self, results: Sequence[Any]) -> list[Any]:
+        if self._outputs_form == "local" and self._broken is None:
+            for result, spec in zip(results, self._specs, strict=True):
+                if spec is not None:
+                    result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
+            return list(results)
+        told = self._between.told(self._broken)
+        return wrap_all(results, self._specs, told)
 
 
 def lower_or_say(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    world: World,
+    arrivals: Mapping[int, Arrival],
 ) -> Lowered:
     """``lower``; what goes wrong inside it and has no name of its own gets one."""
     try:
-        return lower(gm, example_inputs, settings, world)
+        return lower(gm, example_inputs, settings, world, arrivals)
     except (RingfxError, TorchDynamoException):
         raise
     except Exception as error:
@@ -270,18 +289,6 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
         "none. Do: see `ringfx explain MODEL` for what was looked at and why it is none, or run "
         "the model without ringfx."
     )
-
-
-def _whole(value: Any) -> Any:
-    """A split output of an earlier program that comes back as an input is gathered."""
-    return value.whole() if isinstance(value, SplitTensor) else value
-
-
-def _whole_example(value: Any) -> Any:
-    """What stands for it while the program is made: it needs a gradient as the value does."""
-    if not isinstance(value, SplitTensor):
-        return value
-    return value.whole().detach().requires_grad_(value.requires_grad)
 
 
 def _generators(lowered: Lowered) -> list[torch.device]:

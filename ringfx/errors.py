@@ -13,6 +13,7 @@ __all__ = [
     "OutOfMemory",
     "ProfileError",
     "RingfxError",
+    "SplitWrite",
     "StrategyRefused",
     "VerificationError",
 ]
@@ -52,6 +53,10 @@ class AgreementError(RingfxError):
 
 class BufferChanged(RingfxError):
     """A buffer holds another mask than when the model was compiled."""
+
+
+class SplitWrite(RingfxError):
+    """A write into a split value, or into a part of one, that the other would not see."""
 
 
 class CommunicationError(RingfxError):

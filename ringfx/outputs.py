@@ -12,35 +12,52 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx import messages
-from ringfx.collectives import gather_plain, mask_tokens, take_plain
-from ringfx.errors import AgreementError
+from ringfx.collectives import gather_plain, mask_tokens, take_plain, take_tokens
+from ringfx.errors import AgreementError, SplitWrite
 from ringfx.layout import Layout
+from ringfx.one_call import Given, one_call
+from ringfx.passes.values import Arrival
 from ringfx.picks import local_rows, mask_rows
-from ringfx.reads import LocalCall, asked_tokens, local_call
+from ringfx.reads import (
+    LocalCall,
+    ToOne,
+    asked_tokens,
+    local_call,
+    reduce_to_one,
+    writes_where_it_is,
+)
 
-__all__ = ["SplitSpec", "SplitTensor", "wrap"]
+__all__ = ["SplitSpec", "SplitTensor", "Told", "part", "wrap", "wrap_all"]
 
 TOUCH_TIMEOUT = datetime.timedelta(seconds=10)
 """How long a rank that touches a split output waits for the others."""
 
 aten = torch.ops.aten
 _LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
+_NEW = frozenset(
+    {
+        aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+        aten.new_empty.default, aten.new_empty_strided.default,
+    }
+)  # fmt: skip
 _outputs = itertools.count()
+_gradients = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSpec:
     """How one output is split; ``dim`` is [outer, tokens, inner]."""
 
-    name: str
+    name: str = field(compare=False)
     shape: tuple[int, ...]
     layout: Layout
     offset: int
@@ -58,8 +75,60 @@ class SplitSpec:
         own = self.layout.positions(self.rank, device) - self.offset
         return own.clamp(0, self.length - 1), (own >= 0) & (own < self.length)
 
+    def arrival(self) -> Arrival:
+        """How it is split, as a program is told that takes it."""
+        return Arrival(
+            layout=self.layout, offset=self.offset, length=self.length,
+            dim=self.dim, outer=self.outer, inner=self.inner,
+        )  # fmt: skip
+
+    def tokens(self) -> tuple[Any, ...]:
+        """What values that are split alike agree in, as far as broadcasting goes."""
+        from_the_end = len(self.shape) - self.dim
+        return (
+            self.layout, self.offset, self.length, from_the_end, self.outer, self.inner, self.group
+        )  # fmt: skip
+
+    def everywhere(self) -> bool:
+        """Whether each rank has a token of it."""
+        size, end = self.layout.chunk_length, self.offset + self.length
+        starts = map(self.layout.chunk_starts, range(self.layout.world_size))
+        return all(any(s < end and s + size > self.offset for s in chunks) for chunks in starts)
+
     def order(self, device: torch.device) -> torch.Tensor:
         return self.layout.order(device)[self.offset : self.offset + self.length]
+
+
+class Told(Protocol):
+    """Is given a value that is gathered and its size in bytes."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the model runs: every rank then runs the same calls."""
+
+    def __call__(self, spec: SplitSpec, num_bytes: int) -> None: ...
+
+
+@dataclass(eq=False)
+class _Cell:
+    """What one value and its aliases hold: this rank's part and, once gathered, all of it."""
+
+    local: torch.Tensor
+    whole: torch.Tensor | None = None
+    """Once gathered it is the value: views of it may be written."""
+    made: Counter[str] = field(default_factory=Counter)
+    """What was computed from it without gathering, to number the results."""
+    told: Told | None = None
+    """Is told of a gather, where programs of one model hand the value on."""
+    gathered_at: int | None = None
+    """Version at which it was gathered: written since, it is no longer this rank's part."""
+    viewed: int | None = None
+    """Version at which rows of it were handed out, or it was taken of another one, as a view that
+    is none; None: never."""
+    aliased: bool = False
+    """Several results of a program are this one value."""
+    views: WeakSet[_Cell] = field(default_factory=WeakSet)
+    """Views of this rank's part."""
 
 
 class SplitTensor(torch.Tensor):
@@ -69,29 +138,35 @@ class SplitTensor(torch.Tensor):
     tokens only; any other gathers it first, on all ranks together, and runs on the whole.
     """
 
-    _local: torch.Tensor
+    _cell: _Cell
     _spec: SplitSpec
-    _whole: torch.Tensor | None
-    _made: Counter[str]
-    """What was computed from it without gathering, to number the results."""
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, spec: SplitSpec) -> SplitTensor:
+    def __new__(cls, cell: _Cell, spec: SplitSpec) -> SplitTensor:
+        local = cell.local
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
-        made._local, made._spec, made._whole, made._made = local, spec, None, Counter()
+        made._cell, made._spec = cell, spec
         return made
 
+    @property
+    def _local(self) -> torch.Tensor:
+        return self._cell.local
+
+    @property
+    def _whole(self) -> torch.Tensor | None:
+        return self._cell.whole
+
     def __tensor_flatten__(self) -> tuple[list[str], SplitSpec]:
-        """For Dynamo, when a split output (a key/value cache) is the next call's input."""
+        """For Dynamo, when a split output is the next program's input."""
         return ["_local"], self._spec
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], spec: SplitSpec, outer_size: Any, outer_stride: Any
     ) -> SplitTensor:
-        return SplitTensor(inner["_local"], spec)
+        return SplitTensor(_Cell(inner["_local"]), spec)
 
     def whole(self) -> torch.Tensor:
         """The whole value on every rank, differentiable; all ranks ask together."""
@@ -100,7 +175,13 @@ class SplitTensor(torch.Tensor):
 
     def to_local(self) -> torch.Tensor:
         """This rank's tokens, padding included."""
-        return self._local
+        self._refuse_lost_writes()
+        if self._is_current():
+            return self._local
+        assert self._whole is not None
+        own = self._spec.layout.positions(self._spec.rank, self.device) - self._spec.offset
+        index = own.remainder(self._spec.length)
+        return take_tokens(self._whole, index, self._spec.dim, self._spec.outer, self._spec.inner)
 
     # What follows may be called by code that Dynamo looks at, such as a handler of log lines.
 
@@ -133,20 +214,17 @@ class SplitTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _LOCAL_OPS:
-            source = args[0]
-            made = SplitTensor(func(source._local), source._spec)
-            made._whole = source._whole
-            return made
-
+            return SplitTensor(args[0]._cell, args[0]._spec)
         kwargs = kwargs or {}
-        found = _without_gathering(func, args, kwargs)
-        if found is not None:
-            return found
-
-        def whole(x: Any) -> Any:
-            return x._gathered() if isinstance(x, SplitTensor) else x
-
-        return func(*tree_map(whole, args), **tree_map(whole, kwargs))
+        if func._schema.is_mutable:
+            return _write(func, args, kwargs)
+        if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
+            return _with_whole(func, args, kwargs)
+        for run in (_made_like, _without_gathering, _as_program):
+            found = run(func, args, kwargs)
+            if found is not None:
+                return found
+        return _with_whole(func, args, kwargs)
 
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
@@ -161,24 +239,115 @@ class SplitTensor(torch.Tensor):
         total: torch.Tensor = messages.all_reduce(number, spec.group, spec.name)
         return total.to(taken.dtype)
 
+    def _reduced(self, func: Any, to_one: ToOne, kwargs: dict[str, Any]) -> torch.Tensor:
+        """One number of all tokens, from one of each rank's own."""
+        spec, local = self._spec, self._local
+        _agree_to_touch(spec, f"{func}{self._next(str(func))}")
+        _, valid = spec.index(local.device)
+        mine = take_tokens(local, valid.nonzero().view(-1), spec.dim, spec.outer, spec.inner)
+        number = to_one.part(mine, **kwargs)
+        everyone = messages.all_gather(number, spec.layout.world_size, spec.group, spec.name)
+        total = to_one.joined(everyone)
+        total = total / self.numel() if to_one.is_mean else total
+        return total.to(func(local.new_empty(1), **kwargs).dtype)
+
     def _next(self, what: str) -> str:
-        self._made[what] += 1
-        return f"#{self._made[what]}"
+        self._cell.made[what] += 1
+        return f"#{self._cell.made[what]}"
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
         """The whole value; gathered once, on first touch, by all ranks together."""
-        if self._whole is None:
-            spec = self._spec
-            if isinstance(self._local, FakeTensor):  # Dynamo looks at shapes only
-                return self._local.new_empty(spec.shape)
+        cell, spec = self._cell, self._spec
+        if cell.whole is None:
+            if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only
+                return cell.local.new_empty(spec.shape)
+            self._refuse_lost_writes()
+            if cell.told is not None and cell.told.inside:
+                cell.told(spec, self.numel() * self.element_size())
             _agree_to_touch(spec)
+            cell.gathered_at = None if self.is_inference() else self._version
             with torch.no_grad():
-                self._whole = gather_plain(
-                    self._local, spec.order(self._local.device), spec.layout.world_size,
+                cell.whole = gather_plain(
+                    cell.local, spec.order(cell.local.device), spec.layout.world_size,
                     spec.group, spec.dim, spec.outer, spec.inner, spec.name,
                 )  # fmt: skip
-        return self._whole
+        return cell.whole
+
+    def _refuse_lost_writes(self) -> None:
+        """A part was handed out where torch promises a view, and has been written since."""
+        if self._cell.viewed is not None and self._version != self._cell.viewed:
+            raise SplitWrite(_lost_write_text(self._spec))
+
+    def _is_current(self) -> bool:
+        """Whether this rank's part is the value: views of the whole may have been written since."""
+        cell = self._cell
+        known = cell.gathered_at is not None and not cell.aliased
+        return cell.whole is None or (known and cell.gathered_at == self._version)
+
+    def _can_stay(self) -> bool:
+        """Whether a call may use this rank's part.
+
+        Between programs all ranks run the same calls; outside, what was gathered once needs no
+        other rank any more.
+        """
+        if isinstance(self._local, FakeTensor):
+            return False
+        return self._whole is None or (self._is_inside() and self._is_current())
+
+    def _is_inside(self) -> bool:
+        """Whether it is a value between programs of a model that runs."""
+        return self._cell.told is not None and self._cell.told.inside
+
+    def _hand_out(self) -> None:
+        if self._cell.viewed is None and not self.is_inference():
+            self._cell.viewed = self._version
+
+
+def _with_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def whole(x: Any) -> Any:
+        return x._gathered() if isinstance(x, SplitTensor) else x
+
+    return func(*tree_map(whole, args), **tree_map(whole, kwargs))
+
+
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator that writes: into this rank's tokens where it can, else into the whole."""
+    written = [
+        value
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.is_write and isinstance(value, SplitTensor)
+    ]
+    for value in written:
+        if value._cell.viewed is not None or value._cell.views:
+            raise SplitWrite(_lost_write_text(value._spec))
+    if [x is args[0] for x in written] == [True] and _write_local(func, args, kwargs):
+        return args[0]
+    result = _with_whole(func, args, kwargs)
+    same = {id(value._whole): value for value in written}
+    return tree_map(lambda x: same.get(id(x), x), result)
+
+
+def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = [x for x in args if isinstance(x, SplitTensor)]
+    nested = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
+    if len(nested) != len(given) or not _alike(given) or not writes_where_it_is(func):
+        return False
+    call = local_call(func, args[0]._spec, args, _local_part)
+    if call is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        return False
+    target, *rest = call.args
+    args[0]._cell.local = func(target.clone(), *rest, **kwargs)
+    return True
+
+
+def _lost_write_text(spec: SplitSpec) -> str:
+    return (
+        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks, a part of it was "
+        "taken as a view (a slice, a row, another shape), and it or that view is written in place: "
+        "the write would not reach the other. Do: write before the part is taken, or take it with "
+        ".clone()."
+    )
 
 
 def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,22 +356,90 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     nested = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
     if not given or len(nested) != len(given) or not _alike(given):
         return None
-    source = given[0]
+    source = max(given, key=torch.Tensor.dim)
+    to_one = reduce_to_one(func, kwargs)
+    if to_one is not None and len(args) == 1 and source._spec.everywhere():
+        return source._reduced(func, to_one, kwargs)
     asked = asked_tokens(func, source._spec, args, kwargs)
     if asked is not None and 0 < 2 * len(asked[0]) < source._spec.length and _sums(source):
+        source._hand_out()
         return func(source._tokens(asked[0]), *asked[1])
     call = local_call(func, source._spec, args, _local_part)
     if call is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
         return None
     results = func(*call.args, **kwargs)
     number = f"{source._spec.number}/{func}{source._next(str(func))}"
-    return tree_map(lambda x: _again_split(x, source._spec, call, number), results)
+    return tree_map(lambda x: _again_split(x, source, call, number, func.is_view), results)
+
+
+def _made_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.new_zeros(...)`` takes no more of x than its type."""
+    if func not in _NEW:
+        return None
+    return func(args[0]._local, *args[1:], **kwargs)
+
+
+def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a call between programs, run as a program of its own; None if it gathers."""
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    split = [x for x in given if isinstance(x, SplitTensor)]
+    if not all(x._can_stay() and x._is_inside() for x in split):
+        return None
+    source = split[0]
+    spec = source._spec
+    call = one_call(func, args, kwargs, _described, spec.rank, spec.group)
+    if call is None:
+        return None
+    number = f"{spec.number}/{func}{source._next(str(func))}"
+    if call.sends:
+        _agree_to_touch(spec, number)
+    results = call.run(*(x._local if isinstance(x, SplitTensor) else x for x in given))
+    wrapped = [
+        _made_split(result, source, how, f"{number}.{i}", func.is_view)
+        for i, (result, how) in enumerate(zip(results, call.outputs, strict=True))
+    ]
+    return tree_unflatten(wrapped, call.structure)
+
+
+def _described(value: torch.Tensor) -> Given:
+    arrival = value._spec.arrival() if isinstance(value, SplitTensor) else None
+    return Given(shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival)
+
+
+def _made_split(
+    result: torch.Tensor,
+    source: SplitTensor,
+    how: tuple[tuple[int, ...], Arrival] | None,
+    number: str,
+    is_view: bool,
+) -> torch.Tensor:
+    if how is None:
+        if is_view:
+            source._hand_out()
+        return result
+    shape, arrival = how
+    spec = SplitSpec(
+        name=source._spec.name, shape=shape, layout=arrival.layout, offset=arrival.offset,
+        length=arrival.length, dim=arrival.dim, outer=arrival.outer, inner=arrival.inner,
+        rank=source._spec.rank, group=source._spec.group, number=number,
+    )  # fmt: skip
+    return _viewing(result, source, spec, is_view)
+
+
+def _viewing(
+    result: torch.Tensor, source: SplitTensor, spec: SplitSpec, is_view: bool
+) -> torch.Tensor:
+    cell = _Cell(result, told=source._cell.told)
+    if is_view:
+        cell.viewed = None if source.is_inference() else source._version
+        source._cell.views.add(cell)
+    return SplitTensor(cell, spec)
 
 
 def _alike(given: Sequence[SplitTensor]) -> bool:
-    """Whether they are split alike, and nothing of them is gathered (or only looked at) already."""
-    same = all(x._spec == dataclasses.replace(given[0]._spec, name=x._spec.name) for x in given)
-    return same and not any(x._whole is not None or isinstance(x._local, FakeTensor) for x in given)
+    """Whether they are split alike, and each rank's part of them is there to be used."""
+    same = all(x._spec.tokens() == given[0]._spec.tokens() for x in given)
+    return same and all(x._can_stay() for x in given)
 
 
 def _sums(source: SplitTensor) -> bool:
@@ -215,32 +452,53 @@ def _local_part(x: Any) -> torch.Tensor | None:
     return x._local if isinstance(x, SplitTensor) else None
 
 
-def _again_split(result: Any, spec: SplitSpec, call: LocalCall, number: str) -> Any:
+def _again_split(
+    result: Any, source: SplitTensor, call: LocalCall, number: str, is_view: bool
+) -> Any:
     if not isinstance(result, torch.Tensor):
         return result
+    spec = source._spec
     shape = list(result.shape)
     shape[call.dim] = call.outer * spec.length * call.inner
     made = dataclasses.replace(
         spec, shape=tuple(shape), dim=call.dim, outer=call.outer, inner=call.inner, number=number
     )
-    return SplitTensor(result, made)
+    return _viewing(result, source, made, is_view)
 
 
 class _Wrap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec, cell: _Cell) -> torch.Tensor:
         ctx.spec = spec
-        return SplitTensor(local.detach(), spec)
+        return SplitTensor(cell, spec)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,) = grads
         spec: SplitSpec = ctx.spec
         index, valid = spec.index(grad.device)
-        if isinstance(grad, SplitTensor) and grad._whole is None:
-            local = grad._local
-            return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None
-        return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None
+        if isinstance(grad, SplitTensor) and grad._spec == spec:
+            local = grad.to_local()
+            return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None, None
+        return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None, None
+
+
+class _Part(torch.autograd.Function):
+    """This rank's tokens; backward gives a gradient that is split as the value."""
+
+    @staticmethod
+    def forward(ctx: Any, split: SplitTensor, told: Told | None) -> torch.Tensor:
+        ctx.spec, ctx.told, ctx.number = split._spec, told, next(_outputs)
+        return split.to_local().detach().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        spec = dataclasses.replace(
+            ctx.spec,
+            name=f"the gradient of {ctx.spec.name}",
+            number=f"{ctx.number}/gradient {next(_gradients)}",
+        )
+        return SplitTensor(_Cell(grads[0], told=ctx.told), spec), None
 
 
 class _Whole(torch.autograd.Function):
@@ -254,11 +512,47 @@ class _Whole(torch.autograd.Function):
         return grads[0]
 
 
-def wrap(local: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
-    """This rank's part as a tensor of the global shape, differentiable."""
+def wrap(local: torch.Tensor, spec: SplitSpec, told: Told | None = None) -> torch.Tensor:
+    """This rank's part as a tensor of the global shape, differentiable.
+
+    ``told`` is told of every gather of it, and of what is computed from it.
+    """
     numbered = dataclasses.replace(spec, number=str(next(_outputs)))
-    wrapped: torch.Tensor = _Wrap.apply(local, numbered)  # type: ignore[no-untyped-call]
+    cell = _Cell(local.detach(), told=told)
+    wrapped: torch.Tensor = _Wrap.apply(local, numbered, cell)  # type: ignore[no-untyped-call]
     return wrapped
+
+
+def wrap_all(
+    results: Sequence[Any], specs: Sequence[SplitSpec | None], told: Told | None = None
+) -> list[Any]:
+    """The results of a program; those that are one value, or views of one, stay that."""
+    wrapped = [
+        result if spec is None else wrap(result, spec, told)
+        for result, spec in zip(results, specs, strict=True)
+    ]
+    split = [x for x in wrapped if isinstance(x, SplitTensor)]
+    for value, other in itertools.combinations(split, 2):
+        mine, its = value._local, other._local
+        if mine.untyped_storage()._cdata != its.untyped_storage()._cdata:
+            continue
+        if value._spec == other._spec and _place_in_memory(mine) == _place_in_memory(its):
+            other._cell = value._cell
+            value._cell.aliased = True
+        else:
+            value._hand_out()
+            other._hand_out()
+    return wrapped
+
+
+def _place_in_memory(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+def part(split: SplitTensor, told: Told | None = None) -> torch.Tensor:
+    """This rank's tokens, differentiable; ``told`` is told where the gradient is gathered."""
+    mine: torch.Tensor = _Part.apply(split, told)  # type: ignore[no-untyped-call]
+    return mine
 
 
 def _agree_to_touch(spec: SplitSpec, part: str = "") -> None:

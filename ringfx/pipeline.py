@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
 from ringfx.passes.place import Lines, find_lines, place, respell
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.values import Captured, Sites, TokenAxis
+from ringfx.passes.values import Arrival, Captured, Sites, TokenAxis
 from ringfx.passes.verify import verify
 from ringfx.plan import Plan
 from ringfx.settings import Settings
@@ -40,6 +40,8 @@ class Lowered:
     local: LocalProgram
     held: tuple[int, ...]
     """Inputs whose values the program was made for: masks that modules keep."""
+    arrived: frozenset[int]
+    """Inputs of which the program takes this rank's part."""
     digest: str
     """Equal on all ranks that run the same program under the same plan."""
 
@@ -50,9 +52,17 @@ time for each."""
 
 
 def lower(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, world: World
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    world: World,
+    arrivals: Mapping[int, Arrival] | None = None,
 ) -> Lowered:
-    """Capture, detect, recover masks, name axes, place, choose, rewrite and verify."""
+    """Capture, detect, recover masks, name axes, place, choose, rewrite and verify.
+
+    ``arrivals`` says which inputs are split already, by their number; the local program takes the
+    parts of those that it can use so (``Lowered.arrived``), and all others whole.
+    """
     captured = capture(gm, example_inputs, known=find_rule)
     sites = recover(captured, detect(captured))
     overlooked, attentions = missed(captured, sites)
@@ -61,12 +71,14 @@ def lower(
     graph = captured.graph_module.graph
 
     axes = name_axes(graph)
-    lines = find_lines(graph, axes, sites.found, world.size)
+    given = [n for n in graph.nodes if n.op == "placeholder"]
+    split = {given[i]: arrival for i, arrival in (arrivals or {}).items()}
+    lines = find_lines(graph, axes, sites.found, world.size, split)
     for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
         if world.size == 1 or not respell(graph, axes, lines):
             break
         axes = name_axes(graph)
-        lines = find_lines(graph, axes, sites.found, world.size)
+        lines = find_lines(graph, axes, sites.found, world.size, split)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)
@@ -105,7 +117,8 @@ def lower(
         plan=plan,
         local=local,
         held=sites.buffers,
-        digest=_digest(captured, plan),
+        arrived=frozenset(i for i, n in enumerate(given) if n in lines.arrived),
+        digest=_digest(captured, plan, arrivals or {}),
     )
 
 
@@ -142,11 +155,14 @@ def _whole_masks(sites: Sites) -> tuple[str, ...]:
 def _graph_break(captured: Captured) -> tuple[str, ...]:
     notes = []
     if captured.graph_break is not None:
-        notes.append(f"graph break at {captured.graph_break}; split values are gathered there")
+        notes.append(
+            f"graph break at {captured.graph_break}; what is split stays so where the next program "
+            "takes it split"
+        )
     if captured.uncompiled_caller is not None:
         notes.append(
             f"graph break in {captured.uncompiled_caller}, which runs uncompiled and calls "
-            "compiled parts; split values are gathered between them"
+            "compiled parts; what is split stays so where the next one takes it split"
         )
     return tuple(notes)
 
@@ -163,10 +179,10 @@ def _token_axes(lines: Lines) -> tuple[TokenAxis, ...]:
     )
 
 
-def _digest(captured: Captured, plan: Plan) -> str:
+def _digest(captured: Captured, plan: Plan, arrivals: Mapping[int, Arrival]) -> str:
     graph = captured.graph_module.graph
     text = "\n".join(f"{n.format_node()} {_shape(n.meta.get('val'))}" for n in graph.nodes)
-    return hashlib.sha256(f"{text}\n{plan.digest()}".encode()).hexdigest()
+    return hashlib.sha256(f"{text}\n{arrivals}\n{plan.digest()}".encode()).hexdigest()
 
 
 def _shape(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Elementwise operators, reductions and look-ups along other dimensions, and reshapes that keep tokens
 together run on each rank's own tokens, and their results stay split. ``logits[:, -1]`` and
-``logits[:, a:b]`` move the tokens that they name. Everything else gathers.
+``logits[:, a:b]`` move the tokens that they name, ``x.isnan().any()`` and other reductions to one
+number a number from each rank. Everything else gathers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from ringfx.collectives import take_tokens
 if TYPE_CHECKING:
     from ringfx.outputs import SplitSpec
 
-__all__ = ["LocalCall", "asked_tokens", "local_call"]
+__all__ = [
+    "LocalCall",
+    "ToOne",
+    "asked_tokens",
+    "local_call",
+    "reduce_to_one",
+    "writes_where_it_is",
+]
 
 aten = torch.ops.aten
 Split: TypeAlias = Callable[[Any], torch.Tensor | None]
@@ -40,8 +48,15 @@ def local_call(func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split) 
 
     ``split`` gives the local part of a split argument, None for others.
     """
-    rule = RULES.get(func) or (_elementwise if _is_elementwise(func) else None)
+    alone = _is_elementwise(func) or _writes_elementwise(func)
+    rule = RULES.get(func) or (_elementwise if alone else None)
     return None if rule is None else rule(func, spec, args, split)
+
+
+def reduce_to_one(func: Any, kwargs: Mapping[str, Any]) -> ToOne | None:
+    """How a reduction of all elements is put together from each rank's; None for other calls."""
+    known = {"dtype"} if func in (aten.sum.default, aten.mean.default) else set()
+    return TO_ONE.get(func) if set(kwargs) <= known else None
 
 
 def asked_tokens(
@@ -74,10 +89,24 @@ def _is_elementwise(func: Any) -> bool:
     return torch.Tag.pointwise in tags or func in (aten._to_copy.default, aten.clone.default)
 
 
+def writes_where_it_is(func: Any) -> bool:
+    """Whether a call may write each token of its first operand from the same token of others."""
+    return func is aten.index_put_.default or _writes_elementwise(func)
+
+
+def _writes_elementwise(func: Any) -> bool:
+    schema, tags = func._schema, getattr(func, "tags", ())
+    written = [a.is_write for a in schema.arguments]
+    if torch.Tag.nondeterministic_seeded in tags or written[:1] != [True] or any(written[1:]):
+        return False
+    alone = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)
+    return torch.Tag.pointwise in tags or func in alone
+
+
 def _elementwise(
     func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split
 ) -> LocalCall | None:
-    """Whole operands give this rank's part, or are broadcast."""
+    """Whole operands give this rank's part, or are broadcast; ``spec`` has the most dimensions."""
     parts: list[Any] = []
     for value in args:
         part = split(value)
@@ -91,13 +120,13 @@ def _elementwise(
 
 def _own(value: torch.Tensor, spec: SplitSpec) -> torch.Tensor | None:
     """This rank's part of a whole operand; None where it is larger than the split one."""
-    missing = len(spec.shape) - value.dim()
-    sizes = zip(value.shape, spec.shape[max(missing, 0) :], strict=False)
-    if missing < 0 or any(size not in (1, full) for size, full in sizes):
+    dim = spec.dim - len(spec.shape) + value.dim()
+    if value.dim() > len(spec.shape):
         return None
-    dim = spec.dim - missing
     if dim < 0 or value.shape[dim] == 1:
         return value
+    if value.shape[dim] != spec.shape[spec.dim]:
+        return None
     index, _ = spec.index(value.device)
     return take_tokens(value, index, dim, spec.outer, spec.inner)
 
@@ -136,6 +165,70 @@ def _reshape(func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split) ->
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToOne:
+    """The call on each rank's own tokens, the call on all ranks' results, and what follows it."""
+
+    part: Callable[..., torch.Tensor]
+    joined: Callable[[torch.Tensor], torch.Tensor]
+    is_mean: bool = False
+
+
+def _accumulated(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """A sum that is not rounded to a short type before it is complete."""
+    short = x.dtype in (torch.bfloat16, torch.float16) and kwargs.get("dtype") is None
+    return x.sum(dtype=torch.float32) if short else x.sum(**kwargs)
+
+
+TO_ONE: Mapping[Any, ToOne] = {
+    aten.sum.default: ToOne(part=_accumulated, joined=torch.sum),
+    aten.mean.default: ToOne(part=_accumulated, joined=torch.sum, is_mean=True),
+    aten.max.default: ToOne(part=torch.max, joined=torch.max),
+    aten.min.default: ToOne(part=torch.min, joined=torch.min),
+    aten.any.default: ToOne(part=torch.any, joined=torch.any),
+    aten.all.default: ToOne(part=torch.all, joined=torch.all),
+}
+
+
+def _indexed(func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split) -> LocalCall | None:
+    """``x[mask]``, and a write there, where the indices are whole and of other dimensions."""
+    local, indices = split(args[0]), args[1]
+    if local is None or any(split(i) is not None for i in indices):
+        return None
+    at = _indexed_dims(indices)
+    if not at or spec.dim in at:
+        return None
+    width = max(1 if _is_mask(i) else i.dim() for i in indices if i is not None)
+    together = at == list(range(at[0], at[-1] + 1))
+    before = sum(d not in at for d in range(spec.dim))
+    dim = before + (width if not together or spec.dim > at[0] else 0)
+    rest = len(spec.shape) - len(at) + width - dim
+    if func is aten.index.Tensor:
+        return LocalCall(args=(local, indices), dim=dim, outer=spec.outer, inner=spec.inner)
+    values = split(args[2])
+    if values is None and args[2].numel() == 1:
+        values = args[2]
+    if values is None or rest != len(spec.shape) - spec.dim:
+        return None
+    args = (local, indices, values, *args[3:])
+    return LocalCall(args=args, dim=spec.dim, outer=spec.outer, inner=spec.inner)
+
+
+def _indexed_dims(indices: Sequence[torch.Tensor | None]) -> list[int]:
+    """The dimensions that are indexed; a mask indexes as many as it has."""
+    found: list[int] = []
+    d = 0
+    for index in indices:
+        width = index.dim() if index is not None and _is_mask(index) else 1
+        found += range(d, d + width) if index is not None else ()
+        d += width
+    return found
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
 Rule: TypeAlias = Callable[[Any, "SplitSpec", tuple[Any, ...], Split], LocalCall | None]
 
 RULES: Mapping[Any, Rule] = {
@@ -147,6 +240,9 @@ RULES: Mapping[Any, Rule] = {
             aten._log_softmax.default, aten.topk.default, aten.sort.default,
         ),
         _along_others,
+    ),
+    **dict.fromkeys(
+        (aten.index.Tensor, aten.index_put.default, aten.index_put_.default), _indexed
     ),
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,

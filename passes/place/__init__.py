@@ -7,7 +7,8 @@ costs p times the work and memory; what an operator cannot do costs infinity:
     minimise   sum_v whole(v) * w(v)  +  sum_v [gathered(v)] * g(v)  +  sum_v [sliced(v)] * s(v)
 
 One auxiliary vertex a value stands for its gather and one for its slice, so that one transfer
-serves all users. Partial sums are derived, never chosen.
+serves all users. Partial sums are derived, never chosen. An input that an earlier program left
+split is split, whatever that costs (``arrivals.py``).
 """
 
 from ringfx.passes.place.cut import Placement, place

@@ -92,7 +92,11 @@ def _cut(
 ) -> set[Node]:
     """The calls on the split side."""
     ranks = lines.lines[line].layout.world_size
-    savings = {n: _savings(lines, n, line, ranks) for n, m in modes.items() if isinstance(m, Split)}
+    savings = {
+        n: 0 if n in lines.arrived else _savings(lines, n, line, ranks)
+        for n, m in modes.items()
+        if isinstance(m, Split)
+    }
     vertex = alike(graph, lambda n: (modes.get(n), savings.get(n), _bytes(n)))
     network = nx.DiGraph()
     network.add_nodes_from((WHOLE, SPLIT))
@@ -101,7 +105,7 @@ def _cut(
         if isinstance(mode, Unsplittable):
             connect(WHOLE, vertex[node], None)
             continue
-        if node.target is attention:
+        if node.target is attention or node in lines.arrived:
             connect(vertex[node], SPLIT, None)
         connect(vertex[node], SPLIT, max(savings[node], 0) + 1)
         connect(WHOLE, vertex[node], max(-savings[node], 0))
@@ -199,7 +203,8 @@ def _tied(
 
 def _takes(lines: Lines, node: Node, axis: Dim) -> bool:
     """Whether a call has an operand with the axis."""
-    return any(axis in lines.axes.dims(n) for n in lines.axes.ops[node].call.operands)
+    named = lines.axes.ops.get(node)
+    return named is not None and any(axis in lines.axes.dims(n) for n in named.call.operands)
 
 
 def _stored(lines: Lines, node: Node, line: int) -> float:

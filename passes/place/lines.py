@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -15,29 +15,15 @@ from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import result_values
 from ringfx.passes.axes.routing import Route, find_routes
 from ringfx.passes.axes.space import Dim
+from ringfx.passes.place.arrivals import Fixed, Laid, arriving, fixed_layouts
 from ringfx.passes.place.families import Families, find_families
-from ringfx.passes.values import AttentionSite
+from ringfx.passes.place.member import Member
+from ringfx.passes.values import Arrival, AttentionSite
 
 LARGEST_WASTE = 0.5
 """Share of a line's work that storing shorter streams along it may add."""
 
-__all__ = ["Carried", "Lines", "Member", "Tangle", "TokenLine", "find_lines"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """An axis that lies on a token line: its element i is at position ``offset + i``.
-
-    ``logits[:, :-1]`` is such a window: split, it is stored as the logits themselves.
-    """
-
-    axis: Dim
-    offset: int
-    length: int
-    copies: int = 1
-    """Elements of the axis a token has: more than one for rows that are sorted."""
-    is_sorted: bool = False
-    """Rows in an order of their own on each rank: they can be neither gathered nor sliced."""
+__all__ = ["Carried", "Lines", "Tangle", "TokenLine", "find_lines"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,6 +72,8 @@ class Lines:
     axes: AxisMap
     _owner: Mapping[int, int]
     routes: tuple[Route, ...] = ()
+    arrived: frozenset[Node] = frozenset()
+    """Inputs that are split already, as the line that they are on."""
     _known: dict[tuple[Node, int], Carried | Tangle | None] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -130,13 +118,18 @@ class Lines:
 
 
 def find_lines(
-    graph: torch.fx.Graph, axes: AxisMap, sites: Sequence[AttentionSite], world_size: int
+    graph: torch.fx.Graph,
+    axes: AxisMap,
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    arrivals: Mapping[Node, Arrival] | None = None,
 ) -> Lines:
-    """The token axes of all attention, each with its windows and layout.
+    """The token axes of all attention and of inputs that arrive split, with windows and layout.
 
-    A line is laid out zigzag when some attention over it keeps more keys in late rows than in
-    early ones; contiguous otherwise.
+    A line is laid out as what arrives split on it; else zigzag when some attention over it keeps
+    more keys in late rows than in early ones; contiguous otherwise.
     """
+    fixed = arriving(axes, arrivals or {})
     nodes = {n.name: n for n in graph.nodes}
     unbalanced: dict[Dim, bool] = {}
     met: list[tuple[Dim, Dim]] = []
@@ -152,18 +145,23 @@ def find_lines(
         if q_axis and k_axis:
             unbalanced[q_axis] |= not site.balanced
             met.append((q_axis, k_axis))
-    routes = find_routes(graph, axes)
-    return _with_routes(_build(axes, unbalanced, met, world_size), routes)
+    lines = _build(axes, unbalanced, met, world_size, fixed)
+    while len(lines.arrived) < len(fixed):  # an input that does not fit gives no line either
+        fixed = [f for f in fixed if f.node in lines.arrived]
+        lines = _build(axes, unbalanced, met, world_size, fixed)
+    return _with_routes(lines, find_routes(graph, axes))
 
 
 def _build(
     axes: AxisMap,
-    unbalanced: Mapping[Dim, bool],
+    attended: Mapping[Dim, bool],
     met: Sequence[tuple[Dim, Dim]],
     world_size: int,
+    fixed: Sequence[Fixed],
 ) -> Lines:
     """Lines of the longest axes first; axes that lie within one already are its members."""
     families = find_families(axes)
+    unbalanced = {**attended, **{f.axis: False for f in fixed if f.axis not in attended}}
     work = _work(axes)
     claimed: dict[Dim, tuple[Member, ...]] = {}
     owned: set[int] = set()
@@ -173,15 +171,32 @@ def _build(
         kept = {o for o in unbalanced if o != axis and not _joins(axes, axis, o, work)}
         claimed[axis] = _members(axes, families, axis, owned, kept)
         owned |= {atom for member in claimed[axis] for atom in member.axis}
-    zigzag = _zigzag(claimed, unbalanced, met)
+    together = _meeting(claimed, met)
+    laid, kinds = fixed_layouts(claimed, together, attended, fixed)
+    zigzag = _zigzag(claimed, unbalanced, together)
     lines: list[TokenLine] = []
     owner: dict[int, int] = {}
     for axis in (a for a in unbalanced if a in claimed):
-        kind: LayoutKind = "zigzag" if axis in zigzag and world_size > 1 else "contiguous"
-        layout = Layout(kind, axes.space.size(axis), world_size)
-        lines.append(TokenLine(index=len(lines), members=claimed[axis], layout=layout))
-        owner |= {atom: lines[-1].index for m in claimed[axis] for atom in m.axis}
-    return Lines(lines=tuple(lines), axes=axes, _owner=owner)
+        wanted: LayoutKind = "zigzag" if axis in zigzag and world_size > 1 else "contiguous"
+        own = Layout(kinds.get(axis, wanted), axes.space.size(axis), world_size)
+        line = laid.get(axis, Laid(layout=own, members=claimed[axis]))
+        lines.append(TokenLine(index=len(lines), members=line.members, layout=line.layout))
+        owner |= {atom: lines[-1].index for m in line.members for atom in m.axis}
+    found = Lines(lines=tuple(lines), axes=axes, _owner=owner)
+    return replace(found, arrived=frozenset(f.node for f in fixed if _lies(found, f)))
+
+
+def _lies(lines: Lines, fixed: Fixed) -> bool:
+    """Whether the input is split just as its line would split it."""
+    arrival, carried = fixed.arrival, lines.carried(fixed.node)
+    return isinstance(carried, Carried) and arrival == Arrival(
+        layout=lines.lines[carried.line].layout,
+        offset=carried.member.offset,
+        length=carried.member.length,
+        dim=carried.dim,
+        outer=carried.outer,
+        inner=carried.inner,
+    )
 
 
 def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
@@ -205,23 +220,26 @@ def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
     return replace(lines, lines=longer, _owner=owner, routes=tuple(kept))
 
 
-def _zigzag(
-    claimed: Mapping[Dim, Sequence[Member]],
-    unbalanced: Mapping[Dim, bool],
-    met: Sequence[tuple[Dim, Dim]],
-) -> set[Dim]:
-    """Lines to lay out zigzag: an attention has one layout, so lines that meet in one go alike."""
+def _meeting(
+    claimed: Mapping[Dim, Sequence[Member]], met: Sequence[tuple[Dim, Dim]]
+) -> list[set[Dim]]:
+    """Lines that must lie alike: an attention has one layout."""
     line_of = {member.axis: axis for axis, members in claimed.items() for member in members}
     graph = nx.Graph()
     graph.add_nodes_from(claimed)
     graph.add_edges_from((line_of[q], line_of[k]) for q, k in met if q in line_of and k in line_of)
+    return list(nx.connected_components(graph))
+
+
+def _zigzag(
+    claimed: Mapping[Dim, Sequence[Member]],
+    unbalanced: Mapping[Dim, bool],
+    together: Sequence[Collection[Dim]],
+) -> set[Dim]:
+    """Lines to lay out zigzag, if nothing lies otherwise yet."""
+    line_of = {member.axis: axis for axis, members in claimed.items() for member in members}
     uneven = {line_of[axis] for axis, value in unbalanced.items() if value and axis in line_of}
-    return {
-        axis
-        for together in nx.connected_components(graph)
-        if uneven & together
-        for axis in together
-    }
+    return {axis for lines in together if uneven & set(lines) for axis in lines}
 
 
 def _work(axes: AxisMap) -> Mapping[Dim, int]:

@@ -81,6 +81,8 @@ class Unsplittable:
 
 def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | None:
     """The mode of a call along one line; None if the call does not touch the line."""
+    if node in lines.arrived:
+        return Split(operands=()) if _on(lines.carried(node), line) else None
     named = lines.axes.ops.get(node)
     if named is None:
         return None

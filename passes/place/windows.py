@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ringfx.passes.place.lines import Member
+from ringfx.passes.place.member import Member
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import CAUSAL, Expr, conjunction
 

@@ -16,7 +16,7 @@ from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.lines import Member
+from ringfx.passes.place.member import Member
 from ringfx.passes.place.modes import Form
 from ringfx.passes.values import Resharding
 

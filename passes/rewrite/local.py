@@ -80,8 +80,8 @@ class _Rewriter:
 
     def run(self) -> LocalProgram:
         nodes = list(self.captured.graph_module.graph.nodes)
-        inputs = [n for n in nodes if n.op == "placeholder"]
-        for node, name in zip(inputs, self.captured.input_names, strict=True):
+        self.inputs = [n for n in nodes if n.op == "placeholder"]
+        for node, name in zip(self.inputs, self.captured.input_names, strict=True):
             node.meta["ringfx_input"] = name
             self.natural[node] = self.graph.node_copy(node)
         self.crossings.add_line_inputs()
@@ -180,10 +180,24 @@ class _Rewriter:
             else:
                 split.append(None)
         local = torch.fx.node.map_arg(tuple(results[:given]), self.natural.__getitem__)
-        # What is written into the user's own tensors is whole, as they are.
-        written = [self._wanted(value, Form.WHOLE, node) for value in results[given:]]
+        written = []
+        for value, number in zip(results[given:], self.captured.writes, strict=True):
+            split.append(self._arrived_alike(value, self.inputs[number]))
+            # What is written into the user's own tensors is whole where they are.
+            alike = split[-1] is not None
+            written.append(self.natural[value] if alike else self._wanted(value, Form.WHOLE, node))
         self.graph.output((*local, *written))
-        return (*split, *(None for _ in written))
+        return tuple(split)
+
+    def _arrived_alike(self, value: Node, given: Node) -> SplitOutput | None:
+        """How a new value of an input is split, if it is split as the input arrived."""
+        lines = self.placement.lines
+        carried = lines.carried(given)
+        if given not in lines.arrived or not self.placement.is_split(value):
+            return None
+        if not isinstance(carried, Carried) or lines.carried(value) != carried:
+            return None
+        return SplitOutput(carried=carried, shape=tuple(int(s) for s in value.meta["val"].shape))
 
 
 def _with_own_rows(spec: AttentionSpec, mode: Split) -> AttentionSpec:

@@ -40,7 +40,10 @@ def share_parameters(
     number = {n: i for i, n in enumerate(inputs)}
     order = {n: i for i, n in enumerate(nodes)}
     wanted = receives_grad(captured.graph_module.graph)
-    used = [n for n in inputs if n in wanted and _used_whole_by_split(n, placement)]
+    arrived = placement.lines.arrived
+    used = [
+        n for n in inputs if n in wanted and n not in arrived and _used_whole_by_split(n, placement)
+    ]
     used.sort(key=lambda n: min(order[u] for u in n.users))
     parameters = [n for n in used if captured.is_parameter[number[n]]]
     for bucket in _buckets(parameters):

@@ -48,12 +48,16 @@ def line_inputs(lines: Lines, rank: int, device: torch.device | str) -> list[tor
 
 
 def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMode, tuple[Any, ...]]:
-    given = [n.meta["val"] for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    given = [n.meta["val"] for n in inputs]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]
     mode = tensors[0].fake_mode if tensors else FakeTensorMode()  # type: ignore[attr-defined]
     device = tensors[0].device if tensors else torch.device("cpu")
     with mode:
         extra = line_inputs(local.placement.lines, 0, device)
+        for i, node in enumerate(inputs):
+            if local.placement.is_split(node):
+                given[i] = given[i].new_empty(local_shape(local.placement, node))
     return mode, (*given, *extra)
 
 

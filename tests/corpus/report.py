@@ -69,7 +69,7 @@ class Record:
     @property
     def fully_split(self) -> bool:
         """No hidden state of a whole sequence on any rank."""
-        whole = self.gathers or self.breaks or not self.all_found
+        whole = self.gathers or not self.all_found
         return self.verdict == "equal" and not whole
 
     @staticmethod

@@ -62,7 +62,7 @@ HOW = {
     "layers": "fused operators are spelled out",
     "random operators": "drawn for the whole tensor, so that any split draws the same",
     "control flow": "log lines wait for the end of their program; what depends on data breaks the "
-    "graph, and split values are gathered there",
+    "graph: split values stay split where the next program takes them so",
     "numbers": "complex values are carried as they are",
     "results": "what the model returns may stay split",
 }

@@ -1,0 +1,25 @@
+"""An axis on a token line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringfx.passes.axes.space import Dim
+
+__all__ = ["Member"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """An axis that lies on a token line: its element i is at position ``offset + i``.
+
+    ``logits[:, :-1]`` is such a window: split, it is stored as the logits themselves.
+    """
+
+    axis: Dim
+    offset: int
+    length: int
+    copies: int = 1
+    """Elements of the axis a token has: more than one for rows that are sorted."""
+    is_sorted: bool = False
+    """Rows in an order of their own on each rank: they can be neither gathered nor sliced."""
