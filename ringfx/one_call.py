@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ringfx.passes.axes import name_axes
-from ringfx.passes.place import find_lines, place
+from ringfx.passes.place import Placement, find_lines, place
 from ringfx.passes.rewrite import SplitOutput, rewrite
 from ringfx.passes.rewrite.calls import local_shape
 from ringfx.passes.values import Arrival, Captured
@@ -98,7 +98,7 @@ def _planned_as(
         return None
     placement = place(graph, lines)
     local = rewrite(captured, placement, {}, group=group)
-    if any("gather" in move.kind for move in local.reshardings):
+    if any("gather" in move.kind for move in local.reshardings) or _moves_all(placement):
         return None
     extra = line_inputs(lines, rank, tensors[0].device)
     results: Any = graph.output_node().args[0]
@@ -120,6 +120,15 @@ def _planned_as(
         outputs=tuple(None if x is None else (x.shape, _arrival(x, lines)) for x in local.outputs),
         structure=shape,
         sends=bool(local.reshardings),
+    )
+
+
+def _moves_all(placement: Placement) -> bool:
+    """Whether tokens are picked by number, and so many that it is no less than a gather."""
+    return any(
+        2 * node.meta["val"].numel() > node.all_input_nodes[0].meta["val"].numel()
+        for node, mode in placement.modes.items()
+        if mode.looked_up is not None
     )
 
 
