@@ -310,8 +310,9 @@ CASES = (
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_crosses_a_break_stays_split(ranks: int, request: pytest.FixtureRequest) -> None:
     pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
-    for found in pool.run(crossed, CASES):
-        for case, one in zip(CASES, found, strict=True):
+    cases = CASES if ranks == 2 else CASES[2:8:2]
+    for found in pool.run(crossed, cases):
+        for case, one in zip(cases, found, strict=True):
             one.comparison.check()
             assert one.programs > 1, case.label
             assert not one.gathers, (case.label, one.gathers)
@@ -322,12 +323,8 @@ TRAINED_BEFORE = (case(InputsTrain, embeddings), case(Inside, ids(17)), case(Mod
 """What is split was whole before: its gradient must be."""
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_only_gradients_of_what_came_whole_are_gathered(
-    ranks: int, request: pytest.FixtureRequest
-) -> None:
-    pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
-    for found in pool.run(crossed, TRAINED_BEFORE):
+def test_only_gradients_of_what_came_whole_are_gathered(ranks3: RankPool) -> None:
+    for found in ranks3.run(crossed, TRAINED_BEFORE):
         for case, one in zip(TRAINED_BEFORE, found, strict=True):
             one.comparison.check()
             (gradient,) = {g.split(":")[0] for g in one.gathers}
