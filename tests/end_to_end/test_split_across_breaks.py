@@ -31,7 +31,7 @@ from tests.recorded import recorded
 pytestmark = pytest.mark.ranks
 
 Tensor = torch.Tensor
-OPTIONS = {"compiler": "eager", "strategy": "production"}
+OPTIONS: dict[str, Any] = {"compiler": "eager", "strategy": "production"}
 
 
 class Branching(Causal):
@@ -68,7 +68,8 @@ class BrokenBlock(Block):
         y = self.attention(self.norm(x), memory, **mask)
         torch._dynamo.graph_break()
         x = x + y
-        return x + self.mlp(x)
+        out: Tensor = x + self.mlp(x)
+        return out
 
 
 class Inside(Causal):
@@ -88,7 +89,7 @@ class Shapely(Causal):
         return logits
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def describe(x: Tensor) -> float:
     assert x.is_floating_point()
     assert x.dim() == 3
@@ -110,7 +111,7 @@ class Writing(Causal):
         return logits
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def write(x: Tensor) -> None:
     x.mul_(2).add_(x)
     x += 1
@@ -127,7 +128,7 @@ class Python(Causal):
         return logits
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def between(x: Tensor, weight: Tensor) -> Tensor:
     assert not bool(x.isnan().any())
     y = x.double().tanh().to(x.dtype) * 2 + weight.detach()
@@ -138,7 +139,8 @@ class InputsTrain(FromEmbeddings):
     def forward(self, embeddings: Tensor) -> Tensor:
         x = self.first(embeddings, is_causal=True)
         torch._dynamo.graph_break()
-        return self.second(x, is_causal=True).tanh()
+        out: Tensor = self.second(x, is_causal=True).tanh()
+        return out
 
 
 class Heads(Causal):
@@ -164,7 +166,7 @@ class Needy(Causal):
         return logits
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def needs_all(x: Tensor) -> Tensor:
     chosen = x[:, torch.arange(x.shape[1]).flip(0)]
     return chosen + x.flip(1)
@@ -197,7 +199,7 @@ class Lost(Causal):
         return logits
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def row_and_write(x: Tensor) -> Tensor:
     row = x[:, 3]
     x += 1
@@ -247,8 +249,9 @@ def _crossed(case: Case) -> Crossed:
     made: list[Any] = []
 
     def keep(model: nn.Module, **options: Any) -> nn.Module:
-        made.append(ringfx.optimize(model, **options))
-        return made[0]
+        optimized = ringfx.optimize(model, **options)
+        made.append(optimized)
+        return optimized
 
     with recorded() as messages:
         comparison = compare_here(dataclasses.replace(case, optimize=keep))
