@@ -11,10 +11,10 @@ from functorch.compile import aot_function, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import ringfx
+from benchmarks.prediction_memory import peak_bytes
 from ringfx import pipeline
 from ringfx.api import offline
 from ringfx.cost_model.liveness import kept_values, values_of
@@ -200,19 +200,6 @@ class Small(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-def _measured_peak(step: Callable[[], None]) -> int:
-    """Bytes allocated above the start, at most, from the profiler's record of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    results: Any = found.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("width", "layers", "vocabulary", "checkpoint", "compiler"),
     [
@@ -249,7 +236,7 @@ def test_the_peak_of_a_step_is_predicted_within_15_percent(
         optimized(ids, ids).backward()
 
     step()
-    measured = _measured_peak(step)
+    measured = peak_bytes(step)
     predicted = predict_memory(
         captured[0],
         carries_tokens=lambda node: True,
