@@ -106,7 +106,10 @@ class _Seen(TorchDispatchMode):
 def _seen(decomposition: Decomposition, node: Node, mode: FakeTensorMode) -> _Seen:
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     seen = _Seen()
-    with mode, torch.no_grad(), seen:
-        if decomposition(*args, **kwargs) is NotImplemented:
-            seen.has_gradients = False
+    try:
+        with mode, torch.no_grad(), seen:
+            ran = decomposition(*args, **kwargs) is not NotImplemented
+    except (RuntimeError, TypeError, ValueError):  # it needs values, which no plan has
+        ran = False
+    seen.has_gradients &= ran
     return seen

@@ -9,10 +9,13 @@ largest gradient of any parameter. Where it does not, t may still be as good as 
 compared with the *exact* t', the stock model in float64 in which every request for float32 is
 answered in float64 (Hugging Face computes norms, softmax and losses in float32 in any type).
 
-    max|t - t'|  <=  2 r + tolerance * floor,    r = max|t* - t'|                      (rounding)
+    max|t - t'|  <=  2 r + tolerance * floor,    r = max(max|t* - t'|, u max|t'|)      (rounding)
     r            <=  1e-5 G  (gradients),  1e-5 max|t'|  (others)
 
-where for gradients r is the largest of all parameters: no gradient of the split model is further
+where u is the unit of the type that t* has, as Hugging Face gives it: a single number, such as a
+loss in float32, may be nearer to the exact one by luck than its type can be relied on for.
+
+For gradients r is the largest of all parameters: no gradient of the split model is further
 from exact than the unsplit model's worst is, in absolute terms. So what is only rounding there,
 such as the gradient of a key's bias, which is zero in theory, may be rounding of the same size here
 (a single small tensor is a poor sample of it, and a fused kernel rounds other sums than a
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +48,8 @@ class Results:
     """What one run gave, by name; gradients are named ``gradient of ...``."""
 
     tensors: Mapping[str, torch.Tensor | None]
+    units: Mapping[str, float] = field(default_factory=dict)
+    """The unit of the type that a tensor came in, where it is a floating one."""
 
     @property
     def largest_gradient(self) -> float:
@@ -95,6 +100,7 @@ def _is_rounding(
     scale = largest if _is_gradient(name) else _magnitude(true)
     bound = LARGEST_ROUNDING * scale
     rounding = max(_distance(*pair) for pair in _of_kind(name, stock, exact))
+    rounding = max(rounding, stock.units.get(name, 0.0) * _magnitude(true))
     floor = tolerance * GRADIENT_FLOOR * scale
     return rounding <= bound and _distance(mine, true) <= 2 * rounding + floor
 

@@ -110,12 +110,14 @@ def _step(
     output = (call or owner)(**given, **variant.row.calls)
     loss = total(output)
     loss.backward()  # type: ignore[no-untyped-call]
-    found = {"loss": _plain(loss)} | {k: _plain(x) for k, x in tensors(output).items()}
+    results = {"loss": loss} | tensors(output)
+    found = {name: _plain(x) for name, x in results.items()}
     gradients = {
         f"{GRADIENT_OF}{name}": None if p.grad is None else _plain(p.grad)
         for name, p in owner.named_parameters()
     }
-    return Results(tensors={**found, **gradients})
+    units = {k: torch.finfo(x.dtype).eps for k, x in results.items() if x.is_floating_point()}
+    return Results(tensors={**found, **gradients}, units=units)
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:

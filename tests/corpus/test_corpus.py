@@ -87,6 +87,15 @@ def test_a_small_gradient_that_is_off_is_an_error() -> None:
     assert far(results(weight=tensor(1.0), bias=tensor(2.001e-3)), stock, stock)
 
 
+def test_a_number_is_relied_on_no_further_than_its_type() -> None:
+    unit = torch.finfo(torch.float32).eps
+    exact = Results(tensors={"loss": tensor(5.0)})
+    lucky = Results(tensors={"loss": tensor(5.0)}, units={"loss": unit})
+    for off, is_excused in ((1.5, True), (3.0, False)):
+        ours = Results(tensors={"loss": tensor(5.0 * (1 + off * unit))})
+        assert bool(excused(["loss"], ours, lucky, exact, "float64")) == is_excused
+
+
 def test_an_unsplit_model_that_is_far_from_exact_excuses_nothing() -> None:
     exact, stock = results(expert=tensor(3.0)), results(expert=tensor(1.0))
     assert far(results(expert=tensor(2.0)), stock, exact) == {"gradient of expert"}

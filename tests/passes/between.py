@@ -256,6 +256,9 @@ OPERATORS: Mapping[str, Operator] = {
         x * m.weight * (x.sum(-1) >= x.sum(-1).topk(3, 1).values[:, -1:])[..., None]
     ),
     "sort": lambda m, x, ids: (x * m.weight).sort(1).values,
+    "a size that is a tensor": lambda m, x, ids: (x * m.weight).view(
+        x.size(0), torch.div(x.size(1), 1, rounding_mode="trunc"), HIDDEN
+    ),
     "argsort": lambda m, x, ids: (x * m.weight).argsort(1),
     "instance norm": channels(lambda x: F.instance_norm(x)),
     "group norm": channels(lambda x: F.group_norm(x, 4)),
