@@ -8,7 +8,7 @@ result of the model in any case.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -257,7 +257,9 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "sort": lambda m, x, ids: (x * m.weight).sort(1).values,
     "a size that is a tensor": lambda m, x, ids: (x * m.weight).view(
-        x.size(0), torch.div(x.size(1), 1, rounding_mode="trunc"), HIDDEN
+        x.size(0),
+        cast(int, torch.div(x.size(1), 1, rounding_mode="trunc")),
+        HIDDEN,
     ),
     "argsort": lambda m, x, ids: (x * m.weight).argsort(1),
     "instance norm": channels(lambda x: F.instance_norm(x)),
