@@ -24,6 +24,7 @@ import torch
 
 from ringfx import messages
 from ringfx.gradients import NOT_REACHED
+from ringfx.uncompiled import Function
 
 __all__ = [
     "choose_tokens",
@@ -146,7 +147,7 @@ def take_plain(
     return mask_tokens(take_tokens(x, index, dim, outer, inner), valid, 0, dim, outer, inner)
 
 
-class _Slice(torch.autograd.Function):
+class _Slice(Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, *where: Any
@@ -163,7 +164,7 @@ class _Slice(torch.autograd.Function):
         return whole, None, None, *[None] * len(ctx.where)
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(Function):
     """The gradients of all ranks are equal: each takes its part."""
 
     @staticmethod
@@ -186,7 +187,7 @@ class _Gather(torch.autograd.Function):
         return mine, None, None, None, *[None] * len(ctx.where)
 
 
-class _GatherShared(torch.autograd.Function):
+class _GatherShared(Function):
     """The gradients of all ranks are parts of a sum."""
 
     @staticmethod
@@ -204,7 +205,7 @@ class _GatherShared(torch.autograd.Function):
         return mine, None, *[None] * len(ctx.where)
 
 
-class _SumPartials(torch.autograd.Function):
+class _SumPartials(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str, what: str) -> torch.Tensor:
         total: torch.Tensor = messages.all_reduce(x, group, what)
@@ -215,7 +216,7 @@ class _SumPartials(torch.autograd.Function):
         return grads[0], None, None
 
 
-class _Share(torch.autograd.Function):
+class _Share(Function):
     """Identity forward; backward sums the gradient over the ranks."""
 
     @staticmethod
@@ -228,7 +229,7 @@ class _Share(torch.autograd.Function):
         return messages.all_reduce(grads[0], *ctx.settings), None, None
 
 
-class _Enter(torch.autograd.Function):
+class _Enter(Function):
     """The end of a sum of gradients: it stands where the tensors enter the program.
 
     Besides the tensors it gives a carrier, a view of one zero in the shape of the flat message,
@@ -259,7 +260,7 @@ class _Enter(torch.autograd.Function):
         )
 
 
-class _Leave(torch.autograd.Function):
+class _Leave(Function):
     """The start of a sum of gradients: it stands before the first call that uses one of them."""
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ringfx.collectives import choose_tokens
 from ringfx.ops.ranks import Ranks
+from ringfx.uncompiled import register_autograd
 
 __all__ = ["convolution", "convolve_tokens", "fill_convolved", "shift_tokens"]
 
@@ -84,7 +85,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return _shift_chunks(grad, -ctx.step, ctx.group), None, None
 
 
-_shift_chunks.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_shift_chunks, _backward, setup_context=_setup_context)
 
 
 def _extended(

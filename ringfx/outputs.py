@@ -35,6 +35,7 @@ from ringfx.reads import (
     reduce_to_one,
     writes_where_it_is,
 )
+from ringfx.uncompiled import Function
 
 __all__ = ["SplitSpec", "SplitTensor", "Told", "part", "wrap", "wrap_all"]
 
@@ -183,6 +184,10 @@ class SplitTensor(torch.Tensor):
         index = own.remainder(self._spec.length)
         return take_tokens(self._whole, index, self._spec.dim, self._spec.outer, self._spec.inner)
 
+    def _is_view(self) -> bool:
+        """No: Dynamo would make the view again from its base, where this is a part of its own."""
+        return False
+
     # What follows may be called by code that Dynamo looks at, such as a handler of log lines.
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -220,7 +225,7 @@ class SplitTensor(torch.Tensor):
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
             return _with_whole(func, args, kwargs)
-        for run in (_made_like, _without_gathering, _as_program):
+        for run in (_made_like, _as_looked_at, _without_gathering, _as_program):
             found = run(func, args, kwargs)
             if found is not None:
                 return found
@@ -360,8 +365,8 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     to_one = reduce_to_one(func, kwargs)
     if to_one is not None and len(args) == 1 and source._spec.everywhere():
         return source._reduced(func, to_one, kwargs)
-    asked = asked_tokens(func, source._spec, args, kwargs)
-    if asked is not None and 0 < 2 * len(asked[0]) < source._spec.length and _sums(source):
+    asked = _few_tokens(func, source, args, kwargs)
+    if asked is not None:
         source._hand_out()
         return func(source._tokens(asked[0]), *asked[1])
     call = local_call(func, source._spec, args, _local_part)
@@ -370,6 +375,28 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     results = func(*call.args, **kwargs)
     number = f"{source._spec.number}/{func}{source._next(str(func))}"
     return tree_map(lambda x: _again_split(x, source, call, number, func.is_view), results)
+
+
+def _few_tokens(
+    func: Any, source: SplitTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[range, tuple[Any, ...]] | None:
+    """What ``asked_tokens`` says, where moving these tokens is worth it."""
+    asked = asked_tokens(func, source._spec, args, kwargs)
+    few = asked is not None and 0 < 2 * len(asked[0]) < source._spec.length
+    return asked if few and _sums(source) else None
+
+
+def _as_looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dynamo makes a row that was handed out again, and compares strides; None for other calls."""
+    source = args[0]
+    if not func.is_view or not isinstance(source._local, FakeTensor):
+        return None
+    asked = _few_tokens(func, source, args, kwargs)
+    if asked is None:
+        return None
+    shape = list(source._spec.shape)
+    shape[source._spec.dim] = len(asked[0])
+    return func(source._local.new_empty(shape), *asked[1])
 
 
 def _made_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -466,7 +493,7 @@ def _again_split(
     return _viewing(result, source, made, is_view)
 
 
-class _Wrap(torch.autograd.Function):
+class _Wrap(Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec, cell: _Cell) -> torch.Tensor:
         ctx.spec = spec
@@ -480,10 +507,11 @@ class _Wrap(torch.autograd.Function):
         if isinstance(grad, SplitTensor) and grad._spec == spec:
             local = grad.to_local()
             return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None, None
+        grad = whole_gradient(grad)
         return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None, None
 
 
-class _Part(torch.autograd.Function):
+class _Part(Function):
     """This rank's tokens; backward gives a gradient that is split as the value."""
 
     @staticmethod
@@ -501,7 +529,7 @@ class _Part(torch.autograd.Function):
         return SplitTensor(_Cell(grads[0], told=ctx.told), spec), None
 
 
-class _Whole(torch.autograd.Function):
+class _Whole(Function):
     @staticmethod
     def forward(ctx: Any, split: SplitTensor) -> torch.Tensor:
         whole: torch.Tensor = split._gathered()
@@ -528,7 +556,7 @@ def wrap_all(
 ) -> list[Any]:
     """The results of a program; those that are one value, or views of one, stay that."""
     wrapped = [
-        result if spec is None else wrap(result, spec, told)
+        _with_whole_gradient(result) if spec is None else wrap(result, spec, told)
         for result, spec in zip(results, specs, strict=True)
     ]
     split = [x for x in wrapped if isinstance(x, SplitTensor)]
@@ -543,6 +571,20 @@ def wrap_all(
             value._hand_out()
             other._hand_out()
     return wrapped
+
+
+def _with_whole_gradient(result: Any) -> Any:
+    """A whole result: its program's backward holds this rank's tokens, which a split gradient,
+    were it computed with as it is, would take for those of all ranks."""
+    if isinstance(result, torch.Tensor) and result.grad_fn is not None:
+        result.register_hook(whole_gradient)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def whole_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as a plain tensor."""
+    return grad._gathered() if isinstance(grad, SplitTensor) else grad
 
 
 def _place_in_memory(x: torch.Tensor) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ringfx.errors import RingfxError
+from ringfx.uncompiled import Function, register_autograd
 
 __all__ = ["once_differentiable", "refuse_in_compiled"]
 
@@ -26,14 +27,14 @@ TEXT = (
 
 def once_differentiable(operator: Any) -> None:
     """What runs in backward: its result has a gradient function, which refuses."""
-    operator.register_autograd(_refuse)
+    register_autograd(operator, _refuse)
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RingfxError(TEXT)
 
 
-class _Once(torch.autograd.Function):
+class _Once(Function):
     """Identity; its backward refuses."""
 
     @staticmethod

@@ -89,14 +89,35 @@ def _named(
     products: Sequence[Product] = behind.products
     while True:
         inside = behind.inside(products, program.order)
-        names = Names(program.axes)
-        named = name_region(names, products, inside, found, ahead, program.order)
+        try:
+            named = name_region(Names(program.axes), products, inside, found, ahead, program.order)
+        except Refused:
+            followed = [p for p in products if _is_followed(program, found, behind, ahead, p)]
+            if len(followed) in (0, len(products)):
+                raise
+            products = followed
+            continue
         kept = [p for p in products if named.pair(p) is not None]
         if not kept:
             raise Refused(_no_pair(named))
         if len(kept) == len(products):
             return named, inside
         products = kept
+
+
+def _is_followed(
+    program: Program, found: Normalised, behind: Back, ahead: Onward, product: Product
+) -> bool:
+    """Whether one product's way to the softmax can be named, and it is of queries with keys.
+
+    A product that is shifted before it is added (relative positions) is a bias beside the others.
+    """
+    inside = behind.inside([product], program.order)
+    try:
+        named = name_region(Names(program.axes), [product], inside, found, ahead, program.order)
+    except Refused:
+        return False
+    return named.pair(product) is not None
 
 
 def _no_pair(named: Named) -> str:

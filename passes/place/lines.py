@@ -266,13 +266,16 @@ def _joins(axes: AxisMap, line: Dim, part: Dim, work: Mapping[Dim, int]) -> bool
 def _members(
     axes: AxisMap, families: Families, axis: Dim, taken: set[int], kept: set[Dim]
 ) -> tuple[Member, ...]:
-    """The line and every axis that lies within it, the largest values' first."""
+    """The line and every axis that lies within it, the largest values' first.
+
+    A window of no tokens is no member: there is nothing of it to spread.
+    """
     length = axes.space.size(axis)
     members = [Member(axis, 0, length)]
     used = set(axis) | taken
     for other, offset in families.relatives(axis):
         size = axes.space.size(other)
-        inside = offset >= 0 and offset + size <= length
+        inside = offset >= 0 and 0 < size <= length - offset
         if not inside or other in kept or used & set(other) or len(set(other)) != len(other):
             continue
         members.append(Member(other, offset, size))

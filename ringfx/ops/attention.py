@@ -33,6 +33,7 @@ from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
 from ringfx.second import once_differentiable
 from ringfx.spec import AttentionSpec
+from ringfx.uncompiled import register_autograd
 
 __all__ = ["attention"]
 
@@ -233,7 +234,7 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
     return dq, dk, dv, captured_grads, *[None] * len(ctx.settings)
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_attention, _backward, setup_context=_setup_context)
 once_differentiable(_attention_backward)
 
 

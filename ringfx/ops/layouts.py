@@ -14,6 +14,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.groups import Group, name_and_size
 from ringfx.ops.ranks import Ranks
+from ringfx.uncompiled import register_autograd
 
 __all__ = ["gather", "shard"]
 
@@ -156,5 +157,5 @@ def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return torch.ops.ringfx.shard(gradient, *ctx.settings), None, None, None, None, None
 
 
-_shard.register_autograd(_shard_backward, setup_context=_shard_context)
-_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+register_autograd(_shard, _shard_backward, setup_context=_shard_context)
+register_autograd(_gather, _gather_backward, setup_context=_gather_context)

@@ -21,6 +21,7 @@ from tests.harness import (
     Case,
     Comparison,
     RankPool,
+    compare_all,
     compare_here,
     gradient_differences,
     raises,
@@ -115,6 +116,61 @@ class Writing(Causal):
 def write(x: Tensor) -> None:
     x.mul_(2).add_(x)
     x += 1
+
+
+class WindowWritten(Causal):
+    """A program writes a window of what came split, and gives it back whole."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.embed(ids), is_causal=True).clone()
+        torch._dynamo.graph_break()
+        x[:, 2:].mul_(2)
+        torch._dynamo.graph_break()
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits
+
+
+class InnerGradient(Causal):
+    """Asks for a gradient between its programs: Dynamo is awake while their backward runs."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.embed(ids), is_causal=True)
+        energy = x.square().mean()
+        torch._dynamo.graph_break()
+        (step,) = torch.autograd.grad(energy, self.embed.weight, retain_graph=True)
+        torch._dynamo.graph_break()
+        x = x - nn.functional.embedding(ids, step.detach())
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits
+
+
+class Viewed(Causal):
+    """Uncompiled code hands views of a split value on."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.embed(ids), is_causal=True)
+        later, last, turned = views(x)
+        torch._dynamo.graph_break()
+        x = turned.transpose(0, 1) + last[:, None] + nn.functional.pad(later, (0, 0, 1, 0))
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def views(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x[:, 1:], x[:, -1], x.transpose(0, 1)
+
+
+class NoTokens(Causal):
+    """An empty memory, as a cache is before its first token."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(self.embed(ids), is_causal=True)
+        empty = x[:, :0]
+        torch._dynamo.graph_break()
+        x = torch.cat([empty, x], 1)
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits, empty
 
 
 class Python(Causal):
@@ -320,6 +376,23 @@ def test_what_crosses_a_break_stays_split(ranks: int, request: pytest.FixtureReq
             assert one.programs > 1, case.label
             assert not one.gathers, (case.label, one.gathers)
             assert one.wide == 1, case.label  # the test reads the output
+
+
+def logits_squared(output: tuple[Tensor, Tensor]) -> Tensor:
+    return square(output[0])
+
+
+AT_THE_EDGE = (
+    case(WindowWritten, ids(16)),
+    case(InnerGradient),
+    case(Viewed),
+    dataclasses.replace(case(NoTokens), loss=logits_squared),
+)
+
+
+def test_what_leaves_a_program_whole_or_empty_has_its_gradient(ranks2: RankPool) -> None:
+    for found in compare_all(ranks2, AT_THE_EDGE):
+        found.check()
 
 
 TRAINED_BEFORE = (case(InputsTrain, embeddings), case(Inside, ids(17)), case(Modules))

@@ -81,6 +81,15 @@ def padded(m: Rows, x: Tensor, q: Tensor) -> Tensor:
     return moved[:, :, 1:].view_as(rows)[..., :n]
 
 
+def earlier(m: Rows, x: Tensor, q: Tensor) -> Tensor:
+    """As Transformer-XL first wrote it: what is right of the diagonal is the next query's."""
+    n = x.shape[1]
+    rows = by_distance(m, q, torch.arange(n - 1, -1, -1))
+    zeros = torch.zeros((*rows.shape[:3], 1), dtype=rows.dtype)
+    moved = torch.cat([zeros, rows], -1).view(*rows.shape[:2], n + 1, n)
+    return moved[:, :, 1:].view_as(rows)
+
+
 def gathered(m: Rows, x: Tensor, q: Tensor) -> Tensor:
     """Each query's products with a short table of distances, looked up by distance."""
     n = x.shape[1]
@@ -105,6 +114,7 @@ def behind_a_token(m: Rows, x: Tensor, q: Tensor) -> Tensor:
 TERMS: Mapping[str, Term] = {
     "transformer-xl": transformer_xl,
     "padded": padded,
+    "earlier keys": earlier,
     "gathered": gathered,
     "synthesized": synthesized,
     "behind a token": behind_a_token,

@@ -1,0 +1,27 @@
+"""Steps of backward that are ours, which Dynamo must not take for the user's code.
+
+Where a model asks for gradients itself, between two of its programs, Dynamo is awake while autograd
+runs, and would compile the Python functions that autograd calls as further programs of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Function", "register_autograd"]
+
+
+class Function(torch.autograd.Function):
+    """An autograd function whose backward runs as it is written."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.backward = staticmethod(torch._dynamo.disable(cls.backward))  # type: ignore[assignment]
+
+
+def register_autograd(operator: Any, backward: Callable[..., Any], **kwargs: Any) -> None:
+    """``operator.register_autograd`` with a backward that runs as it is written."""
+    operator.register_autograd(torch._dynamo.disable(backward), **kwargs)
