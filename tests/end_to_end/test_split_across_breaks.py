@@ -26,7 +26,7 @@ from tests.harness import (
     gradient_differences,
     raises,
 )
-from tests.passes.models import HEADS, HIDDEN, VOCAB, Block, Causal, FromEmbeddings
+from tests.passes.models import HEADS, HIDDEN, VOCAB, Base, Block, Causal, FromEmbeddings
 from tests.recorded import recorded
 
 pytestmark = pytest.mark.ranks
@@ -161,7 +161,7 @@ def views(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, 1:], x[:, -1], x.transpose(0, 1)
 
 
-class NoTokens(Causal):
+class NoTokens(Base):
     """An empty memory, as a cache is before its first token."""
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
