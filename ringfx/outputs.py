@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx import messages
@@ -318,6 +319,8 @@ def _with_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator that writes: into this rank's tokens where it can, else into the whole."""
+    if torch.Tag.inplace_view in func.tags:
+        return _turn_in_place(func, args, kwargs)
     written = [
         value
         for argument, value in zip(func._schema.arguments, args, strict=False)
@@ -331,6 +334,37 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = _with_whole(func, args, kwargs)
     same = {id(value._whole): value for value in written}
     return tree_map(lambda x: same.get(id(x), x), result)
+
+
+def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SplitTensor:
+    """``x.squeeze_()``: the tensor becomes a view of what it was."""
+    value: SplitTensor = args[0]
+    view = _view_of_its_kind(func)
+    found = None if view is None else view(*args, **kwargs)
+    if isinstance(found, SplitTensor):
+        value._cell, value._spec = found._cell, found._spec
+        if value._cell.viewed is not None:
+            value._cell.viewed += 1  # torch counts this call as a write
+    elif found is not None and isinstance(value._local, FakeTensor):
+        value._spec = dataclasses.replace(value._spec, shape=tuple(found.shape))
+    else:
+        raise SplitWrite(
+            f"{value._spec.name} {value._spec.shape} is split over {value._spec.layout.world_size} "
+            f"ranks, and {func} changes its shape in place, which would take all of its tokens. "
+            "Do: take a new tensor, such as x = x.unsqueeze(0) for x.unsqueeze_(0)."
+        )
+    shape = value._spec.shape
+    with no_dispatch():  # contiguous, as every split tensor says it is
+        value.as_strided_(shape, torch.empty(shape, device="meta").stride())
+    return value
+
+
+def _view_of_its_kind(func: Any) -> Any:
+    """``aten.squeeze.dim`` for ``aten.squeeze_.dim``."""
+    packet = getattr(aten, func._schema.name.partition("::")[2].removesuffix("_"), None)
+    overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    asked = [str(a.type) for a in func._schema.arguments]
+    return next((o for o in overloads if [str(a.type) for a in o._schema.arguments] == asked), None)
 
 
 def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -161,6 +161,29 @@ def views(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, 1:], x[:, -1], x.transpose(0, 1)
 
 
+class Turned(Causal):
+    """Uncompiled code changes shapes in place, as torch's own quantile does."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.embed(ids), is_causal=True)
+        x = turn(x * 2).transpose(0, 1) + middle(x)
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def middle(x: Tensor) -> Tensor:
+    return x.quantile(0.5, dim=-1, keepdim=True)
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def turn(x: Tensor) -> Tensor:
+    length = x.shape[1]
+    x.transpose_(0, 1).unsqueeze_(0)
+    assert x.shape[:2] == (1, length)
+    return x.squeeze_(0)
+
+
 class NoTokens(Base):
     """An empty memory, as a cache is before its first token."""
 
@@ -386,6 +409,7 @@ AT_THE_EDGE = (
     case(WindowWritten, ids(16)),
     case(InnerGradient),
     case(Viewed),
+    case(Turned),
     dataclasses.replace(case(NoTokens), loss=logits_squared),
 )
 
@@ -420,6 +444,24 @@ def test_other_lengths_are_planned_anew(ranks3: RankPool) -> None:
     for found in ranks3.run(lengths_in_turn, (13, 16, 13, 4)):
         for differences in found:
             assert max(differences.values()) < 1e-10, differences
+
+
+class TurnedOutside(Causal):
+    """Its caller changes the shape of its result in place."""
+
+
+def with_one_more_dimension(output: Tensor) -> Tensor:
+    return output.unsqueeze_(0).square().mean()
+
+
+def test_a_shape_changed_in_place_where_all_tokens_would_be_needed_is_refused(
+    ranks2: RankPool,
+) -> None:
+    outside = dataclasses.replace(case(TurnedOutside), loss=with_one_more_dimension)
+    for text in raises(ranks2, compare_here, outside):
+        assert "SplitWrite" in text
+        assert "changes its shape in place" in text
+        assert "Do: take a new tensor" in text
 
 
 def test_a_write_that_a_row_taken_before_would_not_show_is_refused(ranks2: RankPool) -> None:
