@@ -115,3 +115,11 @@ def test_the_exact_model_rounds_nothing_to_float32() -> None:
             torch.zeros(2, dtype=torch.float32),
         )  # fmt: skip
     assert {y.dtype for y in found} == {torch.float64}
+
+
+def test_the_exact_model_draws_what_the_stock_model_draws() -> None:
+    torch.manual_seed(3)
+    stock = torch.rand(4)
+    torch.manual_seed(3)
+    with Exact():
+        assert torch.rand(4).tolist() == stock.double().tolist()
