@@ -195,7 +195,7 @@ def run_all(
     torch.set_num_threads(1)
     if least_bytes is not None:
         with (
-            mock.patch.multiple(heads, GROUP_BYTES={"cpu": least_bytes}),
+            mock.patch.multiple(heads, GROUP_BYTES={"cpu": (4 * least_bytes, least_bytes)}),
             mock.patch.object(collective, "GATHERED_BYTES", least_bytes),
         ):
             return run_all(examples)
