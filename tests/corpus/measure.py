@@ -22,6 +22,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import ringfx
+from ringfx.errors import VerificationError
 from ringfx.plan import Plan
 from tests.corpus.build import build, hidden_size, tensors, total
 from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excused
@@ -78,7 +79,9 @@ def measure(name: str, compare: bool = True) -> Outcome:
     try:
         fields = _run(variant, compare)
     except ringfx.RingfxError as error:
-        fields = {"error": _portable(f"{type(error).__name__}: {error}"), "refused": True}
+        # A defect that names itself is no refusal with a reason.
+        refused = not isinstance(error, VerificationError)
+        fields = {"error": _portable(f"{type(error).__name__}: {error}"), "refused": refused}
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         said = _portable(f"{type(error).__name__}: {error}")
@@ -183,14 +186,14 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
             continue
         width = _numbers_a_token(move.bytes_moved, plan, variant, ranks)
         if width >= hidden_size(variant.row) / 2:
-            wide.append(f"{move.name or move.node}: {move.reason}")
+            wide.append(_portable(f"{move.name or move.node}: {move.reason}"))
         else:
             narrow += 1
     return {
         "found_by": tuple(layer.found_by for layer in plan.layers),
         "masks": tuple(layer.mask for layer in plan.layers),
         "strategies": tuple(layer.strategy for layer in plan.layers),
-        "declined": tuple(f"{d.name}: {d.reason}" for d in plan.declined),
+        "declined": tuple(_portable(f"{d.name}: {d.reason}") for d in plan.declined),
         "gathers": tuple(wide),
         "narrow_gathers": narrow,
         "breaks": tuple(_portable(n) for n in plan.notes if n.startswith("graph break")),

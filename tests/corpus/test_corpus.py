@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
+import ringfx
+from ringfx.errors import CaptureRefused, VerificationError
 from tests.corpus.compare import Exact, Results, disagreements, excused
 from tests.corpus.measure import Outcome, measure
-from tests.corpus.report import Record
+from tests.corpus.report import RESULTS, TABLE, Record
 from tests.corpus.row import Variant
 from tests.corpus.table import ROWS, VARIANTS
 from tests.harness import RankPool
@@ -57,6 +61,18 @@ def test_an_internal_error_is_wrong_and_a_refusal_is_not() -> None:
     raw = Outcome(seconds=1.0, error="KeyError: 3", trace="somewhere")
     assert Record.of(variant, {2: [refused, refused]}).verdict == "refused"
     assert Record.of(variant, {2: [refused, raw]}).verdict == "WRONG"
+
+
+@pytest.mark.parametrize(("error", "refused"), [(CaptureRefused, True), (VerificationError, False)])
+def test_a_defect_that_names_itself_is_no_refusal(
+    error: type[ringfx.RingfxError], refused: bool
+) -> None:
+    with mock.patch("tests.corpus.measure._run", side_effect=error("because")):
+        assert measure(VARIANTS[0].name).refused == refused
+
+
+def test_what_is_committed_names_no_folder_of_a_machine() -> None:
+    assert "site-packages" not in RESULTS.read_text() + TABLE.read_text()
 
 
 def results(**gradients: torch.Tensor | None) -> Results:
