@@ -24,7 +24,6 @@ from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError, Verif
 from ringfx.gradients import Accumulation
 from ringfx.held import Held
 from ringfx.ops.stats import snapshot
-from ringfx.outputs import SplitSpec, wrap_all
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
@@ -34,7 +33,9 @@ from ringfx.pipeline import Lowered, lower
 from ringfx.plan import Plan
 from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
+from ringfx.split_spec import SplitSpec
 from ringfx.world import World
+from ringfx.wrapping import wrap_all
 
 __all__ = ["Backend", "ringfx_backend"]
 
@@ -227,7 +228,7 @@ def lower_or_say(
         return lower(gm, example_inputs, settings, world, arrivals)
     except (RingfxError, TorchDynamoException):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a defect of ours raises: it is raised again, as its cause
         frames = traceback.extract_tb(error.__traceback__)
         where = next((f for f in reversed(frames) if "ringfx" in f.filename), frames[-1])
         said = (str(error).strip() or "no text").splitlines()[0]
@@ -308,16 +309,11 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 
 
 def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:
-    carried = output.carried
-    return SplitSpec(
+    lines = lowered.local.placement.lines
+    return SplitSpec.of(
+        lines.arrival(output.carried),
         name=_output_name(lowered, index),
         shape=output.shape,
-        layout=lowered.local.placement.lines.lines[carried.line].layout,
-        offset=carried.member.offset,
-        length=carried.member.length,
-        dim=carried.dim,
-        outer=carried.outer,
-        inner=carried.inner,
         rank=world.rank,
         group=world.group,
     )

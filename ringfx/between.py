@@ -18,8 +18,10 @@ import torch
 from torch._guards import TracingContext
 
 from ringfx.collectives import slice_tokens
-from ringfx.outputs import SplitSpec, SplitTensor, Told, part
+from ringfx.outputs import SplitTensor
 from ringfx.passes.values import Resharding
+from ringfx.split_spec import SplitSpec, Told
+from ringfx.wrapping import part
 
 __all__ = ["Between", "is_split", "part_example", "whole_example"]
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ringfx.passes.axes import name_axes
 from ringfx.passes.place import Placement, find_lines, place
-from ringfx.passes.rewrite import SplitOutput, rewrite
+from ringfx.passes.rewrite import rewrite
 from ringfx.passes.rewrite.calls import local_shape
 from ringfx.passes.values import Arrival, Captured
 from ringfx.passes.verify.check import line_inputs
@@ -117,7 +117,9 @@ def _planned_as(
 
     return OneCall(
         run=run,
-        outputs=tuple(None if x is None else (x.shape, _arrival(x, lines)) for x in local.outputs),
+        outputs=tuple(
+            None if x is None else (x.shape, lines.arrival(x.carried)) for x in local.outputs
+        ),
         structure=shape,
         sends=bool(local.reshardings),
     )
@@ -169,15 +171,3 @@ def _traced(
     names = tuple(str(func) for _ in fakes)
     no = (False,) * len(fakes)
     return Captured(graph_module=gm, input_names=names, is_parameter=no, needs_grad=no), shape[0]
-
-
-def _arrival(output: SplitOutput, lines: Any) -> Arrival:
-    carried = output.carried
-    return Arrival(
-        layout=lines.lines[carried.line].layout,
-        offset=carried.member.offset,
-        length=carried.member.length,
-        dim=carried.dim,
-        outer=carried.outer,
-        inner=carried.inner,
-    )

@@ -7,24 +7,20 @@ vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx import messages
-from ringfx.collectives import gather_plain, mask_tokens, take_plain, take_tokens
-from ringfx.errors import AgreementError, SplitWrite
-from ringfx.layout import Layout
+from ringfx.collectives import gather_plain, take_tokens
+from ringfx.errors import SplitWrite
 from ringfx.one_call import Given, one_call
 from ringfx.passes.values import Arrival
 from ringfx.picks import local_rows, mask_rows
@@ -36,12 +32,10 @@ from ringfx.reads import (
     reduce_to_one,
     writes_where_it_is,
 )
+from ringfx.split_spec import SplitSpec, Told, agree_to_touch
 from ringfx.uncompiled import Function
 
-__all__ = ["SplitSpec", "SplitTensor", "Told", "part", "wrap", "wrap_all"]
-
-TOUCH_TIMEOUT = datetime.timedelta(seconds=10)
-"""How long a rank that touches a split output waits for the others."""
+__all__ = ["Cell", "SplitTensor"]
 
 aten = torch.ops.aten
 _LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
@@ -51,68 +45,10 @@ _NEW = frozenset(
         aten.new_empty.default, aten.new_empty_strided.default,
     }
 )  # fmt: skip
-_outputs = itertools.count()
-_gradients = itertools.count()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSpec:
-    """How one output is split; ``dim`` is [outer, tokens, inner]."""
-
-    name: str = field(compare=False)
-    shape: tuple[int, ...]
-    layout: Layout
-    offset: int
-    length: int
-    dim: int
-    outer: int
-    inner: int
-    rank: int
-    group: str
-    number: str = field(default="", compare=False)
-    """Tells outputs apart, and what is computed from them, in the same words on every rank."""
-
-    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(element that each local token holds, whether it holds one)."""
-        own = self.layout.positions(self.rank, device) - self.offset
-        return own.clamp(0, self.length - 1), (own >= 0) & (own < self.length)
-
-    def arrival(self) -> Arrival:
-        """How it is split, as a program is told that takes it."""
-        return Arrival(
-            layout=self.layout, offset=self.offset, length=self.length,
-            dim=self.dim, outer=self.outer, inner=self.inner,
-        )  # fmt: skip
-
-    def tokens(self) -> tuple[Any, ...]:
-        """What values that are split alike agree in, as far as broadcasting goes."""
-        from_the_end = len(self.shape) - self.dim
-        return (
-            self.layout, self.offset, self.length, from_the_end, self.outer, self.inner, self.group
-        )  # fmt: skip
-
-    def everywhere(self) -> bool:
-        """Whether each rank has a token of it."""
-        size, end = self.layout.chunk_length, self.offset + self.length
-        starts = map(self.layout.chunk_starts, range(self.layout.world_size))
-        return all(any(s < end and s + size > self.offset for s in chunks) for chunks in starts)
-
-    def order(self, device: torch.device) -> torch.Tensor:
-        return self.layout.order(device)[self.offset : self.offset + self.length]
-
-
-class Told(Protocol):
-    """Is given a value that is gathered and its size in bytes."""
-
-    @property
-    def inside(self) -> bool:
-        """Whether the model runs: every rank then runs the same calls."""
-
-    def __call__(self, spec: SplitSpec, num_bytes: int) -> None: ...
 
 
 @dataclass(eq=False)
-class _Cell:
+class Cell:
     """What one value and its aliases hold: this rank's part and, once gathered, all of it."""
 
     local: torch.Tensor
@@ -129,7 +65,7 @@ class _Cell:
     is none; None: never."""
     aliased: bool = False
     """Several results of a program are this one value."""
-    views: WeakSet[_Cell] = field(default_factory=WeakSet)
+    views: WeakSet[Cell] = field(default_factory=WeakSet)
     """Views of this rank's part."""
 
 
@@ -140,11 +76,11 @@ class SplitTensor(torch.Tensor):
     tokens only; any other gathers it first, on all ranks together, and runs on the whole.
     """
 
-    _cell: _Cell
+    _cell: Cell
     _spec: SplitSpec
 
     @staticmethod
-    def __new__(cls, cell: _Cell, spec: SplitSpec) -> SplitTensor:
+    def __new__(cls, cell: Cell, spec: SplitSpec) -> SplitTensor:
         local = cell.local
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
@@ -168,7 +104,7 @@ class SplitTensor(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], spec: SplitSpec, outer_size: Any, outer_stride: Any
     ) -> SplitTensor:
-        return SplitTensor(_Cell(inner["_local"]), spec)
+        return SplitTensor(Cell(inner["_local"]), spec)
 
     def whole(self) -> torch.Tensor:
         """The whole value on every rank, differentiable; all ranks ask together."""
@@ -235,7 +171,7 @@ class SplitTensor(torch.Tensor):
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
         spec, local = self._spec, self._local
-        _agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
+        agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
         index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
         own = spec.layout.positions(spec.rank, local.device) - spec.offset
         rows = local_rows(index, own, spec.length, 1, 1)
@@ -248,7 +184,7 @@ class SplitTensor(torch.Tensor):
     def _reduced(self, func: Any, to_one: ToOne, kwargs: dict[str, Any]) -> torch.Tensor:
         """One number of all tokens, from one of each rank's own."""
         spec, local = self._spec, self._local
-        _agree_to_touch(spec, f"{func}{self._next(str(func))}")
+        agree_to_touch(spec, f"{func}{self._next(str(func))}")
         _, valid = spec.index(local.device)
         mine = take_tokens(local, valid.nonzero().view(-1), spec.dim, spec.outer, spec.inner)
         number = to_one.part(mine, **kwargs)
@@ -271,7 +207,7 @@ class SplitTensor(torch.Tensor):
             self._refuse_lost_writes()
             if cell.told is not None and cell.told.inside:
                 cell.told(spec, self.numel() * self.element_size())
-            _agree_to_touch(spec)
+            agree_to_touch(spec)
             cell.gathered_at = None if self.is_inference() else self._version
             with torch.no_grad():
                 cell.whole = gather_plain(
@@ -453,7 +389,7 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return None
     number = f"{spec.number}/{func}{source._next(str(func))}"
     if call.sends:
-        _agree_to_touch(spec, number)
+        agree_to_touch(spec, number)
     results = call.run(*(x._local if isinstance(x, SplitTensor) else x for x in given))
     wrapped = [
         _made_split(result, source, how, f"{number}.{i}", func.is_view)
@@ -479,18 +415,14 @@ def _made_split(
             source._hand_out()
         return result
     shape, arrival = how
-    spec = SplitSpec(
-        name=source._spec.name, shape=shape, layout=arrival.layout, offset=arrival.offset,
-        length=arrival.length, dim=arrival.dim, outer=arrival.outer, inner=arrival.inner,
-        rank=source._spec.rank, group=source._spec.group, number=number,
-    )  # fmt: skip
+    spec = source._spec.lying(arrival, shape, number)
     return _viewing(result, source, spec, is_view)
 
 
 def _viewing(
     result: torch.Tensor, source: SplitTensor, spec: SplitSpec, is_view: bool
 ) -> torch.Tensor:
-    cell = _Cell(result, told=source._cell.told)
+    cell = Cell(result, told=source._cell.told)
     if is_view:
         cell.viewed = None if source.is_inference() else source._version
         source._cell.views.add(cell)
@@ -527,42 +459,6 @@ def _again_split(
     return _viewing(result, source, made, is_view)
 
 
-class _Wrap(Function):
-    @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, spec: SplitSpec, cell: _Cell) -> torch.Tensor:
-        ctx.spec = spec
-        return SplitTensor(cell, spec)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (grad,) = grads
-        spec: SplitSpec = ctx.spec
-        index, valid = spec.index(grad.device)
-        if isinstance(grad, SplitTensor) and grad._spec == spec:
-            local = grad.to_local()
-            return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None, None
-        grad = whole_gradient(grad)
-        return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None, None
-
-
-class _Part(Function):
-    """This rank's tokens; backward gives a gradient that is split as the value."""
-
-    @staticmethod
-    def forward(ctx: Any, split: SplitTensor, told: Told | None) -> torch.Tensor:
-        ctx.spec, ctx.told, ctx.number = split._spec, told, next(_outputs)
-        return split.to_local().detach().contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        spec = dataclasses.replace(
-            ctx.spec,
-            name=f"the gradient of {ctx.spec.name}",
-            number=f"{ctx.number}/gradient {next(_gradients)}",
-        )
-        return SplitTensor(_Cell(grads[0], told=ctx.told), spec), None
-
-
 class _Whole(Function):
     @staticmethod
     def forward(ctx: Any, split: SplitTensor) -> torch.Tensor:
@@ -572,91 +468,3 @@ class _Whole(Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         return grads[0]
-
-
-def wrap(local: torch.Tensor, spec: SplitSpec, told: Told | None = None) -> torch.Tensor:
-    """This rank's part as a tensor of the global shape, differentiable.
-
-    ``told`` is told of every gather of it, and of what is computed from it.
-    """
-    numbered = dataclasses.replace(spec, number=str(next(_outputs)))
-    cell = _Cell(local.detach(), told=told)
-    wrapped: torch.Tensor = _Wrap.apply(local, numbered, cell)  # type: ignore[no-untyped-call]
-    return wrapped
-
-
-def wrap_all(
-    results: Sequence[Any], specs: Sequence[SplitSpec | None], told: Told | None = None
-) -> list[Any]:
-    """The results of a program; those that are one value, or views of one, stay that."""
-    wrapped = [
-        _with_whole_gradient(result) if spec is None else wrap(result, spec, told)
-        for result, spec in zip(results, specs, strict=True)
-    ]
-    split = [x for x in wrapped if isinstance(x, SplitTensor)]
-    for value, other in itertools.combinations(split, 2):
-        mine, its = value._local, other._local
-        if mine.untyped_storage()._cdata != its.untyped_storage()._cdata:
-            continue
-        if value._spec == other._spec and _place_in_memory(mine) == _place_in_memory(its):
-            other._cell = value._cell
-            value._cell.aliased = True
-        else:
-            value._hand_out()
-            other._hand_out()
-    return wrapped
-
-
-def _with_whole_gradient(result: Any) -> Any:
-    """A whole result: its program's backward holds this rank's tokens, which a split gradient,
-    were it computed with as it is, would take for those of all ranks."""
-    if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-        result.register_hook(whole_gradient)  # type: ignore[no-untyped-call]
-    return result
-
-
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
-def whole_gradient(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient as a plain tensor."""
-    return grad._gathered() if isinstance(grad, SplitTensor) else grad
-
-
-def _place_in_memory(x: torch.Tensor) -> tuple[Any, ...]:
-    return x.storage_offset(), x.shape, x.stride(), x.dtype
-
-
-def part(split: SplitTensor, told: Told | None = None) -> torch.Tensor:
-    """This rank's tokens, differentiable; ``told`` is told where the gradient is gathered."""
-    mine: torch.Tensor = _Part.apply(split, told)  # type: ignore[no-untyped-call]
-    return mine
-
-
-def _agree_to_touch(spec: SplitSpec, part: str = "") -> None:
-    """All ranks say that they touch this output before any of them starts to gather.
-
-    Raises
-    ------
-    AgreementError
-        When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    key = f"ringfx/touch/{spec.group}/{spec.number}{part}"
-    everyone = [f"{key}/{r}" for r in range(spec.layout.world_size)]
-    store.set(everyone[spec.rank], "here")
-    try:
-        store.wait(everyone, TOUCH_TIMEOUT)
-        verdict = b"go"
-    except RuntimeError:
-        verdict = b"failed"
-    # The first to know decides for all: a rank that comes late must not gather alone.
-    decided = store.compare_set(f"{key}/verdict", "", verdict.decode())
-    if decided == b"go":
-        return
-    missing = [r for r, k in enumerate(everyone) if not store.check([k])]
-    late = f"ranks {missing} did not touch it" if missing else "not all ranks touched it"
-    raise AgreementError(
-        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was touched on "
-        f"rank {spec.rank}, but {late} within {TOUCH_TIMEOUT.total_seconds():.0f} s; gathering "
-        "needs all ranks. Do: touch it on every rank (compute before `if rank == 0`), or pass "
-        "outputs='local' to get each rank's own part."
-    )

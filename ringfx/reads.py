@@ -18,7 +18,7 @@ import torch
 from ringfx.collectives import take_tokens
 
 if TYPE_CHECKING:
-    from ringfx.outputs import SplitSpec
+    from ringfx.split_spec import SplitSpec
 
 __all__ = [
     "LocalCall",

@@ -85,6 +85,17 @@ class Lines:
             self._known[key] = self._carried(node, index)
         return self._known[key]
 
+    def arrival(self, carried: Carried) -> Arrival:
+        """How such a tensor is split, as it is told outside of this program."""
+        return Arrival(
+            layout=self.lines[carried.line].layout,
+            offset=carried.member.offset,
+            length=carried.member.length,
+            dim=carried.dim,
+            outer=carried.outer,
+            inner=carried.inner,
+        )
+
     def _carried(self, node: Node, index: int) -> Carried | Tangle | None:
         if node not in self.axes.values:
             return None
@@ -188,15 +199,8 @@ def _build(
 
 def _lies(lines: Lines, fixed: Fixed) -> bool:
     """Whether the input is split just as its line would split it."""
-    arrival, carried = fixed.arrival, lines.carried(fixed.node)
-    return isinstance(carried, Carried) and arrival == Arrival(
-        layout=lines.lines[carried.line].layout,
-        offset=carried.member.offset,
-        length=carried.member.length,
-        dim=carried.dim,
-        outer=carried.outer,
-        inner=carried.inner,
-    )
+    carried = lines.carried(fixed.node)
+    return isinstance(carried, Carried) and fixed.arrival == lines.arrival(carried)
 
 
 def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
