@@ -236,19 +236,23 @@ def _status_bytes(field: str) -> int:
     raise AssertionError(f"no {field} in /proc/self/status")
 
 
-def _measure(case: Case, rank: int, size: int, rounds: int, naive: bool) -> dict[str, list[float]]:
+def _measure(
+    case: Case, rank: int, size: int, options: argparse.Namespace
+) -> dict[str, list[float]]:
     steps = _contestants(case, rank, size)
+    if options.contestants:
+        steps = {name: step for name, step in steps.items() if name in options.contestants}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         _timed(step, size if name == "whole" else 1)
-    for number in range(rounds):
+    for number in range(options.rounds):
         # The order turns with each round, so that none always follows the same one.
         names = list(steps)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             times[name].append(_timed(steps[name], size if name == "whole" else 1))
-    if naive:
+    if case.length <= options.naive_up_to and case.dtype == torch.float32:
         step = _naive(case) if rank == 0 else None
-        times["naive"] = [_timed(step, 1) / size for _ in range(max(1, rounds // 3))]
+        times["naive"] = [_timed(step, 1) / size for _ in range(max(1, options.rounds // 3))]
     return times
 
 
@@ -266,8 +270,7 @@ def _rank_main(rank: int, size: int, port: int, options: argparse.Namespace, pip
                 pipe.send((strategy, int(peak)))
     else:
         for case in cases(options):
-            naive = case.length <= options.naive_up_to and case.dtype == torch.float32
-            times = _measure(case, rank, size, options.rounds, naive)
+            times = _measure(case, rank, size, options)
             if rank == 0:
                 pipe.send((case, times))
     if rank == 0:
@@ -376,6 +379,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--contestants", nargs="+", help="time these alone; 'heads', the reference, among them"
+    )
     parser.add_argument("--naive-up-to", type=int, default=8192)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
@@ -391,6 +397,9 @@ def main() -> None:
         print("\n".join(_table(json.loads(options.show.read_text()))))
         return
     origin, rows = _origin(), []
+    what = "memory" if options.memory else "time"
+    output = options.output or Path(__file__).parent / "results" / f"attention_{what}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     for size in options.ranks:
         for message in _run(size, options):
             if options.memory:
@@ -403,10 +412,8 @@ def main() -> None:
                 )
                 print(f"{size} ranks  {row['case']:<46} {shown}", flush=True)
             rows.append(row)
-    what = "memory" if options.memory else "time"
-    output = options.output or Path(__file__).parent / "results" / f"attention_{what}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**origin, "rows": rows}, indent=1) + "\n")
+            # Written at once: a long run that is cut off keeps what it has.
+            output.write_text(json.dumps({**origin, "rows": rows}, indent=1) + "\n")
     print(output)
 
 
