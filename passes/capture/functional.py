@@ -1,15 +1,15 @@
 """In-place operators become functional ones, so that a value never changes after it was made.
 
-One walk copies the program. A write makes a new value; if what is written is a view, the new value
-is put back into its base (``aliases.py``), and every other view of that base that is still read is
-made again. New values of inputs and buffers become further results of the program, which the
-runner copies into the user's tensors once the program has run.
+One walk copies the program. A write makes a new value (``overloads.py``); if what is written is a
+view, the new value is put back into its base (``aliases.py``), and every other view of that base
+that is still read is made again. New values of inputs and buffers become further results of the
+program, which the runner copies into the user's tensors once the program has run.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,12 @@ from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, storage_of
 from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.capture.overloads import (
+    CLEARER,
+    arguments_for,
+    functional_overload,
+    written_operands,
+)
 
 __all__ = ["Functional", "functionalize", "mutates"]
 
@@ -159,7 +165,7 @@ class _Functionalizer:
         if torch.Tag.inplace_view in op.tags:
             self._change_shape(node)
             return
-        targets = _written(node)
+        targets = written_operands(node)
         if any(t not in self.aliases for t in targets):
             self._refuse("what it writes into cannot be followed")
         values = self._values(node, targets)
@@ -169,7 +175,7 @@ class _Functionalizer:
 
     def _values(self, node: Node, targets: list[Node]) -> list[Node]:
         """The new value of each written operand."""
-        special = _SPECIAL.get(node.target)
+        special = CLEARER.get(node.target)
         if special is not None:
             made = special(self, node)
             if made is not None:
@@ -178,7 +184,7 @@ class _Functionalizer:
         if op is None:
             self._refuse("it has no functional counterpart")
         assert op is not None
-        args, kwargs = _arguments_for(op, node)
+        args, kwargs = arguments_for(op, node)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._current)
         new = self.emit(op, *args, **kwargs)
         if len(op._schema.returns) == 1:
@@ -346,133 +352,3 @@ def _last_uses(graph: Graph) -> dict[Node, int]:
             (max(order[u], last[u] if mutates(u) else -1) for u in node.users), default=-1
         )
     return last
-
-
-def _written(node: Node) -> list[Node]:
-    """The operands that a call writes into, in the order of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    found: list[Node] = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        values = value if isinstance(value, (tuple, list)) else [value]
-        found += [v for v in values if isinstance(v, Node)]
-    return found
-
-
-def functional_overload(op: OpOverload) -> OpOverload | None:
-    """The operator that returns what this one writes.
-
-    >>> functional_overload(torch.ops.aten.add_.Tensor)
-    <OpOverload(op='aten.add', overload='Tensor')>
-    >>> functional_overload(torch.ops.aten.bernoulli_.float)
-    <OpOverload(op='aten.bernoulli', overload='p')>
-    """
-    name = op._schema.name.split("::")[1]
-    if name in _NO_VALUE:
-        return None
-    in_place = name.endswith("_")
-    if name.startswith("__i"):
-        name = "__" + name[3:]
-    elif in_place:
-        name = _RENAMED.get(name, name[:-1])
-    packet = getattr(getattr(torch.ops, op.namespace), name, None)
-    wanted = [_parameter(a) for a in op._schema.arguments if in_place or not a.is_out]
-    for overload in packet.overloads() if packet is not None else ():
-        found: OpOverload = getattr(packet, overload)
-        if [
-            _parameter(a) for a in found._schema.arguments
-        ] == wanted and not found._schema.is_mutable:
-            return found
-    return None
-
-
-_NO_VALUE = frozenset({"set_", "resize_", "resize_as_"})
-"""Change what memory a tensor is, not what it holds."""
-_RENAMED = {"normal_": "normal_functional"}
-
-
-def _parameter(argument: Any) -> tuple[str, str]:
-    return argument.name, str(argument.type)
-
-
-def _arguments_for(op: OpOverload, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments without those that only say where the result goes.
-
-    A default of the in-place operator need not be one of the functional operator.
-    """
-    keep = {a.name for a in op._schema.arguments}
-    given = {k: v for k, v in node.kwargs.items() if k in keep}
-    for argument in node.target._schema.arguments[len(node.args) :]:  # type: ignore[union-attr]
-        if argument.name in keep and argument.has_default_value() and not argument.kwarg_only:
-            given.setdefault(argument.name, argument.default_value)
-    return node.args, given
-
-
-# --- operators that are clearer in other words ------------------------------------------------
-
-
-def _copied(f: _Functionalizer, node: Node) -> Node:
-    """x.copy_(y): y in x's shape and type."""
-    old = node.args[0].meta["val"]  # type: ignore[union-attr]
-    value = f.current(node.args[1])
-    if not isinstance(value, Node):
-        return f.emit(aten.full_like.default, f.current(node.args[0]), value)
-    given = value.meta["val"]
-    if given.device != old.device:
-        value = f.emit(aten.to.device, value, old.device, old.dtype)
-    elif given.dtype != old.dtype:
-        value = f.emit(aten.to.dtype, value, old.dtype)
-    return value if given.shape == old.shape else _expanded(f, value, old)
-
-
-def _expanded(f: _Functionalizer, value: Node, old: torch.Tensor) -> Node:
-    surplus = value.meta["val"].dim() - old.dim()
-    if surplus > 0:  # leading dimensions of size 1
-        value = f.emit(aten.reshape.default, value, list(value.meta["val"].shape[surplus:]))
-    return f.emit(aten.expand.default, value, list(old.shape))
-
-
-def _filled(f: _Functionalizer, node: Node) -> Node:
-    old = node.args[0].meta["val"]  # type: ignore[union-attr]
-    value = f.current(node.args[1])
-    if not isinstance(value, Node):
-        return f.emit(aten.full_like.default, f.current(node.args[0]), value)
-    return _expanded(f, f.emit(aten.to.dtype, value, old.dtype), old)
-
-
-def _zeroed(f: _Functionalizer, node: Node) -> Node:
-    return f.emit(aten.full_like.default, f.current(node.args[0]), 0)
-
-
-def _chosen(f: _Functionalizer, node: Node) -> Node | None:
-    """x[mask] = number, as a choice between two values of one shape."""
-    base, indices, value, *accumulate = node.args
-    places = [i for i in indices if i is not None]  # type: ignore[union-attr]
-    given = value.meta["val"]  # type: ignore[union-attr]
-    if any(accumulate) or node.kwargs or len(places) != 1 or given.numel() != 1:
-        return None
-    mask = places[0]
-    assert isinstance(mask, Node)
-    if mask.meta["val"].dtype != torch.bool:
-        return None
-    rank, before = base.meta["val"].dim(), list(indices).index(mask)  # type: ignore[union-attr, arg-type]
-    shape = mask.meta["val"].shape
-    after = rank - before - len(shape)
-    here = f.current(mask)
-    if before or after:
-        here = f.emit(aten.reshape.default, here, [1] * before + list(shape) + [1] * after)
-    number = f.current(value)
-    if given.dim():
-        number = f.emit(aten.reshape.default, number, [])
-    return f.emit(aten.where.self, here, number, f.current(base))
-
-
-_SPECIAL: Mapping[object, Callable[[_Functionalizer, Node], Node | None]] = {
-    aten.copy_.default: _copied,
-    aten.fill_.Scalar: _filled,
-    aten.fill_.Tensor: _filled,
-    aten.zero_.default: _zeroed,
-    aten.index_put_.default: _chosen,
-}

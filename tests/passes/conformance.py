@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.passes import constructs
+from tests.passes import constructs, control, torch_layers
 from tests.passes.models import HIDDEN
 from tests.passes.transforms import FLEX, TRANSFORMS, Flex, Transformed
 from tests.passes.writes import BUFFERS, WRITES, Writes, WritesBuffers
@@ -94,15 +94,15 @@ def rows() -> Iterator[Row]:
         yield Row(group="torch.func", name=name, model=make(Transformed, name))
     for name in FLEX:
         yield Row(group="flex attention", name=name, model=make(Flex, name))
-    for name, model in constructs.LAYERS.items():
+    for name, model in torch_layers.LAYERS.items():
         yield Row(group="layers", name=name, model=model)
-    for name, model in constructs.EVALUATED.items():
+    for name, model in torch_layers.EVALUATED.items():
         yield Row(group="layers", name=name, model=model, trains=False)
-    for name, model in constructs.RANDOM.items():
+    for name, model in control.RANDOM.items():
         yield Row(group="random operators", name=name, model=model)
-    for name, model in constructs.CONTROL.items():
+    for name, model in control.CONTROL.items():
         yield Row(group="control flow", name=name, model=model)
-    for name, (model, words, why) in constructs.REFUSED_CONTROL.items():
+    for name, (model, words, why) in control.REFUSED_CONTROL.items():
         yield Row(group="control flow", name=name, model=model, refused=words, why=why)
     yield Row(group="numbers", name="complex rotation", model=constructs.Rotated)
     yield Row(

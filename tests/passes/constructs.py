@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.passes.models import HEADS, HIDDEN, Block
+from tests.passes.models import HIDDEN, Block
 
 Tensor = torch.Tensor
 
@@ -208,54 +207,9 @@ class ReadBuffers(Around):
         return x - self.mean
 
 
-class Broken(Around):
-    def between(self, x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return x * 2
-
-
-class MultiHead(nn.Module):
-    def __init__(self, need_weights: bool) -> None:
-        super().__init__()
-        self.first = Block()
-        self.attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True)
-        self.need_weights = need_weights
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.first(x, is_causal=True)
-        return self.attention(x, x, x, need_weights=self.need_weights)
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, norm_first: bool = False) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(
-            HIDDEN, HEADS, 40, dropout=0.0, batch_first=True, norm_first=norm_first
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x)
-        return result
-
-
-class EvaluatedLayer(EncoderLayer):
-    """In eval and without gradients this is one fused operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eval()
-
-
 class Dropout(Around):
     def between(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, 0.5, training=True)
-
-
-class Items(Around):
-    """Control flow that asks a tensor for a number."""
-
-    def between(self, x: Tensor) -> Tensor:
-        return x * 2 if float(x.sum()) > 1e9 else x * 3
 
 
 def loss(kind: str, **options: Any) -> functools.partial[Any]:
@@ -463,169 +417,6 @@ class RefusedWrites(Around):
 
     def between(self, x: Tensor) -> Tensor:
         return WRITES_REFUSED[self.name](x)
-
-
-class Encoder(nn.Module):
-    """Layers of torch itself, with causal or padding masks."""
-
-    def __init__(self, heads: int = 2, padded: bool = False, **options: Any) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(HIDDEN, heads, 40, 0.0, batch_first=True, **options)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.padded = padded
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = None
-        if self.padded:
-            padding = torch.arange(x.shape[1])[None] >= torch.tensor([[x.shape[1]], [4]])
-        result: Tensor = self.encoder(x, src_key_padding_mask=padding)
-        return result
-
-
-class CausalEncoder(Encoder):
-    def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
-        result: Tensor = self.encoder(x, mask=mask, is_causal=True)
-        return result
-
-
-class Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerDecoderLayer(HIDDEN, HEADS, 40, 0.0, batch_first=True)
-        self.decoder = nn.TransformerDecoder(layer, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.decoder(x, x[:, :5] * 2)
-        return result
-
-
-def evaluated(make: Callable[[], nn.Module]) -> nn.Module:
-    return make().eval()
-
-
-LAYERS: Mapping[str, Callable[[], nn.Module]] = {
-    "nn.MultiheadAttention": functools.partial(MultiHead, need_weights=False),
-    "nn.MultiheadAttention, weights returned": functools.partial(MultiHead, need_weights=True),
-    "nn.TransformerEncoder": Encoder,
-    "nn.TransformerEncoder, causal": CausalEncoder,
-    "nn.TransformerEncoder, padding": functools.partial(Encoder, padded=True),
-    "nn.TransformerDecoder": Decoder,
-}
-
-EVALUATED: Mapping[str, Callable[[], nn.Module]] = {
-    "fused nn.TransformerEncoderLayer": functools.partial(evaluated, Encoder),
-    "fused nn.TransformerEncoderLayer, norm first": functools.partial(
-        evaluated, functools.partial(Encoder, norm_first=True, activation="gelu")
-    ),
-    "fused nn.TransformerEncoderLayer, causal": functools.partial(evaluated, CausalEncoder),
-    "fused nn.TransformerEncoderLayer, padding": functools.partial(
-        evaluated, functools.partial(Encoder, padded=True)
-    ),
-    "fused nn.MultiheadAttention": functools.partial(
-        evaluated, functools.partial(MultiHead, need_weights=False)
-    ),
-}
-
-
-class Draws(Around):
-    def between(self, x: Tensor) -> Tensor:
-        torch.manual_seed(5)  # both the model and its oracle draw the same
-        return x + torch.randn_like(x) * torch.rand(x.shape[1])[:, None]
-
-
-class DrawsInPlace(Around):
-    def between(self, x: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        noise = torch.empty_like(x, requires_grad=False).uniform_(0.5, 1.5)
-        keep = torch.empty(x.shape[1], dtype=x.dtype).bernoulli_(0.5)
-        return x * noise * keep[:, None]
-
-
-class SeededDropout(Around):
-    def between(self, x: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return nn.functional.dropout(x, 0.5, training=True)
-
-
-RANDOM: Mapping[str, Callable[[], nn.Module]] = {
-    "dropout": SeededDropout,
-    "rand, randn_like": Draws,
-    "uniform_, bernoulli_": DrawsInPlace,
-}
-
-log = logging.getLogger("tests.passes.constructs")
-
-
-class Logs(Around):
-    def between(self, x: Tensor) -> Tensor:
-        log.warning("a line of a log")
-        return x * 2
-
-
-class Chosen(Around):
-    """How many elements there are depends on the data."""
-
-    def between(self, x: Tensor) -> Tensor:
-        return x + x[x > 0].mean()
-
-
-class Region(Around):
-    """One region that is called twice is compiled once."""
-
-    def between(self, x: Tensor) -> Tensor:
-        region = torch.compiler.nested_compile_region(lambda y: (y * 2).sin())
-        result: Tensor = region(region(x))
-        return result
-
-
-CONTROL: Mapping[str, Callable[[], nn.Module]] = {
-    "a graph break": Broken,
-    "a log line": Logs,
-    "a number from a tensor": Items,
-    "a size that depends on data": Chosen,
-    "a repeated region": Region,
-}
-
-
-class Branches(Around):
-    def between(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,))
-        return result
-
-
-class Loops(Around):
-    def between(self, x: Tensor) -> Tensor:
-        from torch._higher_order_ops.while_loop import while_loop
-
-        def going(i: Tensor, y: Tensor) -> Tensor:
-            return i < 3
-
-        def step(i: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return i + 1, y * 1.5
-
-        _, result = while_loop(going, step, (torch.zeros((), dtype=torch.int64), x))
-        return result  # type: ignore[no-any-return]
-
-
-class Scans(Around):
-    def between(self, x: Tensor) -> Tensor:
-        from torch._higher_order_ops.scan import scan
-
-        def step(carry: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-            carry = carry * 0.5 + row
-            return carry, carry.clone()
-
-        _, rows = scan(step, torch.zeros_like(x[:, 0]), x, dim=1)
-        result: Tensor = rows.movedim(0, 1) if rows.shape[0] == x.shape[1] else rows
-        return result
-
-
-REFUSED_CONTROL: Mapping[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "torch.cond": (Branches, "torch.cond", "its branch depends on data"),
-    "torch.while_loop": (Loops, "torch.while_loop", "its length depends on data"),
-    "a scan": (Scans, "a scan", "a recurrence along an axis"),
-}
 
 
 class Rotated(Around):

@@ -16,7 +16,7 @@ import ringfx
 from ringfx.errors import RingfxError
 from ringfx.passes.capture.gradients import needs_grad
 from tests.harness import Case, compare_here
-from tests.passes import constructs
+from tests.passes import constructs, torch_layers
 from tests.passes.constructs import total
 from tests.passes.models import HIDDEN
 from tests.passes.programs import captured, lowered
@@ -115,13 +115,13 @@ def test_gradients_are_marked_where_they_flow() -> None:
 
 
 def test_nodes_know_their_module_and_their_line() -> None:
-    program = captured(constructs.EncoderLayer(), *x())
+    program = captured(torch_layers.EncoderLayer(), *x())
     graph = program.graph_module.graph
     (node,) = (
         n for n in graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default
     )
     assert node.meta["ringfx_path"] == "layer.self_attn"
-    assert node.meta["ringfx_source"].startswith("constructs.py:")
+    assert node.meta["ringfx_source"].startswith("torch_layers.py:")
     calls = [n for n in graph.nodes if n.op == "call_function"]
     assert all(n.meta["ringfx_source"] for n in calls)
     assert "layer.self_attn.in_proj_weight" in program.input_names

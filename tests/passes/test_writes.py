@@ -11,7 +11,7 @@ import torch
 
 import ringfx
 from ringfx.errors import CaptureRefused
-from ringfx.passes.capture.functional import functional_overload
+from ringfx.passes.capture.overloads import functional_overload
 from tests.harness import Case, compare_here
 from tests.passes.constructs import Around, total
 from tests.passes.models import HIDDEN

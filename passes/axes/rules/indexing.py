@@ -88,6 +88,39 @@ def gather(call: Call) -> OpAxes:
     )  # fmt: skip
 
 
+def take_along_dim(call: Call) -> OpAxes:
+    """torch.take_along_dim: other dimensions broadcast and stay local."""
+    if call.get("dim") is None:
+        return _along_all(call)
+    at = call.dim("dim", len(call.shape("self")))
+    labels, picked = list(numbered(call.shape("self"))), list(numbered(call.shape("indices")))
+    picked[at] = ("picked",) if picked[at] else ()
+    out = [mine or other for mine, other in zip(labels, picked, strict=True)]
+    out[at] = picked[at]
+    operands = (tuple(labels), tuple(picked))
+    ordered = call.position("self") < call.position("indices")
+    return OpAxes(
+        operands=operands if ordered else operands[::-1],
+        results=(tuple(out),), share=shares(whole=[f"d{at}"]),
+        lookups={f"d{at}": 1} if ordered else {},
+        reason="it looks elements up along the axis",
+    )  # fmt: skip
+
+
+def _along_all(call: Call) -> OpAxes:
+    """Elements of a flattened tensor, by flattened numbers."""
+    labels, where = numbered(call.shape("self")), call.shape("indices")
+    if len(where) != 1:
+        return _opaque(call, "it looks elements up in a flattened tensor")
+    picked: Labels = (("picked",) if where[0] != 1 else (),)
+    given = {call.position("self"): labels, call.position("indices"): picked}
+    return OpAxes(
+        operands=(given[0], given[1]), results=(picked,),
+        share=shares(whole=[x for dim in labels for x in dim]),
+        reason="it looks elements up in the flattened tensor",
+    )  # fmt: skip
+
+
 def index_put(call: Call) -> OpAxes:
     """Writes at indices: the indexed dimensions need the whole, and are new axes in the result."""
     axes = index(call)
@@ -108,17 +141,18 @@ def index_put(call: Call) -> OpAxes:
     )
 
 
-def index_add(call: Call) -> OpAxes:
-    """Adds rows at indices of a dimension, which needs the whole."""
-    labels = numbered(call.shapes[0])
+def index_rows(call: Call) -> OpAxes:
+    """Adds, copies or fills rows at indices of a dimension, which needs the whole."""
+    labels = numbered(call.shape("self"))
     at = call.dim("dim", len(labels))
-    count = call.shape("source")[at]
-    added: Labels = (("added",) if count != 1 else (),)
+    rows: Labels = (("rows",) if call.shape("index")[0] != 1 else (),)
+    given = {"self": labels, "index": rows, "source": (*labels[:at], *rows, *labels[at + 1 :])}
+    by_place = {call.position(n): x for n, x in given.items() if isinstance(call.get(n), Node)}
     return OpAxes(
-        operands=(labels, added, (*labels[:at], *added, *labels[at + 1 :])),
+        operands=tuple(by_place.get(i, ()) for i in range(len(call.operands))),
         results=(labels,),
-        share=shares(whole=[f"d{at}", "added"]),
-        reason="it adds rows at indices along the axis",
+        share=shares(whole=[f"d{at}", "rows"]),
+        reason="it writes rows at indices along the axis",
     )
 
 
@@ -205,14 +239,13 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.index.Tensor: index,
     aten.gather.default: gather,
     aten.diagonal.default: lambda call: _opaque(call, "it takes a diagonal"),
-    aten.take_along_dim.default: lambda call: _opaque(call, "it looks elements up"),
+    aten.take_along_dim.default: take_along_dim,
     aten.one_hot.default: one_hot,
     aten.bucketize.Tensor: rank_among("self", "boundaries"),
     aten.searchsorted.Tensor: rank_among("self", "sorted_sequence"),
     aten.slice_scatter.default: slice_scatter,
     **dict.fromkeys(
         (
-            aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
             aten.masked_scatter.default, aten.diagonal_scatter.default, aten.put.default,
         ),
         written_by_index,
@@ -225,5 +258,11 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
         scatter,
     ),
     aten.index_put.default: index_put,
-    aten.index_add.default: index_add,
+    **dict.fromkeys(
+        (
+            aten.index_add.default, aten.index_copy.default,
+            aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
+        ),
+        index_rows,
+    ),
 }  # fmt: skip
