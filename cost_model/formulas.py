@@ -286,7 +286,7 @@ def _phase(local: Local, profile: Profile, strategy: str, direction: Direction) 
     is_split = local.world_size > 1
     formula = FORMULAS[strategy] if is_split else _local_kernel(strategy)
     layer_us = profile.overhead_us(strategy if is_split else "local", direction)
-    handling_s = handling_seconds(profile, footprint.made_bytes(local, strategy, direction))
+    handling_s = handling_seconds(profile, footprint.held_bytes(local, strategy, direction))
     return formula(local, profile, direction) + Phase(compute_s=layer_us / 1e6 + handling_s)
 
 

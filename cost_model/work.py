@@ -8,7 +8,7 @@ mask that depends on data counts as computed wherever positions do not rule it o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ringfx.layout import Layout, LayoutKind
@@ -50,9 +50,26 @@ class Work:
     """Rows of the output merged, or of dq added, over all calls."""
     k_rows: float = 0.0
     """Rows of dK and dV added, over all calls."""
+    most_queries: int = 0
+    """Of one call."""
+    most_keys: int = 0
+    most_masked: int = 0
+    """Pairs of one call whose mask is evaluated."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        """Both one after the other: calls add up, and the largest stays the largest."""
+        return Work(
+            calls=self.calls + other.calls,
+            pairs=self.pairs + other.pairs,
+            masked_pairs=self.masked_pairs + other.masked_pairs,
+            diagonals=self.diagonals + other.diagonals,
+            causal_rows=self.causal_rows + other.causal_rows,
+            q_rows=self.q_rows + other.q_rows,
+            k_rows=self.k_rows + other.k_rows,
+            most_queries=max(self.most_queries, other.most_queries),
+            most_keys=max(self.most_keys, other.most_keys),
+            most_masked=max(self.most_masked, other.most_masked),
+        )
 
 
 def ring_work(
@@ -136,6 +153,7 @@ def _work(piece: Piece, masked: bool) -> Work:
     area = q * k
     pairs = q * (k + 1) / 2 if piece.causal else area
     is_masked = masked or piece.keep is not None
+    most_queries, most_keys = (min(x, MASKED_TILE) if is_masked else x for x in (q, k))
     return Work(
         calls=max(1.0, area / MASKED_TILE**2) if masked else 1.0,
         pairs=pairs,
@@ -144,4 +162,7 @@ def _work(piece: Piece, masked: bool) -> Work:
         causal_rows=q if piece.causal else 0.0,
         q_rows=q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
         k_rows=k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
+        most_queries=most_queries,
+        most_keys=most_keys,
+        most_masked=most_queries * most_keys if is_masked else 0,
     )

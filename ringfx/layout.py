@@ -7,6 +7,7 @@ sums skip them, and gathering crops them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,16 @@ class Layout:
         if self.kind == "contiguous":
             return (rank * self.chunk_length,)
         return (rank * self.chunk_length, (2 * self.world_size - 1 - rank) * self.chunk_length)
+
+    def chunks(self, rank: int) -> Iterator[tuple[slice, slice]]:
+        """Where a rank's runs are in order of position, and where among its own tokens.
+
+        >>> list(Layout("zigzag", 8, 2).chunks(1))
+        [(slice(2, 4, None), slice(0, 2, None)), (slice(4, 6, None), slice(2, 4, None))]
+        """
+        size = self.chunk_length
+        for i, start in enumerate(self.chunk_starts(rank)):
+            yield slice(start, start + size), slice(i * size, (i + 1) * size)
 
     def positions(self, rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """Global position of each local token, int64 [local_length]; padding is >= length."""

@@ -9,9 +9,10 @@ v, P ranks, N all elements of a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from ringfx.layout import Layout
 from ringfx.ops.blocks import pack, unpack
 from ringfx.ops.heads import HeadGroup, head_groups
 from ringfx.ops.local import Gradients, Output, Sum, Sums, attend, attend_backward
@@ -85,41 +86,35 @@ def _gather(
     problem: Problem, operation: str, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All K and V, in order of position, padding at the end."""
-    blocks_PN = problem.ranks.all_gather(operation, pack(k_BGKD, v_BGKE))
-    layout = problem.kv_layout
-    whole = []
-    for which, local in enumerate((k_BGKD, v_BGKE)):
-        B, G, _, D = local.shape
-        whole_BGSD = local.new_empty(B, G, layout.padded_length, D)
-        for rank in range(layout.world_size):
-            block = unpack(blocks_PN[rank], k_BGKD, v_BGKE)[which]
-            for i, start in enumerate(layout.chunk_starts(rank)):
-                size = layout.chunk_length
-                whole_BGSD[:, :, start : start + size] = block[:, :, i * size : (i + 1) * size]
-        whole.append(whole_BGSD)
+    ranks, layout = problem.ranks, problem.kv_layout
+    whole = [x.new_empty(*x.shape[:2], layout.padded_length, x.shape[3]) for x in (k_BGKD, v_BGKE)]
+
+    def place(rank: int, blocks: Iterable[Tensor]) -> None:
+        for whole_BGSD, block_BGKD in zip(whole, blocks, strict=True):
+            for there, here in layout.chunks(rank):
+                whole_BGSD[:, :, there] = block_BGKD[:, :, here]
+
+    place(ranks.rank, (k_BGKD, v_BGKE))
+    for rank, block_N in ranks.everyones(operation, pack(k_BGKD, v_BGKE)):
+        place(rank, unpack(block_N, k_BGKD, v_BGKE))
     return whole[0], whole[1]
 
 
 def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Sums) -> None:
     """The sum over ranks of this rank's tokens, into its own gradients."""
-    layout = problem.kv_layout
-    parts_PN = torch.stack(
-        [
-            pack(_of_rank(dk_BGSD, layout, rank), _of_rank(dv_BGSE, layout, rank))
-            for rank in range(layout.world_size)
-        ]
-    )
-    mine_N = problem.ranks.reduce_scatter("backward: reduce-scatter of dK/dV", parts_PN)
-    dk, dv = unpack(mine_N, mine.dk.total_BHND, mine.dv.total_BHND)
-    mine.dk.total_BHND.copy_(dk)
-    mine.dv.total_BHND.copy_(dv)
+    layout, local = problem.kv_layout, (mine.dk.total_BHND, mine.dv.total_BHND)
+
+    def part(rank: int) -> Tensor:
+        part_N = dk_BGSD.new_empty(sum(x.numel() for x in local))
+        for whole_BGSD, part_BGKD in zip((dk_BGSD, dv_BGSE), unpack(part_N, *local), strict=True):
+            for there, here in layout.chunks(rank):
+                part_BGKD[:, :, here] = whole_BGSD[:, :, there]
+        return part_N
+
+    total_N = problem.ranks.total("backward: reduce-scatter of dK/dV", part)
+    for sum_BGKD, total_BGKD in zip(local, unpack(total_N, *local), strict=True):
+        sum_BGKD.copy_(total_BGKD)
 
 
 def _all_keys(problem: Problem) -> tuple[Run, ...]:
     return (Run(0, 0, problem.spec.kv_len),)
-
-
-def _of_rank(whole_BGSD: Tensor, layout: Layout, rank: int) -> Tensor:
-    """A rank's tokens of a tensor in order of position."""
-    size = layout.chunk_length
-    return torch.cat([whole_BGSD[:, :, s : s + size] for s in layout.chunk_starts(rank)], dim=2)

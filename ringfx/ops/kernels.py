@@ -31,6 +31,7 @@ __all__ = [
     "Scores",
     "accumulation_dtype",
     "choose",
+    "computed_in",
     "finite",
     "math_backward",
     "same_head_dims",
@@ -220,25 +221,26 @@ def same_head_dims(
     return q_BHQD, k_BGKD, values
 
 
-def _forward_type(x: Tensor) -> Tensor:
-    """Half precision is computed in float32, but bfloat16 on a CPU with matrix units for it.
+def computed_in(dtype: torch.dtype, device: str, *, backward: bool) -> torch.dtype:
+    """What a fused kernel computes in: on a CPU half precision is computed in float32.
 
-    Elsewhere the forward is no faster in bfloat16 (4 heads, 2048 tokens, one core with AVX512-BF16:
-    50 ms, float32 49 ms; 76 ms in float16), and a tile's result is not rounded before it is merged.
+    But bfloat16 on a CPU with matrix units for it, and backward with instructions for it. Elsewhere
+    the forward is no faster in bfloat16 (4 heads, 2048 tokens, one core with AVX512-BF16: 50 ms,
+    float32 49 ms; 76 ms in float16), and a tile's result is not rounded before it is merged. The
+    backward takes 76 ms in bfloat16 with AVX512-BF16, 123 ms in float32, 1,216 ms in float16.
     """
-    return x if x.dtype == torch.bfloat16 and _has_matrix_units() else _wide(x)
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    is_fast = _multiplies_bfloat16() if backward else _has_matrix_units()
+    return dtype if dtype == torch.bfloat16 and is_fast else torch.float32
+
+
+def _forward_type(x: Tensor) -> Tensor:
+    return x.to(computed_in(x.dtype, "cpu", backward=False))
 
 
 def _backward_type(x: Tensor) -> Tensor:
-    """Half precision is computed in float32, but bfloat16 on a CPU with instructions for it.
-
-    With AVX512-BF16 the backward takes 76 ms in bfloat16, 123 ms in float32, 1,216 ms in float16.
-    """
-    return x if x.dtype == torch.bfloat16 and _multiplies_bfloat16() else _wide(x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(computed_in(x.dtype, "cpu", backward=True))
 
 
 @functools.cache

@@ -117,6 +117,13 @@ class Sum:
         kept_in = accumulation_dtype(like_BHND.dtype)
         return Sum(like_BHND.new_empty(like_BHND.shape, dtype=kept_in))
 
+    @staticmethod
+    def begun(total_BHND: Tensor) -> Sum:
+        """One that holds something for every token already."""
+        found = Sum(total_BHND)
+        found._written.mark(0, total_BHND.shape[2])
+        return found
+
     def add(self, rows: Run, value_BHND: Tensor) -> None:
         a, b = rows.offset, rows.offset + rows.length
         old = self.total_BHND[:, :, a:b]
@@ -154,13 +161,18 @@ class Sums:
 
     @staticmethod
     def empty(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Sums:
-        inputs = [
+        dq, dk, dv = map(Sum.empty, (q_BHQD, k_BGKD, v_BGKE))
+        return Sums(dq, dk, dv, Sums.of_inputs(problem))
+
+    @staticmethod
+    def of_inputs(problem: Problem) -> Sequence[Tensor | None]:
+        """Zeros for the captured tensors whose gradient is asked for."""
+        return [
             torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
             if i in problem.bias_grads
             else None
             for i, x in enumerate(problem.inputs)
         ]
-        return Sums(Sum.empty(q_BHQD), Sum.empty(k_BGKD), Sum.empty(v_BGKE), inputs)
 
     def of_heads(self, group: HeadGroup) -> Sums:
         """Some heads' sums, with records of their own; those of captured tensors are shared."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -101,15 +101,23 @@ class Ranks:
     def all_gather(self, operation: str, local: torch.Tensor) -> torch.Tensor:
         """Everyone's tensor, stacked: [size, *local.shape]."""
         whole = local.new_empty((self.size, *local.shape))
-        self._count(local)
-        self.collective(
-            operation,
-            lambda: _gather_single(whole.view(-1), local.contiguous().view(-1), group=self.group),
-        )
+        if self._sends_one_by_one:
+            whole[self.rank].copy_(local)
+            self._fill(operation, whole, lambda rank: local)
+        else:
+            self._count(local)
+            self.collective(
+                operation,
+                lambda: _gather_single(
+                    whole.view(-1), local.contiguous().view(-1), group=self.group
+                ),
+            )
         return whole
 
     def reduce_scatter(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of the part for this rank; ``parts`` is [size, ...]."""
+        if self._sends_one_by_one:
+            return self._total(operation, parts[self.rank].clone(), lambda rank: parts[rank])
         mine = torch.empty_like(parts[0])
         self._count(parts[1:])
         self.collective(
@@ -127,12 +135,102 @@ class Ranks:
     def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """Sends ``parts[r]`` to rank r; the result holds what each rank sent here."""
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-        self._count(parts[1:])
-        self.collective(
-            operation,
-            lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.group),
-        )
+        if self._sends_one_by_one:
+            received[self.rank].copy_(parts[self.rank])
+            self._fill(operation, received, lambda rank: parts[rank])
+        else:
+            self._count(parts[1:])
+            self.collective(
+                operation,
+                lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.group),
+            )
         return received
+
+    # --- the same for parts that are made when they are sent and used when they arrive
+
+    def from_others(
+        self, operation: str, part: Callable[[int], torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every other rank and what it has for this one; ``part(r)`` is what rank r shall have.
+
+        What is yielded may be overwritten by the next. All parts have one shape.
+        """
+        if self._sends_one_by_one:
+            yield from self._one_by_one(operation, part)
+        else:
+            yield from self._others(self.all_to_all(operation, self._stacked(part)))
+
+    def everyones(self, operation: str, local: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every other rank and its tensor, which may be overwritten by the next."""
+        if self._sends_one_by_one:
+            yield from self._one_by_one(operation, lambda rank: local)
+        else:
+            yield from self._others(self.all_gather(operation, local))
+
+    def total(self, operation: str, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The sum over ranks of ``part(this rank)``, which is made anew for each rank."""
+        if self._sends_one_by_one:
+            return self._total(operation, part(self.rank), part)
+        return self.reduce_scatter(operation, self._stacked(part))
+
+    @property
+    def _sends_one_by_one(self) -> bool:
+        """Whether collectives are made of messages between two ranks.
+
+        gloo's own take each part twice (an all-gather into a buffer of its own, a reduce-scatter
+        as an all-reduce of a copy, so twice the bytes too), and the thread that ran one lets go of
+        its tensors some time after it is done.
+        """
+        return self.group is not None and dist.get_backend(self.group) == dist.Backend.GLOO
+
+    def _one_by_one(
+        self, operation: str, part: Callable[[int], torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """In each of p - 1 rounds one part leaves and one arrives: no more is held."""
+        buffer: torch.Tensor | None = None
+        for distance in range(1, self.size):
+            buffer = self._swapped(operation, distance, part, buffer)
+            yield self.neighbour(-distance), buffer
+
+    def _swapped(
+        self,
+        operation: str,
+        distance: int,
+        part: Callable[[int], torch.Tensor],
+        receive: torch.Tensor | None,
+    ) -> torch.Tensor:
+        to, source = self.neighbour(distance), self.neighbour(-distance)
+        sent = part(to).contiguous()
+        if receive is None:
+            receive = torch.empty_like(sent)
+        if sent.numel() == 0:
+            return receive
+        started = self.exchange(operation, send=sent, to=to, receive=receive, source=source)
+        return started.wait()
+
+    def _fill(
+        self, operation: str, whole: torch.Tensor, part: Callable[[int], torch.Tensor]
+    ) -> None:
+        """Receives rank r's part into ``whole[r]``."""
+        for distance in range(1, self.size):
+            self._swapped(operation, distance, part, whole[self.neighbour(-distance)])
+
+    def _total(
+        self, operation: str, total: torch.Tensor, part: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor:
+        for _, other in self._one_by_one(operation, part):
+            total.add_(other)
+        return total
+
+    def _stacked(self, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        first = part(0)
+        whole = first.new_empty((self.size, *first.shape))
+        for rank in range(self.size):
+            whole[rank] = part(rank)
+        return whole
+
+    def _others(self, whole: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((rank, whole[rank]) for rank in range(self.size) if rank != self.rank)
 
     def _count(self, sent: torch.Tensor) -> None:
         found = stats.layer(self.layer)

@@ -8,8 +8,8 @@ to the next. After p - 1 hops every query has met every key:
         merge attention(my queries, block) into my output
         send the block to the next rank, receive the previous rank's
 
-In the backward dK and dV travel with their block, each rank adding its share, and one hop further
-than the block itself, which brings them home.
+In the backward dK and dV travel with their block, each rank adding its share to them, and one hop
+further than the block itself, which brings them home.
 
 Shapes: B batch, H query heads, G key/value heads, D and E the head dims of q, k and of v, N all
 elements of a block.
@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 
 from ringfx.ops.blocks import pack, unpack
-from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
+from ringfx.ops.kernels import accumulation_dtype
+from ringfx.ops.local import Gradients, Output, Sum, Sums, attend, attend_backward
 from ringfx.ops.problem import Problem
 
 __all__ = ["backward", "forward"]
@@ -56,39 +57,31 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     ranks = problem.ranks
-    sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
-    block_N = pack(k_BGKD, v_BGKE) if ranks.size > 1 else None
-    travelling_N: Tensor | None = None
-    k, v = k_BGKD, v_BGKE
+    mine = problem.q_runs(ranks.rank)
+    rows = dout_BHQE, q_BHQD
+    results = out_BHQE, lse_BHQ
+    if ranks.size == 1:
+        sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
+        keys = problem.k_runs(0)
+        attend_backward(problem, sums, *rows, k_BGKD, v_BGKE, *results, mine, keys)
+        return sums.finish()
+    dq, inputs = Sum.empty(q_BHQD), Sums.of_inputs(problem)
+
+    def add_share(hop: int, block_N: Tensor, total_N: Tensor) -> None:
+        k, v = unpack(block_N, k_BGKD, v_BGKE)
+        dk, dv = map(Sum.begun, unpack(total_N, k, v))
+        keys = problem.k_runs(ranks.neighbour(-hop))
+        attend_backward(problem, Sums(dq, dk, dv, inputs), *rows, k, v, *results, mine, keys)
+
+    block_N = pack(k_BGKD, v_BGKE)
+    total_N = torch.zeros_like(block_N, dtype=accumulation_dtype(k_BGKD.dtype))
     for hop in range(ranks.size):
-        owner = ranks.neighbour(-hop)
-        attend_backward(
-            problem,
-            sums,
-            dout_BHQE,
-            q_BHQD,
-            k,
-            v,
-            out_BHQE,
-            lse_BHQ,
-            problem.q_runs(ranks.rank),
-            problem.k_runs(owner),
-        )
-        if block_N is None:
-            break
-        share_N = pack(sums.dk.finish(), sums.dv.finish())
-        if travelling_N is not None:
-            share_N += travelling_N
-        travelling_N = _pass_on(problem, f"backward: dK/dV, hop {hop + 1}", share_N)
-        sums = sums.with_keys(sums.dk.total_BHND, sums.dv.total_BHND)
+        add_share(hop, block_N, total_N)
+        total_N = _pass_on(problem, f"backward: dK/dV, hop {hop + 1}", total_N)
         if hop < ranks.size - 1:
             block_N = _pass_on(problem, f"backward: K/V, hop {hop + 1}", block_N)
-            k, v = unpack(block_N, k_BGKD, v_BGKE)
-    found = sums.finish()
-    if travelling_N is None:
-        return found
-    dk, dv = unpack(travelling_N, k_BGKD, v_BGKE)
-    return Gradients(found.dq_BHQD, dk, dv, found.inputs)
+    dk, dv = unpack(total_N, k_BGKD, v_BGKE)
+    return Gradients(dq.finish(), dk, dv, inputs)
 
 
 def _pass_on(problem: Problem, operation: str, block_N: Tensor) -> Tensor:

@@ -28,28 +28,41 @@ Tensor = torch.Tensor
 
 def _to_heads(ranks: Ranks, layout: Layout, operation: str, x_BHQD: Tensor) -> Tensor:
     """[B, H, Q, D] on each rank -> [B, H/P, S, D]: all tokens, in order of position."""
-    P = ranks.size
-    B, H, Q, D = x_BHQD.shape
-    parts = x_BHQD.reshape(B, P, H // P, Q, D).movedim(1, 0)
-    received = ranks.all_to_all(operation, parts)  # [P, B, H/P, Q, D], by owner of the tokens
-    whole = x_BHQD.new_empty(B, H // P, layout.padded_length, D)
-    size = layout.chunk_length
-    for rank in range(P):
-        for i, start in enumerate(layout.chunk_starts(rank)):
-            whole[:, :, start : start + size] = received[rank, :, :, i * size : (i + 1) * size]
-    return whole
+    B, H, _, D = x_BHQD.shape
+    heads = H // ranks.size
+    whole_BHSD = x_BHQD.new_empty(B, heads, layout.padded_length, D)
+
+    def of_heads(rank: int) -> Tensor:
+        return x_BHQD[:, rank * heads : (rank + 1) * heads]
+
+    def place(rank: int, part_BHQD: Tensor) -> None:
+        for there, here in layout.chunks(rank):
+            whole_BHSD[:, :, there] = part_BHQD[:, :, here]
+
+    place(ranks.rank, of_heads(ranks.rank))
+    for rank, part_BHQD in ranks.from_others(operation, of_heads):
+        place(rank, part_BHQD)
+    return whole_BHSD
 
 
 def _to_tokens(ranks: Ranks, layout: Layout, operation: str, x_BHSD: Tensor) -> Tensor:
     """The inverse: [B, H/P, S, D] -> [B, H, Q, D]."""
     B, heads, _, D = x_BHSD.shape
-    size = layout.chunk_length
-    parts = x_BHSD.new_empty(ranks.size, B, heads, layout.local_length, D)
-    for rank in range(ranks.size):
-        for i, start in enumerate(layout.chunk_starts(rank)):
-            parts[rank, :, :, i * size : (i + 1) * size] = x_BHSD[:, :, start : start + size]
-    received = ranks.all_to_all(operation, parts)
-    return received.movedim(0, 1).reshape(B, ranks.size * heads, layout.local_length, D)
+    local_BHQD = x_BHSD.new_empty(B, ranks.size * heads, layout.local_length, D)
+
+    def of_tokens(rank: int) -> Tensor:
+        part_BHQD = x_BHSD.new_empty(B, heads, layout.local_length, D)
+        for there, here in layout.chunks(rank):
+            part_BHQD[:, :, here] = x_BHSD[:, :, there]
+        return part_BHQD
+
+    def place(rank: int, part_BHQD: Tensor) -> None:
+        local_BHQD[:, rank * heads : (rank + 1) * heads] = part_BHQD
+
+    place(ranks.rank, of_tokens(ranks.rank))
+    for rank, part_BHQD in ranks.from_others(operation, of_tokens):
+        place(rank, part_BHQD)
+    return local_BHQD
 
 
 def _copies(kv_heads: int, ranks: int) -> int:
@@ -70,6 +83,17 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
+    both = _to_tokens(
+        problem.ranks,
+        problem.q_layout,
+        "forward: all-to-all of the output",
+        _attended(problem, q_BHQD, k_BGKD, v_BGKE),
+    )
+    return both[..., :-1].contiguous(), both[..., -1].contiguous()
+
+
+def _attended(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Tensor:
+    """Of this rank's heads the output for all tokens, and in a last column its logsumexp."""
     ranks, H, G = problem.ranks, q_BHQD.shape[1], k_BGKD.shape[1]
     copies = _copies(G, ranks.size)
     q = _to_heads(ranks, problem.q_layout, "forward: all-to-all of q", q_BHQD)
@@ -80,9 +104,7 @@ def forward(
     output = Output.empty(q, v.shape[-1])
     attend(_local_problem(problem, H), output, q, k, v, *_runs(problem))
     out, lse = output.finish()
-    both = torch.cat([out, lse[..., None]], dim=-1)
-    local = _to_tokens(ranks, problem.q_layout, "forward: all-to-all of the output", both)
-    return local[..., :-1].contiguous(), local[..., -1].contiguous()
+    return torch.cat([out, lse[..., None]], dim=-1)
 
 
 def backward(
@@ -95,6 +117,26 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
+    ranks, copies = problem.ranks, _copies(k_BGKD.shape[1], problem.ranks.size)
+    found = _of_own_heads(problem, dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+    dq = _to_tokens(ranks, problem.q_layout, "backward: all-to-all of dq", found.dq_BHQD)
+    dk, dv = (
+        _to_tokens(ranks, problem.kv_layout, f"backward: all-to-all of {name}", x)
+        for name, x in (("dk", found.dk_BGKD), ("dv", found.dv_BGKE))
+    )
+    return Gradients(dq, _add_copies(dk, copies), _add_copies(dv, copies), found.inputs)
+
+
+def _of_own_heads(
+    problem: Problem,
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+) -> Gradients:
+    """Those of all tokens, of this rank's heads."""
     ranks, H, G = problem.ranks, q_BHQD.shape[1], k_BGKD.shape[1]
     copies = _copies(G, ranks.size)
 
@@ -109,13 +151,7 @@ def backward(
     )
     sums = Sums.empty(problem, q, k, v)
     attend_backward(_local_problem(problem, H), sums, dout, q, k, v, out, lse, *_runs(problem))
-    found = sums.finish()
-    dq = _to_tokens(ranks, problem.q_layout, "backward: all-to-all of dq", found.dq_BHQD)
-    dk, dv = (
-        _to_tokens(ranks, problem.kv_layout, f"backward: all-to-all of {name}", x)
-        for name, x in (("dk", found.dk_BGKD), ("dv", found.dv_BGKE))
-    )
-    return Gradients(dq, _add_copies(dk, copies), _add_copies(dv, copies), sums.inputs)
+    return sums.finish()
 
 
 def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:
@@ -123,6 +159,4 @@ def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:
 
 
 def _add_copies(x_BHKD: Tensor, copies: int) -> Tensor:
-    return (
-        x_BHKD if copies == 1 else torch.stack([x_BHKD[:, i::copies] for i in range(copies)]).sum(0)
-    )
+    return x_BHKD if copies == 1 else x_BHKD.unflatten(1, (-1, copies)).sum(2)
