@@ -65,6 +65,8 @@ class Values:
     has_grad: frozenset[Node]
     region: Mapping[Node, int]
     """The checkpointed region that a node is run again with; nodes of none are missing."""
+    taken: frozenset[Node] = frozenset()
+    """Whole masks and biases of which attention keeps its own queries' rows."""
 
     def of(self, nodes: Iterable[Node]) -> int:
         """Bytes of several values, each once."""

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from ringfx import tiles
 from ringfx.cost_model.liveness import (
     Values,
     kept_values,
@@ -38,9 +39,12 @@ from ringfx.cost_model.liveness import (
 )
 from ringfx.cost_model.optimizers import state_bytes
 from ringfx.ops import attention
+from ringfx.passes.axes.call import given_input
 from ringfx.passes.rewrite.parameters import LARGEST_BUCKET, NUM_BUCKETS, SMALLEST_BUCKET
 from ringfx.passes.values import Captured
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan
+from ringfx.spec import AttentionSpec
+from ringfx.strategies import STRATEGIES
 
 __all__ = ["predict_memory"]
 
@@ -55,6 +59,7 @@ Kind = Literal["whole", "split", "attention"]
 CAUSES: Mapping[str, Kind] = {
     "parameters": "whole",
     "masks given whole": "whole",
+    "rows of whole masks": "split",
     "optimiser state": "whole",
     "parameter gradients": "whole",
     "gradients joined and summed": "whole",
@@ -109,14 +114,16 @@ def predict_memory(
         ``inductor`` holds buffers for reuse; ``eager`` keeps all that backwards need, and runs
         nothing again.
     """
-    inputs = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    graph = captured.graph_module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
     has_grad = dict(zip(inputs, captured.needs_grad, strict=True))
     parameters = [n for n, is_one in zip(inputs, captured.is_parameter, strict=True) if is_one]
 
     def size(node: Node) -> int:
         return math.ceil(_bytes(node) / (world_size if carries_tokens(node) else 1))
 
-    values = values_of(captured.graph_module.graph, size, has_grad)
+    rows = list(_taken(graph, layers, carries_tokens)) if world_size > 1 else []
+    values = replace(values_of(graph, size, has_grad), taken=frozenset(rows))
     if compiler == "eager":
         values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
@@ -126,7 +133,8 @@ def predict_memory(
     alive = [x for x in held if x.at(position)]
     there = {
         "parameters": sum(map(_bytes, parameters)),
-        "masks given whole": sum(map(_bytes, _given_masks(inputs, parameters))),
+        "masks given whole": sum(map(_bytes, _given_masks(graph, parameters))),
+        "rows of whole masks": sum(math.ceil(_bytes(n) / world_size) for n in rows),
         "optimiser state": sum(_state_bytes(optimizer, node) for node in trained),
         "gradients joined and summed": _message(trained) if world_size > 1 else 0,
         "held by Inductor for reuse": reuse,
@@ -139,15 +147,36 @@ def predict_memory(
     )
 
 
-def _given_masks(inputs: Sequence[Node], parameters: Sequence[Node]) -> list[Node]:
-    """Inputs and buffers that attention reads as they stand, whole on every rank."""
-    return [n for n in inputs if n not in parameters and any(_reads(u, n) for u in n.users)]
+def _given_masks(graph: Graph, parameters: Sequence[Node]) -> Collection[Node]:
+    """Inputs and buffers that attention reads as they stand, or cut: whole on every rank."""
+    found = (given_input(x) for call in _attentions(graph) for x in _read(call))
+    return {x for x in found if x is not None and x not in parameters}
 
 
-def _reads(call: Node, value: Node) -> bool:
-    """Whether a call is an attention whose tile functions read the value."""
-    read: Any = call.args[3] if call.target is attention else ()
-    return value in read
+def _taken(
+    graph: Graph, layers: Mapping[str, LayerPlan], carries_tokens: Callable[[Node], bool]
+) -> Iterator[Node]:
+    """Whole masks and biases of which each rank takes the rows of its queries, once for all."""
+    seen = set()
+    for call in _attentions(graph):
+        layer, spec = layers.get(call.name), AttentionSpec.from_json(str(call.kwargs["spec"]))
+        if layer is not None and not STRATEGIES[layer.strategy].own_queries:
+            continue
+        for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
+            value = _read(call)[i]
+            if not carries_tokens(value) and (value, dim) not in seen:
+                seen.add((value, dim))
+                yield value
+
+
+def _attentions(graph: Graph) -> list[Node]:
+    return graph.find_nodes(op="call_function", target=attention)
+
+
+def _read(call: Node) -> Sequence[Node]:
+    """What the tile functions of an attention read."""
+    read: Any = call.args[3]
+    return tuple(read)
 
 
 def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:
@@ -350,9 +379,11 @@ def _needed(values: Values) -> frozenset[Node]:
 
 
 def _kept_by_attention(values: Values) -> frozenset[Node]:
-    """Inputs and output of attention: its layer plan counts them."""
+    """q, k, v and output of attention, which its layer plan counts, and masks that stay whole, of
+    which it keeps rows."""
     found = [n for n in values.nodes if op_name(n) == "attention" and n.op == "call_function"]
-    return frozenset(values.owner[x] for n in found for x in (*n.all_input_nodes, n))
+    counted = {values.owner[x] for n in found for x in (*n.all_input_nodes[:3], n)}
+    return frozenset(counted | values.taken)
 
 
 def _last_uses(values: Values) -> Mapping[Node, int]:

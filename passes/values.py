@@ -92,8 +92,9 @@ class AttentionSite:
     trains: bool
     """Whether a backward pass goes through it."""
     matrix_bytes: int = 0
-    """Bytes of the masks and biases with an entry for each query and key that it reads, which every
-    rank has whole."""
+    """Bytes of the masks and biases with an entry for each query and key that it is given."""
+    taken_bytes: int = 0
+    """Of these, bytes of those that it reads at its queries' own rows: a rank takes its own."""
     row_bytes: int = 0
     """Bytes of what it computes and reads at its queries' own rows, which is split with them."""
     checkpoint: int = 0

@@ -34,6 +34,7 @@ from ringfx.plan import Plan
 from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
 from ringfx.split_spec import SplitSpec
+from ringfx.tiles.words import WHOLE_MASK
 from ringfx.world import World
 from ringfx.wrapping import wrap_all
 
@@ -103,7 +104,7 @@ class Backend:
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
-        loud = [n for n in lowered.plan.notes if n.startswith("graph break")]
+        loud = [n for n in lowered.plan.notes if n.startswith("graph break") or WHOLE_MASK in n]
         loud += [
             f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
             for x in lowered.plan.missed

@@ -86,7 +86,7 @@ def form(site: AttentionSite) -> Iterator[str]:
     tokens = f"{site.q_len:,} x {site.kv_len:,} tokens"
     yield f"{site.batch} x {heads} heads x {tokens}, head dim {dims}, {site.dtype}"
     if site.matrix_bytes:
-        yield f"reads {whole_text(site.matrix_bytes)}"
+        yield f"reads {whole_text(site.matrix_bytes, taken=site.taken_bytes)}"
 
 
 def formula(spec: AttentionSpec) -> str:

@@ -19,9 +19,9 @@ from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
-from ringfx.passes.place import Lines, find_lines, place, respell
+from ringfx.passes.place import Lines, find_lines, part_columns, place, respell
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.values import Arrival, Captured, Sites, TokenAxis
+from ringfx.passes.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
 from ringfx.passes.verify import verify
 from ringfx.plan import Plan
 from ringfx.settings import Settings
@@ -75,7 +75,7 @@ def lower(
     split = {given[i]: arrival for i, arrival in (arrivals or {}).items()}
     lines = find_lines(graph, axes, sites.found, world.size, split)
     for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
-        if world.size == 1 or not respell(graph, axes, lines):
+        if world.size == 1 or not (respell(graph, axes, lines) or part_columns(graph, lines)):
             break
         axes = name_axes(graph)
         lines = find_lines(graph, axes, sites.found, world.size, split)
@@ -110,7 +110,7 @@ def lower(
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=memory(layers={layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown,
-               *_whole_masks(sites), *_graph_break(captured)),
+               *_whole_masks(sites, local, world), *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(
         captured=captured,
@@ -142,14 +142,20 @@ def _refuse_unknown(
     )
 
 
-def _whole_masks(sites: Sites) -> tuple[str, ...]:
+def _whole_masks(sites: Sites, local: LocalProgram, world: World) -> tuple[str, ...]:
     """What is read with an entry for each query and key, and is therefore as long as it is wide."""
-    reading = [site for site in sites.found if site.matrix_bytes]
-    if not reading:
-        return ()
-    first, largest = reading[0], max(site.matrix_bytes for site in reading)
-    more = f" and {len(reading) - 1} more" if len(reading) > 1 else ""
-    return (f"{first.name or first.node} ({first.source}){more}: {whole_text(largest)}",)
+    alike: dict[str, list[AttentionSite]] = {}
+    for site in sites.found:
+        x = local.matrices[site.node]
+        if x.given + x.made:
+            text = whole_text(x.given, x.made, x.taken, world.size)
+            alike.setdefault(text, []).append(site)
+    return tuple(f"{_listed(found)}: {text}" for text, found in alike.items())
+
+
+def _listed(sites: Sequence[AttentionSite]) -> str:
+    first, more = sites[0], len(sites) - 1
+    return f"{first.name or first.node} ({first.source})" + (f" and {more} more" if more else "")
 
 
 def _graph_break(captured: Captured) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ class Strategy:
     summary: str
     admits: Callable[[AttentionSite, int], Refusal | None]
     """(site, world size) -> None, or why not."""
+    own_queries: bool = True
+    """A rank computes its own queries only, and needs no other rows of a mask or bias."""
 
 
 def _no_dropout(site: AttentionSite, world_size: int) -> Refusal | None:
@@ -84,6 +86,7 @@ STRATEGIES: Mapping[str, Strategy] = {
             name="ulysses",
             summary="all-to-all of heads for tokens, fused attention of whole sequences, and back",
             admits=_heads_divide,
+            own_queries=False,
         ),
     )
 }

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-__all__ = ["AxisRule", "Call", "Labels", "OpAxes", "Share", "Window"]
+__all__ = ["AxisRule", "Call", "Labels", "OpAxes", "Share", "Window", "given_input"]
 
 Labels: TypeAlias = tuple[tuple[str, ...], ...]
 """For each dimension the labels that it is made of; () for a size-1 or broadcast dimension."""
@@ -136,6 +136,13 @@ def result_values(node: Node) -> tuple[torch.Tensor, ...]:
     if isinstance(value, (tuple, list)):
         return tuple(v for v in value if isinstance(v, torch.Tensor))
     return ()
+
+
+def given_input(value: Node) -> Node | None:
+    """The input of the program that a value is, or is cut out of: every rank has that whole."""
+    while value.target is torch.ops.aten.slice.Tensor:
+        value = value.all_input_nodes[0]
+    return value if value.op in ("placeholder", "get_attr") else None
 
 
 def _tensor_operands(node: Node) -> list[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +80,9 @@ class Candidate:
     """What the spelling gives for a row of -inf: 0, or NaN as a plain softmax does."""
     dropout: float = 0.0
     region: Region | None = field(default=None, repr=False)
+    otherwise: Callable[[], Sequence[Candidate]] = field(default=tuple, repr=False)
+    """Other readings, for where this one has no canonical form: one of its products the scores, the
+    others biases that are made before."""
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         """[batch, heads, tokens, head dim] of an operand."""

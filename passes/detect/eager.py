@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch.fx import Node
 
 from ringfx.passes.capture.origin import spelled_as
@@ -32,10 +35,31 @@ def find_eager(node: Node, program: Program) -> Candidate | Near | None:
         return _no_product(behind, ahead)
     if not isinstance(ahead, Onward):
         return ahead
+    alone = partial(_by_one_product, program, found, behind, ahead)
     try:
-        return _candidate(program, found, behind, ahead)
+        candidate = _candidate(program, found, behind, ahead)
     except Refused as refused:
-        return Near(str(refused))
+        return next(iter(alone()), Near(str(refused)))
+    return replace(candidate, otherwise=alone) if len(candidate.q) > 1 else candidate
+
+
+def _by_one_product(
+    program: Program, found: Normalised, behind: Back, ahead: Onward
+) -> Sequence[Candidate]:
+    """Readings with one product as the scores, the one that would take most memory first."""
+    if len(behind.products) < 2:
+        return ()
+    readings = []
+    for product in sorted(behind.products, key=_elements, reverse=True):
+        with contextlib.suppress(Refused):
+            one = replace(behind, products=(product,))
+            readings.append(_candidate(program, found, one, ahead))
+    return readings
+
+
+def _elements(product: Product) -> int:
+    value: torch.Tensor = product.node.meta["val"]
+    return value.numel()
 
 
 def _no_product(behind: Back, ahead: Onward | Near | None) -> Near | None:

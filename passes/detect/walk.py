@@ -81,6 +81,8 @@ def back(start: Node, parameters: frozenset[Node]) -> Back:
         if product is not None:
             direct = any(learned(f, parameters) for f in product.factors)
             (projections if direct else products).append(product)
+        elif _is_mask(node):
+            continue  # what is kept may be computed from products: they are no scores
         elif _passes(node):
             queue.extend(node.all_input_nodes)
         elif any(_is_scores(n, parameters) for n in node.all_input_nodes):
@@ -89,6 +91,12 @@ def back(start: Node, parameters: frozenset[Node]) -> Back:
         products=tuple(products), projections=tuple(projections), seen=frozenset(seen),
         stopped=tuple(stopped),
     )  # fmt: skip
+
+
+def _is_mask(node: Node) -> bool:
+    """Whether it says of something whether it holds, so that no scores pass through."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 def _is_scores(node: Node, parameters: frozenset[Node]) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringfx.passes.axes.call import Call
+from ringfx import tiles
+from ringfx.passes.axes.call import Call, given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.masks.buffers import Buffers
 from ringfx.passes.masks.constants import fold_constant
@@ -107,7 +108,20 @@ class Lifter:
             lifted = fold_constant(node, index)
         if lifted is None:
             lifted = self._buffers.element(self, node, index)
-        return lifted if lifted is not None else self.capture(node, index)
+        if lifted is None or self._compares_pairs(node, lifted):
+            return self.capture(node, index)
+        return lifted
+
+    def _compares_pairs(self, node: Node, lifted: Expr) -> bool:
+        """Whether it compares numbers of pairs of tokens that the program computes: the truth
+        values take less memory, and ask for no gradient."""
+        value = node.meta["val"]
+        is_comparison = value.dtype == torch.bool and not any(
+            n.meta["val"].dtype == torch.bool for n in Call(node).operands
+        )
+        return is_comparison and any(
+            given_input(self.captured[i]) is None for i in tiles.matrices(lifted)
+        )
 
     def capture(self, node: Node, index: Index) -> Expr:
         """The element as it is read from the value itself."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ from torch.fx import Node
 from ringfx import tiles
 from ringfx.errors import InvalidArgument
 from ringfx.ops import attention
+from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.simplify import eliminate_dead
@@ -19,6 +21,7 @@ from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
 from ringfx.passes.masks.buffers import Buffers
+from ringfx.passes.masks.cut import Cuts, cut_to_rows
 from ringfx.passes.masks.decompose import (
     Scores,
     Unrepresentable,
@@ -63,19 +66,37 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     graph = captured.graph_module.graph
     buffers = Buffers.of(captured)
     lifters, proofs = Lifters(first_of_equals(graph), buffers), Proofs()
+    cuts = Cuts(graph)
     for candidate in reversed(detected.candidates):  # one may read another's result
-        try:
-            recovered = _recover(candidate, lifters.of(_box(candidate)), proofs)
-        except Unrepresentable as reason:
-            refused.append(decline(candidate.node, str(reason)))
+        reading = _first_reading(candidate, lifters, proofs, cuts)
+        if isinstance(reading, Unrepresentable):
+            refused.append(decline(candidate.node, str(reading)))
             continue
-        node = _replace(graph, candidate, recovered)
-        found.append(_site(candidate, node, recovered.spec))
+        node = _replace(graph, *reading)
+        found.append(_site(reading[0], node, reading[1].spec))
     _drop_dead_masks(captured.graph_module)
     inputs = graph.find_nodes(op="placeholder")
     read = tuple(i for i, node in enumerate(inputs) if node in buffers.read)
     declined = (*detected.declined, *reversed(refused))
     return Sites(found=tuple(reversed(found)), declined=declined, buffers=read)
+
+
+def _first_reading(
+    candidate: Candidate, lifters: Lifters, proofs: Proofs, cuts: Cuts
+) -> tuple[Candidate, _Recovered] | Unrepresentable:
+    """The first reading of a candidate that has a canonical form; else why the first has none."""
+
+    def read(reading: Candidate) -> tuple[Candidate, _Recovered]:
+        return reading, _recover(reading, lifters.of(_box(reading)), proofs, cuts)
+
+    try:
+        return read(candidate)
+    except Unrepresentable as reason:
+        first = reason
+    for other in candidate.otherwise():
+        with contextlib.suppress(Unrepresentable):
+            return read(other)
+    return first
 
 
 def _refuse_empty(detected: Detected) -> None:
@@ -95,14 +116,15 @@ def _box(candidate: Candidate) -> Box:
     return Box(b=(0, batch), h=(0, heads), q=(0, q_len), k=(0, candidate.length(candidate.k[0])))
 
 
-def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs) -> _Recovered:
+def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -> _Recovered:
     q_len, kv_len = candidate.length(candidate.q[0]), candidate.length(candidate.k[0])
     scores = decompose(
         candidate.scores, lifter, candidate.values, q_len=q_len, kv_len=kv_len,
         empty_row=candidate.fully_masked,
     )  # fmt: skip
     _prove(candidate, scores, lifter, proofs)
-    (keep, bias), captured = renumbered((scores.keep, scores.bias), lifter.captured)
+    exprs, captured = renumbered((scores.keep, scores.bias), lifter.captured)
+    (keep, bias), captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
     sinks = None if candidate.sinks is None else _sinks(candidate, candidate.sinks)
     spec = AttentionSpec(
         scale=next(iter(scores.products.values())),
@@ -248,6 +270,10 @@ def _sink_input(emit: Emitter, sinks: Node | float | None, q: Node) -> list[Node
 
 def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSite:
     q, k, v = (a.meta["val"] for a in node.args[:3])  # type: ignore[union-attr]
+    read: Any = node.args[3]
+    matrices = set(tiles.matrices(spec.keep, spec.bias))
+    rows = set(tiles.rows_read(spec.keep, spec.bias))
+    made = {i for i in rows if given_input(read[i]) is None}
     return AttentionSite(
         node=node.name,
         name=node.meta.get("ringfx_path", ""),
@@ -266,28 +292,15 @@ def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSit
         device=q.device.type,
         trains=needs_grad(node),
         checkpoint=node.meta.get("ac_graph_id", 0),
-        matrix_bytes=sum(_bytes(x) for x in _matrices(node, spec)),
-        row_bytes=sum(_bytes(x) for x in _by_row(node, spec)),
+        matrix_bytes=_bytes(read[i] for i in matrices - made),
+        taken_bytes=_bytes(read[i] for i in (matrices - made) & rows),
+        row_bytes=_bytes(read[i] for i in made),
     )
 
 
-def _matrices(node: Node, spec: AttentionSpec) -> list[Node]:
-    """What the tile functions read that has an entry for each query and key, and is held whole."""
-    read: Any = node.args[3]
-    found = [read[i] for i in tiles.matrices(spec.keep, spec.bias)]
-    return [x for x in found if x not in _by_row(node, spec)]
-
-
-def _by_row(node: Node, spec: AttentionSpec) -> list[Node]:
-    """What is computed and read at the queries' own rows."""
-    read: Any = node.args[3]
-    rows = (read[i] for i in tiles.rows_read(spec.keep, spec.bias))
-    return [x for x in rows if x.op != "placeholder"]
-
-
-def _bytes(node: Node) -> int:
-    value: torch.Tensor = node.meta["val"]
-    return value.numel() * value.element_size()
+def _bytes(nodes: Iterable[Node]) -> int:
+    values: list[torch.Tensor] = [node.meta["val"] for node in nodes]
+    return sum(value.numel() * value.element_size() for value in values)
 
 
 def _drop_dead_masks(gm: torch.fx.GraphModule) -> None:

@@ -85,6 +85,11 @@ class Lines:
             self._known[key] = self._carried(node, index)
         return self._known[key]
 
+    def token_dims(self, node: Node) -> tuple[int, ...]:
+        """The dimensions of a value that hold tokens of any line, however they do."""
+        dims = self.axes.dims(node) if node in self.axes.values else ()
+        return tuple(d for d, dim in enumerate(dims) if any(axis in self._owner for axis in dim))
+
     def arrival(self, carried: Carried) -> Arrival:
         """How such a tensor is split, as it is told outside of this program."""
         return Arrival(

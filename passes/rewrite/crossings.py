@@ -16,6 +16,7 @@ from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place import Carried, Placement
+from ringfx.passes.place.lines import Tangle
 from ringfx.passes.place.member import Member
 from ringfx.passes.place.modes import Form
 from ringfx.passes.values import Resharding
@@ -45,6 +46,7 @@ class Crossings:
         self._natural = natural
         self._buckets: dict[Node, Callable[[], None]] = {}
         self._made: dict[tuple[Node, Form], Node] = {}
+        self._rows: dict[tuple[Node, Carried], Node] = {}
         self._positions: list[Node] = []
         self._orders: list[Node] = []
         self._members: dict[tuple[int, Member, str], Node] = {}
@@ -84,6 +86,12 @@ class Crossings:
         if key not in self._made:
             self._made[key] = self._make(value, form, split, user)
         return self._made[key]
+
+    def rows(self, value: Node, along: Carried, user: Node) -> Node:
+        """This rank's rows of a whole value in which one dimension is tokens, whatever its axes."""
+        if (value, along) not in self._rows:
+            self._rows[value, along] = self._make(value, Form.SPLIT, False, user, along)
+        return self._rows[value, along]
 
     def natural_of(self, value: Node) -> Node:
         """The local node that made the value."""
@@ -139,9 +147,11 @@ class Crossings:
         args = (partial, self.group, _words(node))
         return self.graph.call_function(collectives.sum_partials, args)
 
-    def _make(self, value: Node, form: Form, split: bool, user: Node) -> Node:
+    def _make(
+        self, value: Node, form: Form, split: bool, user: Node, along: Carried | None = None
+    ) -> Node:
         natural = self._natural[value]
-        carried = self.placement.lines.carried(value)
+        carried = along or self.placement.lines.carried(value)
         if split or form is Form.SPLIT:
             assert isinstance(carried, Carried), f"{value.name} carries no token axis"
             for kind in ("index", "order", "valid"):  # made before the insertion point is sought
@@ -152,7 +162,7 @@ class Crossings:
         if natural.op == "placeholder":
             after = self._after_inputs()
         with self.graph.inserting_after(after):
-            new = self._call(value, natural, form, split, user)
+            new = self._call(value, natural, form, split, user, carried)
         new.meta.update({k: v for k, v in natural.meta.items() if k != "val"})
         new.meta["ringfx_crossing"] = True
         return new
@@ -164,12 +174,19 @@ class Crossings:
             after = after.next
         return after
 
-    def _call(self, value: Node, natural: Node, form: Form, split: bool, user: Node) -> Node:
+    def _call(
+        self,
+        value: Node,
+        natural: Node,
+        form: Form,
+        split: bool,
+        user: Node,
+        carried: Carried | Tangle | None,
+    ) -> Node:
         if not split and form is Form.SHARED:
             self.report(value, "all_reduce", _bytes(value), _GRADIENT, in_backward=True)
             args: tuple[Any, ...] = (natural, self.group, _words(value))
             return self.graph.call_function(collectives.share, args)
-        carried = self.placement.lines.carried(value)
         assert isinstance(carried, Carried), f"{value.name} carries no token axis"
         where = self._where(carried, value)
         index, order, valid = (self._member_node(carried, k) for k in ("index", "order", "valid"))

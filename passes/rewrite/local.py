@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from ringfx import collectives, tiles
 from ringfx.layout import LayoutKind
 from ringfx.ops import attention
+from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Split
@@ -21,6 +22,7 @@ from ringfx.passes.rewrite.crossings import Crossings, save_messages
 from ringfx.passes.rewrite.parameters import share_parameters
 from ringfx.passes.values import Captured, Resharding
 from ringfx.spec import AttentionSpec
+from ringfx.strategies import STRATEGIES
 
 __all__ = ["LocalProgram", "SplitOutput", "rewrite"]
 
@@ -34,6 +36,18 @@ class SplitOutput:
     """Of the whole value."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeMatrices:
+    """Bytes of masks and biases with an entry for each query and key that every rank has whole."""
+
+    given: int
+    """Inputs, or cut out of inputs."""
+    made: int
+    """Computed."""
+    taken: int
+    """Of both: those of which each rank takes the rows of its own queries."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LocalProgram:
     """One rank's program. After the user's inputs it takes, for each line, positions and order."""
@@ -45,6 +59,8 @@ class LocalProgram:
     group: str
     values: Mapping[Node, Node]
     """Global value -> its local node, in the form in which it was made."""
+    matrices: Mapping[str, WholeMatrices]
+    """Attention's name -> what it reads that is held whole and has an entry for each pair."""
 
 
 def rewrite(
@@ -77,6 +93,7 @@ class _Rewriter:
         self.graph = Graph()
         self.natural: dict[Node, Node] = {}
         self.crossings = Crossings(self.graph, placement, self.natural, group)
+        self.matrices: dict[str, WholeMatrices] = {}
 
     def run(self) -> LocalProgram:
         nodes = list(self.captured.graph_module.graph.nodes)
@@ -105,6 +122,7 @@ class _Rewriter:
             reshardings=tuple(self.crossings.reshardings),
             group=self.group,
             values={value: made for value, made in self.natural.items() if made in alive},
+            matrices=self.matrices,
         )
 
     def _emit(self, node: Node) -> Node:
@@ -141,21 +159,47 @@ class _Rewriter:
     def _attention(self, node: Node, operands: list[Node], mode: Split | None) -> Node:
         q, k, v, *inputs = operands
         kwargs = dict(node.kwargs)
+        kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
         layout: LayoutKind = "contiguous"
+        spec = AttentionSpec.from_json(str(kwargs["spec"]))
+        own: set[int] = set()
+        taken: set[int] = set()
         if mode is not None:
+            own = {i for i, form in enumerate(mode.operands[3:]) if form is Form.SPLIT}
             q_carried = self.placement.lines.carried(node.args[0])  # type: ignore[arg-type]
             k_carried = self.placement.lines.carried(node.args[1])  # type: ignore[arg-type]
             if isinstance(q_carried, Carried) and isinstance(k_carried, Carried):
                 lines = self.placement.lines.lines
                 layout = lines[q_carried.line].layout.kind
                 lengths = (lines[q_carried.line].length, lines[k_carried.line].length)
-                spec = _with_own_rows(AttentionSpec.from_json(str(kwargs["spec"])), mode)
-                moved = along_the_line(spec, q_carried.member, k_carried.member, *lengths)
+                if STRATEGIES[str(kwargs["strategy"])].own_queries:
+                    taken = self._take_rows(node, spec, own, q_carried, inputs)
+                local = _with_own_rows(spec, own | taken)
+                moved = along_the_line(local, q_carried.member, k_carried.member, *lengths)
                 kwargs["spec"] = moved.to_json()
             kwargs |= {"group": self.group, "layout": layout}
-        kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
+        self.matrices[node.name] = _whole_matrices(node, spec, own, taken)
         new = self.graph.call_function(attention, (q, k, v, inputs), kwargs)
         return new if mode is None else self._with_filled_padding(node, new, v)
+
+    def _take_rows(
+        self,
+        node: Node,
+        spec: AttentionSpec,
+        own: Collection[int],
+        queries: Carried,
+        inputs: list[Node],
+    ) -> set[int]:
+        """Put this rank's rows in the place of every matrix that is held whole; which ones."""
+        taken = set()
+        read: Any = node.args[3]
+        for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
+            is_whole = i not in own and not self.placement.is_split(read[i])
+            if is_whole and read[i].meta["val"].shape[dim] == spec.q_len:
+                along = replace(queries, dim=dim)
+                inputs[i] = self.crossings.rows(read[i], along, node)
+                taken.add(i)
+        return taken
 
     def _with_filled_padding(self, node: Node, new: Node, v: Node) -> Node:
         carried = self.placement.lines.carried(node)
@@ -200,9 +244,22 @@ class _Rewriter:
         return SplitOutput(carried=carried, shape=tuple(int(s) for s in value.meta["val"].shape))
 
 
-def _with_own_rows(spec: AttentionSpec, mode: Split) -> AttentionSpec:
+def _whole_matrices(
+    node: Node, spec: AttentionSpec, own: Collection[int], taken: Collection[int]
+) -> WholeMatrices:
+    read: Any = node.args[3]
+    whole = set(tiles.matrices(spec.keep, spec.bias)) - set(own)
+    inputs = {i for i in whole if given_input(read[i])}
+
+    def size(numbers: Iterable[int]) -> int:
+        values = [read[i].meta["val"] for i in numbers]
+        return sum(v.numel() * v.element_size() for v in values)
+
+    return WholeMatrices(given=size(inputs), made=size(whole - inputs), taken=size(taken))
+
+
+def _with_own_rows(spec: AttentionSpec, local: Collection[int]) -> AttentionSpec:
     """What it reads at its queries' own rows, and is split as they are, is read at local ones."""
-    local = {i for i, form in enumerate(mode.operands[3:]) if form is Form.SPLIT}
     keep, bias = (tiles.of_own_rows(expr, local) for expr in (spec.keep, spec.bias))
     return replace(spec, keep=keep, bias=bias)
 

@@ -224,7 +224,8 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captured = ctx.saved_tensors
     needs = ctx.needs_input_grad[3]
     flags = needs if isinstance(needs, (list, tuple)) else [needs] * len(captured)
-    wanted = [i for i, flag in enumerate(flags) if flag]
+    trained = _trained(ctx.settings[0], len(captured))
+    wanted = [i for i, flag in enumerate(flags) if flag and i in trained]
     dq, dk, dv, *extra = torch.ops.ringfx.attention_backward(
         dout, q, k, v, out, lse, captured, wanted, *ctx.settings
     )
@@ -232,6 +233,12 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
     for position, gradient in zip(wanted, extra, strict=True):
         captured_grads[position] = gradient
     return dq, dk, dv, captured_grads, *[None] * len(ctx.settings)
+
+
+def _trained(spec_json: str, num_inputs: int) -> set[int]:
+    """Which captured tensors a gradient can reach: through the bias or as sinks, not by a mask."""
+    spec = AttentionSpec.from_json(spec_json)
+    return {*tiles.inputs_used(spec.bias), *([num_inputs - 1] if spec.sinks else [])}
 
 
 register_autograd(_attention, _backward, setup_context=_setup_context)

@@ -21,7 +21,7 @@ from ringfx.tiles.expr import (
     walk,
 )
 from ringfx.tiles.ranges import Box, Kind, bounds, classify
-from ringfx.tiles.words import density, describe, is_balanced, matrices
+from ringfx.tiles.words import density, describe, is_balanced, matrices, matrix_rows
 
 __all__ = [
     "CAUSAL",
@@ -45,6 +45,7 @@ __all__ = [
     "is_balanced",
     "loads",
     "matrices",
+    "matrix_rows",
     "of_own_rows",
     "own_rows",
     "rows_read",

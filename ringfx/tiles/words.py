@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ringfx.tiles.expr import Expr, TileIndex, evaluate, inputs_used, terms, walk
+from ringfx.tiles.expr import Expr, TileIndex, evaluate, inputs_used, rows_read, terms, walk
 from ringfx.tiles.ranges import Box, classify
 
-__all__ = ["density", "describe", "is_balanced", "matrices", "whole_text"]
+__all__ = [
+    "WHOLE_MASK", "density", "describe", "is_balanced", "matrices", "matrix_rows", "whole_text",
+]  # fmt: skip
 
 SAMPLED_ROWS = 64
 LEAF = 65536
 """Keys evaluated at once when a row's kept keys are counted."""
+WHOLE_MASK = "a mask or bias"
+"""What every text about a mask with an entry for each query and key begins with."""
 PARTS = 8
 BALANCED_WITHIN = 1.25
 """The busiest of 8 equal parts of the rows may do 25% more than the mean: zigzag costs two kernel
@@ -49,9 +53,40 @@ def matrices(*exprs: Expr | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def whole_text(size: int) -> str:
-    """Of masks and biases that are no function of positions."""
-    return f"a mask or bias given whole: {size / 2**20:,.1f} MiB on every rank, not split"
+def matrix_rows(*exprs: Expr | None) -> Mapping[int, int]:
+    """Of ``matrices`` those read at the query's own row only: position -> dim of the rows."""
+    found = set(matrices(*exprs))
+    return {i: dim for i, dim in rows_read(*exprs).items() if i in found}
+
+
+def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int = 1) -> str:
+    """Of masks and biases that are no function of positions.
+
+    Parameters
+    ----------
+    given, made
+        Bytes of those that are inputs, and of those that are computed.
+    taken
+        Bytes of those of which a rank takes its own queries' rows.
+    ranks
+        1 where they are not known.
+
+    >>> whole_text(2**21, taken=2**21, ranks=4)
+    'a mask or bias given whole, 2.0 MiB: each rank takes the rows of its own queries, 0.5 MiB'
+    """
+    size = given + made
+    text = f"{WHOLE_MASK} {'given' if given else 'computed'} whole, {_mib(size)}"
+    if taken and ranks > 1:
+        text += f": each rank takes the rows of its own queries, {_mib(taken // ranks)}"
+    elif taken:
+        text += ": of several ranks each takes the rows of its own queries"
+    if size > taken:
+        text += f"{';' if taken else ':'} {_mib(size - taken)} on every rank, not split"
+    return text
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def density(keep: Expr | None, q_len: int, kv_len: int) -> float:

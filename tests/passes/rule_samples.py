@@ -219,6 +219,7 @@ def _products(a: int, b: int, c: int, d: int) -> list[Sample]:
         Sample(aten.mm.default, (real(a, b), real(b, c))),
         Sample(aten.bmm.default, (x, real(a, c, d))),
         Sample(aten.mv.default, (real(a, b), real(b))),
+        Sample(aten._cdist_forward.default, (x, real(a, d, c), 2.0, None)),
         Sample(aten.addmm.default, (real(c), real(a, b), real(b, c))),
         Sample(aten.addmm.default, (real(a, 1), real(a, b), real(b, c))),
         Sample(aten.baddbmm.default, (real(a, b, d), x, real(a, c, d))),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ringfx import halo
+from ringfx.columns import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Share
 from ringfx.passes.axes.rules import AXIS_RULES
@@ -27,6 +28,7 @@ SIZES = {"different": (6, 7, 8, 9), "equal": (6, 6, 6, 6), "square": (6, 8, 8, 6
 
 NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
+    every_token: "all of an axis, another one from there on: tests/end_to_end/test_matrices.py",
     halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",

@@ -41,15 +41,16 @@ def text(renderable: object) -> str:
     return out.getvalue()
 
 
-def test_the_plan_says_how_many_bytes_every_rank_holds() -> None:
+def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
     plan = lowered(Given(), *operands(), ranks=4).plan
     said = [n for n in plan.notes if "given whole" in n]
     assert said == [
-        f"qkv (test_given_masks.py:{line()}) and 1 more: a mask or bias given whole: "
-        "2.0 MiB on every rank, not split"
+        f"qkv (test_given_masks.py:{line()}) and 1 more: a mask or bias given whole, "
+        "2.0 MiB: each rank takes the rows of its own queries, 0.5 MiB"
     ]
     parts = {p.cause: p.bytes for p in plan.memory.parts} if plan.memory else {}
     assert parts["masks given whole"] == 2 * MIB
+    assert parts["rows of whole masks"] == MIB // 2  # once for both attentions
 
 
 def line() -> int:
@@ -70,7 +71,10 @@ def test_explain_names_it() -> None:
     assert [s.matrix_bytes for s in found.sites] == [MIB // 2, MIB // 2]
     said = text(found)
     assert "a mask given as input" in said
-    assert "reads a mask or bias given whole: 0.5 MiB on every rank, not split" in said
+    assert (
+        "reads a mask or bias given whole, 0.5 MiB: of several ranks each takes the rows of its "
+        "own queries"
+    ) in said
 
 
 def test_one_that_does_not_fit_is_refused_with_its_bytes() -> None:

@@ -16,6 +16,7 @@ from torch.fx import Node
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ringfx import tiles
+from ringfx.passes.axes.call import given_input
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
 from ringfx.passes.masks.simplify import assuming, const, simplify
@@ -91,11 +92,11 @@ def sizes_of(node: Node) -> tuple[int, ...]:
 
 
 def matrices(program: Captured, q_len: int, kv_len: int) -> list[str]:
-    """Computed values with both a query and a key dimension."""
+    """Computed values with both a query and a key dimension; a part of an input is none."""
     both = []
     for node in program.graph_module.graph.nodes:
         sizes = list(sizes_of(node))
-        if node.op == "call_function" and q_len in sizes:
+        if given_input(node) is None and q_len in sizes:
             sizes.remove(q_len)
             both += [f"{node.name} {sizes_of(node)}"] if kv_len in sizes else []
     return both

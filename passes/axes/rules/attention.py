@@ -8,7 +8,7 @@ import torch
 
 from ringfx import tiles
 from ringfx.ops import attention
-from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, given_input
 from ringfx.passes.axes.rules.pattern import labels_like, leading, shares
 from ringfx.spec import AttentionSpec
 
@@ -43,7 +43,7 @@ def _captured(call: Call) -> Iterator[Labels | None]:
     rows = tiles.rows_read(spec.keep, spec.bias)
     for i, value in enumerate(call.operands[3:]):
         shape = value.meta["val"].shape
-        if i not in rows or value.op == "placeholder" or shape[rows[i]] != spec.q_len:
+        if i not in rows or given_input(value) or shape[rows[i]] != spec.q_len:
             yield None
             continue
         names = ["s" if d == rows[i] else f"read{i}.{d}" for d in range(len(shape))]

@@ -245,5 +245,8 @@ RULES: dict[object, AxisRule] = {
         ),
         convolution,
     ),
+    aten._cdist_forward.default: axes(
+        x1="... r m", x2="... c m", out="... r c", whole="m", reason="it measures along the axis"
+    ),
     aten.outer.default: axes(self="r", vec2="c", out="r c"),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ringfx import columns
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
 from ringfx.passes.axes.rules.pattern import shares
 
@@ -25,6 +27,18 @@ def regroup(call: Call) -> OpAxes:
         results=(numbered(call.result_shape),),
         regroup=True,
     )
+
+
+def every_token(call: Call) -> OpAxes:
+    """``ringfx.columns.every_token``: all of some dimensions, axes of their own from here on."""
+    labels = numbered(call.shapes[0])
+    dims: Any = call.node.args[1]
+    parted = {name for d in dims for name in labels[d]}
+    made = tuple(tuple(f"all {x}" if x in parted else x for x in names) for names in labels)
+    return OpAxes(
+        operands=(labels,), results=(made,), share=shares(whole=parted),
+        reason="it is read with every row of a mask or bias",
+    )  # fmt: skip
 
 
 def reordered(call: Call, order: Sequence[int]) -> OpAxes:
@@ -355,7 +369,8 @@ def _with_pair(shape: Sequence[int], before: Sequence[int], after: Sequence[int]
     return numbered(shape[:common]) + (("pair",),) * (len(shape) - common)
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[object, AxisRule] = {
+    columns.every_token: every_token,
     aten.view_as_complex.default: pairs,
     aten.view_as_real.default: pairs,
     **dict.fromkeys(
