@@ -23,7 +23,7 @@ from ringfx.cost_model.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.passes.values import AttentionSite
 from ringfx.plan import LayerPlan
-from ringfx.plan_text import format_bytes, format_ms
+from ringfx.quantities import format_bytes, format_ms
 from ringfx.strategies import STRATEGIES, Strategy
 
 __all__ = ["choose"]

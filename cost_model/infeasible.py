@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ringfx.cost_model.budget import Menu, least_memory
 from ringfx.errors import RingfxError
 from ringfx.passes.values import AttentionSite
-from ringfx.plan_text import format_bytes
+from ringfx.quantities import format_bytes
 
 __all__ = ["MAX_WORLD_SIZE", "Problem", "explain_infeasible", "scaled_site"]
 

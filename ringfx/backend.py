@@ -31,6 +31,7 @@ from ringfx.passes.values import Arrival, Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
 from ringfx.plan import Plan
+from ringfx.quantities import format_bytes
 from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
 from ringfx.split_spec import SplitSpec
@@ -335,10 +336,10 @@ def _summary(plan: Plan) -> str:
 
 
 def _gather_text(move: Resharding) -> str:
-    size = move.bytes_moved / 2**20
+    size = format_bytes(move.bytes_moved)
     where = ", ".join(x for x in (move.name, move.source) if x)
     what = "of a gradient in backward" if move.in_backward else f"for {move.reason}"
-    return f"{where}: gathers {size:.1f} MiB on every rank {what}"
+    return f"{where}: gathers {size} on every rank {what}"
 
 
 def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:

@@ -9,7 +9,8 @@ from rich.console import Console
 from ringfx.cost_model import load_profile, parse_tokens
 from ringfx.cost_model.bench import Sample, Timing, bench, bench_site, regret
 from ringfx.passes.values import AttentionSite
-from ringfx.plan_text import format_bytes, format_ms, table_lines
+from ringfx.plan_text import table_lines
+from ringfx.quantities import format_bytes, format_ms
 
 __all__ = ["Attention", "run"]
 

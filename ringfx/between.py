@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from ringfx.collectives import slice_tokens
 from ringfx.outputs import SplitTensor
 from ringfx.passes.values import Resharding
+from ringfx.quantities import format_bytes
 from ringfx.split_spec import SplitSpec, Told
 from ringfx.wrapping import part
 
@@ -79,8 +80,8 @@ class Between:
                 reason=reason, in_backward=in_backward,
             )
         )  # fmt: skip
-        size = num_bytes / 2**20
-        self._announce(f"{spec.name}: gathers {size:.1f} MiB on every rank for {reason}")
+        size = format_bytes(num_bytes)
+        self._announce(f"{spec.name}: gathers {size} on every rank for {reason}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

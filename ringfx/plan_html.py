@@ -14,8 +14,9 @@ from typing import TypeAlias
 from ringfx.cost_model.profile import age_words
 from ringfx.errors import RingfxError
 from ringfx.plan import MemoryPart, Plan
-from ringfx.plan_text import FoldedLayers, fold, format_bytes, format_ms
+from ringfx.plan_text import FoldedLayers, fold
 from ringfx.plan_views import attention_bytes, strategy_mix
+from ringfx.quantities import format_bytes, format_ms
 
 __all__ = ["to_html"]
 

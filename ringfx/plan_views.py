@@ -11,7 +11,8 @@ from ringfx.cost_model.profile import Profile
 from ringfx.cost_model.whatif import Change, tokens
 from ringfx.errors import RingfxError
 from ringfx.plan import LayerPlan, Plan
-from ringfx.plan_text import FoldedLayers, fold, format_bytes, format_ms, table_lines
+from ringfx.plan_text import FoldedLayers, fold, table_lines
+from ringfx.quantities import format_bytes, format_ms
 from ringfx.strategies import STRATEGIES
 
 __all__ = ["diff_text", "explain_text", "sweep_text"]

@@ -9,7 +9,8 @@ import pytest
 from ringfx.errors import InvalidArgument
 from ringfx.passes.values import Declined, Resharding, TokenAxis
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan, Plan
-from ringfx.plan_text import fold, format_bytes, index_set
+from ringfx.plan_text import fold
+from ringfx.quantities import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
 

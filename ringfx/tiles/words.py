@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ringfx.quantities import format_bytes
 from ringfx.tiles.expr import Expr, TileIndex, evaluate, inputs_used, rows_read, terms, walk
 from ringfx.tiles.ranges import Box, classify
 
@@ -72,21 +73,17 @@ def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int = 1) -> str
         1 where they are not known.
 
     >>> whole_text(2**21, taken=2**21, ranks=4)
-    'a mask or bias given whole, 2.0 MiB: each rank takes the rows of its own queries, 0.5 MiB'
+    'a mask or bias given whole, 2.00 MiB: each rank takes the rows of its own queries, 512 KiB'
     """
     size = given + made
-    text = f"{WHOLE_MASK} {'given' if given else 'computed'} whole, {_mib(size)}"
+    text = f"{WHOLE_MASK} {'given' if given else 'computed'} whole, {format_bytes(size)}"
     if taken and ranks > 1:
-        text += f": each rank takes the rows of its own queries, {_mib(taken // ranks)}"
+        text += f": each rank takes the rows of its own queries, {format_bytes(taken // ranks)}"
     elif taken:
         text += ": of several ranks each takes the rows of its own queries"
     if size > taken:
-        text += f"{';' if taken else ':'} {_mib(size - taken)} on every rank, not split"
+        text += f"{';' if taken else ':'} {format_bytes(size - taken)} on every rank, not split"
     return text
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def density(keep: Expr | None, q_len: int, kv_len: int) -> float:

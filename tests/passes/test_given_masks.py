@@ -46,7 +46,7 @@ def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
     said = [n for n in plan.notes if "given whole" in n]
     assert said == [
         f"qkv (test_given_masks.py:{line()}) and 1 more: a mask or bias given whole, "
-        "2.0 MiB: each rank takes the rows of its own queries, 0.5 MiB"
+        "2.00 MiB: each rank takes the rows of its own queries, 512 KiB"
     ]
     parts = {p.cause: p.bytes for p in plan.memory.parts} if plan.memory else {}
     assert parts["masks given whole"] == 2 * MIB
@@ -72,7 +72,7 @@ def test_explain_names_it() -> None:
     said = text(found)
     assert "a mask given as input" in said
     assert (
-        "reads a mask or bias given whole, 0.5 MiB: of several ranks each takes the rows of its "
+        "reads a mask or bias given whole, 512 KiB: of several ranks each takes the rows of its "
         "own queries"
     ) in said
 
