@@ -17,8 +17,14 @@ from typing import TypeAlias
 from ringfx.cost_model import footprint
 from ringfx.cost_model.local import Local, local_share
 from ringfx.cost_model.profile import Direction, Profile
-from ringfx.cost_model.terms import handling_seconds, kernel_name, kernel_seconds, message_seconds
-from ringfx.cost_model.work import Work, gathered_work, ring_work, whole_work
+from ringfx.cost_model.terms import (
+    handling_seconds,
+    kernel_name,
+    kernel_seconds,
+    message_seconds,
+    stored_tile,
+)
+from ringfx.cost_model.work import MASKED_TILE, Work, gathered_work, ring_work, whole_work
 from ringfx.errors import ProfileError
 from ringfx.passes.values import AttentionSite
 
@@ -213,7 +219,8 @@ def _hop_seconds(
 ) -> list[float]:
     """The slowest rank's kernel time of each hop."""
     kernel = kernel_name(local.site, strategy, profile)
-    table = ring_work(local.site.spec, local.layout, local.world_size)
+    tile = stored_tile(local.site) if kernel == "math" else MASKED_TILE
+    table = ring_work(local.site.spec, local.layout, local.world_size, tile)
     hops = [
         max(_seconds(profile, kernel, local.site, work, direction, groups) for work in column)
         for column in zip(*table, strict=True)

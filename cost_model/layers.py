@@ -1,14 +1,16 @@
 """What whole layers cost beyond their kernels and messages, from a few measured ones.
 
 layer      what any layer costs: max(0, time of one of hardly any tokens - the other terms)
-handling   what a byte of the layer's buffers costs: the least of sum ((A x - y) / t)^2, x >= 0,
-           with y what layers of some size take beyond the other terms, t all of it
+handling   what a byte of the layer's buffers costs, and what a forward call's merge does (mostly
+           seen in simple's many calls): the least of sum ((A x - y) / t)^2, x >= 0, with y what
+           layers of some size take beyond the other terms, t all of it
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -80,12 +82,13 @@ def layer_records(
 
 
 def fit_layers(records: Sequence[AttentionRecord], bare: Profile) -> tuple[Profile, Quality]:
-    """``bare`` with what any layer and any byte of buffers costs."""
+    """``bare``, which prices none of them, with what any layer, byte of buffers and merge costs."""
     small = [record for record in records if is_small(record)]
     large = [record for record in records if not is_small(record)]
-    profile = replace(bare, overheads=tuple(_overhead(record, bare) for record in small))
-    if large:
-        profile = replace(profile, handling_ns_per_byte=_handling_ns(large, profile))
+    profile = _with_overheads(bare, small)
+    for _ in range(ROUNDS if large else 0):
+        found = _around_calls(large, replace(bare, overheads=profile.overheads))
+        profile = _with_overheads(replace(bare, **found), small)
     errors = [abs(_predicted_ms(r, profile) / _ms(r) - 1) for r in (large or small)]
     return profile, Quality(
         what="layers",
@@ -95,14 +98,25 @@ def fit_layers(records: Sequence[AttentionRecord], bare: Profile) -> tuple[Profi
     )
 
 
-def _handling_ns(records: Sequence[AttentionRecord], profile: Profile) -> float:
-    """Nanoseconds a byte, by least squares on relative misses."""
+ROUNDS = 4
+"""Small layers have calls too, so what any layer costs and what a call costs are told apart in
+turns: each leaves a tenth of the error."""
+AROUND_CALLS = ("handling_ns_per_byte", "merge_us")
+"""Fields of a profile that layers of some size tell."""
+
+
+def _around_calls(records: Sequence[AttentionRecord], profile: Profile) -> dict[str, Any]:
+    """Each of ``AROUND_CALLS``, by least squares on relative misses."""
     base = np.array([_predicted_ms(record, profile) for record in records])
     seen = np.array([_ms(record) for record in records])
-    unit = replace(profile, handling_ns_per_byte=1.0)
-    feature = np.array([_predicted_ms(record, unit) for record in records]) - base
-    found, _ = nnls((feature / seen)[:, None], (seen - base) / seen)
-    return float(f"{found[0]:.4g}")
+    units = [replace(profile, **{name: 1.0}) for name in AROUND_CALLS]  # type: ignore[arg-type]
+    features = [[_predicted_ms(record, unit) for unit in units] for record in records]
+    found, _ = nnls((np.array(features) - base[:, None]) / seen[:, None], (seen - base) / seen)
+    return {name: float(f"{x:.4g}") for name, x in zip(AROUND_CALLS, found, strict=True)}
+
+
+def _with_overheads(profile: Profile, small: Sequence[AttentionRecord]) -> Profile:
+    return replace(profile, overheads=tuple(_overhead(record, profile) for record in small))
 
 
 def _overhead(record: AttentionRecord, profile: Profile) -> OverheadRow:

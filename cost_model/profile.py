@@ -133,6 +133,8 @@ class Profile:
     """What evaluating a mask costs for each tile, whatever its size."""
     handling_ns_per_byte: float = 0.0
     """What a byte of a layer's buffers costs: packing, casting, first touch of new memory."""
+    merge_us: float = 0.0
+    """What merging a kernel call's output costs beyond the bytes it moves: launches on the host."""
     contention_ns_per_byte: float = 0.0
     """Compute lost to each byte that travels beside it: a CPU copies it, a GPU's cores drive it."""
     overheads: tuple[OverheadRow, ...] = ()
@@ -306,6 +308,7 @@ def _check(profile: Profile, where: str) -> None:
         "mask_ns_per_pair",
         "mask_us_per_tile",
         "handling_ns_per_byte",
+        "merge_us",
     )
     for name in costs:
         if getattr(profile, name) < 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_records(source: Path | str, name: str | None = None) -> tuple[Record, .
     """
     where = name or str(source)
     text = source.read_text() if isinstance(source, Path) else source
-    rows = _csv_rows(text) if where.endswith(".csv") else _json_rows(text, where)
+    rows = _csv_rows(text, where) if where.endswith(".csv") else _json_rows(text, where)
     records = tuple(_record(row, f"{where}, row {number}") for number, row in rows)
     if not records:
         raise ProfileError(f"{where} holds no records.")
@@ -147,10 +148,18 @@ def _json_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]
         yield number, row
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows by header; the first data row is number 1, an empty cell is a field left out."""
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows by header; the first data row is number 1, an empty cell is a field left out.
+
+    But of a text field it is an empty text.
+    """
     for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
-        yield number, {k: _cell(v) for k, v in cells.items() if v not in ("", None)}
+        if None in cells:
+            raise ProfileError(f"{where}, row {number}: more cells than the header has names.")
+        cls = KINDS.get(cells.get("kind") or "attention", AttentionRecord)
+        texts = {f.name for f in fields(cls) if f.type == "str"}
+        given = {k: v for k, v in cells.items() if v or (k in texts and v is not None)}
+        yield number, {k: v if k in texts else _cell(v) for k, v in given.items()}
 
 
 def _cell(text: str) -> Any:
@@ -187,11 +196,15 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_finite(value: float) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value)
+
+
 CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a text", lambda v: isinstance(v, str)),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "int": ("a whole number above 0", lambda v: _is_count(v) and v > 0),
-    "float": ("a number above 0", lambda v: isinstance(v, float) or _is_count(v)),
+    "float": ("a number above 0", lambda v: isinstance(v, float | int) and _is_finite(v)),
     "Direction": (" or ".join(get_args(Direction)), lambda v: v in get_args(Direction)),
     "Operation": (", ".join(get_args(Operation)), lambda v: v in get_args(Operation)),
 }

@@ -6,7 +6,8 @@ With b batch, h heads, g K/V heads, head dims d (q, k) and e (v), for c calls ov
                F = 2 (d + e) forward: q k^T, P v
                F = 2 (3d + 2e) backward: q k^T again, dP, dV, dQ, dK
     handling   bytes of buffers that are made * handling
-    merging    3 passes over the float32 rows that a call adds to, at the speed of memory
+    merging    3 passes over the float32 rows that a call adds to, at the speed of memory; forward,
+               what the merge of its output costs in launches is part of the call
     message    steps * latency + bytes / bandwidth
 """
 
@@ -110,7 +111,8 @@ def kernel_seconds(
     masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
     masks_s += work.masked_pairs / side**2 * profile.mask_us_per_tile / 1e6
     merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
-    return calls * row.call_us / 1e6 + heads * per_head + masks_s + merging
+    call_us = row.call_us + (profile.merge_us if direction == "forward" else 0.0)
+    return calls * call_us / 1e6 + heads * per_head + masks_s + merging
 
 
 BLOCKS: Mapping[str, tuple[int, int]] = {"cpu_flash": (256, 512)}

@@ -7,7 +7,7 @@ strategies are chosen again for the same sites. What was derived from the split 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ringfx.cost_model.choose import choose
@@ -18,7 +18,7 @@ from ringfx.cost_model.quantities import parse_bytes, parse_rate, parse_tokens
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.layout import Layout
 from ringfx.passes.values import TokenAxis
-from ringfx.plan import Plan
+from ringfx.plan import MemoryPart, MemoryPlan, Plan
 
 __all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
 
@@ -124,7 +124,7 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         fixed_bytes=plan.memory.whole_bytes,
         split_bytes=round(plan.memory.split_bytes * scale * plan.world_size / world_size),
     )
-    return replace(
+    changed = replace(
         plan,
         world_size=world_size,
         gpu_memory=budget,
@@ -132,9 +132,38 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=(),
         outside_ms=0.0,
-        memory=replace(plan.memory, parts=(), by_block=(), over_program=()),
-        notes=(*plan.notes, "attention only: what moves outside it was not derived again"),
+        notes=tuple(dict.fromkeys((*plan.notes, *_link_words(change), NOT_DERIVED))),
     )
+    return replace(changed, memory=_changed_memory(changed, scale * plan.world_size / world_size))
+
+
+NOT_DERIVED = (
+    "attention only: what moves outside it was not derived again, and memory outside it is scaled"
+)
+
+
+def _link_words(change: Change) -> Iterator[str]:
+    if change.link_bytes_per_s is not None:
+        yield f"as if every link had {change.link_bytes_per_s / 1e9:g} GB/s"
+    if change.latency_us is not None:
+        yield f"as if every link's latency were {change.latency_us:g} us"
+
+
+def _changed_memory(changed: Plan, ratio: float) -> MemoryPlan:
+    """Outside attention what is split grows with the ratio; attention is what its layers say."""
+    outside = [
+        replace(part, bytes=round(part.bytes * ratio)) if part.kind == "split" else part
+        for part in changed.memory.parts
+        if part.kind != "attention"
+    ]
+    if not outside:
+        return replace(changed.memory, parts=(), by_block=(), over_program=())
+    attention = {
+        "kept by attention": changed.saved_bytes,
+        "attention's workspace": changed.workspace_bytes,
+    }
+    parts = [MemoryPart(cause=c, bytes=n, kind="attention") for c, n in attention.items() if n]
+    return replace(changed.memory, parts=(*outside, *parts), by_block=(), over_program=())
 
 
 def changed_profile(profile: Profile, change: Change) -> Profile:

@@ -73,16 +73,18 @@ class Work:
 
 
 def ring_work(
-    spec: AttentionSpec, layout: LayoutKind, world_size: int
+    spec: AttentionSpec, layout: LayoutKind, world_size: int, tile: int = MASKED_TILE
 ) -> tuple[tuple[Work, ...], ...]:
     """For some ranks the work of each hop; hops after the last that any of them needs are left out.
 
-    Hop t of rank r meets the keys of rank r - t.
+    Hop t of rank r meets the keys of rank r - t. ``tile`` is the side of a tile whose mask is
+    evaluated.
     """
     counted, full_like = _positional(spec)
     table = [
         tuple(
-            _hop(counted, full_like, layout, world_size, rank, hop) for hop in _all_hops(world_size)
+            _hop(counted, full_like, tile, layout, world_size, rank, hop)
+            for hop in _all_hops(world_size)
         )
         for rank in _some_ranks(world_size)
     ]
@@ -126,10 +128,17 @@ def _all_hops(world_size: int) -> Sequence[int]:
 
 @lru_cache(maxsize=65_536)
 def _hop(
-    spec: AttentionSpec, masked: bool, layout: LayoutKind, world_size: int, rank: int, hop: int
+    spec: AttentionSpec,
+    masked: bool,
+    tile: int,
+    layout: LayoutKind,
+    world_size: int,
+    rank: int,
+    hop: int,
 ) -> Work:
     keys = runs_of(Layout(layout, spec.kv_len, world_size), (rank - hop) % world_size)
-    return _count(spec, masked, runs_of(Layout(layout, spec.q_len, world_size), rank), keys)
+    queries = runs_of(Layout(layout, spec.q_len, world_size), rank)
+    return _count(spec, masked, queries, keys, tile)
 
 
 @lru_cache(maxsize=4096)
@@ -140,9 +149,15 @@ def _gathered(
     return _count(spec, masked, queries, (Run(0, 0, spec.kv_len),))
 
 
-def _count(spec: AttentionSpec, masked: bool, queries: Sequence[Run], keys: Sequence[Run]) -> Work:
+def _count(
+    spec: AttentionSpec,
+    masked: bool,
+    queries: Sequence[Run],
+    keys: Sequence[Run],
+    tile: int = MASKED_TILE,
+) -> Work:
     longest = max((run.length for run in queries), default=1)
-    tiling = Tiling(masked=max(MASKED_TILE, -(-longest // MAX_BANDS)))
+    tiling = Tiling(masked=max(tile, -(-longest // MAX_BANDS)))
     found = pieces(spec, queries, keys, tiling, b=(0, 1), h=(0, 1), inputs=None)
     return sum((_work(piece, masked) for piece in found), Work())
 

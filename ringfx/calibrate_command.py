@@ -88,7 +88,8 @@ def _summary(profile: Profile, path: Path) -> str:
     lines += [
         f"  memory {profile.memory_gbytes_per_s:.1f} GB/s, masks {profile.mask_ns_per_pair:.2f} ns"
         f" a pair and {profile.mask_us_per_tile:.0f} us a tile",
-        f"  buffers {profile.handling_ns_per_byte:.2f} ns a byte",
+        f"  buffers {profile.handling_ns_per_byte:.2f} ns a byte, a merge"
+        f" {profile.merge_us:.0f} us",
         f"  compute loses {lost} to each byte that travels beside it; the same thing again differs"
         f" by {again}",
     ]

@@ -26,6 +26,11 @@ def main() -> int:
     reporting.add_argument("--records", type=Path, default=RECORDS)
     reporting.add_argument("--profile", default="amd-epyc-2-ranks")
     reporting.add_argument("--output", type=Path, default=RESULTS / "prediction.json")
+    reporting.add_argument(
+        "--tell-profile",
+        action="store_true",
+        help="also write the error over loopback into the shipped profile: plans show it",
+    )
     options = parser.parse_args()
     if options.command == "report":
         return report_command(options)

@@ -7,16 +7,19 @@ import sys
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from ringfx.cli import app
 from ringfx.cost_model import load_profile, predict
+from ringfx.cost_model.bench import Sample, admitted
 from ringfx.cost_model.calibrate import Measurements, calibrate, make_profile
 from ringfx.cost_model.from_records import fit_kernels, fit_links
+from ringfx.cost_model.layers import fit_layers, layer_records, layer_sites
 from ringfx.cost_model.measure import Effort, kernel_cases, spread
-from ringfx.cost_model.profile import KernelRow, profile_json, read_profile
+from ringfx.cost_model.profile import Direction, KernelRow, profile_json, read_profile
 from ringfx.cost_model.records import AttentionRecord, MessageRecord, read_records
 from ringfx.errors import CommunicationError, ProfileError
 from tests.cost_model.sites import causal_site, shipped
@@ -135,6 +138,29 @@ def test_the_shipped_measurements_are_what_their_records_give() -> None:
     for found, kept in zip((*kernels, *links), (*profile.kernels, *profile.links), strict=True):
         rate = "gflops" if isinstance(found, KernelRow) else "gbytes_per_s"
         assert getattr(found, rate) == pytest.approx(getattr(kept, rate), rel=0.02)
+    layers = [r for r in records if isinstance(r, AttentionRecord) and not r.kernel]
+    bare = replace(profile, overheads=(), handling_ns_per_byte=0.0, merge_us=0.0)
+    again, _ = fit_layers(layers, bare)
+    for name in ("handling_ns_per_byte", "merge_us"):
+        assert getattr(again, name) == pytest.approx(getattr(profile, name), rel=0.02, abs=1e-3)
+
+
+def test_what_surrounds_calls_is_found_again_in_layers_that_it_made() -> None:
+    costs: dict[str, Any] = {"handling_ns_per_byte": 0.3, "merge_us": 120.0}
+    bare = replace(shipped("amd-epyc-2-ranks"), overheads=(), **dict.fromkeys(costs, 0.0))
+    truth = replace(bare, **costs)
+    records = []
+    for site in layer_sites(2, "cpu", 4096):
+        for strategy in admitted(site, 2):
+            made = predict(site, strategy, 2, truth)
+            samples: dict[Direction, Sample] = {
+                "forward": Sample(median_ms=made.forward_ms, spread=0.0, again=0.0),
+                "backward": Sample(median_ms=made.backward_ms, spread=0.0, again=0.0),
+            }
+            records += layer_records(site, strategy, samples, 2, "loopback")
+    found, quality = fit_layers(records, bare)
+    assert {name: getattr(found, name) for name in costs} == pytest.approx(costs, rel=0.05)
+    assert quality.median_error < 0.01
 
 
 @pytest.mark.ranks

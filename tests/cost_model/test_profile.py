@@ -35,6 +35,16 @@ def test_every_shipped_row_has_an_origin_and_a_finite_rate() -> None:
             assert row.origin, row
 
 
+def test_a_measured_profile_that_ships_tells_its_error_on_layers_it_was_not_fitted_to() -> None:
+    measured = [p for p in available_profiles() if p.kind == "measured"]
+    assert measured
+    for profile in measured:
+        assert "held-out sizes: median error " in profile.held_out, (
+            "run the report after calibrating"
+        )
+        assert profile.held_out in load_profile(profile.name, device=profile.device).origin
+
+
 def test_a_profile_found_for_a_foreign_device_is_announced(on_device: Any) -> None:
     on_device("Quantum 9000")
     notes = load_profile(None, device="cpu").notes

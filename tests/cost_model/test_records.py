@@ -72,6 +72,39 @@ def test_csv_gives_the_same_records_as_json_lines() -> None:
     assert read_records(text.getvalue(), "seed.csv") == records
 
 
+def _csv(*rows: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def test_both_kinds_and_texts_that_look_like_numbers_come_through_csv() -> None:
+    """A layer timed whole has no kernel; a version is a text; a message has no heads."""
+    rows = [_attention(kernel="", software="2.13"), {**MESSAGE, "software": "2.13"}]
+    assert read_records(_csv(*rows), "mine.csv") == _read(*rows)
+
+
+def test_a_damaged_csv_names_the_row() -> None:
+    good = _csv(_attention(kernel=""), _attention())
+    with pytest.raises(ProfileError) as caught:
+        read_records(good.rstrip() + ",1,2\n", "mine.csv")
+    assert str(caught.value) == "mine.csv, row 2: more cells than the header has names."
+    with pytest.raises(
+        ProfileError, match=r"mine\.csv, row 2: heads must be a whole number above 0"
+    ):
+        read_records(_csv(_attention(), _attention(heads="many")), "mine.csv")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_time_that_is_no_number_is_refused(number: str) -> None:
+    row = json.dumps(_attention()).replace(json.dumps(_attention()["median_ms"]), number)
+    with pytest.raises(ProfileError, match=r"row 1: \w+ must be a .*; got (nan|inf)\."):
+        read_records(row, "mine.jsonl")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -55,7 +55,32 @@ def test_other_ranks_and_lengths_are_as_if_planned_so() -> None:
     moved = replan(_plan(), Change(world_size=16, seq_len=2**18), H100)
     assert moved.layers == _plan(2**18, world_size=16).layers
     assert moved.axes == _plan(2**18, world_size=16).axes
-    assert moved.notes[-1] == "attention only: what moves outside it was not derived again"
+    assert moved.notes == (
+        "attention only: what moves outside it was not derived again, and memory outside it is"
+        " scaled",
+    )
+
+
+def test_a_changed_plan_may_be_changed_again() -> None:
+    """There and back: the memory outside attention is still known, and so is what fits."""
+    plan = _plan(gpu_memory=2**31)
+    there = replan(plan, Change(world_size=16, seq_len=2**18), H100)
+    outside = {part.cause: part.bytes for part in there.memory.parts if part.kind != "attention"}
+    assert outside == {"parameters": 2**20, "logits": 2**24 * 4 // 2}
+    assert there.memory.peak_bytes == sum(outside.values()) + there.saved_bytes + (
+        there.workspace_bytes
+    )
+    back = replan(there, Change(world_size=8, seq_len=2**16), H100)
+    assert back.layers == plan.layers
+    assert back.notes == there.notes
+    assert longest_sequence(back, H100) == longest_sequence(plan, H100)
+
+
+def test_a_plan_with_other_links_says_so() -> None:
+    changed = replan(_plan(), Change(link_bytes_per_s=5e10, latency_us=7.0), H100)
+    assert changed.notes[:2] == (
+        "as if every link had 50 GB/s", "as if every link's latency were 7 us",
+    )  # fmt: skip
 
 
 def test_a_slower_link_never_makes_a_plan_faster() -> None:
