@@ -128,11 +128,14 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         plan,
         world_size=world_size,
         gpu_memory=budget,
+        profile=profile.name,
+        profile_origin=profile.origin,
+        profile_date=profile.date,
         layers=layers,
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=(),
         outside_ms=0.0,
-        notes=tuple(dict.fromkeys((*plan.notes, *_link_words(change), NOT_DERIVED))),
+        notes=tuple(dict.fromkeys((*_notes(plan, profile), *_link_words(change), NOT_DERIVED))),
     )
     return replace(changed, memory=_changed_memory(changed, scale * plan.world_size / world_size))
 
@@ -140,6 +143,15 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
 NOT_DERIVED = (
     "attention only: what moves outside it was not derived again, and memory outside it is scaled"
 )
+
+
+def _notes(plan: Plan, profile: Profile) -> Iterator[str]:
+    """The plan's, but of another profile those of that one."""
+    if plan.profile == profile.name:
+        yield from plan.notes
+        return
+    yield from (note for note in plan.notes if f"profile {plan.profile} " not in note)
+    yield from profile.notes
 
 
 def _link_words(change: Change) -> Iterator[str]:

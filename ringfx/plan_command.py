@@ -27,6 +27,7 @@ from ringfx.cost_model.whatif import (
     tokens,
 )
 from ringfx.errors import InvalidArgument
+from ringfx.passes.detect.estimate import refuse_missed
 from ringfx.plan import Plan
 from ringfx.plan_html import to_html
 from ringfx.plan_views import diff_text, explain_text, sweep_text
@@ -75,8 +76,13 @@ def run(request: Request, view: View) -> None:
     RingfxError
         Whatever is wrong with the request, the model or the profile.
     """
-    plan = _saved(request) or _made(request)
-    _show(plan, request, view)
+    saved = _saved(request)
+    if saved is None:
+        _show(_made(request), request, view)
+    elif request.gpu_memory is None or _asks(view):
+        _show(saved, request, view)
+    else:
+        _show(_chosen_again(saved, request), request, view)
 
 
 # --- making -----------------------------------------------------------------------------------
@@ -92,10 +98,37 @@ def _saved(request: Request) -> Plan | None:
             f"{path} is a saved plan: its length and ranks are fixed. Do: leave --seq-len and"
             " --world-size out, or ask --what-if world-size=16,seq-len=1M."
         )
+    if fixed := [name for name, is_given in _of_the_model(request).items() if is_given]:
+        raise InvalidArgument(
+            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
+            f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
+        )
     plan = Plan.from_json(path.read_text())
-    if request.gpu_memory is None:
-        return plan
-    return replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
+    if request.strict and plan.missed:
+        refuse_missed(plan.missed)
+    if request.gpu_memory is not None:
+        plan = replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
+    return _chosen_again(plan, request) if request.profile or request.strategy else plan
+
+
+def _of_the_model(request: Request) -> Mapping[str, bool]:
+    """Options that say what is planned, and whether they were given."""
+    return {
+        "--batch-size": request.batch_size != 1,
+        "--optimizer": request.optimizer != "none",
+        "--infer": not request.train,
+        "--dtype": request.dtype is not None,
+    }
+
+
+def _chosen_again(plan: Plan, request: Request) -> Plan:
+    """A saved plan with the strategies that another profile, word or budget gives."""
+    return replan(plan, Change(), _profile(plan, request), strategy_choice(request.strategy))
+
+
+def _asks(view: View) -> bool:
+    """Whether a view that chooses again by itself, or that compares, is asked for."""
+    return any((view.explain, view.what_if, view.sweep, view.max_seq_len, view.diff))
 
 
 def _made(request: Request) -> Plan:
@@ -119,7 +152,7 @@ def _made(request: Request) -> Plan:
             made.model.train(request.train)
         status.update(f"planning {inputs.seq_len:,} tokens over {request.world_size} ranks")
         with torch.set_grad_enabled(request.train):
-            return api.plan(
+            plan = api.plan(
                 made.model,
                 made.args,
                 dict(made.kwargs),
@@ -132,6 +165,10 @@ def _made(request: Request) -> Plan:
                 else request.optimizer,
                 strict=request.strict,
             )
+    if not made.has_own_length:
+        return plan
+    note = f"--seq-len was not used: {request.target} takes no seq_len and gives inputs of its own"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:

@@ -160,6 +160,7 @@ def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | Ri
     """One line a value: strategies, time, memory, a bar of time; or why there is no plan."""
     titles = (name, "strategies", "attention a step", "exposed", "memory of attention", "")
     rows = [titles]
+    failed = []
     longest_ms = max((r.total_ms for r in results if isinstance(r, Plan)), default=0.0)
     for change, result in zip(changes, results, strict=True):
         value = change_words(change)
@@ -176,8 +177,9 @@ def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | Ri
                 )
             )
         else:
-            rows.append((value, str(result).split("\n")[0], "", "", "", ""))
-    return "\n".join(table_lines(rows, left=(0, 1, 5)))
+            rows.append((value, "none", "", "", "", ""))
+            failed.append(f"{value}: {str(result).split(chr(10))[0]}")
+    return "\n".join([*table_lines(rows, left=(0, 1, 5)), *failed])
 
 
 BAR_WIDTH = 24

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,8 @@ class Target:
     model: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    has_own_length: bool = False
+    """The inputs are the factory's, which was not told how long they should be."""
 
 
 def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Callable[..., Any]:
@@ -85,7 +87,9 @@ def build(factory: Callable[..., Any], inputs: Inputs, name: str) -> Target:
     if _is_hf_config(made):
         with _blame(name):
             made = _hf_factory(made, None)()
-    return _target(made, inputs, name)
+    target = _target(made, inputs, name)
+    is_told = "seq_len" in _parameters(factory)
+    return replace(target, has_own_length=isinstance(made, tuple) and not is_told)
 
 
 # --- finding ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ringfx.cli import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
+from ringfx.passes.values import Declined
 from ringfx.plan import MemoryPart, MemoryPlan, Plan
 from ringfx.plan_html import to_html
 from ringfx.plan_views import diff_text, explain_text, sweep_text
@@ -115,10 +116,12 @@ def test_a_sweep_has_a_line_for_each_value() -> None:
     name, changes = parse_sweep("seq-len=64k..1M")
     lines = sweep_text(name, changes, sweep(plan, changes, H100)).split("\n")
     assert lines[0].split()[:2] == ["seq-len", "strategies"]
-    assert [line.split()[0] for line in lines[1:]] == [
+    assert [line.split()[0] for line in lines[1:6]] == [
         "65,536", "131,072", "262,144", "524,288", "1,048,576",
     ]  # fmt: skip
-    assert "no choice of strategies fits: 12 ranks need at least" in lines[-1]
+    assert lines[5].split()[1] == "none"
+    assert lines[-1].startswith("1,048,576: no choice of strategies fits: 12 ranks need at least")
+    assert max(map(len, lines[:6])) <= 100
     bars = [bar for line in lines[1:] if set(bar := line.split()[-1]) <= set("█▏▎▍▌▋▊▉")]
     assert len(bars) == 3
     assert bars == sorted(bars, key=len)
@@ -170,6 +173,25 @@ def test_views_of_a_saved_plan(saved: Path, words: list[str], start: str) -> Non
     assert result.stdout.startswith(start)
 
 
+def test_a_saved_plan_is_chosen_again_under_another_word_or_profile(saved: Path) -> None:
+    by_word = Plan.from_json(_run(str(saved), "--strategy", "simple", "--json").stdout)
+    assert {layer.strategy for layer in by_word.layers} == {"simple"}
+    elsewhere = Plan.from_json(_run(str(saved), "--profile", "a100-sxm-published", "--json").stdout)
+    assert elsewhere.profile == "a100-sxm-published"
+    assert any(note.startswith("profile a100-sxm-published ") for note in elsewhere.notes)
+    assert elsewhere.total_ms > _plan().total_ms
+
+
+def test_strict_also_holds_for_a_saved_plan(tmp_path: Path) -> None:
+    overlooked = Declined(node="q", name="q", source="model.py:3", reason="softmax")
+    path = tmp_path / "missed.json"
+    path.write_text(dataclasses.replace(_plan(), missed=(overlooked,)).to_json())
+    assert _run(str(path)).exit_code == 0
+    result = _run(str(path), "--strict")
+    assert result.exit_code == 2
+    assert "1 of the program's attentions were not recognised" in result.stderr
+
+
 def test_what_if_shows_the_changed_plan_and_the_difference(saved: Path) -> None:
     text = _run(str(saved), "--what-if", "world-size=4").stdout
     assert "ranks: 12 -> 4" in text
@@ -188,6 +210,14 @@ def test_diff_compares_with_a_saved_plan(saved: Path) -> None:
         (["--max-seq-len"], "ringfx: the longest sequence needs a budget."),
         (["--explain", "decoder"], "ringfx: the plan has no attention named 'decoder'."),
         (["--seq-len", "8k"], "is a saved plan: its length and ranks are fixed."),
+        (
+            ["--infer", "--dtype", "float16"],
+            "is a saved plan, which --infer, --dtype cannot change",
+        ),
+        (["--optimizer", "adamw"], "which --optimizer cannot change. Do: leave it out, or plan"),
+        (["--strategy", "nonsense"], "ringfx: unknown strategy 'nonsense'."),
+        (["--profile", "absent"], "ringfx: there is no profile 'absent'."),
+        (["--gpu-memory", "1MiB"], "ringfx: no choice of strategies fits: 12 ranks need"),
     ],
 )
 def test_mistakes_give_one_text_and_exit_code_2(
