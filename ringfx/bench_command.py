@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ringfx.calibrate_command import check_device
 from ringfx.cost_model import load_profile, parse_tokens
 from ringfx.cost_model.bench import Sample, Timing, bench, bench_site, regret
+from ringfx.errors import InvalidArgument
 from ringfx.passes.values import AttentionSite
 from ringfx.plan_text import table_lines
 from ringfx.quantities import format_bytes, format_ms
+from ringfx.target import floating_dtype
 
 __all__ = ["Attention", "run"]
 
@@ -39,6 +42,7 @@ def run(asked: Attention, *, ranks: int, profile: str | None, rounds: int) -> No
     RingfxError
         A number cannot be, there is no such profile, or a rank failed.
     """
+    _check(asked, ranks)
     site = _site(asked)
     found = load_profile(profile, device=site.device)
     with Console(stderr=True).status("starting ranks") as status:
@@ -54,6 +58,17 @@ def run(asked: Attention, *, ranks: int, profile: str | None, rounds: int) -> No
     print(f"{site.mask_words}, {site.q_len:,} tokens, {ranks} ranks, profile {found.name}")
     print("\n".join(_lines(timings)))
     print("\n".join(f"note: {note}" for note in found.notes))
+
+
+def _check(asked: Attention, ranks: int) -> None:
+    """Before ranks are started, which would all say the same."""
+    check_device(asked.device, ranks)
+    floating_dtype(asked.dtype)
+    if asked.heads % (asked.kv_heads or asked.heads):
+        raise InvalidArgument(
+            f"{asked.heads} query heads for {asked.kv_heads} key/value heads. Do: use a number of"
+            " query heads that the key/value heads divide."
+        )
 
 
 def _site(asked: Attention) -> AttentionSite:

@@ -14,7 +14,7 @@ from ringfx.cost_model.profile import Profile, profile_json, profiles_folder
 from ringfx.cost_model.records import write_records
 from ringfx.errors import InvalidArgument
 
-__all__ = ["run"]
+__all__ = ["check_device", "run"]
 
 QUICK = Effort(seconds_per_case=0.03, min_repeats=3, max_tokens=1024, max_message_bytes=2**20)
 
@@ -35,7 +35,7 @@ def run(
     InvalidArgument
         The device is unknown or absent.
     """
-    _check(device, ranks)
+    check_device(device, ranks)
     measured = _measured(device, ranks, QUICK if quick else Effort())
     if measured is None:
         return
@@ -48,7 +48,8 @@ def run(
     print(_summary(profile, path))
 
 
-def _check(device: str, ranks: int) -> None:
+def check_device(device: str, ranks: int) -> None:
+    """Refuse a device that is unknown, or that there are fewer of than ranks."""
     if device not in ("cpu", "cuda"):
         raise InvalidArgument(f"unknown device {device!r}. Choices: cpu, cuda.")
     if device == "cuda" and torch.cuda.device_count() < ranks:

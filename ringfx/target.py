@@ -25,7 +25,7 @@ from torch import nn
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["Inputs", "Target", "build", "find_target"]
+__all__ = ["Inputs", "Target", "build", "find_target", "floating_dtype"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Cal
     InvalidArgument
         There is no such module, attribute, file or class; the text says which and what to do.
     """
-    kind = _dtype(dtype)
+    kind = floating_dtype(dtype)
     path = Path(text)
     if hf and path.suffix != ".json" and not path.is_dir():
         return _hf_factory(_hf_class_config(text), kind)
@@ -251,7 +251,8 @@ def _hf_model_class(config: Any) -> Any:
 # --- building ---------------------------------------------------------------------------------
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def floating_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name; InvalidArgument where it is none, or not of floating point."""
     if name is None:
         return None
     dtype = getattr(torch, name, None)

@@ -56,3 +56,22 @@ def test_the_command_measures_every_strategy_that_can_run() -> None:
     }  # fmt: skip
     assert lines[6].startswith("chosen ")
     assert "regret" in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--heads", "3", "--kv-heads", "2"], "3 query heads for 2 key/value heads. Do: use a"),
+        (["--dtype", "int3"], "'int3' is no floating dtype. Choices: float32,"),
+        (["--device", "abacus"], "unknown device 'abacus'. Choices: cpu, cuda."),
+        (["--tokens", "none"], "'none' is not a number of tokens."),
+        (["--profile", "absent"], "there is no profile 'absent'."),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_ranks_start(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfx.bench_command.bench", lambda *args, **options: pytest.fail("began"))
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"ringfx: {message}")
