@@ -22,7 +22,7 @@ from ringfx.cost_model.agree import agreed_profile
 from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError, VerificationError
 from ringfx.gradients import Accumulation
-from ringfx.held import Held
+from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.capture.trace import input_name
@@ -149,17 +149,17 @@ class Runner:
         self._between = backend.between
         self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
         self._outputs_form = settings.outputs
-        self._held = Held(lowered.captured, lowered.held)
+        self._names, self._held = lowered.captured.input_names, lowered.held
+        self._buffers = Kept(counted_on(lowered.captured, lowered.held))
         self._specs = [
             None if output is None else _spec(output, lowered, world, i)
             for i, output in enumerate(lowered.local.outputs)
         ]
-        names = lowered.captured.input_names
         self._agreement = (
             Agreement(
                 world,
                 lowered.digest,
-                names,
+                self._names,
                 _summary(lowered.plan),
                 _generators(lowered),
                 evaluating=backend.evaluating,
@@ -171,9 +171,11 @@ class Runner:
     def __call__(self, *inputs: Any) -> list[Any]:
         self._ran.append(self._plan)
         taken = [self._take(i, v) for i, v in enumerate(inputs)]
-        self._held.check(taken)
+        unchanged = self._buffers.unchanged(taken)
+        refuse_changed(self._names, self._held, unchanged)
         if self._agreement is not None:
-            self._agreement.check([None if i in self._arrived else x for i, x in enumerate(taken)])
+            whole = [None if i in self._arrived else x for i, x in enumerate(taken)]
+            self._agreement.check(whole, unchanged)
         if self._extra:
             self._extra[-1] = torch.full((), self._accumulation.call(taken))
         results = self._compiled(*self._kept(taken), *self._extra)

@@ -1,72 +1,79 @@
-"""Masks that modules keep: does a buffer still hold what the program was made for?
+"""Masks that modules keep: does a buffer still hold what it held when the program was made?
 
 A mask buffer becomes a function of positions when the program is made. A write into the buffer
-since then, of any kind, would leave the program computing with the old mask: every call compares.
+since then would leave the program computing with the old mask, and neither its version nor its
+address tells of every write (through ``.data``, or numpy). So every call compares all of it with a
+copy: at the speed of memory, which a hash is not. What has not changed needs no checksum for the
+other ranks either (``agreement.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ringfx.agreement import raw_bytes
 from ringfx.errors import BufferChanged
 from ringfx.passes.values import Captured
 
-__all__ = ["Held", "fingerprint"]
+__all__ = ["Kept", "counted_on", "refuse_changed"]
 
-WORDS = 1 << 20
-"""Words of 8 bytes that are read in one go."""
+Tensor = torch.Tensor
 
 
-class Held:
-    """The buffers whose values one program counts on."""
+class Kept:
+    """What modules' buffers held when a program was made: one copy of those that are equal."""
 
-    def __init__(self, captured: Captured, held: Sequence[int]) -> None:
-        self._names = {i: captured.input_names[i] for i in held}
-        self._prints = {i: fingerprint(captured.buffers[i]) for i in held}
+    def __init__(self, buffers: Mapping[int, Tensor]) -> None:
+        self._copies: dict[int, Tensor] = {}
+        different: list[Tensor] = []
+        for i, buffer in buffers.items():
+            bits = _bits(buffer)
+            same = next((copy for copy in different if torch.equal(copy, bits)), None)
+            if same is None:
+                same = bits.clone()
+                different.append(same)
+            self._copies[i] = same
 
-    def check(self, inputs: Sequence[Any]) -> None:
-        """Compare every entry.
-
-        Raises
-        ------
-        BufferChanged
-            Naming the buffer.
-        """
-        found: dict[tuple[int, torch.Size], int] = {}
-        for i, expected in self._prints.items():
-            place = (inputs[i].data_ptr(), inputs[i].shape)
+    def unchanged(self, inputs: Sequence[Any]) -> frozenset[int]:
+        """The numbers of those that hold the same still; each place in memory is looked at once."""
+        found: dict[tuple[int, torch.Size, int], bool] = {}
+        same = set()
+        for i, copy in self._copies.items():
+            place = (inputs[i].data_ptr(), inputs[i].shape, id(copy))
             if place not in found:
-                found[place] = fingerprint(inputs[i])
-            if found[place] != expected:
-                raise BufferChanged(
-                    f"{self._names[i]} holds other values than when the model was compiled, and "
-                    "its attention masks were compiled as functions of positions. Do: call "
-                    "torch._dynamo.reset() after changing it, or, if it changes in every call, "
-                    "pass it to forward as an argument."
-                )
+                found[place] = torch.equal(copy, _bits(inputs[i]))
+            if found[place]:
+                same.add(i)
+        return frozenset(same)
 
 
-@torch.no_grad()
-def fingerprint(value: torch.Tensor) -> int:
-    """A hash of a tensor's bytes and their places, 64 bits."""
-    raw = value.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = raw.numel() // 8 * 8
-    raw = raw.clone() if raw.storage_offset() % 8 else raw
-    words = raw[:whole].view(torch.int64)
-    rest = torch.nn.functional.pad(raw[whole:], (0, whole + 8 - raw.numel())).view(torch.int64)
-    total = _mixed(rest, -1)
-    for start in range(0, words.numel(), WORDS):
-        total = total + _mixed(words[start : start + WORDS], start)
-    return int(total.item())
+def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
+    """Buffers to keep a copy of: those that masks count on, and all that are summed in every call,
+    which numbers with a fraction are not."""
+    return {
+        i: value
+        for i, value in captured.buffers.items()
+        if i in held or not (value.is_floating_point() or value.is_complex())
+    }
 
 
-def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:
-    """The sum of SplitMix64's finaliser over each word and its place."""
-    place = torch.arange(start, start + words.numel(), device=words.device)
-    mixed = words + place * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
-    return (mixed ^ (mixed >> 31)).sum()
+def refuse_changed(names: Sequence[str], held: Collection[int], unchanged: Collection[int]) -> None:
+    """Raises ``BufferChanged``, naming the first of ``held`` that is not unchanged."""
+    for i in held:
+        if i not in unchanged:
+            raise BufferChanged(
+                f"{names[i]} holds other values than when the model was compiled, and "
+                "its attention masks were compiled as functions of positions. Do: call "
+                "torch._dynamo.reset() after changing it, or, if it changes in every call, "
+                "pass it to forward as an argument."
+            )
+
+
+def _bits(value: Tensor) -> Tensor:
+    """A tensor's bytes, in words of 8 where they fill words: NaN equals itself so."""
+    raw = raw_bytes(value)
+    words = raw.numel() % 8 == 0 and raw.storage_offset() % 8 == 0
+    return raw.view(torch.int64) if words else raw

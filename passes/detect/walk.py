@@ -106,10 +106,15 @@ def _is_scores(node: Node, parameters: frozenset[Node]) -> bool:
         if product is not None:
             return not any(learned(f, parameters) for f in product.factors)
         inputs = node.all_input_nodes
-        if not inputs or not _passes(node):
+        if not inputs or not (_passes(node) or _sizes(node) == _sizes(inputs[0])):
             return False
         node = inputs[0]
     return False
+
+
+def _sizes(node: Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def _passes(node: Node) -> bool:
@@ -161,6 +166,11 @@ def onward(normalised: Normalised) -> Onward | Near | None:
     dropout, zeroed = 0.0, False
     while True:
         users = [u for u in current.users if u not in normalised.inner]
+        filled = _nan_filled(current, users)
+        if filled:
+            nodes += filled
+            current, zeroed = filled[-1], True
+            continue
         if len(users) != 1:
             return _used_again(current, users)
         (user,) = users
@@ -185,6 +195,25 @@ def onward(normalised: Normalised) -> Onward | Near | None:
         nodes=tuple(nodes), product=product, side=sides[0], after=after, dropout=dropout,
         zeroed=zeroed,
     )  # fmt: skip
+
+
+def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
+    """``where(isnan(p), 0, p)`` in its spellings, the calls in program order; empty for others."""
+    *asked, last = sorted(users, key=lambda n: n._sort_key) or [value]
+    if not asked or any(list(n.users) != [last] for n in asked):
+        return []
+    tests = [n for n in asked if n.target is aten.isnan.default]
+    zeros = [n for n in asked if n.target in (aten.zeros_like.default, aten.new_zeros.default)]
+    nothing = [*zeros, 0, 0.0]
+    for test in tests:
+        filled = [(test, zero, value) for zero in nothing]
+        spelled = {
+            aten.masked_fill.Scalar: [(value, test, 0), (value, test, 0.0)],
+            aten.where.self: filled, aten.where.ScalarSelf: filled,
+        }  # fmt: skip
+        if len(tests) + len(zeros) == len(asked) and last.args in spelled.get(last.target, ()):
+            return [*asked, last]
+    return []
 
 
 def _product_of(user: Node, value: Node) -> Product | None:

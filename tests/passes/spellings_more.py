@@ -273,6 +273,29 @@ def weights_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (a - 0.5 * b) @ v
 
 
+def lost(filled: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Rows without a key are NaN until they become 0."""
+
+    def body(w: Weights, x: Tensor, p: Tensor) -> Tensor:
+        q, k, v = qkv(w, x)
+        s = (q @ k.mT * D**-0.5).masked_fill(~(p[:, None, None] & causal()), -math.inf)
+        return w.o(merge(filled(s.softmax(-1)) @ v))
+
+    return body
+
+
+def masked_by_products(w: Weights, x: Tensor) -> Tensor:
+    """Tokens attend to those whose vectors point the same way."""
+    q, k, v = qkv(w, x)
+    alike = ((x @ x.mT) > 0)[:, None]
+    return w.o(merge((q @ k.mT).masked_fill(~alike, -math.inf).softmax(-1) @ v))
+
+
+def biased_by_products(w: Weights, x: Tensor) -> Tensor:
+    q, k, v = qkv(w, x)
+    return w.o(merge((q @ k.mT * 0.4 + (x @ x.mT)[:, None].tanh()).softmax(-1) @ v))
+
+
 MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
     "masked after exp": weighed(masked_after_exp),
     "zeroed after exp": weighed(zeroed_after_exp),
@@ -300,7 +323,16 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
     "a triangle of exp": weighed(triangle), "times the reciprocal": weighed(by_reciprocal),
     "a triangle, divided later": formed(triangle_later),
     "an epsilon in the sum": weighed(epsilon), "one in the sum": weighed(one_more),
-}.items()} | {"heads one by one": Spelled(heads_stacked, H)}  # fmt: skip
+}.items()} | {
+    "heads one by one": Spelled(heads_stacked, H),
+    "NaN chosen away": Spelled(lost(lambda p: torch.where(p.isnan(), 0.0, p)), inputs="xp"),
+    "NaN chosen away by zeros": Spelled(
+        lost(lambda p: torch.where(torch.isnan(p), torch.zeros_like(p), p)), inputs="xp"
+    ),
+    "NaN filled": Spelled(lost(lambda p: p.masked_fill(p.isnan(), 0.0)), inputs="xp"),
+    "a mask of products": Spelled(masked_by_products),
+    "a bias of products": Spelled(biased_by_products),
+}  # fmt: skip
 
 
 def dual(s: Tensor) -> Tensor:
@@ -325,6 +357,13 @@ def stable_with_epsilon(s: Tensor) -> Tensor:
     return e / (e.sum(-1, keepdim=True) + 1e-2)
 
 
+def written_over(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The keys of one end are written over, so that no function of positions says which."""
+    s = q @ k.mT * 0.3
+    s = s.slice_scatter(torch.full_like(s[..., 4:], -math.inf), -1, 4)
+    return s.softmax(-1) @ v
+
+
 def favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k = q.exp(), k.exp()
     return (q @ (k.mT @ v)) / (q @ k.sum(-2)[..., None])
@@ -334,7 +373,7 @@ MORE_DECOYS: Mapping[str, Callable[..., Any]] = {
     "relu weights": weighed(lambda s: s.relu() / S),
     "squared relu": weighed(lambda s: s.relu() ** 2),
     "dual softmax": weighed(dual), "sparsemax": weighed(sparsemax),
-    "kernel features": formed(favor),
+    "kernel features": formed(favor), "written over": formed(written_over),
     "softplus weights": weighed(
         lambda s: F.softplus(s) / F.softplus(s).sum(-1, keepdim=True)
     ),

@@ -83,6 +83,7 @@ REASONS = {
     "detached": "no gradient flows",
     "an epsilon beside a maximum": "added to the sum of exponentials that its row has scaled",
     "exponentials weighed": "not known to be 0 or 1",
+    "written over": "between its product and its softmax stands slice_scatter",
     "masked_scatter": "between its product and its softmax stands masked_scatter",
     "masked after, not renormalised": "its weights go through mul",
 }

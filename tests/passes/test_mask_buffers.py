@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import ringfx
 from ringfx import tiles
+from ringfx.agreement import checksum
 from ringfx.errors import BufferChanged
-from ringfx.held import fingerprint
+from ringfx.held import Kept
 from ringfx.passes.masks.matrices import Matrix, formula_of
 from tests.passes import mask_grammar
 from tests.passes.test_masks import Recovered, added, recovered
@@ -238,13 +239,37 @@ def test_a_buffer_that_the_model_writes_is_read_as_it_stands() -> None:
     torch.testing.assert_close(model(x), oracle(x))
 
 
-def test_a_fingerprint_sees_every_byte_and_place() -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
+def test_every_byte_of_a_kept_buffer_is_compared(dtype: torch.dtype) -> None:
+    value = torch.zeros(1001, dtype=dtype)
+    value[-2] = math.nan if dtype == torch.float32 else 1
+    kept = Kept({3: value})
+    inputs: list[Any] = [None, None, None, value]
+    assert kept.unchanged(inputs) == {3}
+    for i in (0, 1, 7, 8, 500, 999, 1000):
+        inputs[3] = value.clone()
+        inputs[3][i] = 1 if inputs[3][i] == 0 else 0
+        assert kept.unchanged(inputs) == frozenset()
+    longer = torch.cat([value[:3], value, value[:5]])
+    inputs[3] = longer[3:1004]
+    assert kept.unchanged(inputs) == {3}
+
+
+def test_equal_buffers_are_kept_once_and_looked_at_once() -> None:
+    mask = ONES.tril()
+    kept = Kept({0: mask, 1: mask.clone(), 2: ONES})
+    assert len({id(copy) for copy in kept._copies.values()}) == 2
+    assert kept.unchanged([mask, mask, ONES]) == {0, 1, 2}
+    assert kept.unchanged([mask, ONES, ONES]) == {0, 2}
+
+
+def test_a_checksum_sees_every_byte_and_place() -> None:
     value = torch.zeros(1001, dtype=torch.bool)
-    prints = {fingerprint(value)}
+    sums = {checksum(value)}
     for i in (0, 1, 7, 8, 500, 999, 1000):
         changed = value.clone()
         changed[i] = True
-        prints.add(fingerprint(changed))
-    assert len(prints) == 8
+        sums.add(checksum(changed))
+    assert len(sums) == 8
     shifted = torch.zeros(1009, dtype=torch.bool)[3:1004]
-    assert fingerprint(shifted) == fingerprint(value)
+    assert checksum(shifted) == checksum(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ringfx.passes.detect.spellings.flash_attention import FLASH_2, FLASH_3
 from ringfx.passes.detect.spellings.hugging_face import HUGGING_FACE, HUGGING_FACE_MASKS
-from ringfx.passes.detect.spellings.torch_nn import TORCH_BIAS, TORCH_TRANSFORMER
+from ringfx.passes.detect.spellings.torch_nn import TORCH_BIAS, TORCH_FLEX, TORCH_TRANSFORMER
 from ringfx.passes.detect.spellings.xformers_attention import XFORMERS
 
 __all__ = ["SPELLINGS"]
@@ -27,5 +27,6 @@ SPELLINGS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "transformers.masking_utils":               HUGGING_FACE_MASKS,
     "torch.nn.modules.transformer":             TORCH_TRANSFORMER,
     "torch.nn.attention.bias":                  TORCH_BIAS,
+    "torch.nn.attention.flex_attention":        TORCH_FLEX,
 }  # fmt: skip
 """Spellings have the package's parameter names; an older or newer signature is matched by name."""

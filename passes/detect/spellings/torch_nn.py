@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["TORCH_BIAS", "TORCH_TRANSFORMER"]
+__all__ = ["TORCH_BIAS", "TORCH_FLEX", "TORCH_TRANSFORMER"]
 
 
 def _detect_is_causal_mask(
@@ -31,6 +31,11 @@ def causal_lower_right(*size: int) -> Tensor:
     return torch.arange(k_len) <= torch.arange(q_len)[:, None] + (k_len - q_len)
 
 
+def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Flex attention's kernel has no backward on a CPU, and is not what runs."""
+
+
+TORCH_FLEX = {"_validate_device": _validate_device}
 TORCH_BIAS = {
     "causal_upper_left": causal_upper_left,
     "causal_lower_right": causal_lower_right,
