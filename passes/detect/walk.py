@@ -6,6 +6,7 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -207,7 +208,7 @@ def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
     nothing = [*zeros, 0, 0.0]
     for test in tests:
         filled = [(test, zero, value) for zero in nothing]
-        spelled = {
+        spelled: dict[Any, list[Any]] = {
             aten.masked_fill.Scalar: [(value, test, 0), (value, test, 0.0)],
             aten.where.self: filled, aten.where.ScalarSelf: filled,
         }  # fmt: skip

@@ -60,7 +60,7 @@ def matrix_rows(*exprs: Expr | None) -> Mapping[int, int]:
     return {i: dim for i, dim in rows_read(*exprs).items() if i in found}
 
 
-def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int = 1) -> str:
+def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int | None = None) -> str:
     """Of masks and biases that are no function of positions.
 
     Parameters
@@ -70,14 +70,16 @@ def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int = 1) -> str
     taken
         Bytes of those of which a rank takes its own queries' rows.
     ranks
-        1 where they are not known.
+        None where they are not known.
 
     >>> whole_text(2**21, taken=2**21, ranks=4)
     'a mask or bias given whole, 2.00 MiB: each rank takes the rows of its own queries, 512 KiB'
     """
     size = given + made
     text = f"{WHOLE_MASK} {'given' if given else 'computed'} whole, {format_bytes(size)}"
-    if taken and ranks > 1:
+    if ranks == 1:
+        return text
+    if taken and ranks is not None:
         text += f": each rank takes the rows of its own queries, {format_bytes(taken // ranks)}"
     elif taken:
         text += ": of several ranks each takes the rows of its own queries"
