@@ -19,6 +19,7 @@ MESSAGES: Mapping[str, tuple[Collective, Callable[[int], float]]] = {
     "gather_gradient": ("all_gather", lambda p: (p - 1) / p),
     "reduce_scatter":  ("reduce_scatter", lambda p: p - 1),
     "all_reduce":      ("all_reduce", lambda p: 1),
+    "exchange":        ("all_to_all", lambda p: (p - 1) / p),
 }  # fmt: skip
 
 

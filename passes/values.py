@@ -137,7 +137,8 @@ class Resharding:
     name: str
     source: str
     kind: str
-    """``gather``, ``all_reduce``; in backward also ``gather_gradient``, ``reduce_scatter``."""
+    """``gather``, ``all_reduce``, ``exchange``, ``borders``; in backward also ``gather_gradient``,
+    ``reduce_scatter``."""
     bytes_moved: int
     """Bytes that one rank has when it is done."""
     reason: str

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from ringfx.collectives import choose_tokens
+from ringfx.collectives import choose_tokens, share, sum_partials
 from ringfx.ops.ranks import Ranks
+from ringfx.picks import take_range
 from ringfx.uncompiled import register_autograd
 
-__all__ = ["convolution", "convolve_tokens", "fill_convolved", "shift_tokens"]
+__all__ = ["convolution", "convolve_tokens", "fill_convolved", "roll_tokens", "shift_tokens"]
 
 
 @torch.library.custom_op("ringfx::shift_chunks", mutates_args=())
@@ -128,6 +129,55 @@ def shift_tokens(
     length = runs.shape[2] - abs(by)
     moved = runs.narrow(2, after, length).transpose(0, 1).reshape(shape)
     return choose_tokens(moved, _another(x, dim, outer, inner), valid, dim, outer, inner)
+
+
+def roll_tokens(
+    x: torch.Tensor,
+    by: int,
+    units: int,
+    own: torch.Tensor,
+    length: int,
+    chunks: int,
+    group: str,
+    dim: int,
+    inner: int,
+    what: str,
+) -> torch.Tensor:
+    """y[e] = x[e + by] over the elements e of dimension ``dim``, counted round the axis.
+
+    What stands at the other end of the axis comes from the ranks that have it, as a sum with zeros;
+    padding takes some of that.
+
+    Parameters
+    ----------
+    by
+        At most half of the axis.
+    units
+        Tokens, of ``inner`` elements each, that hold ``abs(by)`` elements; at most a run's.
+    own
+        int64 [local tokens]: which token of the axis each local token is.
+    length
+        Tokens of the axis.
+    """
+    if by == 0:
+        return x
+    shape, size = x.shape, length * inner
+    rest = inner * shape[dim + 1 :].numel()
+    opened = x.reshape(*shape[:dim], shape[dim] // inner, rest)
+    before, after = (0, units) if by > 0 else (units, 0)
+    runs = _extended(opened, before, after, chunks, group, dim, 1)
+    leading, tokens = shape[:dim].numel(), shape[dim] // chunks
+    elements = runs.reshape(chunks, leading, -1, shape[dim + 1 :].numel())
+    moved = elements.narrow(2, by if by > 0 else units * inner + by, tokens)
+    moved = moved.transpose(0, 1).reshape(shape)
+    first = 0 if by > 0 else length - units
+    there = take_range(opened, own, first, units, length, dim)
+    around = share(sum_partials(there, group, what), group, what)
+    around = around.reshape(*shape[:dim], units * inner, *shape[dim + 1 :])
+    wanted = (own[:, None] * inner + torch.arange(inner, device=own.device)).flatten() + by
+    crosses = (wanted < 0) | (wanted >= size)
+    index = (wanted.remainder(size) - first * inner).clamp(0, units * inner - 1)
+    return choose_tokens(around.index_select(dim, index), moved, crosses, dim, 1, 1)
 
 
 def _another(x: torch.Tensor, dim: int, outer: int, inner: int) -> torch.Tensor:

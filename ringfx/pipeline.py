@@ -19,7 +19,14 @@ from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
-from ringfx.passes.place import Lines, find_lines, part_columns, place, respell
+from ringfx.passes.place import (
+    Lines,
+    find_lines,
+    insert_relays,
+    part_columns,
+    place,
+    respell,
+)
 from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
 from ringfx.passes.verify import verify
@@ -75,7 +82,12 @@ def lower(
     split = {given[i]: arrival for i, arrival in (arrivals or {}).items()}
     lines = find_lines(graph, axes, sites.found, world.size, split)
     for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
-        if world.size == 1 or not (respell(graph, axes, lines) or part_columns(graph, lines)):
+        changed = world.size > 1 and (
+            respell(graph, axes, lines)
+            or part_columns(graph, lines)
+            or insert_relays(graph, axes, lines)
+        )
+        if not changed:
             break
         axes = name_axes(graph)
         lines = find_lines(graph, axes, sites.found, world.size, split)

@@ -59,6 +59,8 @@ class OpAxes:
     """Sizes of labels that operands carry only together with others in one dimension."""
     near: frozenset[int] = frozenset()
     """Dimensions along which the call sees a few neighbours."""
+    turns: Mapping[int, int] = field(default_factory=dict)
+    """Dimensions that are rolled: dimension -> by how much."""
     lookups: Mapping[str, int] = field(default_factory=dict)
     """Labels of the first operand that are read by number: label -> operand that holds them."""
     size_arg: str | None = None

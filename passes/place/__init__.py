@@ -14,8 +14,10 @@ split is split, whatever that costs (``arrivals.py``).
 from ringfx.passes.place.cut import Placement, place
 from ringfx.passes.place.lines import Carried, Lines, TokenLine, find_lines
 from ringfx.passes.place.pairs import part_columns
+from ringfx.passes.place.relays import insert_relays
 from ringfx.passes.place.respell import respell
 
 __all__ = [
-    "Carried", "Lines", "Placement", "TokenLine", "find_lines", "part_columns", "place", "respell",
+    "Carried", "Lines", "Placement", "TokenLine", "find_lines", "insert_relays", "part_columns",
+    "place", "respell",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
+from ringfx.exchange import relay
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Share, result_values
 from ringfx.passes.axes.space import Dim
@@ -93,7 +94,7 @@ def _cut(
     """The calls on the split side."""
     ranks = lines.lines[line].layout.world_size
     savings = {
-        n: 0 if n in lines.arrived else _savings(lines, n, line, ranks)
+        n: 0 if n in lines.arrived or _is_free(m) else _savings(lines, n, line, ranks)
         for n, m in modes.items()
         if isinstance(m, Split)
     }
@@ -105,7 +106,7 @@ def _cut(
         if isinstance(mode, Unsplittable):
             connect(WHOLE, vertex[node], None)
             continue
-        if node.target is attention or node in lines.arrived:
+        if node.target is attention or node in lines.arrived or _starts(lines, node, line):
             connect(vertex[node], SPLIT, None)
         connect(vertex[node], SPLIT, max(savings[node], 0) + 1)
         connect(WHOLE, vertex[node], max(-savings[node], 0))
@@ -120,8 +121,26 @@ def _cut(
     return {n for n in modes if vertex[n] in split_side}
 
 
+def _starts(lines: Lines, node: Node, line: int) -> bool:
+    """Whether it is a relay to the line: what it gives is split, and may be gathered again."""
+    carried = lines.carried(node) if node.target is relay else None
+    return isinstance(carried, Carried) and carried.line == line
+
+
+def _is_free(mode: Split) -> bool:
+    """Whether nothing is computed: the value is stored as another one already."""
+    return mode.identity and not any(mode.shifts)
+
+
 def _savings(lines: Lines, node: Node, line: int, ranks: int) -> int:
-    """What a rank saves when the call runs split, in bytes of memory traffic."""
+    """What a rank saves when the call runs split, in bytes of memory traffic.
+
+    A relay sends 1/p of the tokens forwards and backwards, where one of a whole value gathers its
+    whole gradient.
+    """
+    if node.target is relay:
+        backward = 1 if needs_grad(node) else 0
+        return int(COMMUNICATION * _bytes(node) * (backward - (1 + backward) / ranks))
     return int(_work(lines, node) * (1 - _stored(lines, node, line) / ranks))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,19 @@ class Families:
         for other in self._kin[family]:
             if other != axis:
                 yield other, self._place[other][1] - at
+
+    def widest(self, axis: Dim, size: Callable[[Dim], int]) -> Dim:
+        """The longest axis of the family that has all of this one's elements, and few others.
+
+        A table of positions is longer than the tokens that take its first rows.
+        """
+        length = size(axis)
+        around = [
+            other
+            for other, offset in self.relatives(axis)
+            if offset <= 0 and length <= offset + size(other) and size(other) <= 2 * length
+        ]
+        return max((axis, *around), key=size)
 
 
 def find_families(axes: AxisMap) -> Families:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import networkx as nx
 import torch
 from torch.fx import Node
 
+from ringfx.exchange import relay
 from ringfx.layout import Layout, LayoutKind
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import result_values
@@ -17,120 +18,16 @@ from ringfx.passes.axes.routing import Route, find_routes
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.place.arrivals import Fixed, Laid, arriving, fixed_layouts
 from ringfx.passes.place.families import Families, find_families
+from ringfx.passes.place.grain import in_blocks
+from ringfx.passes.place.line import Carried, Lines, Tangle, TokenLine
 from ringfx.passes.place.member import Member
+from ringfx.passes.place.windows import can_move
 from ringfx.passes.values import Arrival, AttentionSite
 
 LARGEST_WASTE = 0.5
 """Share of a line's work that storing shorter streams along it may add."""
 
 __all__ = ["Carried", "Lines", "Tangle", "TokenLine", "find_lines"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TokenLine:
-    """One line of token positions that is split over the ranks."""
-
-    index: int
-    members: tuple[Member, ...]
-    """The line itself first, then its windows."""
-    layout: Layout
-
-    @property
-    def length(self) -> int:
-        return self.layout.length
-
-    def member(self, axis: Dim) -> Member | None:
-        return next((m for m in self.members if m.axis == axis), None)
-
-    def has_padding(self, member: Member) -> bool:
-        """Whether some local tokens are not elements of the member."""
-        return self.layout.is_padded or member.length != self.length
-
-
-@dataclass(frozen=True, kw_only=True)
-class Carried:
-    """Where a tensor carries a token line: dimension ``dim`` is [outer, tokens, inner]."""
-
-    line: int
-    member: Member
-    dim: int
-    outer: int
-    inner: int
-
-
-class Tangle(Enum):
-    """A tensor that carries token axes in a way that cannot be split."""
-
-    TANGLED = "tangled"
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Lines:
-    """All token lines of a program, and where each value carries them."""
-
-    lines: tuple[TokenLine, ...]
-    axes: AxisMap
-    _owner: Mapping[int, int]
-    routes: tuple[Route, ...] = ()
-    arrived: frozenset[Node] = frozenset()
-    """Inputs that are split already, as the line that they are on."""
-    _known: dict[tuple[Node, int], Carried | Tangle | None] = field(
-        default_factory=dict, init=False, repr=False
-    )
-
-    def carried(self, node: Node, index: int = 0) -> Carried | Tangle | None:
-        """How one tensor of a value carries a token line, if it does."""
-        key = (node, index)
-        if key not in self._known:
-            self._known[key] = self._carried(node, index)
-        return self._known[key]
-
-    def token_dims(self, node: Node) -> tuple[int, ...]:
-        """The dimensions of a value that hold tokens of any line, however they do."""
-        dims = self.axes.dims(node) if node in self.axes.values else ()
-        return tuple(d for d, dim in enumerate(dims) if any(axis in self._owner for axis in dim))
-
-    def arrival(self, carried: Carried) -> Arrival:
-        """How such a tensor is split, as it is told outside of this program."""
-        return Arrival(
-            layout=self.lines[carried.line].layout,
-            offset=carried.member.offset,
-            length=carried.member.length,
-            dim=carried.dim,
-            outer=carried.outer,
-            inner=carried.inner,
-        )
-
-    def _carried(self, node: Node, index: int) -> Carried | Tangle | None:
-        if node not in self.axes.values:
-            return None
-        found: list[Carried] = []
-        for d, dim in enumerate(self.axes.dims(node, index)):
-            if not any(axis in self._owner for axis in dim):
-                continue
-            place = self._find(dim, d)
-            if place is None:
-                return Tangle.TANGLED
-            found.append(place)
-        if len(found) > 1:
-            return Tangle.TANGLED
-        return found[0] if found else None
-
-    def _find(self, dim: Dim, d: int) -> Carried | None:
-        owned = [i for i, axis in enumerate(dim) if axis in self._owner]
-        start, stop = owned[0], owned[-1] + 1
-        line = self.lines[self._owner[dim[start]]]
-        member = line.member(dim[start:stop])
-        if member is None:
-            return None
-        size = self.axes.space.size
-        return Carried(
-            line=line.index,
-            member=member,
-            dim=d,
-            outer=size(dim[:start]) * member.copies,
-            inner=size(dim[stop:]),
-        )
 
 
 def find_lines(
@@ -148,6 +45,7 @@ def find_lines(
     fixed = arriving(axes, arrivals or {})
     nodes = {n.name: n for n in graph.nodes}
     unbalanced: dict[Dim, bool] = {}
+    rigid: set[Dim] = set()
     met: list[tuple[Dim, Dim]] = []
     for site in sites:
         q, k = nodes[site.node].args[0], nodes[site.node].args[1]
@@ -158,48 +56,93 @@ def find_lines(
             if axis:
                 unbalanced.setdefault(axis, False)
         q_axis, k_axis = axes.dims(q)[2], axes.dims(k)[2]
+        rigid |= set() if can_move(site.spec) else {q_axis, k_axis}
         if q_axis and k_axis:
             unbalanced[q_axis] |= not site.balanced
             met.append((q_axis, k_axis))
-    lines = _build(axes, unbalanced, met, world_size, fixed)
+    attended = set(unbalanced)
+    for axis in _relayed(graph, axes):
+        unbalanced.setdefault(axis, False)
+    builder = _Builder(
+        axes=axes, families=find_families(axes), work=_work(axes), uneven=unbalanced, met=met,
+        attended=attended, rigid=rigid, world_size=world_size,
+    )  # fmt: skip
+    lines = builder.build(fixed)
     while len(lines.arrived) < len(fixed):  # an input that does not fit gives no line either
         fixed = [f for f in fixed if f.node in lines.arrived]
-        lines = _build(axes, unbalanced, met, world_size, fixed)
+        lines = builder.build(fixed)
+    if world_size > 1:
+        lines = in_blocks(lines, unbalanced, rigid, partial(builder.build, fixed))
     return _with_routes(lines, find_routes(graph, axes))
 
 
-def _build(
-    axes: AxisMap,
-    attended: Mapping[Dim, bool],
-    met: Sequence[tuple[Dim, Dim]],
-    world_size: int,
-    fixed: Sequence[Fixed],
-) -> Lines:
-    """Lines of the longest axes first; axes that lie within one already are its members."""
+def _relayed(graph: torch.fx.Graph, axes: AxisMap) -> Iterator[Dim]:
+    """Axes between which tokens change their split, or those that they are a part of."""
     families = find_families(axes)
-    unbalanced = {**attended, **{f.axis: False for f in fixed if f.axis not in attended}}
-    work = _work(axes)
-    claimed: dict[Dim, tuple[Member, ...]] = {}
-    owned: set[int] = set()
-    for axis in sorted(unbalanced, key=axes.space.size, reverse=True):
-        if any(atom in owned for atom in axis):
-            continue  # a window of a longer line, or tangled with another one
-        kept = {o for o in unbalanced if o != axis and not _joins(axes, axis, o, work)}
-        claimed[axis] = _members(axes, families, axis, owned, kept)
-        owned |= {atom for member in claimed[axis] for atom in member.axis}
-    together = _meeting(claimed, met)
-    laid, kinds = fixed_layouts(claimed, together, attended, fixed)
-    zigzag = _zigzag(claimed, unbalanced, together)
-    lines: list[TokenLine] = []
-    owner: dict[int, int] = {}
-    for axis in (a for a in unbalanced if a in claimed):
-        wanted: LayoutKind = "zigzag" if axis in zigzag and world_size > 1 else "contiguous"
-        own = Layout(kinds.get(axis, wanted), axes.space.size(axis), world_size)
-        line = laid.get(axis, Laid(layout=own, members=claimed[axis]))
-        lines.append(TokenLine(index=len(lines), members=line.members, layout=line.layout))
-        owner |= {atom: lines[-1].index for m in line.members for atom in m.axis}
-    found = Lines(lines=tuple(lines), axes=axes, _owner=owner)
-    return replace(found, arrived=frozenset(f.node for f in fixed if _lies(found, f)))
+    for node in graph.nodes:
+        if node.target is relay:
+            source, dim, *ends = node.args
+            for value in () if ends else (source, node):
+                axis = axes.dims(value)[dim]
+                if axis:
+                    yield families.widest(axis, axes.space.size)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Builder:
+    """What lines are made of."""
+
+    axes: AxisMap
+    families: Families
+    work: Mapping[Dim, int]
+    """Elements of all values that carry an axis."""
+    uneven: Mapping[Dim, bool]
+    """The axes of lines: whether some attention over them keeps more keys in late rows."""
+    met: Sequence[tuple[Dim, Dim]]
+    attended: Collection[Dim]
+    """Those that some attention runs over."""
+    rigid: Collection[Dim]
+    """Those whose attention must have a line of its own."""
+    world_size: int
+
+    def build(self, fixed: Sequence[Fixed], blocks: Mapping[Dim, Dim] | None = None) -> Lines:
+        """Lines of the longest axes first; axes that lie within one already are its members.
+
+        ``blocks`` are axes whose line is one of blocks of tokens, and the axis of those blocks.
+        """
+        axes, size = self.axes, self.axes.space.size
+        grain = {axis: (blocks or {}).get(axis, axis) for axis in self.uneven}
+        unbalanced = {grain[a]: False for a in self.uneven} | {f.axis: False for f in fixed}
+        for axis, value in self.uneven.items():
+            unbalanced[grain[axis]] |= value
+        alone = {grain[axis] for axis in self.rigid if axis}
+        used = {grain.get(axis, axis) for axis in (*self.attended, *(f.axis for f in fixed))}
+        met = [(grain[q], grain[k]) for q, k in self.met]
+        claimed: dict[Dim, tuple[Member, ...]] = {}
+        owned: set[int] = set()
+        of_blocks = set((blocks or {}).values())
+        order = {a: (a in of_blocks, size(a)) for a in unbalanced}
+        for axis in sorted(order, key=order.__getitem__, reverse=True):
+            if any(atom in owned for atom in axis):
+                continue  # a window of a longer line, or tangled with another one
+            kept = {o for o in used if o in alone or not _joins(axes, axis, o, self.work)} - {axis}
+            claimed[axis] = _members(axes, self.families, axis, owned, kept)
+            owned |= {atom for member in claimed[axis] for atom in member.axis}
+        together = _meeting(claimed, met)
+        laid, kinds = fixed_layouts(claimed, together, self.attended, fixed)
+        zigzag = _zigzag(claimed, unbalanced, together)
+        lines: list[TokenLine] = []
+        owner: dict[int, int] = {}
+        for axis in (a for a in unbalanced if a in claimed):
+            wanted: LayoutKind = (
+                "zigzag" if axis in zigzag and self.world_size > 1 else "contiguous"
+            )
+            own = Layout(kinds.get(axis, wanted), size(axis), self.world_size)
+            line = laid.get(axis, Laid(layout=own, members=claimed[axis]))
+            lines.append(TokenLine(index=len(lines), members=line.members, layout=line.layout))
+            owner |= {atom: lines[-1].index for m in line.members for atom in m.axis}
+        found = Lines(lines=tuple(lines), axes=axes, _owner=owner)
+        return replace(found, arrived=frozenset(f.node for f in fixed if _lies(found, f)))
 
 
 def _lies(lines: Lines, fixed: Fixed) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringfx.passes.axes.space import Dim
 
@@ -23,3 +23,7 @@ class Member:
     """Elements of the axis a token has: more than one for rows that are sorted."""
     is_sorted: bool = False
     """Rows in an order of their own on each rank: they can be neither gathered nor sliced."""
+
+    def opened(self, inner: int) -> Member:
+        """The same place counted in the ``inner`` elements that a token of the line has."""
+        return replace(self, offset=self.offset * inner, length=self.length * inner)

@@ -9,13 +9,14 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
+from ringfx.exchange import relay
 from ringfx.passes.axes.call import Call, OpAxes, Share, result_values
 from ringfx.passes.axes.routing import Route, is_grouped
 from ringfx.passes.place.lines import Carried, Lines, Tangle
 from ringfx.passes.place.windows import can_move
 from ringfx.spec import AttentionSpec
 
-__all__ = ["Form", "Lookup", "Reach", "Split", "Unsplittable", "split_mode"]
+__all__ = ["Form", "Lookup", "Reach", "Split", "Turn", "Unsplittable", "split_mode"]
 
 
 class Form(Enum):
@@ -52,6 +53,15 @@ class Reach:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A roll along a line: ``y[e] = x[e + by]``, elements counted round the axis."""
+
+    by: int
+    units: int
+    """Tokens that have the elements which each run needs from its neighbour."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """How an operator runs on split tokens of one line."""
 
@@ -68,6 +78,8 @@ class Split:
     """For each operand how many positions it moves: its element at p + shift is wanted at p."""
     reach: Reach | None = None
     """A convolution over the line."""
+    turn: Turn | None = None
+    """A roll along the line."""
     looked_up: Lookup | None = None
     """Elements of the line by their number: each from the rank that has it."""
 
@@ -92,6 +104,8 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
     if not touched:
         return None
     axes = named.axes
+    if node.target is relay:
+        return _relay(operands[0], results[0], line)
     if named.clash:
         return Unsplittable("its dimensions do not line up with the token axis")
     if any(r is Tangle.TANGLED for r in results):
@@ -111,6 +125,8 @@ def split_mode(lines: Lines, node: Node, line: int) -> Split | Unsplittable | No
         return Split(operands=(Form.OWN,) * len(operands))  # a constant reads no values
     if axes.near and isinstance(operands[0], Carried) and operands[0].dim in axes.near:
         return _convolve(lines, axes, named.call, operands[0], results[0], line)
+    if axes.turns and isinstance(operands[0], Carried) and operands[0].dim in axes.turns:
+        return _turn(lines, axes, named.call, operands[0])
     if axes.joins is not None and any(_along(r, axes.joins, line) for r in results):
         return _join(lines, axes, operands, results, line)
     looked_up = _looks_up(node, axes, operands, results, line) if axes.lookups else None
@@ -125,6 +141,15 @@ def _on(carried: Carried | Tangle | None, line: int) -> bool:
     return isinstance(carried, Carried) and carried.line == line
 
 
+def _relay(
+    source: Carried | Tangle | None, result: Carried | Tangle | None, line: int
+) -> Split | Unsplittable:
+    """The end of one split and the start of another."""
+    if not isinstance(result, Carried):
+        return Unsplittable("what follows is not split")
+    return Split(operands=(Form.SPLIT if _on(source, line) else Form.WHOLE,))
+
+
 def _whole_lines(
     lines: Lines, axes: OpAxes, call: Call, operands: list[Carried | Tangle | None]
 ) -> bool:
@@ -136,8 +161,8 @@ def _whole_lines(
         if not isinstance(carried, Carried) or not set(labels[carried.dim]) <= axes.together:
             return False
         line = lines.lines[carried.line]
-        whole = carried.member.length == line.length
-        if carried.outer * carried.inner != 1 or carried.member.is_sorted:
+        whole = carried.member.length * carried.inner == line.attended(carried.inner)
+        if carried.outer != 1 or carried.member.is_sorted:
             return False
         if not whole and not can_move(AttentionSpec.from_json(call["spec"])):
             return False
@@ -299,6 +324,19 @@ def _convolve(
         return Unsplittable("its kernel reaches further than the neighbouring tokens")
     rest = (Form.SHARED,) * (len(axes.operands) - 1)
     return Split(operands=(Form.SPLIT, *rest), reach=reach)
+
+
+def _turn(lines: Lines, axes: OpAxes, call: Call, source: Carried) -> Split | Unsplittable:
+    """Each run takes a few elements from its neighbour, and the last ones those from the front."""
+    size = int(call.shapes[0][source.dim])
+    by = -axes.turns[source.dim] % size
+    by = by if 2 * by <= size else by - size
+    units = -(-abs(by) // source.inner)
+    if source.outer != 1 or source.member.is_sorted:
+        return Unsplittable(axes.reason)
+    if units > lines.lines[source.line].layout.chunk_length:
+        return Unsplittable("it shifts the axis further than the neighbouring tokens")
+    return Split(operands=(Form.SPLIT,), turn=Turn(by=by, units=units))
 
 
 def _join(

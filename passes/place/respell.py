@@ -1,16 +1,17 @@
 """Other spellings of calls that touch tokens, in operators that the placement can split.
 
-A roll is a concatenation of two slices, and so are a negative pad, a slice written over and a cut
-into parts; a slice of a concatenation is a concatenation of slices; a convolution is one with its
-own padding on each side, and over patches it is a linear layer. All are exact rewritings of the
-whole program. They are done only where tokens are touched: elsewhere the user's spelling stays.
+A pad is a concatenation, and so are a slice written over and a cut into parts; a slice of a
+concatenation is a concatenation of slices; a roll of two dimensions is two rolls; a convolution is
+one with its own padding on each side, and over patches it is a linear layer. All are exact
+rewritings of the whole program. They are done only where tokens are touched: elsewhere the user's
+spelling stays.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +20,19 @@ from torch.fx import Graph, Node
 from ringfx import halo
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call, result_values
-from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
-from ringfx.passes.place.lines import Carried, Lines, Tangle
+from ringfx.passes.place.blocks import every_nth, of_streams
+from ringfx.passes.place.lines import Lines, Tangle
+from ringfx.passes.place.speller import Speller, bounds, cat_dim
 
 __all__ = ["respell"]
 
 aten = torch.ops.aten
-END = 2**63 - 1
 
 
 def respell(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
     """Rewrite in place what touches tokens and has a better spelling; whether anything had."""
-    speller = _Speller(graph, axes, lines)
+    speller = Speller(graph, axes, lines)
     for node in list(graph.nodes):
         rule = RULES.get(node.target)
         new = rule(speller, node) if rule is not None else None
@@ -44,104 +45,26 @@ def respell(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
     return speller.changed
 
 
-@dataclass
-class _Speller:
-    """Makes nodes, and knows which dimensions are tokens."""
-
-    graph: Graph
-    axes: AxisMap
-    lines: Lines
-    changed: bool = False
-    tokens: dict[Node, int] = field(default_factory=dict)
-    """The token dimension of concatenations that were made here."""
-
-    def make(self, before: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        with self.graph.inserting_before(before):
-            new = self.graph.call_function(target, args, kwargs)
-        inputs = new.all_input_nodes
-        new.meta = {k: v for k, v in before.meta.items() if k != "val"}
-        values = [n.meta["val"] for n in inputs] or [before.meta["val"]]
-        with values[0].fake_mode, torch.no_grad():
-            given = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            new.meta["val"] = target(*given[0], **given[1])
-        if inputs and not any(needs_grad(n) for n in inputs):
-            new.meta["ringfx_needs_grad"] = False
-        return new
-
-    def along(self, node: Node, dim: int) -> bool:
-        """Whether a dimension of a value is tokens alone."""
-        if node in self.tokens:
-            return self.tokens[node] == dim
-        place = self.lines.carried(node) if node in self.axes.values else None
-        return isinstance(place, Carried) and place.dim == dim and place.outer * place.inner == 1
-
-    def slice(self, before: Node, x: Node, dim: int, start: int, end: int) -> Node | None:
-        """``x[start:end]``; of a concatenation made of what its pieces give; None if empty."""
-        size = int(x.meta["val"].shape[dim])
-        start, end = max(start, 0), min(end, size)
-        if start >= end:
-            return None
-        if (start, end) == (0, size):
-            return x
-        if x.target is aten.cat.default and _cat_dim(x) == dim:
-            return self.cat(before, _cut_pieces(self, before, x, dim, start, end), dim)
-        return self.make(before, aten.slice.Tensor, x, dim, start, end)
-
-    def cat(self, before: Node, pieces: Sequence[Node | None], dim: int) -> Node:
-        kept = [p for p in pieces if p is not None]
-        if len(kept) == 1:
-            return kept[0]
-        new = self.make(before, aten.cat.default, kept, dim)
-        self.tokens[new] = dim
-        return new
-
-    def constant(self, before: Node, like: Node, dim: int, length: int, value: float) -> Node:
-        fake = like.meta["val"]
-        shape = [length if i == dim else int(s) for i, s in enumerate(fake.shape)]
-        return self.make(before, aten.new_full.default, like, shape, value)
-
-
-def _cat_dim(node: Node) -> int:
-    call = Call(node)
-    return call.dim("dim", len(call.result_shape))
-
-
-def _cut_pieces(
-    s: _Speller, before: Node, cat: Node, dim: int, start: int, end: int
-) -> list[Node | None]:
-    pieces: list[Node | None] = []
-    at = 0
-    for piece in cat.args[0]:  # type: ignore[union-attr]
-        assert isinstance(piece, Node)
-        size = int(piece.meta["val"].shape[dim])
-        pieces.append(s.slice(before, piece, dim, start - at, end - at))
-        at += size
-    return pieces
-
-
-def _slice(s: _Speller, node: Node) -> Node | None:
+def _slice(s: Speller, node: Node) -> Node | None:
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
-    is_cat = x.target is aten.cat.default and _cat_dim(x) == dim
-    if call["step"] != 1 or not is_cat or not s.along(x, dim) or len(x.args[0]) < 2:  # type: ignore[arg-type]
-        return None
-    start, end = _bounds(call["start"], call["end"], int(call.shapes[0][dim]))
-    return s.slice(node, x, dim, start, end)
+    if call["step"] != 1:
+        return every_nth(s, node)
+    start, end = bounds(call["start"], call["end"], int(call.shapes[0][dim]))
+    is_cat = x.target is aten.cat.default and cat_dim(x) == dim
+    if is_cat and s.along(x, dim) and len(x.args[0]) > 1:  # type: ignore[arg-type]
+        return s.slice(node, x, dim, start, end)
+    return of_streams(s, node, x, dim, start, end)
 
 
-def _bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
-    first = 0 if start is None else start + size if start < 0 else start
-    last = size if end is None else end + size if end < 0 else end
-    return first, min(last, size)
-
-
-def _parts(s: _Speller, node: Node) -> Node | None:
+def _parts(s: Speller, node: Node) -> Node | None:
     """split, chunk: each part a slice."""
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
-    if not s.along(x, dim) or len(call.result_shapes) < 2:
+    streams = s.touches(x, dim) and not s.along(x, dim)
+    if not (streams or s.along(x, dim)) or len(call.result_shapes) < 2:
         return None
     starts = [0]
     for shape in call.result_shapes:
@@ -151,40 +74,48 @@ def _parts(s: _Speller, node: Node) -> Node | None:
             return None
         i = user.args[1]
         assert isinstance(i, int)
-        part = s.make(user, aten.slice.Tensor, x, dim, starts[i], starts[i + 1])
-        if x.target is aten.cat.default and _cat_dim(x) == dim:
+        part = of_streams(s, user, x, dim, starts[i], starts[i + 1])
+        part = part or s.make(user, aten.slice.Tensor, x, dim, starts[i], starts[i + 1])
+        if x.target is aten.cat.default and cat_dim(x) == dim and not streams:
             part = s.slice(user, x, dim, starts[i], starts[i + 1]) or part
         user.replace_all_uses_with(part)
         s.changed = True
     return None
 
 
-def _roll(s: _Speller, node: Node) -> Node | None:
+def _roll(s: Speller, node: Node) -> Node | None:
+    """A roll of several dimensions is one of each, as the tokens are in one of them."""
     call = Call(node)
     x, rank = call.operands[0], len(call.shapes[0])
-    if len(call["dims"]) != 1 or not s.along(x, dim := call["dims"][0] % rank):
+    dims = [d % rank for d in call["dims"]]
+    if len(dims) < 2 or not any(s.touches(x, d) for d in dims):
         return None
-    size = int(call.shapes[0][dim])
-    cut = size - call["shifts"][0] % size
-    return s.cat(node, [s.slice(node, x, dim, cut, size), s.slice(node, x, dim, 0, cut)], dim)
+    for dim, shift in zip(dims, call["shifts"], strict=True):
+        x = s.make(node, aten.roll.default, x, [shift], [dim])
+    return x
 
 
-def _pad(s: _Speller, node: Node) -> Node | None:
+def _pad(s: Speller, node: Node) -> Node | None:
     """Constants in front and behind; what a convolution pads, the convolution pads itself."""
     call = Call(node)
     x, rank = call.operands[0], len(call.shapes[0])
     amounts = _amounts(call)
     padded = [d for d, pair in amounts.items() if pair != (0, 0)]
-    floating = x.meta["val"].is_floating_point()
-    if len(padded) != 1 or not floating or not s.along(x, dim := padded[0]):
+    along = [d for d in padded if s.along(x, d)]
+    if not along or not x.meta["val"].is_floating_point():
         return None
-    if all(u.target in CONVOLUTIONS for u in node.users) and dim >= 2:
+    if all(u.target in CONVOLUTIONS for u in node.users) and min(padded) >= 2:
         return None
-    assert rank
+    dim, fill = along[0], call.get("value") or 0
+    for other in padded:
+        if other != dim:
+            beside = [n for d in range(rank - 1, other - 1, -1)
+                      for n in (amounts[d] if d == other else (0, 0))]  # fmt: skip
+            x = s.make(node, aten.constant_pad_nd.default, x, beside, fill)
+            s.tokens[x] = dim
     left, right = amounts[dim]
     size = int(x.meta["val"].shape[dim])
     middle = s.slice(node, x, dim, -left, size + min(right, 0))
-    fill = call.get("value") or 0
     front = s.constant(node, x, dim, left, fill) if left > 0 else None
     back = s.constant(node, x, dim, right, fill) if right > 0 else None
     return s.cat(node, [front, middle, back], dim)
@@ -199,19 +130,19 @@ def _amounts(call: Call) -> dict[int, tuple[int, int]]:
     return {rank - 1 - i: (pairs[2 * i], pairs[2 * i + 1]) for i in range(len(pairs) // 2)}
 
 
-def _slice_scatter(s: _Speller, node: Node) -> Node | None:
+def _slice_scatter(s: Speller, node: Node) -> Node | None:
     call = Call(node)
     x, new = call.operands
     dim = call.dim("dim", len(call.shapes[0]))
     if call["step"] != 1 or not s.along(x, dim):
         return None
     size = int(call.shapes[0][dim])
-    start, end = _bounds(call["start"], call["end"], size)
+    start, end = bounds(call["start"], call["end"], size)
     pieces = [s.slice(node, x, dim, 0, start), new, s.slice(node, x, dim, end, size)]
     return s.cat(node, pieces, dim)
 
 
-def _diff(s: _Speller, node: Node) -> Node | None:
+def _diff(s: Speller, node: Node) -> Node | None:
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
@@ -283,7 +214,7 @@ def _padding(
     return tuple((p, p) for p in _tuple(value, len(kernel)))
 
 
-def _convolution(s: _Speller, node: Node) -> Node | None:
+def _convolution(s: Speller, node: Node) -> Node | None:
     """A convolution over tokens, with the padding before and the cropping after it."""
     found = _read(node)
     if found is None:
@@ -294,7 +225,7 @@ def _convolution(s: _Speller, node: Node) -> Node | None:
         return patches
     crop = _cropped(node)
     last = crop if crop is not None else node
-    touched = [d for d in spatial if s.along(found.x, d) or _touches(s, last, d)]
+    touched = [d for d in spatial if s.along(found.x, d) or s.touches(last, d)]
     seen = any(
         int(found.weight.meta["val"].shape[d]) > 1 or found.stride[d - 2] > 1 for d in touched
     )
@@ -319,9 +250,23 @@ def _convolution(s: _Speller, node: Node) -> Node | None:
     return new
 
 
-def _touches(s: _Speller, node: Node, dim: int) -> bool:
-    place = s.lines.carried(node)
-    return isinstance(place, Carried) and place.dim == dim
+def _columns(s: Speller, node: Node) -> Node | None:
+    """im2col over tokens: a convolution whose kernels each choose one of the places it sees."""
+    call = Call(node)
+    x, kernel = call.operands[0], list(call["kernel_size"])
+    given = x.meta["val"]
+    if given.dim() != 4 or not given.is_floating_point() or not any(s.along(x, d) for d in (2, 3)):
+        return None
+    seen, channels = _product(kernel), int(given.shape[1])
+    one = s.make(node, aten.eye.default, seen, dtype=given.dtype, device=given.device)
+    each = s.make(node, aten.reshape.default, one, [seen, 1, *kernel])
+    weight = s.make(node, aten.repeat.default, each, [channels, 1, 1, 1])
+    y = s.make(
+        node, halo.convolution, x, weight, stride=tuple(call["stride"]),
+        pads=tuple((n, n) for n in call["padding"]), dilation=tuple(call["dilation"]),
+        groups=channels,
+    )  # fmt: skip
+    return s.make(node, aten.reshape.default, y, [int(n) for n in node.meta["val"].shape])
 
 
 def _cropped(node: Node) -> Node | None:
@@ -335,7 +280,7 @@ def _cropped(node: Node) -> Node | None:
     return users[0] if first and call.result_shape[dim] > 1 else None
 
 
-def _patches(s: _Speller, node: Node, c: _Convolution) -> Node | None:
+def _patches(s: Speller, node: Node, c: _Convolution) -> Node | None:
     """Patches side by side that become tokens row by row: a linear layer of each patch.
 
     The result of a convolution holds the rows and the columns of patches in two dimensions, which
@@ -371,7 +316,7 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
-def _reshaped_twice(s: _Speller, node: Node) -> Node | None:
+def _reshaped_twice(s: Speller, node: Node) -> Node | None:
     """A reshape of a reshape is one of what was reshaped first, where tokens stood in two dims."""
     base = node.args[0]
     if not isinstance(base, Node) or base.target is not aten.reshape.default:
@@ -402,10 +347,11 @@ PARTS = (
     aten.tensor_split.sections,
 )  # fmt: skip
 
-RULES: Mapping[object, Callable[[_Speller, Node], Node | None]] = {
+RULES: Mapping[object, Callable[[Speller, Node], Node | None]] = {
     aten.slice.Tensor: _slice,
     aten.roll.default: _roll,
     aten.slice_scatter.default: _slice_scatter,
+    aten.im2col.default: _columns,
     aten.diff.default: _diff,
     **dict.fromkeys(PARTS, _parts),
     **dict.fromkeys(PADS, _pad),

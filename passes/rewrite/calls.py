@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives, halo, picks, randomness
+from ringfx import collectives, exchange, halo, picks, randomness
 from ringfx.passes.axes.call import Call, OpAxes
+from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Lookup, Reach, Split
+from ringfx.passes.place.modes import Form, Lookup, Reach, Split, Turn
 from ringfx.passes.rewrite.crossings import Crossings
 
 __all__ = ["local_call", "local_shape", "shifted"]
@@ -30,6 +32,8 @@ def local_call(
     if mode is None or node not in placement.lines.axes.ops:
         return _copy(graph, node, operands)
     axes = placement.lines.axes.ops[node].axes
+    if node.target is exchange.relay:
+        return _relay(graph, placement, node, mode, operands[0], crossings)
     if axes.regroup:
         shape = local_shape(placement, node)
         return graph.call_function(aten.reshape.default, (operands[0], list(shape)))
@@ -40,6 +44,8 @@ def local_call(
         return graph.call_function(aten.argsort.default, (order,))
     if mode.reach is not None:
         return _convolve(graph, placement, node, mode.reach, operands, crossings)
+    if mode.turn is not None:
+        return _turn(graph, placement, node, mode.turn, operands[0], crossings)
     if mode.looked_up is not None:
         return _look_up(graph, placement, node, mode.looked_up, operands, crossings)
     if mode.pieces:
@@ -155,11 +161,16 @@ def _report_borders(
     crossings: Crossings,
 ) -> None:
     """Say in the plan that every chunk receives tokens of its neighbours."""
-    whole = value.meta["val"]
-    line = placement.lines.lines[carried.line]
-    size = whole.numel() * whole.element_size() // max(carried.member.length, 1)
+    size = _token_bytes(value, carried) * tokens
+    chunks = placement.lines.lines[carried.line].layout.chunks_per_rank
     reason = f"{tokens} neighbouring tokens of each run"
-    crossings.report(node, "borders", size * tokens * line.layout.chunks_per_rank, reason)
+    crossings.report(node, "borders", size * chunks, reason)
+
+
+def _token_bytes(value: Node, carried: Carried) -> int:
+    """Bytes of one of its tokens."""
+    whole = value.meta["val"]
+    return int(whole.numel() * whole.element_size() // max(carried.member.length, 1))
 
 
 def _convolve(
@@ -199,6 +210,64 @@ def _convolve(
     place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
     args = (y, operands[0], *given, crossings.valid(result))
     return graph.call_function(halo.fill_convolved, args, dict(node.kwargs) | place)
+
+
+def _relay(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    mode: Split,
+    operand: Node,
+    crossings: Crossings,
+) -> Node:
+    """From one split to another, or this rank's part of a whole value."""
+    (source,) = Call(node).operands
+    carried, result = placement.lines.carried(source), placement.lines.carried(node)
+    assert isinstance(result, Carried)
+    if mode.operands[0] is not Form.SPLIT:
+        return crossings.take(node, operand)
+    assert isinstance(carried, Carried)
+    size = node.meta["val"].numel() * node.meta["val"].element_size()
+    size //= placement.lines.lines[result.line].layout.world_size
+    crossings.report(node, "exchange", size, "its tokens are split in another way")
+    if needs_grad(node):
+        crossings.report(node, "exchange", size, "completes a gradient", in_backward=True)
+    line = placement.lines.lines[result.line]
+    valid = crossings.valid(result) if line.has_padding(result.member) else None
+    spreads = [_spread(placement, place) for place in (carried, result)]
+    args = (operand, *spreads, valid, result.dim, crossings.group, describe_node(node))
+    return graph.call_function(exchange.move_tokens, args)
+
+
+def _spread(placement: Placement, place: Carried) -> list[int]:
+    layout, member = placement.lines.lines[place.line].layout, place.member
+    spread = exchange.Spread(
+        kind=exchange.KINDS.index(layout.kind), line=layout.length, ranks=layout.world_size,
+        offset=member.offset, length=member.length, outer=place.outer, inner=place.inner,
+    )  # fmt: skip
+    return spread.numbers()
+
+
+def _turn(
+    graph: Graph,
+    placement: Placement,
+    node: Node,
+    turn: Turn,
+    operand: Node,
+    crossings: Crossings,
+) -> Node:
+    source = Call(node).operands[0]
+    carried = placement.lines.carried(source)
+    assert isinstance(carried, Carried)
+    _report_borders(placement, node, source, carried, turn.units, crossings)
+    size = _token_bytes(source, carried) * turn.units
+    crossings.report(node, "all_reduce", size, "tokens of the other end")
+    crossings.report(node, "all_reduce", size, "completes a gradient", in_backward=True)
+    own, length = crossings.own(carried), carried.member.length
+    chunks = placement.lines.lines[carried.line].layout.chunks_per_rank
+    where = (chunks, crossings.group, carried.dim, carried.inner, describe_node(node))
+    args = (operand, turn.by, turn.units, own, length, *where)
+    return graph.call_function(halo.roll_tokens, args)
 
 
 def _look_up(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx import collectives, halo
+from ringfx import collectives, exchange, halo
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
@@ -28,7 +29,7 @@ _GRADIENT = "completes a gradient"
 _SENDS = frozenset(
     {
         attention, collectives.gather_shared, collectives.gather_tokens, collectives.sum_partials,
-        halo.convolve_tokens, halo.shift_tokens,
+        exchange.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
     }
 )  # fmt: skip
 
@@ -141,6 +142,16 @@ class Crossings:
             return contextlib.nullcontext()
         place: AbstractContextManager[None] = self.graph.inserting_after(self._last_enabled)
         return place
+
+    def take(self, node: Node, whole: Node) -> Node:
+        """This rank's tokens of a whole value that the call gives back as it is."""
+        carried = self.placement.lines.carried(node)
+        assert isinstance(carried, Carried)
+        if needs_grad(node):
+            self.report(node, "gather_gradient", _bytes(node), _GRADIENT, in_backward=True)
+        index, order = (self._member_node(carried, kind) for kind in ("index", "order"))
+        args = (whole, index, order, *self._where(carried, node))
+        return self.graph.call_function(collectives.slice_tokens, args)
 
     def reduce(self, node: Node, partial: Node) -> Node:
         self.report(node, "all_reduce", _bytes(node), "sums over tokens")
@@ -272,6 +283,8 @@ def _bytes(node: Node) -> int:
 
 
 def _name(node: Node) -> str:
+    if isinstance(node.target, FunctionType):
+        return f"ringfx.{node.target.__name__}"
     return str(node.target) if node.op == "call_function" else node.op
 
 

@@ -26,6 +26,8 @@ from ringfx.strategies import STRATEGIES
 
 __all__ = ["LocalProgram", "SplitOutput", "rewrite"]
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOutput:
@@ -171,11 +173,15 @@ class _Rewriter:
             if isinstance(q_carried, Carried) and isinstance(k_carried, Carried):
                 lines = self.placement.lines.lines
                 layout = lines[q_carried.line].layout.kind
-                lengths = (lines[q_carried.line].length, lines[k_carried.line].length)
                 if STRATEGIES[str(kwargs["strategy"])].own_queries:
                     taken = self._take_rows(node, spec, own, q_carried, inputs)
-                local = _with_own_rows(spec, own | taken)
-                moved = along_the_line(local, q_carried.member, k_carried.member, *lengths)
+                moved = along_the_line(
+                    _with_own_rows(spec, own | taken),
+                    q_carried.member.opened(q_carried.inner),
+                    k_carried.member.opened(k_carried.inner),
+                    lines[q_carried.line].attended(q_carried.inner),
+                    lines[k_carried.line].attended(k_carried.inner),
+                )
                 kwargs["spec"] = moved.to_json()
             kwargs |= {"group": self.group, "layout": layout}
         self.matrices[node.name] = _whole_matrices(node, spec, own, taken)
@@ -209,6 +215,9 @@ class _Rewriter:
             return new
         new.meta = {k: x for k, x in node.meta.items() if k != "val"}
         valid = self.crossings.valid(carried)
+        if carried.inner != 1:
+            each = (valid, carried.inner)
+            valid = self.graph.call_function(aten.repeat_interleave.self_int, each)
         return self.graph.call_function(collectives.fill_padding, (new, v, valid))
 
     def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:

@@ -242,6 +242,7 @@ def _convolutions(a: int, b: int, c: int, d: int) -> list[Sample]:
         Sample(aten.conv1d.default, (line, real(b, 1, 3), None, [1], [1], [1], b)),
         Sample(aten.conv1d.default, (line, point, None, [1], [1])),
         Sample(aten.conv2d.default, (plane, real(d, 2, 1, 3), real(d))),
+        Sample(aten.im2col.default, (plane, [1, 3], [1, 1], [0, 1], [1, 1])),
         Sample(aten.conv2d.padding, (plane, real(d, 2, 1, 3), real(d), [1], "same")),
         Sample(aten.conv2d.default, (plane, real(d, 2, 2, 2), None, [2, 2])),
         Sample(aten.conv3d.default, (real(a, 2, b, c, 4), real(d, 2, 1, 2, 1))),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ringfx.pipeline import Lowered
-from tests.passes import models
+from tests.passes import models, token_axes
 from tests.passes.programs import lowered
+from tests.passes.token_axes import Around
 
 aten = torch.ops.aten
 
@@ -64,7 +66,6 @@ def test_one_rank_splits_nothing() -> None:
             ["it scans", "it sorts"],
         ),
         (models.Gated, lambda: ids(), ["it normalises along the axis", "it reduces the axis"]),
-        (models.Shortened, lambda: ids(12), ["in pieces"]),
     ],
 )
 def test_what_needs_all_tokens_says_why(
@@ -76,6 +77,47 @@ def test_what_needs_all_tokens_says_why(
         assert reason in found, (reason, found)
     assert gathers(program)
     assert any("attention" in name for name in split_calls(program))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tokens_that_are_merged_in_pairs_stay_split(ranks: int) -> None:
+    program = lowered(models.Shortened(), ids(12), ranks=ranks)
+    assert gathers(program) == []
+
+
+def test_a_line_is_one_of_blocks_where_tokens_are_cut_into_blocks() -> None:
+    program = lowered(Around("windows"), *token_axes.inputs(12), ranks=3)
+    assert [line.length for line in program.local.placement.lines.lines] == [12]
+    assert gathers(program) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_of_an_image_are_exchanged_with_its_tokens_and_not_gathered(ranks: int) -> None:
+    """Each rank is sent 1/p of the tokens, forwards and backwards."""
+    program = lowered(Around("rows of an image"), *token_axes.inputs(12), ranks=ranks)
+    sent = [m for m in program.plan.reshardings if m.kind == "exchange"]
+    values = 2 * 12 * 8 * token_axes.HIDDEN * 4
+    assert sent
+    assert {m.in_backward for m in sent} == {False, True}
+    assert max(m.bytes_moved for m in sent) == values // ranks
+
+
+def test_a_table_of_positions_is_no_line_of_tokens() -> None:
+    """Its first rows are taken for the tokens; the rest of it is nobody's."""
+
+    class Positions(models.Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(64, models.HIDDEN))
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            x = self.embed(given) + self.table[: given.shape[1]]
+            result: torch.Tensor = self.head(self.first(x))
+            return result
+
+    program = lowered(Positions(), ids(11))
+    assert [line.length for line in program.local.placement.lines.lines] == [11]
+    assert not any(m.kind == "exchange" for m in program.plan.reshardings)
 
 
 def test_two_token_axes_in_one_tensor_stay_whole() -> None:

@@ -316,7 +316,119 @@ def streams(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     return joined[:, :seq_len] + rest[:, 0] - rest[:, 1].tanh()
 
 
+def streams_apart(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Three streams in one dimension, of which some are taken by slices (ProphetNet)."""
+    batch, seq_len, _ = x.shape
+    x = m.attend(x)
+    joined = torch.stack([x, x * m.weight, x.tanh()], 1).reshape(batch, -1, HIDDEN)
+    joined = m.out(joined).sin() + joined
+    rest = joined[:, seq_len:].view(batch, 2, seq_len, HIDDEN)
+    first, *others = joined.chunk(3, 1)
+    return m.attend(first + rest[:, 0] - rest[:, 1] * others[1].tanh())
+
+
+def alternating(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Pairs of tokens, whose firsts and seconds are taken by strided slices."""
+    x = m.attend(x)
+    pairs = torch.stack([x * m.weight, x.tanh()], 2).reshape(x.shape[0], -1, HIDDEN)
+    pairs = m.out(pairs).sin()
+    return m.attend(pairs[:, ::2] - pairs[:, 1::2].square())
+
+
+def unfolded(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Each token's neighbours weighed by numbers that it makes itself (ConvBERT)."""
+    x = m.attend(x)
+    batch, seq_len, _ = x.shape
+    seen = F.unfold(x.transpose(1, 2).unsqueeze(-1), kernel_size=(3, 1), padding=(1, 0))
+    seen = seen.transpose(1, 2).reshape(batch * seq_len, HIDDEN, 3)
+    weights = m.router(x)[..., :3].softmax(-1).reshape(-1, 3, 1)
+    return m.attend((seen @ weights).reshape(batch, seq_len, HIDDEN))
+
+
+def image(m: Around, x: Tensor) -> Tensor:
+    """Two rows of four columns for each token: [batch, 2 S, 4, hidden]."""
+    rows = x.repeat_interleave(2, 1) * m.weight
+    return torch.stack([rows, rows.sin(), rows.tanh(), rows.cos()], 2)
+
+
+def by_window(m: Around, x: Tensor) -> Tensor:
+    """Attention in each window of two by two, as plain products."""
+    batch, height, width, _ = x.shape
+    windows = x.view(batch, height // 2, 2, width // 2, 2, HIDDEN).permute(0, 1, 3, 2, 4, 5)
+    q, k, v = m.qkv(windows.reshape(-1, 4, HIDDEN)).chunk(3, -1)
+    y = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+    y = y.view(batch, height // 2, width // 2, 2, 2, HIDDEN).permute(0, 1, 3, 2, 4, 5)
+    joined: Tensor = y.reshape(batch, height, width, HIDDEN)
+    return joined
+
+
+def windows(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Windows of an image, then windows shifted by one, then fewer tokens (Swin)."""
+    y = image(m, x)
+    y = y + by_window(m, y)
+    y = y + by_window(m, y.roll((-1, -1), (1, 2))).roll((1, 1), (1, 2)) * m.weight
+    corners = [y[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    merged = torch.cat(corners, -1).reshape(x.shape[0], -1, 4 * HIDDEN)
+    return m.attend(m.attend(merged.view(*merged.shape[:2], 4, HIDDEN).sum(2)))
+
+
+def rows_of_an_image(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Tokens behind a class token that become rows and columns (DPT), and tokens again."""
+    batch = x.shape[0]
+    tokens = torch.cat([m.prefix[:, :1].expand(batch, -1, -1), image(m, x).flatten(1, 2)], 1)
+    tokens = m.attend(tokens)
+    grid = tokens[:, 1:].transpose(1, 2).reshape(batch, HIDDEN, -1, 4)
+    kernel = m.experts[:3, :3].permute(2, 0, 1)[:, None]
+    grid = F.conv2d(grid, kernel, padding=1, groups=HIDDEN).relu() + grid
+    back = torch.cat([tokens[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    return m.attend(tokens + back * m.weight)
+
+
+def frames(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Attention among places of each frame behind a class token (TimeSformer)."""
+    batch, seq_len, _ = x.shape
+    video = torch.stack([x, x.sin()], 2).reshape(batch, -1, HIDDEN)
+    x = torch.cat([m.prefix[:, :1].expand(batch, -1, -1), video], 1)
+    for _ in range(2):
+        x = x + m.out(x).tanh()
+        each = x[:, 1:].view(batch, seq_len, 2, HIDDEN).transpose(1, 2).reshape(-1, seq_len, HIDDEN)
+        first = x[:, :1].expand(-1, 2, -1).reshape(-1, 1, HIDDEN)
+        y = m.attend(torch.cat([first, each], 1))
+        top = y[:, :1].view(batch, 2, HIDDEN).mean(1, keepdim=True)
+        rest = y[:, 1:].view(batch, 2, seq_len, HIDDEN).transpose(1, 2).reshape(batch, -1, HIDDEN)
+        x = x + torch.cat([top, rest], 1) * m.weight
+    return x
+
+
+def padded_blocks(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Blocks of four, the last one padded, that read the block before (LongT5)."""
+    x = m.attend(x)
+    batch, seq_len, _ = x.shape
+    blocks = F.pad(x, (0, 0, 0, -seq_len % 4)).view(batch, -1, 4, HIDDEN)
+    before = F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, :-1]
+    keys = torch.cat([before, blocks], 2)
+    y = (m.out(blocks) @ keys.transpose(-1, -2) / 4).softmax(-1) @ keys.tanh()
+    y = y.reshape(batch, -1, HIDDEN)[:, :seq_len]
+    return m.attend(x + y * m.weight)
+
+
+def padded_pairs(m: Around, x: Tensor, ids: Tensor) -> Tensor:
+    """Two tokens made of each, and one more behind (SEW)."""
+    x = m.attend(x)
+    pairs = torch.stack([x * m.weight, x.tanh()], 2).reshape(x.shape[0], -1, HIDDEN)
+    result: Tensor = m.out(F.pad(pairs, (0, 0, 0, 1))).tanh()
+    return result
+
+
 CONSTRUCTS: Mapping[str, Construct] = {
+    "streams apart": streams_apart,
+    "every other token": alternating,
+    "unfolded": unfolded,
+    "windows": windows,
+    "rows of an image": rows_of_an_image,
+    "frames": frames,
+    "padded blocks": padded_blocks,
+    "padded pairs": padded_pairs,
     "class token": class_token,
     "registers": registers,
     "pieces between pieces": between,

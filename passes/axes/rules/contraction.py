@@ -109,6 +109,19 @@ def convolution(call: Call) -> OpAxes:
     )
 
 
+def columns(call: Call) -> OpAxes:
+    """im2col: what a convolution's kernel sees at each place, as channels."""
+    x, result = call.shapes[0], call.result_shape
+    batch: Labels = ((("n",) if x[0] != 1 else ()),) if len(x) == 4 else ()
+    given = batch + _all_whole(x[len(batch) :], "in")
+    made = batch + _all_whole(result[len(batch) :], "out")
+    every = [name for labels in (given, made) for dim in labels for name in dim if name != "n"]
+    return OpAxes(
+        operands=(given,), results=(made,), share=shares(whole=every),
+        reason="its windows see neighbours along the axis",
+    )  # fmt: skip
+
+
 def _only_batch(call: Call) -> OpAxes:
     x, result = _all_whole(call.shape("input"), "in"), _all_whole(call.result_shape, "out")
     rest = tuple(_all_whole(shape, f"w{i}") for i, shape in enumerate(call.shapes[1:]))
@@ -245,6 +258,7 @@ RULES: dict[object, AxisRule] = {
         ),
         convolution,
     ),
+    aten.im2col.default: columns,
     aten._cdist_forward.default: axes(
         x1="... r m", x2="... c m", out="... r c", whole="m", reason="it measures along the axis"
     ),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ringfx import columns
+from ringfx import columns, exchange
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
 from ringfx.passes.axes.rules.pattern import shares
 
@@ -346,6 +347,15 @@ def along(*names: str, reason: str) -> AxisRule:
     return rule
 
 
+def roll(call: Call) -> OpAxes:
+    """The same axis, its elements a few places further; the last ones come first."""
+    axes = along("dims", reason="it shifts the axis")(call)
+    dims = [d % len(call.shapes[0]) for d in call["dims"]]
+    if len(dims) != 1:
+        return axes
+    return replace(axes, turns=dict(zip(dims, call["shifts"], strict=True)))
+
+
 def triangle(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     needed = [label for dim in labels[-2:] for label in dim]
@@ -369,8 +379,21 @@ def _with_pair(shape: Sequence[int], before: Sequence[int], after: Sequence[int]
     return numbered(shape[:common]) + (("pair",),) * (len(shape) - common)
 
 
+def relayed(call: Call) -> OpAxes:
+    """``ringfx.exchange.relay``: from one axis to another with the same elements."""
+    labels = list(numbered(call.shapes[0]))
+    at = call.node.args[1]
+    assert isinstance(at, int)
+    results = (*labels[:at], ("moved",), *labels[at + 1 :])
+    return OpAxes(
+        operands=(tuple(labels),), results=(results,), together=frozenset({f"d{at}", "moved"}),
+        reason="its result is not split",
+    )  # fmt: skip
+
+
 RULES: dict[object, AxisRule] = {
     columns.every_token: every_token,
+    exchange.relay: relayed,
     aten.view_as_complex.default: pairs,
     aten.view_as_real.default: pairs,
     **dict.fromkeys(
@@ -413,7 +436,7 @@ RULES: dict[object, AxisRule] = {
     aten.pad.default: pad,
     aten.constant_pad_nd.default: pad,
     aten.flip.default: along("dims", reason="it reverses the axis"),
-    aten.roll.default: along("dims", reason="it shifts the axis"),
+    aten.roll.default: roll,
     aten.unfold.default: unfold,
     aten.tril.default: triangle,
     aten.triu.default: triangle,
