@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
+from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
 from ringfx.passes.detect.normalise import merge_exponentials
@@ -25,6 +26,7 @@ def detect(captured: Captured) -> Detected:
     graph = captured.graph_module.graph
     merge_exponentials(graph)
     contract_in_pairs(graph)
+    distribute(graph)
     refused = respell(graph, other_form)
     program = Program(graph, _parameters(captured))
     candidates: list[Candidate] = []

@@ -227,7 +227,7 @@ def _product_of(user: Node, value: Node) -> Product | None:
 
 def _used_again(value: Node, users: Sequence[Node]) -> Near | None:
     """Weights with several users: a near miss if one of them is a product."""
-    if not any(_product_of(u, value) or _leads_to_product(u) for u in users):
+    if not any(_product_of(u, value) or any(_ahead(u)) for u in users):
         return None
     others = [u for u in users if not (_product_of(u, value) or _leads_to_product(u))]
     if any(u.op == "output" for u in users):

@@ -65,10 +65,25 @@ def one_key_head_and_the_types_lowest_number(
     return torch.einsum("bhqk,bkd->bhqd", scores.softmax(-1), v[:, 0])
 
 
+def one_map_less_another(
+    m: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """As differential transformers stack their maps: pairs of heads, one head of values each."""
+    batch, _, seq_len, size = q.shape
+    q, k = (t.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2) for t in (q, k))
+    hidden = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
+    weights = ((q @ k.mT) * size**-0.5).masked_fill(hidden, -math.inf).softmax(-1)
+    weights = weights.view(batch, HEADS, 2, seq_len, seq_len)
+    strength = m.out.bias[:1].sigmoid()
+    less: torch.Tensor = weights[:, :, 0] - strength * weights[:, :, 1]
+    return less @ v
+
+
 CORES: Mapping[str, Core] = {
     "contiguous().view() after SDPA": fused,
     "a triangle in a buffer": triangle_buffer,
     "one key head, masked with float64's lowest number": one_key_head_and_the_types_lowest_number,
+    "one map less another": one_map_less_another,
 }
 
 

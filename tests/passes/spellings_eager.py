@@ -406,11 +406,6 @@ def scores_returned(w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
     return w.o(merge(s.softmax(-1) @ v)), s
 
 
-def subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    a, b = (q[..., :3] @ k[..., :3].mT).softmax(-1), (q[..., 3:] @ k[..., 3:].mT).softmax(-1)
-    return (a - 0.5 * b) @ v
-
-
 def contrastive(w: Weights, x: Tensor) -> Tensor:
     return (w.q(x).mean(1) @ w.k(x).mean(1).T).log_softmax(-1)
 
@@ -446,7 +441,6 @@ DECOYS: Mapping[str, Callable[..., Any]] = {
     "clamped": weighed(lambda s: s.clamp(-0.1, 0.1).softmax(-1)),
     "squared weights": weighed(lambda s: s.softmax(-1).square()),
     "filled weakly": weighed(lambda s: s.masked_fill(~causal(), -2.0).softmax(-1)),
-    "weights subtracted": formed(subtracted),
     "detached": weighed(lambda s: s.detach().softmax(-1)), "contrastive": contrastive,
     "top keys": formed(top_keys), "windows": windows, "convolved": convolved,
     "not normalised": weighed(torch.exp), "rolled": weighed(lambda s: s.roll(1, -1).softmax(-1)),

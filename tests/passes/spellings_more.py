@@ -268,11 +268,6 @@ def triangle_later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e @ v) / (e.sum(-1, keepdim=True) + 1e-3)
 
 
-def weights_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    a, b = (q[..., :3] @ k[..., :3].mT).softmax(-1), (q[..., 3:] @ k[..., 3:].mT).softmax(-1)
-    return (a - 0.5 * b) @ v
-
-
 def lost(filled: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Rows without a key are NaN until they become 0."""
 
@@ -387,7 +382,6 @@ MORE_DECOYS: Mapping[str, Callable[..., Any]] = {
         lambda s: s.softmax(-1) / s.softmax(-1).sum(-2, keepdim=True)
     ),
     "gated by a sink": gated_by_sink,
-    "subtracted weights": formed(weights_subtracted),
     "addcmul": scored(
         lambda w, s: torch.addcmul(torch.full((S, S), -math.inf).triu(1), s, torch.ones(()))
     ),

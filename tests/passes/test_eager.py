@@ -13,14 +13,15 @@ from ringfx.passes.detect.arrange import Arrangement, Steps
 from ringfx.passes.detect.estimate import missed
 from ringfx.tiles import CAUSAL
 from tests.passes.direct import canonical, program_of, results, worst
+from tests.passes.spellings_combined import COMBINED, COMBINED_DECOYS
 from tests.passes.spellings_eager import DECOYS as PLAIN_DECOYS
 from tests.passes.spellings_eager import SPELLINGS as PLAIN_SPELLINGS
 from tests.passes.spellings_eager import B, E, S, T, Weights
 from tests.passes.spellings_more import MORE, MORE_DECOYS
 
 Tensor = torch.Tensor
-SPELLINGS = {**PLAIN_SPELLINGS, **MORE}
-DECOYS = {**PLAIN_DECOYS, **MORE_DECOYS}
+SPELLINGS = {**PLAIN_SPELLINGS, **MORE, **COMBINED}
+DECOYS = {**PLAIN_DECOYS, **MORE_DECOYS, **COMBINED_DECOYS}
 recovery = importlib.import_module("ringfx.passes.masks.recover")
 
 
