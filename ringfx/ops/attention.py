@@ -25,7 +25,9 @@ from ringfx.ops.finish import (
     lost_rows,
     mean_gradient,
     nan_gradient,
+    refuse_deep_rows,
     sink_gradient,
+    warn_of_deep_rows,
 )
 from ringfx.ops.kernels import accumulation_dtype, choose
 from ringfx.ops.pieces import Tiling
@@ -123,6 +125,8 @@ def _attention(
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):
             fill_nan(problem, out_BHQE, lse_BHQ)
+        if problem.spec.bias is not None:
+            warn_of_deep_rows(problem, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
         return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)
@@ -168,6 +172,8 @@ def _attention_backward(
         problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
         implementation = _implementation(problem, strategy)
         problem.stats.backwards += 1
+        if problem.spec.bias is not None:
+            refuse_deep_rows(problem, lse, dout)
         if _may_lose_rows(problem, "nan"):
             out = out.masked_fill(lost_rows(lse), 0.0)
         sums = implementation.backward(problem, dout, q, k, v, out, lse)

@@ -7,19 +7,26 @@ Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 
-from ringfx.ops.kernels import accumulation_dtype
+from ringfx.errors import InvalidArgument
+from ringfx.ops.kernels import accumulation_dtype, finite
 from ringfx.ops.problem import Problem
 
 __all__ = [
     "add_sinks", "fill_mean", "fill_nan", "lost_rows", "mean_gradient", "nan_gradient",
-    "sink_gradient",
+    "refuse_deep_rows", "sink_gradient", "warn_of_deep_rows",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
+log = logging.getLogger("ringfx")
+INEXACT, WRONG = 1e-4, 1e-2
+"""Relative errors of weights that are said, and that are refused where gradients need them."""
+_WARNED: set[str] = set()
+"""Layers that were warned of: once each."""
 
 
 def add_sinks(out_BHQE: Tensor, lse_BHQ: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +80,36 @@ def mean_gradient(problem: Problem, dv_BGKE: Tensor, dout_BHQE: Tensor, lse_BHQ:
 def lost_rows(lse_BHQ: Tensor) -> Tensor:
     """[B, H, Q, 1]: rows that no key was kept for."""
     return (lse_BHQ == -math.inf)[..., None]
+
+
+def _imprecision(lse_BHQ: Tensor) -> Tensor:
+    """[B, H, Q]: by how much its rounding changes the weights of a row."""
+    return finite(lse_BHQ).abs() * torch.finfo(lse_BHQ.dtype).eps
+
+
+def warn_of_deep_rows(problem: Problem, lse_BHQ: Tensor) -> None:
+    """Say once where a bias such as -1e9 hides all keys of a row, so that no logsumexp is exact."""
+    layer = problem.ranks.layer
+    if layer in _WARNED or not bool((_imprecision(lse_BHQ) > INEXACT).any()):
+        return
+    _WARNED.add(layer)
+    log.warning(_deep_text(layer, lse_BHQ))
+
+
+def refuse_deep_rows(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> None:
+    """Raises where gradients of such rows would be wrong by a large factor, and are asked for."""
+    wrong_BHQ = _imprecision(lse_BHQ) > WRONG
+    if bool((wrong_BHQ & (dout_BHQE != 0).any(-1)).any()):
+        raise InvalidArgument(_deep_text(problem.ranks.layer, lse_BHQ))
+
+
+def _deep_text(layer: str, lse_BHQ: Tensor) -> str:
+    return (
+        f"{layer or 'attention'}: a bias hides all keys of some queries with numbers as low as "
+        f"{float(finite(lse_BHQ).min()):.0e}; {lse_BHQ.dtype} cannot tell the scores of such a row "
+        "apart, so its output and gradients are not those of the unsplit model. Do: mask with "
+        "-inf, torch.finfo(dtype).min or a bool mask, or leave such rows out of the loss."
+    )
 
 
 def fill_nan(problem: Problem, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:

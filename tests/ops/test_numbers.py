@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from benchmarks.attention_schedule import Ring, simulate
 from ringfx import ops
+from ringfx.errors import InvalidArgument
 from ringfx.layout import Layout
+from ringfx.ops import finish
 from ringfx.tiles import CAUSAL, Expr
 from tests.ranks import RankPool
 
@@ -101,3 +103,21 @@ def _held_rows(length: int) -> int:
 @pytest.mark.ranks
 def test_no_rank_of_the_ring_ever_sees_more_than_a_block_of_keys(ranks4: RankPool) -> None:
     assert max(ranks4.run(_held_rows, 256)) <= 256 // 4
+
+
+@pytest.mark.parametrize("low", [-1e9, -1e4])
+def test_rows_that_a_bias_hides_wholly_are_said_and_refused_where_they_would_be_wrong(
+    low: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    finish._WARNED.clear()
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+    bias = ("where", ("gt", ("q",), ("const", 3)), ("const", 0.0), ("const", low))
+    out = ops.ring_attention(q, q, q, bias=bias)
+    assert "a bias hides all keys of some queries" in caplog.text
+    out[:, :, 4:].sum().backward()  # a loss that leaves them out
+    assert q.grad is not None
+    if low == -1e4:
+        ops.ring_attention(q, q, q, bias=bias).sum().backward()
+        return
+    with pytest.raises(InvalidArgument, match=r"as low as -1e\+09; .* Do: mask with -inf"):
+        ops.ring_attention(q, q, q, bias=bias).sum().backward()
