@@ -347,7 +347,7 @@ def unfolded(m: Around, x: Tensor, ids: Tensor) -> Tensor:
 
 def image(m: Around, x: Tensor) -> Tensor:
     """Two rows of four columns for each token: [batch, 2 S, 4, hidden]."""
-    rows = x.repeat_interleave(2, 1) * m.weight
+    rows = torch.stack([x * m.weight, x.square()], 2).reshape(x.shape[0], -1, HIDDEN)
     return torch.stack([rows, rows.sin(), rows.tanh(), rows.cos()], 2)
 
 
@@ -364,7 +364,7 @@ def by_window(m: Around, x: Tensor) -> Tensor:
 
 def windows(m: Around, x: Tensor, ids: Tensor) -> Tensor:
     """Windows of an image, then windows shifted by one, then fewer tokens (Swin)."""
-    y = image(m, x)
+    y = image(m, m.attend(x))
     y = y + by_window(m, y)
     y = y + by_window(m, y.roll((-1, -1), (1, 2))).roll((1, 1), (1, 2)) * m.weight
     corners = [y[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
