@@ -22,14 +22,9 @@ from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
 from ringfx.passes.masks.buffers import Buffers
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
-from ringfx.passes.masks.decompose import (
-    Scores,
-    Unrepresentable,
-    decompose,
-    has_threshold,
-    lifted,
-)
+from ringfx.passes.masks.decompose import Scores, decompose
 from ringfx.passes.masks.emit import Emitter
+from ringfx.passes.masks.forms import Unrepresentable, has_threshold, lifted
 from ringfx.passes.masks.lift import Lifter, Lifters, renumbered
 from ringfx.passes.masks.structure import first_of_equals
 from ringfx.passes.values import AttentionSite, Captured, Declined, Sites

@@ -10,7 +10,8 @@ import torch
 
 from ringfx import tiles
 from ringfx.passes.detect.candidate import score
-from ringfx.passes.masks.decompose import Unrepresentable, decompose
+from ringfx.passes.masks.decompose import decompose
+from ringfx.passes.masks.forms import Unrepresentable
 from tests.passes.lifting import Lifted, lifted
 from tests.passes.mask_grammar import Sizes, given, written
 from tests.passes.test_masks import settled
