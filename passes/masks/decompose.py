@@ -13,13 +13,13 @@ key is not kept; which of these it is decides what a row without any key gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ringfx.passes.masks.additive import FAR_BELOW, keeps_a_key, total
+from ringfx.passes.masks.additive import FAR_BELOW, Term, keeps_a_key, total
 from ringfx.passes.masks.documents import in_positions
-from ringfx.passes.masks.forms import Form, Reader, Unrepresentable, absorbs
+from ringfx.passes.masks.forms import Form, Reader, Unrepresentable, absorbs, constants
 from ringfx.passes.masks.lift import Lifter
 from ringfx.passes.masks.simplify import TRUE
 from ringfx.tiles import Expr
@@ -74,7 +74,7 @@ def _finish(
     terms = [term for added in form.added for term in added.terms]
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
     keep = _all(reader, *form.keep, *(term.keep for term in soft))
-    full = keeps_a_key(keep, reader.make, q_len, kv_len)
+    full = keeps_a_key(keep, reader.make, q_len, kv_len) and not (soft and _hides(terms))
     if not full:  # a soft term says more than what is kept: which masked key weighs most
         keep = _all(reader, *form.keep)
     written = not full and not form.replaced and _is_ambiguous(form, bool(soft))
@@ -101,6 +101,15 @@ def _finish(
         keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
         factors=form.factors, fully_masked=masked,
     )  # fmt: skip
+
+
+def _hides(terms: Sequence[Term]) -> bool:
+    """Whether a term that is no mask to us may hide keys as deep as a soft one: (1 - m) * -1e9.
+
+    Then a key that a soft mask hides may weigh as much as all others of its row.
+    """
+    unread = [t.added for t in terms if t.low == 0 and t.added is not None]
+    return any(-FAR_BELOW <= abs(c) < math.inf for added in unread for c in constants(added))
 
 
 def _empty_rows(

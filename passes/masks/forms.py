@@ -16,7 +16,9 @@ from ringfx.passes.masks.lift import Lifter
 from ringfx.passes.masks.simplify import FALSE, TRUE, const, is_boolean, simplify
 from ringfx.tiles import Expr
 
-__all__ = ["Added", "Form", "Reader", "Unrepresentable", "absorbs", "has_threshold", "lifted"]
+__all__ = [
+    "Added", "Form", "Reader", "Unrepresentable", "absorbs", "constants", "has_threshold", "lifted",
+]  # fmt: skip
 
 
 ROUNDS_LITTLE = 100.0
@@ -232,21 +234,21 @@ def _moved(form: Form) -> frozenset[float]:
 
 def _threshold(term: Expr) -> Expr | None:
     """What a term keeps that masks by a huge factor of values not known here: (1 - m) * -3e38."""
-    return ("gt", term, const(ABSORBS)) if any(c <= ABSORBS for c in _constants(term)) else None
+    return ("gt", term, const(ABSORBS)) if any(c <= ABSORBS for c in constants(term)) else None
 
 
 def has_threshold(keep: Expr | None) -> bool:
     """Whether a mask is read off huge factors, see ``_threshold``."""
-    return keep is not None and ABSORBS in _constants(keep)
+    return keep is not None and ABSORBS in constants(keep)
 
 
-def _constants(expr: Expr) -> list[float]:
+def constants(expr: Expr) -> list[float]:
     if expr[0] == "const":
         return [expr[1]] if isinstance(expr[1], float) else []
     if expr[0] in ("b", "h", "q", "k"):
         return []
     parts = expr[2:] if expr[0] == "at" else expr[1:]
-    return [c for part in parts for c in _constants(part)]
+    return [c for part in parts for c in constants(part)]
 
 
 def _conditions(expr: Expr) -> list[Expr]:

@@ -325,6 +325,10 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
         lost(lambda p: torch.where(torch.isnan(p), torch.zeros_like(p), p)), inputs="xp"
     ),
     "NaN filled": Spelled(lost(lambda p: p.masked_fill(p.isnan(), 0.0)), inputs="xp"),
+    "two numbers added": Spelled(
+        scored(lambda w, s, p: s + (1 - p.to(s.dtype))[:, None, None] * -2e4
+               + torch.where(causal(), 0.0, -2e4)), inputs="xp",
+    ),
     "a mask of products": Spelled(masked_by_products),
     "a bias of products": Spelled(biased_by_products),
 }  # fmt: skip
