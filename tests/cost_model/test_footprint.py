@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from unittest import mock
 
 import pytest
 import torch
@@ -101,19 +102,20 @@ def test_what_three_ranks_hold_is_predicted_within_10_percent(ranks3: RankPool) 
 
 def _pooled(cases: list[tuple[int, str, int | None]]) -> list[tuple[int, int]]:
     """Bytes in the pool after a forward, and after a backward, with heads in so many groups."""
-    found = []
-    for groups, dtype, window in cases:
-        layout: LayoutKind = "zigzag" if window is None else "contiguous"
-        production.RING_GROUPS = groups
-        heads.GROUP_BYTES = {"cpu": (1, 1)}
-        q = torch.randn(1, 12, 64, 16, dtype=getattr(torch, dtype), requires_grad=True)
+    with mock.patch.object(heads, "GROUP_BYTES", {"cpu": (1, 1)}):
+        return [_pool_of(*case) for case in cases]
+
+
+def _pool_of(groups: int, dtype: str, window: int | None) -> tuple[int, int]:
+    layout: LayoutKind = "zigzag" if window is None else "contiguous"
+    q = torch.randn(1, 12, 64, 16, dtype=getattr(torch, dtype), requires_grad=True)
+    with mock.patch.object(production, "RING_GROUPS", groups):
         POOL.clear()
         out = ops.ring_attention(q, q, q, causal=True, layout=layout, window=window)
         forward = POOL.free_bytes
         POOL.clear()
         out.sum().backward()
-        found.append((forward, POOL.free_bytes))
-    return found
+        return forward, POOL.free_bytes
 
 
 @pytest.mark.ranks
