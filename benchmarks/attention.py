@@ -179,7 +179,7 @@ def _rows(case: Case, rank: int, size: int) -> Callable[[], None]:
     mine, keys = problem.q_runs(rank), (Run(0, 0, case.length),)
 
     def step() -> None:
-        output = Output.empty(q, case.head_dim)
+        output = Output.empty(problem, q, case.head_dim)
         attend(problem, output, q, k, v, mine, keys)
         out, lse = output.finish()
         if case.backward:

@@ -70,7 +70,7 @@ def simulate(ring: Ring, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -
     outputs: list[tuple[Tensor, Tensor]] = []
     for rank in range(ring.size):
         problem = ring.problem(rank, q)
-        output = Output.empty(shards[rank][0], v.shape[3])
+        output = Output.empty(problem, shards[rank][0], v.shape[3])
         for hop in range(ring.size):
             owner = (rank - hop) % ring.size
             q_runs, k_runs = problem.q_runs(rank), problem.k_runs(owner)

@@ -97,13 +97,13 @@ def _terms(length: int, heads: int, head_dim: int, rounds: int) -> dict[str, flo
         tiling=Tiling(masked=512),
         stats=stats.LayerStats(),
     )
-    out, lse = Output.empty(q, head_dim).finish()
+    out, lse = Output.empty(problem, q, head_dim).finish()
     found = {}
     for hop in range(NUM_RANKS):
         runs = problem.q_runs(rank), problem.k_runs((rank - hop) % NUM_RANKS)
 
         def forward(runs: Any = runs) -> None:
-            attend(problem, Output.empty(q, head_dim), q, k, v, *runs)
+            attend(problem, Output.empty(problem, q, head_dim), q, k, v, *runs)
 
         def backward(runs: Any = runs) -> None:
             sums = Sums.empty(problem, q, k, v)

@@ -25,11 +25,12 @@ from ringfx.ops.finish import (
     lost_rows,
     mean_gradient,
     nan_gradient,
-    refuse_deep_rows,
+    refuse_lost_digits,
     sink_gradient,
-    warn_of_deep_rows,
+    warn_of_lost_digits,
 )
-from ringfx.ops.kernels import accumulation_dtype, choose
+from ringfx.ops.kernels import choose
+from ringfx.ops.logsumexp import logsumexp_dtype
 from ringfx.ops.pieces import Tiling
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
@@ -126,7 +127,7 @@ def _attention(
         if _may_lose_rows(problem, "nan"):
             fill_nan(problem, out_BHQE, lse_BHQ)
         if problem.spec.bias is not None:
-            warn_of_deep_rows(problem, lse_BHQ)
+            warn_of_lost_digits(problem, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
         return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)
@@ -145,9 +146,10 @@ def _(
     name: str,
 ) -> tuple[Tensor, Tensor]:
     B, H, Q, _ = q.shape
+    has_bias = AttentionSpec.from_json(spec).bias is not None
     return (
         q.new_empty(B, H, Q, v.shape[3]),
-        q.new_empty(B, H, Q, dtype=accumulation_dtype(q.dtype)),
+        q.new_empty(B, H, Q, dtype=logsumexp_dtype(q.dtype, has_bias=has_bias)),
     )
 
 
@@ -173,7 +175,7 @@ def _attention_backward(
         implementation = _implementation(problem, strategy)
         problem.stats.backwards += 1
         if problem.spec.bias is not None:
-            refuse_deep_rows(problem, lse, dout)
+            refuse_lost_digits(problem, lse, dout)
         if _may_lose_rows(problem, "nan"):
             out = out.masked_fill(lost_rows(lse), 0.0)
         sums = implementation.backward(problem, dout, q, k, v, out, lse)

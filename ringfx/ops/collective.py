@@ -36,7 +36,7 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
-    output = Output.empty(q_BHQD, v_BGKE.shape[-1])
+    output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     mine, keys = problem.q_runs(problem.ranks.rank), _all_keys(problem)
     for group in _groups(problem, q_BHQD, k_BGKD, v_BGKE):
         k, v = k_BGKD[:, group.kv], v_BGKE[:, group.kv]

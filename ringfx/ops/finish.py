@@ -14,17 +14,25 @@ import torch
 
 from ringfx.errors import InvalidArgument
 from ringfx.ops.kernels import accumulation_dtype, finite
+from ringfx.ops.logsumexp import INEXACT, imprecision
 from ringfx.ops.problem import Problem
 
 __all__ = [
-    "add_sinks", "fill_mean", "fill_nan", "lost_rows", "mean_gradient", "nan_gradient",
-    "refuse_deep_rows", "sink_gradient", "warn_of_deep_rows",
-]  # fmt: skip
+    "add_sinks",
+    "fill_mean",
+    "fill_nan",
+    "lost_rows",
+    "mean_gradient",
+    "nan_gradient",
+    "refuse_lost_digits",
+    "sink_gradient",
+    "warn_of_lost_digits",
+]
 
 Tensor = torch.Tensor
 log = logging.getLogger("ringfx")
-INEXACT, WRONG = 1e-4, 1e-2
-"""Relative errors of weights that are said, and that are refused where gradients need them."""
+WRONG = 1e-2
+"""Relative error of weights that is refused where gradients need them."""
 _WARNED: set[str] = set()
 """Layers that were warned of: once each."""
 
@@ -82,33 +90,28 @@ def lost_rows(lse_BHQ: Tensor) -> Tensor:
     return (lse_BHQ == -math.inf)[..., None]
 
 
-def _imprecision(lse_BHQ: Tensor) -> Tensor:
-    """[B, H, Q]: by how much its rounding changes the weights of a row."""
-    return finite(lse_BHQ).abs() * torch.finfo(lse_BHQ.dtype).eps
-
-
-def warn_of_deep_rows(problem: Problem, lse_BHQ: Tensor) -> None:
-    """Say once where a bias such as -1e9 hides all keys of a row, so that no logsumexp is exact."""
-    layer = problem.ranks.layer
-    if layer in _WARNED or not bool((_imprecision(lse_BHQ) > INEXACT).any()):
+def warn_of_lost_digits(problem: Problem, lse_BHQ: Tensor) -> None:
+    """Say once where a bias hides rows so low that even their logsumexp has lost its digits."""
+    layer, lost_BHQ = problem.ranks.layer, imprecision(lse_BHQ, lse_BHQ.dtype) > INEXACT
+    if layer in _WARNED or not bool(lost_BHQ.any()):
         return
     _WARNED.add(layer)
-    log.warning(_deep_text(layer, lse_BHQ))
+    log.warning(_lost_digits(layer, lse_BHQ))
 
 
-def refuse_deep_rows(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> None:
+def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> None:
     """Raises where gradients of such rows would be wrong by a large factor, and are asked for."""
-    wrong_BHQ = _imprecision(lse_BHQ) > WRONG
+    wrong_BHQ = imprecision(lse_BHQ, lse_BHQ.dtype) > WRONG
     if bool((wrong_BHQ & (dout_BHQE != 0).any(-1)).any()):
-        raise InvalidArgument(_deep_text(problem.ranks.layer, lse_BHQ))
+        raise InvalidArgument(_lost_digits(problem.ranks.layer, lse_BHQ))
 
 
-def _deep_text(layer: str, lse_BHQ: Tensor) -> str:
+def _lost_digits(layer: str, lse_BHQ: Tensor) -> str:
     return (
         f"{layer or 'attention'}: a bias hides all keys of some queries with numbers as low as "
         f"{float(finite(lse_BHQ).min()):.0e}; {lse_BHQ.dtype} cannot tell the scores of such a row "
         "apart, so its output and gradients are not those of the unsplit model. Do: mask with "
-        "-inf, torch.finfo(dtype).min or a bool mask, or leave such rows out of the loss."
+        "-inf, -1e9 or a bool mask, or leave such rows out of the loss."
     )
 
 

@@ -23,6 +23,8 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as F
 
+from ringfx.ops.logsumexp import is_deep, stepped
+
 __all__ = [
     "CPU_FLASH",
     "GATHERED_KERNELS",
@@ -138,6 +140,8 @@ def _math_forward(
     out_BHQE = (p_BGRK @ v_BGKE.to(p_BGRK.dtype)).view(*q_BHQD.shape[:3], v_BGKE.shape[-1])
     empty_BHQ = sum_BHQ == 0
     out_BHQE = out_BHQE.div_(sum_BHQ.masked_fill(empty_BHQ, 1.0)[..., None])
+    if scores.bias_BHQK is not None:
+        top_BHQ = stepped(top_BHQ)
     return out_BHQE, top_BHQ + sum_BHQ.log()
 
 
@@ -176,7 +180,7 @@ def math_backward(
     s_BHQK, tanh_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
     kept_in = s_BHQK.dtype
     if weights_BHQ is None:
-        p_BHQK = s_BHQK.sub_(finite(lse_BHQ)[..., None]).exp_()
+        p_BHQK = _weights(s_BHQK, finite(lse_BHQ))
     else:
         p_BHQK = weights_BHQ.to(kept_in)[..., None].expand_as(s_BHQK).contiguous()
     dout_BGRE = _grouped(dout_BHQE.to(kept_in), G)
@@ -191,6 +195,13 @@ def math_backward(
     dq_BHQD = (ds_BGRK @ k_BGKD.to(kept_in)).view_as(q_BHQD)
     dk_BGKD = ds_BGRK.transpose(-1, -2) @ _grouped(q_BHQD.to(kept_in), G)
     return dq_BHQD, dk_BGKD, dv_BGKE, dbias_BHQK
+
+
+def _weights(s_BHQK: Tensor, lse_BHQ: Tensor) -> Tensor:
+    """exp(s - lse), in the dtype of s."""
+    if is_deep(lse_BHQ, s_BHQK.dtype):
+        return (stepped(s_BHQK) - lse_BHQ[..., None]).exp_().to(s_BHQK.dtype)
+    return s_BHQK.sub_(lse_BHQ.to(s_BHQK.dtype)[..., None]).exp_()
 
 
 def finite(lse_BHQ: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 
 from ringfx.ops import bias_gradients
 from ringfx.ops.heads import HeadGroup
-from ringfx.ops.kernels import Scores, accumulation_dtype, math_backward
+from ringfx.ops.kernels import MATH, Scores, accumulation_dtype, math_backward
+from ringfx.ops.logsumexp import hides_rows, is_deep
 from ringfx.ops.memory import smaller, tried
 from ringfx.ops.pieces import Piece, Run, Tiling, pieces
 from ringfx.ops.problem import Problem
@@ -65,13 +66,14 @@ class Output:
         self._written = _Written(lse_BHQ.shape[2])
 
     @staticmethod
-    def empty(q_BHQD: Tensor, v_head_dim: int) -> Output:
+    def empty(problem: Problem, q_BHQD: Tensor, v_head_dim: int) -> Output:
         """Of queries that have seen no key yet."""
         B, H, Q, _ = q_BHQD.shape
         kept_in = accumulation_dtype(q_BHQD.dtype)
+        lse_in = problem.logsumexp_dtype(q_BHQD.dtype)
         return Output(
             q_BHQD.new_empty(B, H, Q, v_head_dim, dtype=kept_in),
-            q_BHQD.new_full((B, H, Q), -math.inf, dtype=kept_in),
+            q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in),
         )
 
     def of_heads(self, heads: slice) -> Output:
@@ -94,7 +96,7 @@ class Output:
             old_BHQ = torch.sigmoid(old_lse - lse_BHQ).masked_fill_(nothing_BHQ, 1.0)
             merged_lse = torch.logaddexp(old_lse, lse_BHQ)
             old_out.mul_(old_BHQ[..., None]).addcmul_(
-                out_BHQE.to(old_out.dtype), new_BHQ[..., None]
+                out_BHQE.to(old_out.dtype), new_BHQ[..., None].to(old_out.dtype)
             )
             old_lse.copy_(merged_lse)
         self._written.mark(a, b)
@@ -260,11 +262,10 @@ def attend(
     """Merges the attention of the queries in ``q_runs`` over the keys in ``k_runs``."""
 
     def work(piece: Piece) -> bool:
-        out_BHQE, lse_BHQ = problem.kernel.forward(
-            _rows(q_BHQD, piece.q),
-            _rows(k_BGKD, piece.k),
-            _rows(v_BGKE, piece.k),
-            _scores(problem, piece, q_BHQD),
+        scores = _scores(problem, piece, q_BHQD)
+        kernel = MATH if hides_rows(scores.bias_BHQK) else problem.kernel
+        out_BHQE, lse_BHQ = kernel.forward(
+            _rows(q_BHQD, piece.q), _rows(k_BGKD, piece.k), _rows(v_BGKE, piece.k), scores
         )
         output.merge(piece.q, out_BHQE, lse_BHQ)
         return True
@@ -287,22 +288,25 @@ def attend_backward(
 ) -> None:
     """Adds the gradients of the pieces; ``out`` and ``lse`` are those of the whole rows."""
 
+    kept_in = accumulation_dtype(q_BHQD.dtype)
+
     def work(piece: Piece) -> bool:
-        arguments = (
+        scores, lse = _scores(problem, piece, q_BHQD), _rows(lse_BHQ, piece.q)
+        rows = (
             _rows(dout_BHQE, piece.q),
             _rows(q_BHQD, piece.q),
             _rows(k_BGKD, piece.k),
             _rows(v_BGKE, piece.k),
             _rows(out_BHQE, piece.q),
-            _rows(lse_BHQ, piece.q),
-            _scores(problem, piece, q_BHQD),
         )
         if problem.bias_grads:
-            dq, dk, dv, dbias_BHQK = math_backward(*arguments, wants_bias=True)
+            dq, dk, dv, dbias_BHQK = math_backward(*rows, lse, scores, wants_bias=True)
             assert dbias_BHQK is not None, "it was asked for"
             _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
+        elif scores.bias_BHQK is not None and is_deep(lse, kept_in):
+            dq, dk, dv = MATH.backward(*rows, lse, scores)
         else:
-            dq, dk, dv = problem.kernel.backward(*arguments)
+            dq, dk, dv = problem.kernel.backward(*rows, lse.to(kept_in), scores)
         sums.dq.add(piece.q, dq)
         sums.dk.add(piece.k, dk)
         sums.dv.add(piece.k, dv)

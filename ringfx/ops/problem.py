@@ -10,6 +10,7 @@ import torch
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.heads import HeadGroup
 from ringfx.ops.kernels import Kernel
+from ringfx.ops.logsumexp import logsumexp_dtype
 from ringfx.ops.pieces import Run, Tiling, runs_of
 from ringfx.ops.ranks import Ranks
 from ringfx.ops.stats import LayerStats
@@ -42,6 +43,10 @@ class Problem:
     @property
     def kv_layout(self) -> Layout:
         return Layout(self.layout, self.spec.kv_len, self.ranks.size)
+
+    def logsumexp_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What logsumexps are kept in, of queries of a dtype."""
+        return logsumexp_dtype(dtype, has_bias=self.spec.bias is not None)
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
         return runs_of(self.q_layout, rank)

@@ -153,7 +153,7 @@ def forward(
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = hops_needed(problem.spec, problem.layout, ranks.size)
-    output = Output.empty(q_BHQD, v_BGKE.shape[-1])
+    output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     outputs = [output.of_heads(group.q) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)
     in_flight = _InFlight()

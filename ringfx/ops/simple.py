@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
     ranks = problem.ranks
-    output = Output.empty(q_BHQD, v_BGKE.shape[-1])
+    output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     block_N = pack(k_BGKD, v_BGKE) if ranks.size > 1 else None
     k, v = k_BGKD, v_BGKE
     for hop in range(ranks.size):

@@ -17,6 +17,7 @@ import torch
 
 from ringfx.layout import Layout
 from ringfx.ops.local import Gradients, Output, Sums, attend, attend_backward
+from ringfx.ops.logsumexp import digits
 from ringfx.ops.pieces import Run
 from ringfx.ops.problem import Problem
 from ringfx.ops.ranks import Ranks
@@ -89,11 +90,13 @@ def forward(
         "forward: all-to-all of the output",
         _attended(problem, q_BHQD, k_BGKD, v_BGKE),
     )
-    return both[..., :-1].contiguous(), both[..., -1].contiguous()
+    E = v_BGKE.shape[-1]
+    lse_BHQ = both[..., E:].to(problem.logsumexp_dtype(q_BHQD.dtype)).sum(-1)
+    return both[..., :E].contiguous(), lse_BHQ
 
 
 def _attended(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Tensor:
-    """Of this rank's heads the output for all tokens, and in a last column its logsumexp."""
+    """Of this rank's heads the output for all tokens, and in last columns its logsumexp."""
     ranks, H, G = problem.ranks, q_BHQD.shape[1], k_BGKD.shape[1]
     copies = _copies(G, ranks.size)
     q = _to_heads(ranks, problem.q_layout, "forward: all-to-all of q", q_BHQD)
@@ -101,10 +104,10 @@ def _attended(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) 
         _to_heads(ranks, problem.kv_layout, f"forward: all-to-all of {name}", _repeat(x, copies))
         for name, x in (("k", k_BGKD), ("v", v_BGKE))
     )
-    output = Output.empty(q, v.shape[-1])
+    output = Output.empty(problem, q, v.shape[-1])
     attend(_local_problem(problem, H), output, q, k, v, *_runs(problem))
     out, lse = output.finish()
-    return torch.cat([out, lse[..., None]], dim=-1)
+    return torch.cat([out, torch.stack(digits(lse, out.dtype), dim=-1)], dim=-1)
 
 
 def backward(
