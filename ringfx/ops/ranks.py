@@ -111,7 +111,7 @@ class Ranks:
             return (message,)
         flat = message.view(-1)
         smallest = -(-flat.numel() // MOST_PIECES)
-        return flat.split(max(1, smallest, PIECE_BYTES // message.element_size()))
+        return torch.split(flat, max(1, smallest, PIECE_BYTES // message.element_size()))
 
     def all_gather(self, operation: str, local: torch.Tensor) -> torch.Tensor:
         """Everyone's tensor, stacked: [size, *local.shape]."""
