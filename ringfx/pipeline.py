@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ringfx.cost_model import choose, load_profile, outside_ms, predict_memory
 from ringfx.errors import NoAxisRule
+from ringfx.heap import left_alone
 from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
@@ -58,6 +59,7 @@ LONGEST_CHAIN = 16
 time for each."""
 
 
+@left_alone()
 def lower(
     gm: GraphModule,
     example_inputs: Sequence[Any],

@@ -1,0 +1,33 @@
+"""Garbage collection while a program is compiled."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from ringfx.heap import left_alone
+
+
+def test_what_existed_is_left_alone_until_the_end() -> None:
+    gc.unfreeze()
+    with left_alone():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+
+
+def test_an_error_thaws_it_too() -> None:
+    gc.unfreeze()
+    with pytest.raises(ValueError, match="a pass"), left_alone():
+        raise ValueError("a pass")
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_else_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with left_alone():
+            frozen = gc.get_freeze_count()
+        assert gc.get_freeze_count() == frozen > 0
+    finally:
+        gc.unfreeze()
