@@ -13,6 +13,7 @@ from torch._dynamo import convert_frame, eval_frame
 __all__ = ["graph_break", "is_outermost", "uncompiled_caller"]
 
 _ENTRY = eval_frame.__name__
+_COMPILER = convert_frame.__name__
 
 
 def graph_break(gm: torch.fx.GraphModule) -> str | None:
@@ -59,6 +60,8 @@ def _callers() -> Iterator[FrameType]:
         if module == _ENTRY and frame.f_code.co_name == "compile_wrapper":
             yield from found
             return
-        if module.partition(".")[0] not in ("torch", "ringfx"):
+        if module == _COMPILER:
+            found.clear()  # what the compiler itself calls: contextlib, the standard library
+        elif module.partition(".")[0] not in ("torch", "ringfx"):
             found.append(frame)
         frame = frame.f_back
