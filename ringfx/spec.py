@@ -37,6 +37,9 @@ class AttentionSpec:
     by one low number (mean) or where a number was added to them that is so low that they are
     rounded away, though their gradient is not (absorbed: finfo.min masks); NaN, as a plain softmax
     of -inf does."""
+    filled: float | None = None
+    """What scores that are not kept were replaced by, where the bias is a mask, perhaps, that may
+    hide all others of a row as deep: such a row attends keys that are not kept, and is refused."""
 
     @property
     def is_causal(self) -> bool:

@@ -8,7 +8,7 @@ every call and says so where they changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,9 +37,11 @@ Tensor = torch.Tensor
 class Buffers:
     """What the values of a program's buffers and constants say of their indices."""
 
-    def __init__(self, values: Mapping[Node, Tensor]) -> None:
+    def __init__(self, values: Mapping[Node, Tensor], given: Collection[Node] = ()) -> None:
         self.read: set[Node] = set()
         """Those whose values a mask now counts on."""
+        self.given = frozenset(given)
+        """Numbers that each call gives anew, and that are not trained: a mask may be among them."""
         self._values = values
         self._known: dict[Node, _Known | None] = {}
 
@@ -47,14 +49,17 @@ class Buffers:
     def of(captured: Captured) -> Buffers:
         gm = captured.graph_module
         values: dict[Node, Tensor] = {}
+        given: list[Node] = []
         for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             if i in captured.buffers:
                 values[node] = captured.buffers[i]
+            elif not (captured.is_parameter[i] or captured.needs_grad[i]) and _is_numbers(node):
+                given.append(node)
         for node in gm.graph.find_nodes(op="get_attr"):
             value = getattr(gm, str(node.target), None)
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
                 values[node] = value
-        return Buffers(values)
+        return Buffers(values, given)
 
     def has(self, node: Node) -> bool:
         return node in self._values
@@ -79,6 +84,11 @@ class Buffers:
                     return other
             found = _line(value) or _formula(value)
         return None if found is None else _Known(node, value, found)
+
+
+def _is_numbers(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Scores:
     """What is kept, before positions of packed documents became indices."""
     factors: tuple[Expr, ...]
     fully_masked: Literal["zero", "mean", "absorbed", "nan"]
+    filled: float | None
 
 
 def decompose(
@@ -74,10 +75,12 @@ def _finish(
     terms = [term for added in form.added for term in added.terms]
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
     keep = _all(reader, *form.keep, *(term.keep for term in soft))
-    full = keeps_a_key(keep, reader.make, q_len, kv_len) and not (soft and _hides(terms))
+    given = (bool(soft) or not form.fillings <= {-math.inf}) and _reads_given(reader, terms)
+    certain = not (soft and _hides(terms)) and (form.replaced or not given)
+    full = certain and keeps_a_key(keep, reader.make, q_len, kv_len)
     if not full:  # a soft term says more than what is kept: which masked key weighs most
         keep = _all(reader, *form.keep)
-    written = not full and not form.replaced and _is_ambiguous(form, bool(soft))
+    written = not full and not form.replaced and (given or _is_ambiguous(form, bool(soft)))
     if written:  # added as it is written: exact, whatever the strengths, and no tile is left out
         soft = [term for term in terms if term.low != -math.inf]
         keep = _all(reader, *(term.keep for term in terms if term.low == -math.inf))
@@ -100,6 +103,9 @@ def _finish(
         products={i: c * capped for i, c in form.products.items()}, cap=form.cap, bias=bias,
         keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
         factors=form.factors, fully_masked=masked,
+        filled=None if written or not given else max(
+            x for x in (*filled, *(t.low for t in soft if full)) if x > -math.inf
+        ),
     )  # fmt: skip
 
 
@@ -110,6 +116,11 @@ def _hides(terms: Sequence[Term]) -> bool:
     """
     unread = [t.added for t in terms if t.low == 0 and t.added is not None]
     return any(-FAR_BELOW <= abs(c) < math.inf for added in unread for c in constants(added))
+
+
+def _reads_given(reader: Reader, terms: Sequence[Term]) -> bool:
+    """Whether what is added may hide keys as deep as any filling: a mask given with each call."""
+    return any(t.added is not None and reader.lifter.reads_given(t.added) for t in terms)
 
 
 def _empty_rows(

@@ -123,6 +123,10 @@ class Lifter:
             given_input(self.captured[i]) is None for i in tiles.matrices(lifted)
         )
 
+    def reads_given(self, expr: Expr) -> bool:
+        """Whether it reads numbers that each call gives anew, a mask perhaps."""
+        return any(self.captured[i] in self._buffers.given for i in inputs_used(expr))
+
     def capture(self, node: Node, index: Index) -> Expr:
         """The element as it is read from the value itself."""
         if node not in self.captured:

@@ -131,6 +131,7 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
         dropout=candidate.dropout,
         sinks=sinks is not None,
         fully_masked="zero" if sinks is not None else scores.fully_masked,
+        filled=scores.filled,
     )
     return _Recovered(scores=scores, captured=captured, sinks=sinks, spec=spec)
 

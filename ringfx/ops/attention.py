@@ -25,6 +25,7 @@ from ringfx.ops.finish import (
     lost_rows,
     mean_gradient,
     nan_gradient,
+    refuse_hidden_rows,
     refuse_lost_digits,
     sink_gradient,
     warn_of_lost_digits,
@@ -122,6 +123,7 @@ def _attention(
         implementation = _implementation(problem, strategy)
         problem.stats.forwards += 1
         out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
+        refuse_hidden_rows(problem, lse_BHQ)
         if _may_lose_rows(problem, "mean", "absorbed"):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):

@@ -24,6 +24,7 @@ __all__ = [
     "lost_rows",
     "mean_gradient",
     "nan_gradient",
+    "refuse_hidden_rows",
     "refuse_lost_digits",
     "sink_gradient",
     "warn_of_lost_digits",
@@ -104,6 +105,24 @@ def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> 
     wrong_BHQ = imprecision(lse_BHQ, lse_BHQ.dtype) > WRONG
     if bool((wrong_BHQ & (dout_BHQE != 0).any(-1)).any()):
         raise InvalidArgument(_lost_digits(problem.ranks.layer, lse_BHQ))
+
+
+def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
+    """Raises where a given bias hides keys so deep that those not kept would have weights."""
+    spec, layer = problem.spec, problem.ranks.layer
+    if spec.filled is None:
+        return
+    layout = problem.q_layout
+    real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
+    empty_BHQ = lse_BHQ == -math.inf
+    counted_BHQ = real_Q if spec.fully_masked == "zero" else real_Q & ~empty_BHQ
+    if bool(((lse_BHQ < spec.filled / 2) & counted_BHQ).any()):
+        raise InvalidArgument(
+            f"{layer or 'attention'}: a float mask that is given to the model hides all keys of "
+            f"some queries that its own mask keeps, and the keys that this one does not keep are "
+            f"filled with {spec.filled:g}: unsplit, those rows attend the wrong keys. Do: give "
+            "each query a key, or fill with -inf."
+        )
 
 
 def _lost_digits(layer: str, lse_BHQ: Tensor) -> str:

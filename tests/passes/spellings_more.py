@@ -329,6 +329,15 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
         scored(lambda w, s, p: s + (1 - p.to(s.dtype))[:, None, None] * -2e4
                + torch.where(causal(), 0.0, -2e4)), inputs="xp",
     ),
+    "a mask given, and causal": Spelled(
+        scored(lambda w, s, a: s + (torch.where(causal(), 0.0, -1e9) + a)), inputs="xa",
+    ),
+    "a mask given, causal by less": Spelled(
+        scored(lambda w, s, a: s + torch.where(causal(), 0.0, -1e4) + a), inputs="xa",
+    ),
+    "a mask given where causal": Spelled(
+        scored(lambda w, s, a: s + torch.where(causal(), a, -1e9)), inputs="xa",
+    ),
     "a mask of products": Spelled(masked_by_products),
     "a bias of products": Spelled(biased_by_products),
 }  # fmt: skip

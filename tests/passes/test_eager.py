@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ringfx.errors import InvalidArgument
 from ringfx.passes.detect.arrange import Arrangement, Steps
 from ringfx.passes.detect.estimate import missed
 from ringfx.tiles import CAUSAL
@@ -16,7 +17,7 @@ from tests.passes.direct import canonical, program_of, results, worst
 from tests.passes.spellings_combined import COMBINED, COMBINED_DECOYS
 from tests.passes.spellings_eager import DECOYS as PLAIN_DECOYS
 from tests.passes.spellings_eager import SPELLINGS as PLAIN_SPELLINGS
-from tests.passes.spellings_eager import B, E, S, T, Weights
+from tests.passes.spellings_eager import B, E, S, T, Weights, merge, qkv
 from tests.passes.spellings_more import MORE, MORE_DECOYS
 
 Tensor = torch.Tensor
@@ -34,6 +35,7 @@ def given(names: str) -> list[Tensor]:
         "m": torch.randn(B, T, E, generator=generator, dtype=torch.float64),
         "p": keep,
         "f": keep.double(),
+        "a": torch.where(keep, 0.0, -1e9)[:, None, None].double(),
     }
     return [values[n] for n in names]
 
@@ -59,6 +61,22 @@ def test_a_spelling_is_found_and_computes_the_same(name: str) -> None:
         1e-4 if name in ("upcast and dropout", "logits in float") else 1e-6
     )
     assert not any("softmax" in str(n.target) for n in program.graph_module.graph.nodes)
+
+
+def filled(w: Weights, x: Tensor, a: Tensor) -> Tensor:
+    q, k, v = qkv(w, x)
+    scores = (q @ k.mT + a).masked_fill(torch.ones(S, S).triu(1) > 0, -1e9)
+    return w.o(merge(scores.softmax(-1) @ v))
+
+
+def test_a_given_mask_that_hides_all_a_fill_keeps_is_refused() -> None:
+    """Their weights go to the keys that were filled, which are not looked at."""
+    program, values = program_of(weights(filled), given("xa"))
+    before = results(program, [*values[:-1], values[-1] * 0])
+    assert len(canonical(program).found) == 1
+    assert worst(results(program, [*values[:-1], values[-1] * 0]), before) < 1e-6
+    with pytest.raises(InvalidArgument, match="a float mask that is given .* filled with -1e.09"):
+        results(program, values)
 
 
 @pytest.mark.parametrize("name", DECOYS)
