@@ -108,7 +108,7 @@ def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> 
 
 
 def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
-    """Raises where a given bias hides keys so deep that those not kept would have weights."""
+    """Raises, on all ranks, where a given bias hides keys so deep that those not kept have weights."""
     spec, layer = problem.spec, problem.ranks.layer
     if spec.filled is None:
         return
@@ -116,7 +116,8 @@ def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
     real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
     empty_BHQ = lse_BHQ == -math.inf
     counted_BHQ = real_Q if spec.fully_masked == "zero" else real_Q & ~empty_BHQ
-    if bool(((lse_BHQ < spec.filled / 2) & counted_BHQ).any()):
+    hidden = ((lse_BHQ < spec.filled / 2) & counted_BHQ).sum().float()
+    if bool(problem.ranks.all_reduce("forward: hidden rows", hidden) > 0):
         raise InvalidArgument(
             f"{layer or 'attention'}: a float mask that is given to the model hides all keys of "
             f"some queries that its own mask keeps, and the keys that this one does not keep are "

@@ -46,6 +46,36 @@ def test_a_model_without_attention(ranks2: RankPool) -> None:
         assert "ringfx explain" in text
 
 
+class Filled(nn.Module):
+    """A padding mask that is given is added to scores that the model then fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.embed(input_ids)).chunk(3, dim=-1)
+        later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT + padding[:, None]).masked_fill(later, -1e9)
+        result: torch.Tensor = scores.softmax(-1) @ v
+        return result
+
+
+def hidden_by_a_given_mask() -> None:
+    padding = torch.where(torch.arange(16) < 3, -1e9, 0.0)[None]
+    ringfx.optimize(Filled(), compiler="eager")(tokens(16), padding)
+
+
+def test_rows_that_a_given_mask_hides_beside_a_fill_are_refused_on_all_ranks(
+    ranks2: RankPool,
+) -> None:
+    """They are all on the first rank; the other one does not wait for its next message."""
+    for text in raises(ranks2, hidden_by_a_given_mask):
+        assert text.startswith("InvalidArgument: ")
+        assert "is given to the model hides all keys of some queries" in text
+
+
 def unknown_strategy() -> None:
     call(plain()(), tokens(16), strategy="quickest")
 
