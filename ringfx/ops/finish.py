@@ -108,7 +108,7 @@ def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> 
 
 
 def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
-    """Raises, on all ranks, where a given bias hides keys so deep that those not kept have weights."""
+    """Raises on all ranks where a given bias hides so deep that keys not kept have weights."""
     spec, layer = problem.spec, problem.ranks.layer
     if spec.filled is None:
         return
