@@ -128,7 +128,7 @@ def _attention(
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):
             fill_nan(problem, out_BHQE, lse_BHQ)
-        if problem.spec.bias is not None:
+        if _may_lose_digits(problem, q):
             warn_of_lost_digits(problem, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
@@ -176,7 +176,7 @@ def _attention_backward(
         problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
         implementation = _implementation(problem, strategy)
         problem.stats.backwards += 1
-        if problem.spec.bias is not None:
+        if _may_lose_digits(problem, q):
             refuse_lost_digits(problem, lse, dout)
         if _may_lose_rows(problem, "nan"):
             out = out.masked_fill(lost_rows(lse), 0.0)
@@ -319,6 +319,11 @@ def _tiling(q: Tensor, stores_scores: bool) -> Tiling:
 def _implementation(problem: Problem, strategy: str) -> ModuleType:
     """With one rank every strategy is its local kernel over the whole sequence."""
     return IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
+
+
+def _may_lose_digits(problem: Problem, q: Tensor) -> bool:
+    """Of narrower numbers even the lowest are counted exactly (``logsumexp.stepped``)."""
+    return problem.spec.bias is not None and q.dtype == torch.float64
 
 
 def _may_lose_rows(problem: Problem, *becomes: str) -> bool:

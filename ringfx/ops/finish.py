@@ -101,9 +101,9 @@ def warn_of_lost_digits(problem: Problem, lse_BHQ: Tensor) -> None:
 
 
 def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> None:
-    """Raises where gradients of such rows would be wrong by a large factor, and are asked for."""
+    """Raises on all ranks where gradients of such rows are asked for, and would be far off."""
     wrong_BHQ = imprecision(lse_BHQ, lse_BHQ.dtype) > WRONG
-    if bool((wrong_BHQ & (dout_BHQE != 0).any(-1)).any()):
+    if _on_any_rank(problem, "backward: lost digits", wrong_BHQ & (dout_BHQE != 0).any(-1)):
         raise InvalidArgument(_lost_digits(problem.ranks.layer, lse_BHQ))
 
 
@@ -116,8 +116,7 @@ def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
     real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
     empty_BHQ = lse_BHQ == -math.inf
     counted_BHQ = real_Q if spec.fully_masked == "zero" else real_Q & ~empty_BHQ
-    hidden = ((lse_BHQ < spec.filled / 2) & counted_BHQ).sum().float()
-    if bool(problem.ranks.all_reduce("forward: hidden rows", hidden) > 0):
+    if _on_any_rank(problem, "forward: hidden rows", (lse_BHQ < spec.filled / 2) & counted_BHQ):
         raise InvalidArgument(
             f"{layer or 'attention'}: a float mask that is given to the model hides all keys of "
             f"some queries that its own mask keeps, and the keys that this one does not keep are "
@@ -126,12 +125,21 @@ def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
         )
 
 
+def _on_any_rank(problem: Problem, operation: str, found: Tensor) -> bool:
+    """One answer for all, so that no rank waits for another that has raised."""
+    return bool(problem.ranks.all_reduce(operation, found.any().float()) > 0)
+
+
 def _lost_digits(layer: str, lse_BHQ: Tensor) -> str:
+    low = float(finite(lse_BHQ).min())
+    where = "of another rank"
+    if imprecision(lse_BHQ, lse_BHQ.dtype).amax() > INEXACT:
+        where = f"with numbers as low as {low:.0e}"
     return (
-        f"{layer or 'attention'}: a bias hides all keys of some queries with numbers as low as "
-        f"{float(finite(lse_BHQ).min()):.0e}; {lse_BHQ.dtype} cannot tell the scores of such a row "
-        "apart, so its output and gradients are not those of the unsplit model. Do: mask with "
-        "-inf, -1e9 or a bool mask, or leave such rows out of the loss."
+        f"{layer or 'attention'}: a bias hides all keys of some queries {where}; {lse_BHQ.dtype} "
+        "cannot tell the scores of such a row apart, so its output and gradients are not those of "
+        "the unsplit model. Do: mask with -inf, -1e9 or a bool mask, or leave such rows out of the "
+        "loss."
     )
 
 

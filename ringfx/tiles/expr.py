@@ -60,7 +60,8 @@ def _on_tensors(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    return lambda a: torch.as_tensor(a).to(dtype)
+    """A Python number is not rounded to the default type on its way to a wider one."""
+    return lambda a: torch.as_tensor(a, dtype=dtype)
 
 
 def _minimum(a: Any, b: Any) -> Any:
@@ -76,12 +77,15 @@ def _maximum(a: Any, b: Any) -> Any:
 
 
 def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
-    """Two numbers make the default type, unless one is beyond it: float64's most negative."""
-    numbers = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor)
-    largest = torch.finfo(torch.get_default_dtype()).max
-    if numbers and any(math.isfinite(x) and abs(x) > largest for x in (a, b)):
-        a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    """Two numbers make the default type, and one beyond it float64: its most negative."""
+    if any(_is_beyond(x) for x in (a, b)):
+        a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     return torch.where(torch.as_tensor(condition), a, b)
+
+
+def _is_beyond(x: Any) -> bool:
+    largest = torch.finfo(torch.get_default_dtype()).max
+    return not isinstance(x, torch.Tensor) and math.isfinite(x) and abs(x) > largest
 
 
 TILE_OPS: Mapping[str, Callable[..., Any]] = {

@@ -76,6 +76,35 @@ def test_rows_that_a_given_mask_hides_beside_a_fill_are_refused_on_all_ranks(
         assert "is given to the model hides all keys of some queries" in text
 
 
+class HiddenLow(nn.Module):
+    """Two masks are added: one of the lowest number, on keys that the other one keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.embed(input_ids)).chunk(3, dim=-1)
+        later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        lowest = torch.zeros_like(later, dtype=q.dtype).masked_fill(later, torch.finfo(q.dtype).min)
+        result: torch.Tensor = (q @ k.mT + lowest + padding[:, None]).softmax(-1) @ v
+        return result
+
+
+def lowest_numbers() -> None:
+    padding = torch.where(torch.arange(16) < 3, -torch.inf, 0.0)[None].double()
+    model = ringfx.optimize(HiddenLow().double(), compiler="eager")
+    model(tokens(16), padding)[:, 1:].sum().backward()
+
+
+def test_rows_whose_digits_are_lost_are_refused_on_all_ranks(ranks2: RankPool) -> None:
+    first, second = raises(ranks2, lowest_numbers)
+    said = "InvalidArgument: qkv: a bias hides all keys of some queries"
+    assert first.startswith(f"{said} with numbers as low as -2e+308; torch.float64 cannot tell")
+    assert second.startswith(f"{said} of another rank; torch.float64 cannot tell")
+
+
 def unknown_strategy() -> None:
     call(plain()(), tokens(16), strategy="quickest")
 

@@ -174,3 +174,12 @@ def test_density_and_balance(keep: Expr | None, density: float, balanced: bool) 
 
 def test_density_of_a_short_sequence_is_exact() -> None:
     assert tiles.density(CAUSAL, 4, 4) == 10 / 16
+
+
+def test_a_float64_constant_keeps_its_digits_and_its_range() -> None:
+    lowest = torch.finfo(torch.float64).min
+    tile = TileIndex(*(torch.arange(1) for _ in range(4)))
+    for number in (0.1, lowest):
+        found = tiles.evaluate(("double", ("const", number)), tile, [])
+        assert found.dtype == torch.float64
+        assert found.item() == number

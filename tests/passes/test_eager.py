@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from typing import Any
 
 import pytest
@@ -77,6 +78,22 @@ def test_a_given_mask_that_hides_all_a_fill_keeps_is_refused() -> None:
     assert worst(results(program, [*values[:-1], values[-1] * 0]), before) < 1e-6
     with pytest.raises(InvalidArgument, match=r"a float mask that is given .* filled with -1e\+09"):
         results(program, values)
+
+
+def hidden_by_two(w: Weights, x: Tensor, p: Tensor) -> Tensor:
+    q, k, v = qkv(w, x)
+    later = torch.zeros(S, S, dtype=x.dtype).masked_fill(torch.ones(S, S).triu(1) > 0, -math.inf)
+    hidden = later.expand(B, 1, S, S).masked_fill(~p[:, None, None], torch.finfo(x.dtype).min)
+    return w.o(merge((q @ k.mT + hidden).softmax(-1) @ v))
+
+
+def test_the_lowest_float64_is_not_taken_for_infinity() -> None:
+    """A left-padded query attends what its padding fills, not what comes later."""
+    program, values = program_of(weights(hidden_by_two), given("xp"))
+    before = torch.fx.Interpreter(program.graph_module).run(*values)
+    assert len(canonical(program).found) == 1
+    after = torch.fx.Interpreter(program.graph_module).run(*values)
+    assert worst([after], [before]) < 1e-12
 
 
 @pytest.mark.parametrize("name", DECOYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +36,8 @@ def typed(value: Any, dtype: torch.dtype) -> Expr:
         return const(int(value))
     if dtype == torch.float64:
         wide = float(value)
-        same = torch.tensor(wide, dtype=torch.float32).item() == wide
-        return const(wide) if same or wide != wide else ("double", const(wide))
+        narrow = torch.tensor(wide, dtype=torch.float32).item()
+        says_its_type = math.isinf(narrow) and not math.isinf(wide)  # as in tiles: finfo.min
+        same = narrow == wide or math.isnan(wide)
+        return const(wide) if same or says_its_type else ("double", const(wide))
     return const(torch.tensor(value, dtype=dtype).item())
