@@ -106,6 +106,8 @@ def formula(spec: AttentionSpec) -> str:
     dropped = f", dropout {spec.dropout:g}" if spec.dropout else ""
     kept = "" if spec.keep is None else f" where {_short(tile_text(spec.keep))}"
     empty = "; rows without keys give the mean of v" if spec.fully_masked == "mean" else ""
+    if spec.slope is not None:
+        empty += f"; scores count {_short(tile_text(spec.slope))} in rows that the bias hides"
     return f"softmax({scores}{dropped}) v{kept}{empty}"
 
 

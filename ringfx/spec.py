@@ -20,6 +20,7 @@ class AttentionSpec:
     With scores s = scale * q k^T, s <- soft_cap * tanh(s / soft_cap) if a cap is given,
     s <- s + bias, s <- -inf where keep is false. ``keep`` and ``bias`` are tile functions
     (see ringfx.tiles) of global positions over captured tensors, the operator's ``inputs``.
+    Where the bias hides all keys of a row, a score whose ``slope`` is 0 counts as 0 beside it.
     Lengths are the true global ones: a layout may pad beyond them.
     """
 
@@ -37,9 +38,9 @@ class AttentionSpec:
     by one low number (mean) or where a number was added to them that is so low that they are
     rounded away, though their gradient is not (absorbed: finfo.min masks); NaN, as a plain softmax
     of -inf does."""
-    filled: float | None = None
-    """What scores that are not kept were replaced by, where the bias is a mask, perhaps, that may
-    hide all others of a row as deep: such a row attends keys that are not kept, and is refused."""
+    slope: Expr | None = None
+    """The derivative of a score by its product where the bias hides all keys of its row: 0 where
+    the bias stands for the score (masked_fill), 1/2 where torch.maximum met its equal."""
 
     @property
     def is_causal(self) -> bool:
@@ -51,6 +52,6 @@ class AttentionSpec:
     @staticmethod
     def from_json(text: str) -> AttentionSpec:
         fields = json.loads(text)
-        for name in ("keep", "bias"):
+        for name in ("keep", "bias", "slope"):
             fields[name] = tiles.loads(json.dumps(fields[name]))
         return AttentionSpec(**fields)

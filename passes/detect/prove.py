@@ -51,6 +51,7 @@ class Claim:
     cap: float | None
     bias: Expr | None
     keep: Expr | None
+    slope: Expr | None
     sinks: Expr | None
     fully_masked: str
     captured: tuple[torch.dtype, ...]
@@ -116,6 +117,8 @@ class _Trial:
             total = part if total is None else total + part
         assert total is not None, "there is a product"
         scores = total if claim.cap is None else claim.cap * torch.tanh(total / claim.cap)
+        if claim.slope is not None:
+            scores = scores.masked_fill(self._read(claim.slope) == 0, 0.0)
         if claim.bias is not None:
             scores = scores + self._read(claim.bias)
         keep = torch.ones((), dtype=torch.bool)
@@ -345,6 +348,6 @@ def structure(candidate: Candidate, claim: Claim) -> Hashable:
     arranged = tuple((named(o.arrangement.given), named(o.arrangement.wanted)) for o in operands)
     claimed = (
         tuple(claim.products.items()), claim.factors, claim.cap, claim.bias, claim.keep,
-        claim.sinks, claim.fully_masked, tuple(claim.entering.values()),
+        claim.slope, claim.sinks, claim.fully_masked, tuple(claim.entering.values()),
     )  # fmt: skip
     return repr((calls, chains, arranged, named(candidate.result.wanted), claimed))

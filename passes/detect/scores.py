@@ -157,7 +157,16 @@ def nan_to_num(lifter: Lifter, call: Call, index: Index) -> Expr | None:
     lowest = call["neginf"]
     dtype = call.node.meta["val"].dtype
     lowest = torch.finfo(dtype).min if lowest is None else float(lowest)
-    return simplify("max", lifter.aligned(call["self"], index), const(lowest))
+    return simplify("clamp", lifter.aligned(call["self"], index), const(lowest))
+
+
+def clamp(lifter: Lifter, call: Call, index: Index) -> Expr | None:
+    """At its lower bound it passes gradients on, which the maximum of two tensors halves."""
+    found = lifter.aligned(call["self"], index)
+    for name, head in (("min", "clamp"), ("max", "min")):
+        if call.get(name) is not None:
+            found = simplify(head, found, lifter.aligned(call[name], index))
+    return found
 
 
 def detached(lifter: Lifter, call: Call, index: Index) -> Expr:
@@ -173,6 +182,8 @@ def either(head: str) -> ElementRule:
 SCORE_RULES: Mapping[object, ElementRule] = {
     aten.max.other: either("max"),
     aten.min.other: either("min"),
+    aten.clamp.default: clamp,
+    aten.clamp_min.default: clamp,
     aten.nan_to_num.default: nan_to_num,
     aten.detach.default: detached,
 }

@@ -17,14 +17,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ringfx.passes.masks.additive import FAR_BELOW, Term, keeps_a_key, total
+from ringfx.passes.masks.additive import FAR_BELOW, Term, keeps_a_key, peeled, summands, total
 from ringfx.passes.masks.documents import in_positions
-from ringfx.passes.masks.forms import Form, Reader, Unrepresentable, absorbs, constants
+from ringfx.passes.masks.forms import (
+    UNREAD,
+    Added,
+    Form,
+    Reader,
+    Unrepresentable,
+    absorbs,
+    constants,
+)
 from ringfx.passes.masks.lift import Lifter
 from ringfx.passes.masks.simplify import TRUE
 from ringfx.tiles import Expr
 
 __all__ = ["Scores", "decompose"]
+
+MANY_TIMES = 1_000.0
+"""A mask this many times weaker than another leaves what it hides far above what that one hides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +50,7 @@ class Scores:
     """What is kept, before positions of packed documents became indices."""
     factors: tuple[Expr, ...]
     fully_masked: Literal["zero", "mean", "absorbed", "nan"]
-    filled: float | None
+    slope: Expr | None
 
 
 def decompose(
@@ -75,16 +86,19 @@ def _finish(
     terms = [term for added in form.added for term in added.terms]
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
     keep = _all(reader, *form.keep, *(term.keep for term in soft))
-    given = (bool(soft) or not form.fillings <= {-math.inf}) and _reads_given(reader, terms)
-    certain = not (soft and _hides(terms)) and (form.replaced or not given)
-    full = certain and keeps_a_key(keep, reader.make, q_len, kv_len)
+    low = [*(term.low for term in soft), *form.fillings]
+    own = (-math.inf, UNREAD)  # such a term hides no deeper than itself
+    deep = _hides(reader, terms, [f for f in low if f not in own])
+    full = not deep and keeps_a_key(keep, reader.make, q_len, kv_len)
     if not full:  # a soft term says more than what is kept: which masked key weighs most
         keep = _all(reader, *form.keep)
-    written = not full and not form.replaced and (given or _is_ambiguous(form, bool(soft)))
-    if written:  # added as it is written: exact, whatever the strengths, and no tile is left out
+    if not full and (deep or _is_ambiguous(form, bool(soft))):
+        form = _as_written(reader, form)
+        terms = [term for added in form.added for term in added.terms]
         soft = [term for term in terms if term.low != -math.inf]
-        keep = _all(reader, *(term.keep for term in terms if term.low == -math.inf))
-        form = replace(form, fillings=frozenset({-math.inf}))
+        keep = _all(reader, *form.keep)
+    else:
+        form = replace(form, slope=None)
     masks = {t.written: t.added for t in terms if full or t not in soft}
     bias: Expr | None = None
     for added in form.added:
@@ -96,44 +110,58 @@ def _finish(
         raise Unrepresentable(
             f"its masked scores are filled with {max(filled):g}, which scores can come near"
         )
-    masked = "zero" if full or keep == TRUE else _empty_rows(form, empty_row, bool(soft))
+    certain = (full or keep == TRUE) and not _reads_given(reader, terms)  # one may be -inf
+    masked = "zero" if certain else _empty_rows(form, empty_row)
     capped = 1.0 if form.cap is None else form.cap
     found = in_positions(None if keep == TRUE else keep, reader.lifter.captured, reader.lifter.same)
     return Scores(
         products={i: c * capped for i, c in form.products.items()}, cap=form.cap, bias=bias,
         keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
-        factors=form.factors, fully_masked=masked,
-        filled=None if written or not given else max(
-            x for x in (*filled, *(t.low for t in soft if full)) if x > -math.inf
-        ),
+        factors=form.factors, fully_masked=masked, slope=form.slope,
     )  # fmt: skip
 
 
-def _hides(terms: Sequence[Term]) -> bool:
-    """Whether a term that is no mask to us may hide keys as deep as a soft one: (1 - m) * -1e9.
+def _as_written(reader: Reader, form: Form) -> Form:
+    """Added as it is written: exact, whatever the strengths, and no tile is left out for them."""
+    if form.apart:
+        raise Unrepresentable(
+            "two masks of different strength meet, and a query whose keys are all masked would "
+            "attend to those that are masked once"
+        )
+    assert form.written is not None, "something masks"
+    terms = tuple(peeled(term, reader.make) for term in summands(form.written))
+    return replace(
+        form,
+        added=(Added(form.written, terms),),
+        keep=tuple(term.keep for term in terms if term.low == -math.inf),
+        fillings=frozenset({-math.inf}),
+    )
 
-    Then a key that a soft mask hides may weigh as much as all others of its row.
+
+def _hides(reader: Reader, terms: Sequence[Term], fillings: Sequence[float]) -> bool:
+    """Whether a term that is no mask to us may hide keys as deep as those that one of our fills.
+
+    Then a key that a mask hides may weigh as much as all others of its row. Such a term holds a
+    number as large, (1 - m) * -1e9, or is given with each call.
     """
-    unread = [t.added for t in terms if t.low == 0 and t.added is not None]
-    return any(-FAR_BELOW <= abs(c) < math.inf for added in unread for c in constants(added))
+    if not fillings:
+        return False
+    depth = -max((f for f in fillings if not math.isnan(f)), default=FAR_BELOW)
+    least = max(-FAR_BELOW, depth / MANY_TIMES)
+    found = (abs(c) for t in terms if t.added is not None for c in constants(t.added))
+    return any(least <= c < math.inf for c in found) or _reads_given(reader, terms)
 
 
 def _reads_given(reader: Reader, terms: Sequence[Term]) -> bool:
-    """Whether what is added may hide keys as deep as any filling: a mask given with each call."""
     return any(t.added is not None and reader.lifter.reads_given(t.added) for t in terms)
 
 
 def _empty_rows(
-    form: Form, empty_row: Literal["zero", "nan"], soft: bool
+    form: Form, empty_row: Literal["zero", "nan"]
 ) -> Literal["zero", "mean", "absorbed", "nan"]:
-    if form.fillings == {-math.inf}:
+    if form.fillings <= {-math.inf}:
         return empty_row
-    if not _is_ambiguous(form, soft):
-        return "mean" if form.replaced else "absorbed"
-    raise Unrepresentable(
-        "two masks of different strength meet, and a query whose keys are all masked would attend "
-        "to those that are masked once"
-    )
+    return "mean" if form.replaced else "absorbed"
 
 
 def _is_ambiguous(form: Form, soft: bool) -> bool:

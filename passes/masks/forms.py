@@ -17,10 +17,13 @@ from ringfx.passes.masks.simplify import FALSE, TRUE, const, is_boolean, simplif
 from ringfx.tiles import Expr
 
 __all__ = [
-    "Added", "Form", "Reader", "Unrepresentable", "absorbs", "constants", "has_threshold", "lifted",
+    "UNREAD", "Added", "Form", "Reader", "Unrepresentable", "absorbs", "constants", "has_threshold",
+    "lifted",
 ]  # fmt: skip
 
 
+UNREAD = 10 * ABSORBS
+"""What scores are said to be filled with by a term that hides them by values not known here."""
 ROUNDS_LITTLE = 100.0
 """A number added to all scores of a row changes nothing but their rounding; a larger one does."""
 
@@ -52,6 +55,12 @@ class Form:
     """Values of scores that are not kept; NaN for one that is not known."""
     replaced: bool = False
     """Some scores were replaced by their filling: their gradient is 0."""
+    written: Expr | None = None
+    """All that is added to the products, fillings as well, in the order of the calls."""
+    slope: Expr | None = None
+    """The derivative of the scores by their products where it is not 1: 0 where replaced."""
+    apart: bool = False
+    """Products that are added were replaced apart: ``written`` does not say it."""
     factors: tuple[Expr, ...] = ()
     """Values that the products are multiplied with, or their reciprocals: elements of queries or of
     keys alone."""
@@ -130,8 +139,15 @@ def _sum(reader: Reader, a: Form, b: Form, minus: bool) -> Form:
         fillings |= {math.nan}  # masked scores of one are added to those of the other
     return Form(
         products=products, added=a.added + b.added, keep=a.keep + b.keep, fillings=fillings,
-        replaced=a.replaced or b.replaced,
+        replaced=a.replaced or b.replaced, written=_joined(reader, a.written, b.written),
+        apart=a.apart or b.apart or a.slope is not None or b.slope is not None,
     )  # fmt: skip
+
+
+def _joined(reader: Reader, a: Expr | None, b: Expr | None) -> Expr | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return reader.make("add", a, b)
 
 
 def _times(reader: Reader, form: Form, c: float) -> Form:
@@ -146,6 +162,7 @@ def _times(reader: Reader, form: Form, c: float) -> Form:
         cap=None if form.cap is None else abs(c) * form.cap,
         added=tuple(_addend(reader, _scaled(reader, x.expr, c)) for x in form.added),
         fillings=frozenset(c * f for f in form.fillings),
+        written=None if form.written is None else _scaled(reader, form.written, c),
     )
 
 
@@ -175,7 +192,13 @@ def _sub(reader: Reader, a: Expr, b: Expr) -> Form:
 
 
 def _plus(reader: Reader, form: Form, expr: Expr) -> Form:
-    """One more addend: what it says is kept, and what it adds."""
+    """One more addend."""
+    written = _joined(reader, form.written, expr)
+    return replace(_weighed(reader, form, expr), written=written)
+
+
+def _weighed(reader: Reader, form: Form, expr: Expr) -> Form:
+    """What an addend says is kept, and what it adds."""
     if form.fillings == {0.0}:
         chosen = _beside(reader, form, expr)
         if chosen is not None:
@@ -200,7 +223,7 @@ def _beside(reader: Reader, form: Form, term: Expr) -> Form | None:
     inside, outside = (assume(term, kept, value) for value in (True, False))
     if outside[0] != "const" or inside == term:
         return None
-    return _plus(reader, replace(form, fillings=frozenset({float(outside[1])})), inside)
+    return _weighed(reader, replace(form, fillings=frozenset({float(outside[1])})), inside)
 
 
 def absorbs(term: Term) -> bool:
@@ -224,7 +247,7 @@ def _with_bias(form: Form, term: Expr) -> Form:
     if kept is None:
         return replace(form, fillings=fillings)
     unknown = {math.nan} if form.fillings else set[float]()
-    return replace(form, keep=(*form.keep, kept), fillings=fillings | {10 * ABSORBS} | unknown)
+    return replace(form, keep=(*form.keep, kept), fillings=fillings | {UNREAD} | unknown)
 
 
 def _moved(form: Form) -> frozenset[float]:
@@ -362,16 +385,42 @@ def _filled(reader: Reader, form: Form, kept: Expr, filling: float) -> Form:
     kept = kept if is_boolean(kept) else reader.make("bool", kept)
     low = any(not absorbs(t) and t.low < 0 for x in form.added for t in x.terms)
     fillings = form.fillings | {filling} | ({math.nan} if low else set())
-    return replace(form, keep=(*form.keep, kept), fillings=fillings, replaced=True)
+    slope = form.slope
+    if filling != -math.inf:
+        slope = reader.make("where", kept, slope or const(1.0), const(0.0))
+    return replace(
+        form, keep=(*form.keep, kept), fillings=fillings, replaced=True, slope=slope,
+        written=reader.make("where", kept, form.written or const(0.0), const(filling)),
+    )  # fmt: skip
 
 
 def _max(reader: Reader, a: Expr, b: Expr) -> Form:
+    """Of two tensors: equal ones share the gradient."""
+    return _lifted_to(reader, *_bounded(reader, a, b), tie=0.5)
+
+
+def _clamp(reader: Reader, a: Expr, b: Expr) -> Form:
+    return _lifted_to(reader, *_bounded(reader, a, b), tie=1.0)
+
+
+def _lifted_to(reader: Reader, scores: Expr, bound: float, *, tie: float) -> Form:
     """A lower bound that no score comes near only lifts -inf."""
-    scores, bound = _bounded(reader, a, b)
     if not bound <= ABSORBS:
         raise Unrepresentable(f"its scores are clamped at {bound:g}")
-    form = reader.read(scores)
-    return replace(form, fillings=frozenset(max(f, bound) for f in form.fillings))
+    form, low = reader.read(scores), const(bound)
+    only_lifts = form.fillings <= {-math.inf}
+    unknown = set[float]() if only_lifts else {math.nan}
+    if form.written is None:
+        return form
+    slope, at = form.slope or const(1.0), reader.make("eq", form.written, low)
+    slope = reader.make("where", at, reader.make("mul", slope, const(tie)), slope)
+    return replace(
+        form,
+        fillings=frozenset(max(f, bound) for f in form.fillings) | unknown,
+        replaced=form.replaced or bool(form.fillings and only_lifts),
+        written=reader.make("max", form.written, low),
+        slope=reader.make("where", reader.make("lt", form.written, low), const(0.0), slope),
+    )  # fmt: skip
 
 
 def _min(reader: Reader, a: Expr, b: Expr) -> Form:
@@ -407,6 +456,7 @@ FORM_RULES: Mapping[str, Callable[..., Form]] = {
     "tanh": _tanh,
     "where": _where,
     "max": _max,
+    "clamp": _clamp,
     "min": _min,
     "float": _same,
     "double": _same,

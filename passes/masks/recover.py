@@ -118,8 +118,8 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
         empty_row=candidate.fully_masked,
     )  # fmt: skip
     _prove(candidate, scores, lifter, proofs)
-    exprs, captured = renumbered((scores.keep, scores.bias), lifter.captured)
-    (keep, bias), captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
+    exprs, captured = renumbered((scores.keep, scores.bias, scores.slope), lifter.captured)
+    (keep, bias, slope), captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
     sinks = None if candidate.sinks is None else _sinks(candidate, candidate.sinks)
     spec = AttentionSpec(
         scale=next(iter(scores.products.values())),
@@ -131,7 +131,7 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
         dropout=candidate.dropout,
         sinks=sinks is not None,
         fully_masked="zero" if sinks is not None else scores.fully_masked,
-        filled=scores.filled,
+        slope=slope,
     )
     return _Recovered(scores=scores, captured=captured, sinks=sinks, spec=spec)
 
@@ -229,7 +229,7 @@ def _prove(candidate: Candidate, scores: Scores, lifter: Lifter, proofs: Proofs)
     sinks = None if candidate.sinks is None else lifted(candidate.sinks, lifter, candidate.values)
     claim = Claim(
         products=scores.products, factors=scores.factors, cap=scores.cap, bias=scores.bias,
-        keep=scores.written, sinks=sinks, fully_masked=scores.fully_masked,
+        keep=scores.written, slope=scores.slope, sinks=sinks, fully_masked=scores.fully_masked,
         captured=tuple(n.meta["val"].dtype for n in lifter.captured),
         binary=has_threshold(scores.written), entering=entering,
         factor_operands=tuple(_factor(candidate, product, f) for f in scores.factors),

@@ -48,6 +48,7 @@ def along_the_line(
         kv_len=kv_len,
         keep=conjunction(_moved(spec.keep, queries, keys), shown),
         bias=_moved(spec.bias, queries, keys),
+        slope=_moved(spec.slope, queries, keys),
     )
 
 

@@ -269,8 +269,9 @@ def _whole_matrices(
 
 def _with_own_rows(spec: AttentionSpec, local: Collection[int]) -> AttentionSpec:
     """What it reads at its queries' own rows, and is split as they are, is read at local ones."""
-    keep, bias = (tiles.of_own_rows(expr, local) for expr in (spec.keep, spec.bias))
-    return replace(spec, keep=keep, bias=bias)
+    exprs = (spec.keep, spec.bias, spec.slope)
+    keep, bias, slope = (tiles.of_own_rows(expr, local) for expr in exprs)
+    return replace(spec, keep=keep, bias=bias, slope=slope)
 
 
 def _inputs(node: Node) -> list[Node]:

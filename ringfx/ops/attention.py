@@ -25,7 +25,6 @@ from ringfx.ops.finish import (
     lost_rows,
     mean_gradient,
     nan_gradient,
-    refuse_hidden_rows,
     refuse_lost_digits,
     sink_gradient,
     warn_of_lost_digits,
@@ -123,7 +122,6 @@ def _attention(
         implementation = _implementation(problem, strategy)
         problem.stats.forwards += 1
         out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
-        refuse_hidden_rows(problem, lse_BHQ)
         if _may_lose_rows(problem, "mean", "absorbed"):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):
@@ -329,7 +327,8 @@ def _may_lose_digits(problem: Problem, q: Tensor) -> bool:
 def _may_lose_rows(problem: Problem, *becomes: str) -> bool:
     """Whether rows without any key must become the mean of v, or NaN; the same on all ranks."""
     spec = problem.spec
-    return spec.fully_masked in becomes and spec.keep is not None and not spec.is_causal
+    keeps_some = spec.bias is None and (spec.keep is None or spec.is_causal)
+    return spec.fully_masked in becomes and not keeps_some
 
 
 def _own(x: Tensor) -> Tensor:

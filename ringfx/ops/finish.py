@@ -13,8 +13,8 @@ import math
 import torch
 
 from ringfx.errors import InvalidArgument
-from ringfx.ops.kernels import accumulation_dtype, finite
-from ringfx.ops.logsumexp import INEXACT, imprecision
+from ringfx.ops.kernels import accumulation_dtype
+from ringfx.ops.logsumexp import lost, lost_range
 from ringfx.ops.problem import Problem
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "lost_rows",
     "mean_gradient",
     "nan_gradient",
-    "refuse_hidden_rows",
     "refuse_lost_digits",
     "sink_gradient",
     "warn_of_lost_digits",
@@ -32,8 +31,6 @@ __all__ = [
 
 Tensor = torch.Tensor
 log = logging.getLogger("ringfx")
-WRONG = 1e-2
-"""Relative error of weights that is refused where gradients need them."""
 _WARNED: set[str] = set()
 """Layers that were warned of: once each."""
 
@@ -93,36 +90,18 @@ def lost_rows(lse_BHQ: Tensor) -> Tensor:
 
 def warn_of_lost_digits(problem: Problem, lse_BHQ: Tensor) -> None:
     """Say once where a bias hides rows so low that even their logsumexp has lost its digits."""
-    layer, lost_BHQ = problem.ranks.layer, imprecision(lse_BHQ, lse_BHQ.dtype) > INEXACT
-    if layer in _WARNED or not bool(lost_BHQ.any()):
+    layer = problem.ranks.layer
+    if layer in _WARNED or not bool(lost(lse_BHQ).any()):
         return
     _WARNED.add(layer)
-    log.warning(_lost_digits(layer, lse_BHQ))
+    log.warning(_lost_digits(layer))
 
 
 def refuse_lost_digits(problem: Problem, lse_BHQ: Tensor, dout_BHQE: Tensor) -> None:
     """Raises on all ranks where gradients of such rows are asked for, and would be far off."""
-    wrong_BHQ = imprecision(lse_BHQ, lse_BHQ.dtype) > WRONG
-    if _on_any_rank(problem, "backward: lost digits", wrong_BHQ & (dout_BHQE != 0).any(-1)):
-        raise InvalidArgument(_lost_digits(problem.ranks.layer, lse_BHQ))
-
-
-def refuse_hidden_rows(problem: Problem, lse_BHQ: Tensor) -> None:
-    """Raises on all ranks where a given bias hides so deep that keys not kept have weights."""
-    spec, layer = problem.spec, problem.ranks.layer
-    if spec.filled is None:
-        return
-    layout = problem.q_layout
-    real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
-    empty_BHQ = lse_BHQ == -math.inf
-    counted_BHQ = real_Q if spec.fully_masked == "zero" else real_Q & ~empty_BHQ
-    if _on_any_rank(problem, "forward: hidden rows", (lse_BHQ < spec.filled / 2) & counted_BHQ):
-        raise InvalidArgument(
-            f"{layer or 'attention'}: a float mask that is given to the model hides all keys of "
-            f"some queries that its own mask keeps, and the keys that this one does not keep are "
-            f"filled with {spec.filled:g}: unsplit, those rows attend the wrong keys. Do: give "
-            "each query a key, or fill with -inf."
-        )
+    wrong_BHQ = lost(lse_BHQ) & (dout_BHQE != 0).any(-1)
+    if _on_any_rank(problem, "backward: lost digits", wrong_BHQ):
+        raise InvalidArgument(_lost_digits(problem.ranks.layer))
 
 
 def _on_any_rank(problem: Problem, operation: str, found: Tensor) -> bool:
@@ -130,16 +109,12 @@ def _on_any_rank(problem: Problem, operation: str, found: Tensor) -> bool:
     return bool(problem.ranks.all_reduce(operation, found.any().float()) > 0)
 
 
-def _lost_digits(layer: str, lse_BHQ: Tensor) -> str:
-    low = float(finite(lse_BHQ).min())
-    where = "of another rank"
-    if imprecision(lse_BHQ, lse_BHQ.dtype).amax() > INEXACT:
-        where = f"with numbers as low as {low:.0e}"
+def _lost_digits(layer: str) -> str:
     return (
-        f"{layer or 'attention'}: a bias hides all keys of some queries {where}; {lse_BHQ.dtype} "
-        "cannot tell the scores of such a row apart, so its output and gradients are not those of "
-        "the unsplit model. Do: mask with -inf, -1e9 or a bool mask, or leave such rows out of the "
-        "loss."
+        f"{layer or 'attention'}: a bias hides all keys of some queries with a number "
+        f"{lost_range()}, beside which float64 keeps a few digits of their scores: the output and "
+        "gradients of such a row are not those of the unsplit model. Do: mask with -inf, -1e9, "
+        "finfo.min or a bool mask, or leave such rows out of the loss."
     )
 
 

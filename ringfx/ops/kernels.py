@@ -58,6 +58,8 @@ class Scores:
     bias_BHQK: Tensor | None = None
     """Added to the scores, in the accumulation dtype, broadcastable; -inf where not attended."""
     soft_cap: float | None = None
+    slope_BHQK: Tensor | None = None
+    """Shares of their gradient that scores get; those of none count as 0. For MATH alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,8 @@ def _math_scores(q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores) -> tuple[Tensor
     if scores.soft_cap is not None:
         tanh_BHQK = (s_BHQK / scores.soft_cap).tanh_()
         s_BHQK = tanh_BHQK * scores.soft_cap
+    if scores.slope_BHQK is not None:
+        s_BHQK = s_BHQK.masked_fill(scores.slope_BHQK == 0, 0.0)
     if scores.bias_BHQK is not None:
         s_BHQK = s_BHQK.add_(scores.bias_BHQK)
     if scores.causal:
@@ -189,6 +193,8 @@ def math_backward(
     dp_BHQK = (dout_BGRE @ v_BGKE.to(kept_in).transpose(-1, -2)).view_as(p_BHQK)
     ds_BHQK = dp_BHQK.sub_(delta_BHQ[..., None]).mul_(p_BHQK)
     dbias_BHQK = ds_BHQK.clone() if wants_bias else None
+    if scores.slope_BHQK is not None:
+        ds_BHQK = ds_BHQK.mul_(scores.slope_BHQK)
     if tanh_BHQK is not None:
         ds_BHQK = ds_BHQK.mul_(1 - tanh_BHQK.square())
     ds_BGRK = _grouped(ds_BHQK.mul_(scores.scale), G)

@@ -21,7 +21,7 @@ import torch
 from ringfx.ops import bias_gradients
 from ringfx.ops.heads import HeadGroup
 from ringfx.ops.kernels import MATH, Scores, accumulation_dtype, math_backward
-from ringfx.ops.logsumexp import hides_rows, is_deep
+from ringfx.ops.logsumexp import hides_rows, hides_rows_wholly, is_deep
 from ringfx.ops.memory import smaller, tried
 from ringfx.ops.pieces import Piece, Run, Tiling, pieces
 from ringfx.ops.problem import Problem
@@ -243,7 +243,12 @@ def _scores(problem: Problem, piece: Piece, q_BHQD: Tensor) -> Scores:
     shape = [1] * (4 - bias_BHQK.dim()) + list(bias_BHQK.shape)
     Q, K = piece.q.length, piece.k.length
     bias_BHQK = bias_BHQK.view(shape).expand(*shape[:2], Q, K)
-    return Scores(scale=spec.scale, bias_BHQK=bias_BHQK, soft_cap=spec.soft_cap)
+    slope_BHQK: Tensor | None = None
+    if spec.slope is not None and hides_rows_wholly(bias_BHQK):
+        slope_BHQK = evaluate(spec.slope, index, problem.inputs).to(kept_in)
+    return Scores(
+        scale=spec.scale, bias_BHQK=bias_BHQK, soft_cap=spec.soft_cap, slope_BHQK=slope_BHQK
+    )
 
 
 def _rows(x: Tensor, run: Run) -> Tensor:
@@ -263,7 +268,8 @@ def attend(
 
     def work(piece: Piece) -> bool:
         scores = _scores(problem, piece, q_BHQD)
-        kernel = MATH if hides_rows(scores.bias_BHQK) else problem.kernel
+        hides = scores.slope_BHQK is not None or hides_rows(scores.bias_BHQK)
+        kernel = MATH if hides else problem.kernel
         out_BHQE, lse_BHQ = kernel.forward(
             _rows(q_BHQD, piece.q), _rows(k_BGKD, piece.k), _rows(v_BGKE, piece.k), scores
         )
@@ -303,7 +309,9 @@ def attend_backward(
             dq, dk, dv, dbias_BHQK = math_backward(*rows, lse, scores, wants_bias=True)
             assert dbias_BHQK is not None, "it was asked for"
             _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
-        elif scores.bias_BHQK is not None and is_deep(lse, kept_in):
+        elif scores.slope_BHQK is not None or (
+            scores.bias_BHQK is not None and is_deep(lse, kept_in)
+        ):
             dq, dk, dv = MATH.backward(*rows, lse, scores)
         else:
             dq, dk, dv = problem.kernel.backward(*rows, lse.to(kept_in), scores)

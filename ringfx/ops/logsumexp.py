@@ -5,7 +5,7 @@ logsumexp is -1e9 plus the logarithm of the number of keys. Float32 rounds the l
 with it the weights by which parts of a row are merged, and all gradients. So where there is a bias:
 
 * logsumexps are kept in float64;
-* numbers below -2**30, down to float32's lowest, are counted in float32's own steps (``stepped``);
+* numbers below -2**30, down to the lowest one, are counted in steps (``stepped``);
 * tiles with such rows go to the kernel that gives a logsumexp with these digits.
 
 Shapes: B batch, H query heads, Q local queries, K keys.
@@ -14,24 +14,55 @@ Shapes: B batch, H query heads, Q local queries, K keys.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 __all__ = [
-    "INEXACT",
     "digits",
     "hides_rows",
-    "imprecision",
+    "hides_rows_wholly",
     "is_deep",
     "logsumexp_dtype",
+    "lost",
+    "lost_range",
     "stepped",
 ]
 
 Tensor = torch.Tensor
 INEXACT = 1e-4
 """Relative error of a row's weights that is too much."""
-FLOOR, STEP = -(2.0**30), 32.0
-"""Two float32 numbers below FLOOR are 64 or more apart: to a softmax as far as STEP."""
+HIDES = -4_000.0
+"""What a mask fills scores with lies far below; what scores and other biases come to far above."""
+STEP = 32.0
+"""A step is as far to a softmax as two neighbours below a floor, which are 64 or more apart."""
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """How numbers of a type below a floor are counted: as many as differ in their upper bits."""
+
+    bits: torch.dtype
+    dropped: int
+    """Lower bits that are not looked at."""
+    floor: float
+    absorbs: float
+    """Below it a score that is added is rounded away."""
+
+    def far(self, x: Tensor) -> Tensor:
+        return (x < self.floor) & (x != -math.inf)
+
+    def count(self, x: Tensor) -> Tensor:
+        """How many steps lie between."""
+        floor = int(torch.full((), self.floor, dtype=x.dtype).view(self.bits).item())
+        return (x.contiguous().view(self.bits) >> self.dropped) - (floor >> self.dropped)
+
+
+_STEPS = {
+    torch.float32: _Steps(torch.int32, 0, floor=-(2.0**30), absorbs=-(2.0**30)),
+    # All of float64's would be 2**62 steps. Masks of one strength agree in their upper bits.
+    torch.float64: _Steps(torch.int64, 42, floor=-(2.0**31), absorbs=-(2.0**59)),
+}
 
 
 def logsumexp_dtype(dtype: torch.dtype, *, has_bias: bool) -> torch.dtype:
@@ -40,33 +71,56 @@ def logsumexp_dtype(dtype: torch.dtype, *, has_bias: bool) -> torch.dtype:
 
 
 def stepped(x: Tensor) -> Tensor:
-    """x in float64; float32 numbers below FLOOR by how many of them lie between, STEP for each.
+    """x in float64; numbers below their type's floor by how many steps lie between, STEP for each.
 
     The order is kept, equal numbers stay equal, and no digit of a logarithm added is lost.
     """
-    if x.dtype != torch.float32:
-        return x.to(torch.float64)
-    bits = x.contiguous().view(torch.int32)
-    steps = bits - torch.full((), FLOOR).view(torch.int32).item()
-    far = (x < FLOOR) & (x != -math.inf)
-    return torch.where(far, FLOOR - STEP * steps, x.to(torch.float64))
+    wide, steps = x.to(torch.float64), _STEPS.get(x.dtype)
+    if steps is None:
+        return wide
+    return torch.where(steps.far(x), steps.floor - STEP * steps.count(x), wide)
 
 
-def imprecision(lse_BHQ: Tensor, dtype: torch.dtype) -> Tensor:
+def lost(lse_BHQ: Tensor) -> Tensor:
+    """[B, H, Q]: rows of float64 hidden by a number beside which scores keep a few digits."""
+    steps = _STEPS[torch.float64]
+    deepest = torch.full((), steps.absorbs, dtype=torch.float64)
+    return (lse_BHQ < steps.floor) & (lse_BHQ > stepped(deepest).item())
+
+
+def lost_range() -> str:
+    """Those numbers."""
+    steps = _STEPS[torch.float64]
+    return f"between {steps.floor:.1e} and {steps.absorbs:.1e}"
+
+
+def _imprecision(lse_BHQ: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, H, Q]: by how much rounding to a dtype changes the weights of a row."""
     return lse_BHQ.masked_fill(lse_BHQ == -math.inf, 0.0).abs() * torch.finfo(dtype).eps
 
 
 def is_deep(lse_BHQ: Tensor, dtype: torch.dtype) -> bool:
     """Whether a dtype has too few digits for logsumexps."""
-    return lse_BHQ.dtype != dtype and bool((imprecision(lse_BHQ, dtype) > INEXACT).any())
+    if lse_BHQ.dtype == dtype:
+        return dtype in _STEPS and bool(_STEPS[dtype].far(lse_BHQ).any())
+    return bool((_imprecision(lse_BHQ, dtype) > INEXACT).any())
 
 
 def hides_rows(bias_BHQK: Tensor | None) -> bool:
     """Whether a tile's bias hides all keys of a row without being -inf."""
     if bias_BHQK is None:
         return False
-    return bool((imprecision(bias_BHQK.amax(-1), bias_BHQK.dtype) > INEXACT).any())
+    top_BHQ = bias_BHQK.amax(-1)
+    hidden_BHQ = _imprecision(top_BHQ, bias_BHQK.dtype) > INEXACT
+    if bias_BHQK.dtype in _STEPS:
+        hidden_BHQ |= _STEPS[bias_BHQK.dtype].far(top_BHQ)
+    return bool(hidden_BHQ.any())
+
+
+def hides_rows_wholly(bias_BHQK: Tensor) -> bool:
+    """Whether a tile's bias hides all keys of a row by any number, -inf apart."""
+    top_BHQ = bias_BHQK.amax(-1)
+    return bool(((top_BHQ < HIDES) & (top_BHQ != -math.inf)).any())
 
 
 def digits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -54,9 +54,19 @@ ROW: Expr = ("row",)
 CAUSAL: Expr = ("le", K, Q)
 
 
+def _is_beyond(x: Any) -> bool:
+    """Whether a number is beyond the default type: float64's most negative."""
+    largest = torch.finfo(torch.get_default_dtype()).max
+    return not isinstance(x, torch.Tensor) and math.isfinite(x) and abs(x) > largest
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    return torch.as_tensor(x, dtype=torch.float64 if _is_beyond(x) else None)
+
+
 def _on_tensors(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """For operations that take no Python numbers."""
-    return lambda *args: operation(*(torch.as_tensor(a) for a in args))
+    return lambda *args: operation(*map(_tensor, args))
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -66,26 +76,21 @@ def _cast(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 
 def _minimum(a: Any, b: Any) -> Any:
     if not isinstance(b, torch.Tensor):
-        return torch.clamp(torch.as_tensor(a), max=b)
+        return torch.clamp(_tensor(a), max=b)
     return torch.minimum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, max=a)
 
 
 def _maximum(a: Any, b: Any) -> Any:
     if not isinstance(b, torch.Tensor):
-        return torch.clamp(torch.as_tensor(a), min=b)
+        return torch.clamp(_tensor(a), min=b)
     return torch.maximum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, min=a)
 
 
 def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
-    """Two numbers make the default type, and one beyond it float64: its most negative."""
-    if any(_is_beyond(x) for x in (a, b)):
+    """Two numbers make the default type, or float64 where one of them needs it."""
+    if _is_beyond(a) or _is_beyond(b):
         a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     return torch.where(torch.as_tensor(condition), a, b)
-
-
-def _is_beyond(x: Any) -> bool:
-    largest = torch.finfo(torch.get_default_dtype()).max
-    return not isinstance(x, torch.Tensor) and math.isfinite(x) and abs(x) > largest
 
 
 TILE_OPS: Mapping[str, Callable[..., Any]] = {
@@ -94,9 +99,9 @@ TILE_OPS: Mapping[str, Callable[..., Any]] = {
     "mul": operator.mul,
     "div": operator.truediv,
     "floordiv": operator.floordiv,
-    "truncdiv": lambda a, b: torch.div(torch.as_tensor(a), b, rounding_mode="trunc"),
+    "truncdiv": lambda a, b: torch.div(_tensor(a), b, rounding_mode="trunc"),
     "mod": operator.mod,
-    "fmod": lambda a, b: torch.fmod(torch.as_tensor(a), b),
+    "fmod": lambda a, b: torch.fmod(_tensor(a), b),
     "neg": operator.neg,
     "abs": abs,
     "pow": operator.pow,
@@ -168,7 +173,7 @@ class TileIndex:
 
 def evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The expression's values on one tile, broadcastable to [B, H, Q, K]."""
-    return torch.as_tensor(_evaluate(expr, index, inputs), device=index.q.device)
+    return _tensor(_evaluate(expr, index, inputs)).to(index.q.device)
 
 
 def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> Any:

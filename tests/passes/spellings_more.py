@@ -338,6 +338,29 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
     "a mask given where causal": Spelled(
         scored(lambda w, s, a: s + torch.where(causal(), a, -1e9)), inputs="xa",
     ),
+    "filled, then a mask given": Spelled(
+        scored(lambda w, s, a: (s + a).masked_fill(~causal(), -1e9)), inputs="xa",
+    ),
+    "filled, then padding as deep": Spelled(
+        scored(lambda w, s, p: torch.where(causal(), s, -1e4)
+               + (1 - p.to(s.dtype))[:, None, None] * -1e4), inputs="xp",
+    ),
+    "multiplied, then padding as deep": Spelled(
+        scored(lambda w, s, p: s * causal().to(s.dtype) - 1e4 * (1 - causal().to(s.dtype))
+               + (1 - p.to(s.dtype))[:, None, None] * -1e4), inputs="xp",
+    ),
+    "two lowest numbers, lifted": Spelled(
+        scored(lambda w, s, p: torch.max(
+            s + (torch.zeros_like(s).masked_fill(~causal(), MIN)
+                 + torch.zeros_like(s).masked_fill(~p[:, None, None], MIN)),
+            torch.full_like(s, MIN))), inputs="xp",
+    ),
+    "two lowest numbers, clamped": Spelled(
+        scored(lambda w, s, p: (
+            s + torch.zeros_like(s).masked_fill(~causal(), -math.inf)
+            + torch.zeros_like(s).masked_fill(~p[:, None, None], MIN)
+        ).clamp(min=MIN)), inputs="xp",
+    ),
     "a mask of products": Spelled(masked_by_products),
     "a bias of products": Spelled(biased_by_products),
 }  # fmt: skip
