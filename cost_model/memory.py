@@ -40,7 +40,7 @@ from ringfx.cost_model.liveness import (
 from ringfx.cost_model.optimizers import state_bytes
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
-from ringfx.passes.rewrite.parameters import LARGEST_BUCKET, NUM_BUCKETS, SMALLEST_BUCKET
+from ringfx.passes.rewrite.parameters import buckets
 from ringfx.passes.values import Captured
 from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan
 from ringfx.spec import AttentionSpec
@@ -129,6 +129,8 @@ def predict_memory(
     trained = [n for n in parameters if has_grad[n]]
     everything, in_place = compiler == "eager", compiler == "inductor"
     held = list(_held(values, layers, trained, everything=everything, in_place=in_place))
+    if world_size > 1 and values.has_grad:
+        held += _messages(values, trained)
     position, reuse = _peak(held, len(values.nodes), reuses=compiler == "inductor")
     alive = [x for x in held if x.at(position)]
     there = {
@@ -136,7 +138,6 @@ def predict_memory(
         "masks given whole": sum(map(_bytes, _given_masks(graph, parameters))),
         "rows of whole masks": sum(math.ceil(_bytes(n) / world_size) for n in rows),
         "optimiser state": sum(_state_bytes(optimizer, node) for node in trained),
-        "gradients joined and summed": _message(trained) if world_size > 1 else 0,
         "held by Inductor for reuse": reuse,
     }
     return MemoryPlan(
@@ -219,11 +220,22 @@ def _state_bytes(optimizer: str | int, parameter: Node) -> int:
     return state_bytes(optimizer, value.numel(), value.element_size())
 
 
-def _message(trained: Sequence[Node]) -> int:
-    """The largest bucket in which parameter gradients are summed, twice: passes/rewrite."""
-    sizes = [_bytes(node) for node in trained]
-    bucket = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, sum(sizes) // NUM_BUCKETS))
-    return MESSAGE_COPIES * max([*sizes, min(bucket, sum(sizes))], default=0)
+def _messages(values: Values, trained: Sequence[Node]) -> Iterator[Held]:
+    """The largest message so far of those that sum parameter gradients: passes/rewrite.
+
+    Backward runs from the last position to the first, and completes a bucket where it reaches the
+    first use of its first member.
+    """
+    first = {n: i for i, node in reversed([*enumerate(values.nodes)]) for n in node.all_input_nodes}
+    used = sorted((n for n in trained if n in first), key=first.__getitem__)
+    largest = 0
+    for bucket in reversed(buckets(used)):
+        size = MESSAGE_COPIES * sum(map(_bytes, bucket))
+        last = first[bucket[0]] - 1
+        if size > largest and last >= 0:
+            cause, more = "gradients joined and summed", size - largest
+            yield Held(cause=cause, node=bucket[0], bytes=more, first=0, last=last)
+            largest = size
 
 
 # --- the largest sum --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ringfx.passes.place.modes import Form
 from ringfx.passes.rewrite.crossings import Crossings
 from ringfx.passes.values import Captured
 
-__all__ = ["share_parameters"]
+__all__ = ["buckets", "share_parameters"]
 
 LARGEST_BUCKET = 25 * 2**20
 """Gradients summed in one message at most, as DistributedDataParallel's default bucket."""
@@ -46,9 +46,9 @@ def share_parameters(
     ]
     used.sort(key=lambda n: min(order[u] for u in n.users))
     parameters = [n for n in used if captured.is_parameter[number[n]]]
-    for bucket in _buckets(parameters):
+    for bucket in buckets(parameters):
         _enter(graph, bucket, crossings, [number[n] for n in bucket])
-    for bucket in _buckets([n for n in used if n not in set(parameters)]):
+    for bucket in buckets([n for n in used if n not in set(parameters)]):
         _enter(graph, bucket, crossings, [])
 
 
@@ -66,11 +66,11 @@ def _used_whole_by_split(value: Node, placement: Placement) -> bool:
     return False
 
 
-def _buckets(values: Sequence[Node]) -> list[list[Node]]:
-    """Values of one type up to a size, in order; one that fills a bucket goes alone."""
+def buckets(values: Sequence[Node]) -> list[list[Node]]:
+    """Values of one type up to a size, in order of use; one that fills a bucket goes alone."""
     total = sum(_bytes(v) for v in values)
     largest = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, total // NUM_BUCKETS))
-    buckets: list[list[Node]] = []
+    found: list[list[Node]] = []
     filling: dict[torch.dtype, list[Node]] = {}
     for value in values:
         dtype = value.meta["val"].dtype
@@ -78,10 +78,10 @@ def _buckets(values: Sequence[Node]) -> list[list[Node]]:
         if bucket is not None and sum(map(_bytes, bucket)) + _bytes(value) <= largest:
             bucket.append(value)
             continue
-        buckets.append([value])
+        found.append([value])
         if _bytes(value) < largest:
-            filling[dtype] = buckets[-1]
-    return buckets
+            filling[dtype] = found[-1]
+    return found
 
 
 def _bytes(value: Node) -> int:

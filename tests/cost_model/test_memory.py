@@ -127,11 +127,11 @@ def test_as_much_is_kept_as_torchs_partitioner_keeps(name: str) -> None:
 def test_what_carries_tokens_is_divided_by_the_ranks_and_parameters_are_not() -> None:
     function, inputs = CASES["three gated mlps"]
     captured = _captured(function, *inputs)
-    one, four = _predicted(captured), _predicted(captured, 4)
+    one, two = _predicted(captured), _predicted(captured, 2)
     kept = "activations kept for backward"
-    assert _part(four, kept) == pytest.approx(_part(one, kept) / 4, rel=0.01)
-    assert _part(four, "parameters") == _part(one, "parameters")
-    assert _part(_predicted(captured, 4, split=False), kept) == _part(one, kept)
+    assert _part(two, kept) == pytest.approx(_part(one, kept) / 2, rel=0.01)
+    assert _part(two, "parameters") == _part(one, "parameters")
+    assert _part(_predicted(captured, 2, split=False), kept) == _part(one, kept)
 
 
 def test_gradients_are_joined_to_messages_where_there_is_someone_to_send_them_to() -> None:
