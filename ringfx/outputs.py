@@ -304,6 +304,8 @@ def _view_of_its_kind(func: Any) -> Any:
 
 
 def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if args[0]._whole is not None:  # later readers take it, and views of it may have been given
+        return False
     given = [x for x in args if isinstance(x, SplitTensor)]
     nested = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SplitTensor)]
     if len(nested) != len(given) or not _alike(given) or not writes_where_it_is(func):

@@ -130,6 +130,21 @@ class WindowWritten(Causal):
         return logits
 
 
+class ReadThenWritten(Causal):
+    """Rows that a mask selects are read, which gathers; the next program writes, a third reads."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.embed(ids), is_causal=True).clone()
+        chosen = ids > VOCAB // 2
+        rows = x[chosen] + 3
+        x[chosen] = rows
+        torch._dynamo.graph_break()
+        x.mul_(2)
+        torch._dynamo.graph_break()
+        logits: Tensor = self.head(self.second(x, is_causal=True))
+        return logits
+
+
 class InnerGradient(Causal):
     """Asks for a gradient between its programs: Dynamo is awake while their backward runs."""
 
@@ -438,6 +453,15 @@ def test_what_python_needs_whole_is_gathered_once_and_announced(ranks2: RankPool
         assert len(gathers) == 1, lines
         assert "output 0 (first" in gathers[0]
         assert "in needs_all, which no compiled program runs" in gathers[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_write_after_a_read_that_gathered_is_seen(
+    ranks: int, request: pytest.FixtureRequest
+) -> None:
+    pool = request.getfixturevalue(f"ranks{ranks}")
+    for comparison in compare_all(pool, (case(ReadThenWritten),)):
+        comparison.check()
 
 
 def test_other_lengths_are_planned_anew(ranks3: RankPool) -> None:
