@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.errors import CaptureRefused
@@ -116,7 +117,13 @@ class Inliner(torch.fx.Interpreter):
         if self._region is not None and n.op in ("call_function", "call_method"):
             n.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             n.meta["ac_graph_id"] = self._region
-        return super().run_node(n)
+        try:
+            return super().run_node(n)
+        except DataDependentOutputException as unknown:
+            raise CaptureRefused(
+                f"{self._where}: a size or a number is read from the values of a tensor, which are "
+                "not known while a program is made. Do: give it as a Python number (.tolist())."
+            ) from unknown
 
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "flex_attention":

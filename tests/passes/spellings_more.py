@@ -361,6 +361,9 @@ MORE: Mapping[str, Spelled] = {name: Spelled(body) for name, body in {
             + torch.zeros_like(s).masked_fill(~p[:, None, None], MIN)
         ).clamp(min=MIN)), inputs="xp",
     ),
+    "shaped and typed like scores": Spelled(
+        scored(lambda w, s: s.flatten(1).reshape_as(s) + torch.arange(S).expand_as(s).type_as(s)),
+    ),
     "a mask of products": Spelled(masked_by_products),
     "a bias of products": Spelled(biased_by_products),
 }  # fmt: skip

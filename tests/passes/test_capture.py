@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import ringfx
-from ringfx.errors import RingfxError
+from ringfx.errors import CaptureRefused, RingfxError
+from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.capture import capture
 from ringfx.passes.capture.gradients import needs_grad
 from tests.harness import Case, compare_here
 from tests.passes import constructs, torch_layers
@@ -243,3 +245,13 @@ def autocast_step(
     gradients = {n: p.grad for n, p in owner.named_parameters() if p.grad is not None}
     assert given.grad is not None
     return {"output": output.detach(), "x": given.grad, **gradients}
+
+
+def test_a_size_that_is_read_from_a_tensor_is_refused_by_name() -> None:
+    """Dynamo hands them on in functions that it resumes: Pixtral's grids of patches."""
+    graph = torch.fx.Graph()
+    value, rows = graph.placeholder("value"), graph.placeholder("rows")
+    graph.output((graph.call_method("view", (value, rows, 3, 8)),))
+    gm = torch.fx.GraphModule(nn.Module(), graph)
+    with pytest.raises(CaptureRefused, match="a size or a number is read from the values of a ten"):
+        capture(gm, [torch.randn(12, 8), torch.tensor(4)], known=find_rule)
