@@ -152,6 +152,15 @@ def as_type(x: Tensor, other: Tensor, non_blocking: bool = False, copy: bool = F
     return x.to(other.dtype, non_blocking=non_blocking, copy=copy)
 
 
+def shaped_as(x: Tensor, other: Tensor) -> Tensor:
+    """Only the other's sizes are read."""
+    return x.reshape(other.shape)
+
+
+def expanded_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.expand(other.shape)
+
+
 DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
@@ -160,6 +169,9 @@ DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.native_layer_norm.default: native_layer_norm,
     aten._softmax.default: softmax,
     aten._log_softmax.default: log_softmax,
+    aten.reshape_as.default: shaped_as,
+    aten.view_as.default: shaped_as,
+    aten.expand_as.default: expanded_as,
     aten.type_as.default: as_type,
     aten.to.other: as_type,
 }

@@ -15,22 +15,8 @@ __all__ = ["eliminate_dead", "simplify"]
 aten = torch.ops.aten
 
 
-LIKE = {
-    aten.reshape_as.default: aten.reshape.default,
-    aten.view_as.default: aten.reshape.default,
-    aten.expand_as.default: aten.expand.default,
-}
-"""Calls that read the sizes of another value, and of that value nothing else."""
-
-
 def simplify(gm: torch.fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if node.target in LIKE:
-            node.target = LIKE[node.target]
-            node.args, node.kwargs = (node.all_input_nodes[0], list(node.meta["val"].shape)), {}
-        if node.target is aten.type_as.default:
-            node.target = aten.to.dtype
-            node.args = (node.all_input_nodes[0], node.meta["val"].dtype)
         if node.target is aten.cat.default:
             _drop_empty_parts(node)
         if node.target is aten.view.default:

@@ -83,6 +83,11 @@ def decompose(
 def _finish(
     reader: Reader, form: Form, q_len: int, kv_len: int, empty_row: Literal["zero", "nan"]
 ) -> Scores:
+    filled = [f for f in form.fillings if not math.isnan(f)]
+    if any(f > FAR_BELOW for f in filled):
+        raise Unrepresentable(
+            f"its masked scores are filled with {max(filled):g}, which scores can come near"
+        )
     terms = [term for added in form.added for term in added.terms]
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
     keep = _all(reader, *form.keep, *(term.keep for term in soft))
@@ -105,11 +110,6 @@ def _finish(
         more = total(added.expr, masks)
         if more is not None:
             bias = more if bias is None else reader.make("add", bias, more)
-    filled = [f for f in form.fillings if not math.isnan(f)]
-    if any(f > FAR_BELOW for f in filled):
-        raise Unrepresentable(
-            f"its masked scores are filled with {max(filled):g}, which scores can come near"
-        )
     certain = (full or keep == TRUE) and not _reads_given(reader, terms)  # one may be -inf
     masked = "zero" if certain else _empty_rows(form, empty_row)
     capped = 1.0 if form.cap is None else form.cap

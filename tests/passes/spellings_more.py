@@ -404,6 +404,12 @@ def favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 MORE_DECOYS: Mapping[str, Callable[..., Any]] = {
+    "filled weakly, then padding": scored(
+        lambda w, s: torch.where(causal(), s, -2.0) + torch.where(torch.arange(S) > 1, 0.0, MIN)
+    ),
+    "multiplied with a mask, then another": scored(
+        lambda w, s: s * causal().to(s.dtype) + torch.where(torch.arange(S) > 1, 0.0, MIN)
+    ),
     "relu weights": weighed(lambda s: s.relu() / S),
     "squared relu": weighed(lambda s: s.relu() ** 2),
     "dual softmax": weighed(dual), "sparsemax": weighed(sparsemax),
