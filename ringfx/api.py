@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import copyreg
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,117 +19,21 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from ringfx.backend import Backend, no_attention_text
+from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
-from ringfx.dynamo import NEVER_UNSPLIT, for_ringfx, prepare_tracing
+from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
 from ringfx.ops.stats import LayerStats, snapshot
+from ringfx.optimized import Optimized, optimized
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.pipeline import lower
-from ringfx.plan import MemoryPlan, Plan
+from ringfx.plan import Plan, joined
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.world import World
 
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 
 M = TypeVar("M", bound=torch.nn.Module)
-
-_UNSPLIT = (
-    "this call of the model was not compiled and ran whole on every rank: inside a transform of "
-    "torch.func, in FullyShardedDataParallel's own code and under a stance or setting that turns "
-    "compilation off Dynamo traces nothing. Do: call the model outside of them; shard with "
-    "fully_shard."
-)
-
-_SAVED = (
-    "an optimized model is pickled as the model that was given to ringfx.optimize: what is loaded "
-    "runs whole. Do: call ringfx.optimize again after loading; or save model.state_dict(), which "
-    "is the same with and without ringfx."
-)
-
-
-class Optimized:
-    """What ``optimize`` adds to a model's class; parameters, names and methods are the model's."""
-
-    _ringfx_backend: Backend
-    _compiled_call_impl: Any
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the last call.
-
-        Raises
-        ------
-        RingfxError
-            Before the first call: the plan depends on the inputs' shapes.
-        """
-        plans = self._ringfx_backend.ran
-        if not plans:
-            raise RingfxError(
-                "this model has not run yet, and its plan depends on the shapes of its inputs. "
-                "Do: call it once, or use ringfx.plan(model, args, world_size=...)."
-            )
-        joined, moved = _joined(plans), self._ringfx_backend.between.moved
-        return dataclasses.replace(joined, reshardings=(*joined.reshardings, *moved))
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Hold gradients back while accumulating, as DistributedDataParallel's ``no_sync``.
-
-        Calls made inside sum no gradients over the ranks; the backward of the first call outside
-        sums all of them at once. ``zero_grad`` clears what is held back::
-
-            with model.no_sync():
-                for batch in batches[:-1]:
-                    model(**batch).loss.backward()
-            model(**batches[-1]).loss.backward()
-        """
-        outer = getattr(super(), "no_sync", contextlib.nullcontext)
-        with outer(), self._ringfx_backend.accumulation.no_sync():
-            yield
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        inherited = getattr(super(), "__deepcopy__", None)
-        if inherited is not None:
-            return inherited(memo)
-        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))  # type: ignore[attr-defined]
-
-    def __copy__(self) -> Any:
-        return copy._reconstruct(self, None, *super().__reduce_ex__(4))  # type: ignore[attr-defined]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled (``torch.save``) as the model that was given: the split one has no file form."""
-        self._ringfx_backend.announce(_SAVED)
-        given = type(self).__bases__[1]
-        reduced: Any = super().__reduce_ex__(protocol)
-        made, arguments, *rest = reduced
-        arguments = tuple(given if x is type(self) else x for x in arguments)
-        if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # only for objects of the class itself
-            made, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
-        if rest and isinstance(rest[0], dict):
-            added = ("_ringfx_backend", "_compiled_call_impl")
-            rest[0] = {name: x for name, x in rest[0].items() if name not in added}
-        return made, arguments, *rest
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        backend = self._ringfx_backend
-        backend.ran.clear()
-        backend.runs(self)  # type: ignore[arg-type]
-        if self._compiled_call_impl is None:  # nn.Module leaves it out of copies
-            self.compile(backend=for_ringfx(backend), dynamic=False)  # type: ignore[attr-defined]
-        prepare_tracing()
-        try:
-            with backend.between.call(), torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
-                result = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        except BackendCompilerFailed as failure:
-            if isinstance(failure.inner_exception, RingfxError):
-                raise failure.inner_exception from None
-            raise
-        if backend.ran and not any(plan.layers for plan in backend.ran):
-            raise AttentionNotFound(no_attention_text(backend.ran))
-        if not backend.ran and not torch.compiler.is_compiling():
-            backend.announce(_UNSPLIT)
-        return result
 
 
 def optimize(
@@ -214,14 +117,7 @@ def optimize(
             "strict": strict,
         }
     )
-    backend = Backend(settings, World.of(mesh))
-    if isinstance(model, DistributedDataParallel):
-        # It refuses to be copied, and runs its inner model itself.
-        optimized = _twin(model, model.__dict__, backend)
-        inner = _optimized(model.module, backend)
-        optimized._modules = {**model._modules, "module": inner}
-        return optimized
-    return _optimized(model, backend)
+    return optimized(model, settings, mesh)
 
 
 def _refuse_nested(model: torch.nn.Module) -> None:
@@ -234,23 +130,6 @@ def _refuse_nested(model: torch.nn.Module) -> None:
                 "compiles the whole model. Do: optimize either the model or its parts, and pass "
                 "modules that are not compiled."
             )
-
-
-def _optimized(model: M, backend: Backend) -> M:
-    optimized = _twin(model, copy.copy(model).__dict__, backend)
-    optimized.compile(backend=backend, dynamic=False)
-    return optimized
-
-
-def _twin(model: M, state: Mapping[str, Any], backend: Backend) -> M:
-    """A model of the same state whose class has what ``Optimized`` adds."""
-    given = type(model)
-    if issubclass(given, Optimized):  # optimized again: with the new options
-        given = given.__bases__[1]
-    names = {"__module__": given.__module__, "__qualname__": given.__qualname__}
-    made: M = object.__new__(type(given.__name__, (Optimized, given), names))
-    made.__dict__.update(state, _ringfx_backend=backend)
-    return made
 
 
 def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
@@ -270,7 +149,7 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
             f"stats: {type(model).__name__} does not come from ringfx.optimize. "
             "Do: pass the model that optimize returned."
         )
-    names = {layer.name for plan in model._ringfx_backend.plans for layer in plan.layers}
+    names = {layer.name for plan in model._ringfx_faces.backend.plans for layer in plan.layers}
     return {name: found for name, found in snapshot().items() if name in names}
 
 
@@ -326,8 +205,8 @@ def plan(
     stopped = trace(model, args, dict(kwargs or {}), backend)
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
-    joined = _joined(plans)
-    return dataclasses.replace(joined, notes=(*joined.notes, *stopped))
+    whole = joined(plans)
+    return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
@@ -396,22 +275,3 @@ def offline() -> Iterator[None]:
     """Build models and inputs of any size here: their tensors have shapes and no storage."""
     with torch.device("meta"):
         yield
-
-
-def _joined(plans: list[Plan]) -> Plan:
-    """One plan of a model that runs as several graphs (it has graph breaks)."""
-    last = plans[-1]
-    if len(plans) == 1:
-        return last
-    return dataclasses.replace(
-        last,
-        layers=tuple(x for p in plans for x in p.layers),
-        declined=tuple(x for p in plans for x in p.declined),
-        missed=tuple(x for p in plans for x in p.missed),
-        attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
-        axes=max((p.axes for p in plans), key=len),
-        reshardings=tuple(x for p in plans for x in p.reshardings),
-        outside_ms=sum(p.outside_ms for p in plans),
-        memory=MemoryPlan() if len(plans) > 1 else last.memory,
-        notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
-    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,13 @@ from ringfx.between import Between, is_split, part_example, whole_example
 from ringfx.cost_model import Profile
 from ringfx.cost_model.agree import agreed_profile
 from ringfx.dynamo import for_ringfx, prepare_tracing
-from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError, VerificationError
+from ringfx.errors import (
+    AgreementError,
+    AttentionNotFound,
+    InvalidArgument,
+    RingfxError,
+    VerificationError,
+)
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.stats import snapshot
@@ -30,12 +37,13 @@ from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Arrival, Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
-from ringfx.plan import Plan
+from ringfx.plan import Plan, joined
 from ringfx.quantities import format_bytes
 from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
 from ringfx.split_spec import SplitSpec
 from ringfx.tiles.words import WHOLE_MASK
+from ringfx.unsplit import why_unsplit
 from ringfx.world import World
 from ringfx.wrapping import wrap_all
 
@@ -48,15 +56,17 @@ Compiled = Callable[..., Sequence[Any]]
 class Backend:
     """Compiles every graph that Dynamo captures of one model."""
 
-    def __init__(self, settings: Settings, world: World) -> None:
+    def __init__(self, settings: Settings, world: World, mesh: Any = None) -> None:
         self.settings = settings
         self.world = world
+        self._mesh = mesh
         self.plans: list[Plan] = []
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
         self.between = Between(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._is_part = False
         self._announced: set[str] = set()
         for_ringfx(self)
         prepare_tracing()
@@ -76,7 +86,7 @@ class Backend:
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
-        if alone and len(self.plans) == 1 and not self.num_sites:
+        if alone and len(self.plans) == 1 and not self.num_sites and not self._is_part:
             raise AttentionNotFound(no_attention_text(self.plans))
         device = _device(example_inputs)
         extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
@@ -86,9 +96,60 @@ class Backend:
         specs = {i: given[i]._spec for i in lowered.arrived}
         return Runner(lowered, compiled, extra, self, specs)
 
-    def runs(self, model: torch.nn.Module) -> None:
-        """Whose call it is that programs now run for."""
-        self._model = weakref.ref(model)
+    @property
+    def is_running(self) -> bool:
+        """Whether the model, or a part of it, is being called."""
+        return self.between.running
+
+    @contextlib.contextmanager
+    def call(self, model: torch.nn.Module, *, is_part: bool) -> Iterator[None]:
+        """One call of the model: programs run inside; at its end what ran is looked at.
+
+        ``is_part``: it is a part of the model, and need not hold attention.
+
+        Raises
+        ------
+        AttentionNotFound
+            No program held any, so that the model ran whole.
+        """
+        self.ran.clear()
+        self._model, self._is_part = weakref.ref(model), is_part
+        with self.between.call():
+            yield
+        if not self.ran:
+            self.announce(why_unsplit())
+        elif not is_part and not any(plan.layers for plan in self.ran):
+            raise AttentionNotFound(no_attention_text(self.ran))
+
+    def plan_of_last_call(self) -> Plan:
+        """One plan of all its programs, with what was moved between them."""
+        if not self.ran:
+            raise RingfxError(
+                "the last call of this model ran no program of ringfx, see the log. Do: call it "
+                "again, or use ringfx.plan(model, args, world_size=...)."
+            )
+        plan = joined(self.ran)
+        return replace(plan, reshardings=(*plan.reshardings, *self.between.moved))
+
+    def refuse_other_ranks(self) -> None:
+        """Programs are made for the ranks that there were; a group may be made, or end, later.
+
+        ``torch.compile(model, backend="ringfx")`` keeps them; ``optimize`` makes new ones.
+
+        Raises
+        ------
+        AgreementError
+            It names both sizes.
+        """
+        now = World.of(self._mesh)
+        if now != self.world:
+            raise AgreementError(
+                f"this program was compiled for {self.world.size} rank(s) (rank {self.world.rank} "
+                f"of group {self.world.group!r}), and there are {now.size} now (rank {now.rank} of "
+                f"{now.group!r}). Do: call torch.distributed.init_process_group before the first "
+                "call, or torch._dynamo.reset() after it; ringfx.optimize(model) compiles anew by "
+                "itself."
+            )
 
     def evaluating(self) -> tuple[str, ...]:
         """The modules of the model in evaluation mode; none where the model is not known."""
@@ -141,6 +202,7 @@ class Runner:
         self._plan = lowered.plan
         self._compared = False
         self._ran = backend.ran
+        self._refuse_other_ranks = backend.refuse_other_ranks
         self._extra = list(extra)
         self._accumulation = backend.accumulation
         self._writes = lowered.captured.writes
@@ -170,6 +232,8 @@ class Runner:
 
     def __call__(self, *inputs: Any) -> list[Any]:
         self._ran.append(self._plan)
+        if not self._between.called:
+            self._refuse_other_ranks()
         taken = [self._take(i, v) for i, v in enumerate(inputs)]
         unchanged = self._buffers.unchanged(taken)
         refuse_changed(self._names, self._held, unchanged)
@@ -347,8 +411,8 @@ def _gather_text(move: Resharding) -> str:
 def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
     """Entry point of ``torch.compile(model, backend="ringfx", options={...})``."""
     options = dict(kwargs.get("options") or {})
-    world = World.of(options.pop("mesh", None))
-    return Backend(Settings.of(options), world)(gm, example_inputs)
+    mesh = options.pop("mesh", None)
+    return Backend(Settings.of(options), World.of(mesh), mesh)(gm, example_inputs)
 
 
 for_ringfx(ringfx_backend)

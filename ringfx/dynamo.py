@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._dynamo import trace_rules
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 
 from ringfx.passes.capture.logs import absorb_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
 
-__all__ = ["NEVER_UNSPLIT", "for_ringfx", "prepare_tracing"]
+__all__ = ["compiled_call", "for_ringfx", "prepare_tracing"]
 
 NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
@@ -24,3 +30,48 @@ def prepare_tracing() -> None:
     """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
     keep_substituting()
     absorb_logs(is_for_ringfx)
+    _keep_compiling()
+
+
+def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
+    """A module's call, compiled for ringfx.
+
+    Dynamo starts from the frame of the user's ``forward``. It starts from none in files that it
+    skips: a root such as nn.TransformerEncoder is given a frame around it.
+    """
+    prepare_tracing()
+    call: Callable[..., Any] = fn._call_impl
+    if trace_rules.check(fn.forward):
+        call = _framed(fn)
+    compiled: Callable[..., Any] = torch.compile(call, backend=for_ringfx(backend), dynamic=False)
+    return compiled
+
+
+def _framed(fn: torch.nn.Module) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    # Programs are kept with the code object, which all functions made here would share.
+    run.__code__ = run.__code__.replace(co_varnames=run.__code__.co_varnames)
+    return run
+
+
+def _keep_compiling() -> None:
+    """Every frame that is compiled for ringfx is compiled under ``NEVER_UNSPLIT``.
+
+    Where the user calls ``torch.compile(model, backend="ringfx")`` no call of ours stands around
+    the model's, so it is asked where Dynamo takes the frame.
+    """
+    usual = CatchErrorsWrapper.__call__
+    if hasattr(usual, "ringfx"):
+        return
+
+    @functools.wraps(usual)
+    def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_for_ringfx(self):
+            return usual(self, *args, **kwargs)
+        with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
+            return usual(self, *args, **kwargs)
+
+    convert.ringfx = True  # type: ignore[attr-defined]
+    CatchErrorsWrapper.__call__ = convert  # type: ignore[method-assign]

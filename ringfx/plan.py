@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from ringfx.spec import AttentionSpec
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA_VERSION", "LayerPlan", "MemoryPart", "MemoryPlan", "Plan"]
+__all__ = ["SCHEMA_VERSION", "LayerPlan", "MemoryPart", "MemoryPlan", "Plan", "joined"]
 
 SCHEMA_VERSION = 1
 
@@ -256,6 +256,25 @@ class Plan:
         from ringfx import plan_text
 
         return plan_text.to_text(self)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """One plan of a model that runs as several graphs (it has graph breaks)."""
+    last = plans[-1]
+    if len(plans) == 1:
+        return last
+    return dataclasses.replace(
+        last,
+        layers=tuple(x for p in plans for x in p.layers),
+        declined=tuple(x for p in plans for x in p.declined),
+        missed=tuple(x for p in plans for x in p.missed),
+        attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
+        axes=max((p.axes for p in plans), key=len),
+        reshardings=tuple(x for p in plans for x in p.reshardings),
+        outside_ms=sum(p.outside_ms for p in plans),
+        memory=MemoryPlan() if len(plans) > 1 else last.memory,
+        notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
+    )
 
 
 def _agreed_layer(layer: LayerPlan) -> list[Any]:

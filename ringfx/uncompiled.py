@@ -7,11 +7,13 @@ runs, and would compile the Python functions that autograd calls as further prog
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["Function", "register_autograd"]
+__all__ = ["Function", "register_autograd", "uncompiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Function(torch.autograd.Function):
@@ -25,3 +27,12 @@ class Function(torch.autograd.Function):
 def register_autograd(operator: Any, backward: Callable[..., Any], **kwargs: Any) -> None:
     """``operator.register_autograd`` with a backward that runs as it is written."""
     operator.register_autograd(torch._dynamo.disable(backward), **kwargs)
+
+
+def uncompiled(reason: str) -> Callable[[F], F]:
+    """A function at which every program that Dynamo traces ends; what it calls may be compiled."""
+
+    def decorate(function: F) -> F:
+        return cast(F, torch._dynamo.disable(function, reason=reason))
+
+    return decorate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,12 @@ class World:
         Raises
         ------
         InvalidArgument
-            When the mesh is something else or has several dimensions.
+            When the mesh is something else or has several dimensions; when a launcher has started
+            several processes and no process group joins them.
         """
         if not (dist.is_available() and dist.is_initialized()):
             if mesh is None:
+                _refuse_started_alone()
                 return World(1)
             raise InvalidArgument(
                 f"mesh={mesh!r} was given, but torch.distributed is not initialised. "
@@ -50,6 +53,19 @@ def process_group(name: str) -> dist.ProcessGroup:
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     group: dist.ProcessGroup = resolve(name)
     return group
+
+
+def _refuse_started_alone() -> None:
+    """A launcher says how many processes it started; each alone would run the model whole."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        said = os.environ.get(name, "")
+        if said.isdecimal() and int(said) > 1:
+            raise InvalidArgument(
+                f"{name}={said} says that {said} processes were started, but torch.distributed is "
+                "not initialised: each would run the whole sequence. Do: call "
+                "torch.distributed.init_process_group() before the model's first call, or unset "
+                f"{name} to run on one rank."
+            )
 
 
 _NOT_A_MEMBER = (

@@ -1,0 +1,57 @@
+"""Why a call of an optimized model was not compiled, and so ran whole on every rank."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+__all__ = ["why_unsplit"]
+
+_WHOLE = "this call of the model was not compiled and ran whole on every rank: "
+
+
+def why_unsplit() -> str:
+    """The true cause, as far as torch tells, and what to do about it."""
+    return _WHOLE + next((text for holds, text in _causes() if holds), _UNKNOWN)
+
+
+def _causes() -> list[tuple[bool, str]]:
+    stance = torch._dynamo.eval_frame._stance.stance
+    modes = ", ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    return [
+        (
+            torch._C._functorch.get_dynamic_layer_stack_depth() > 0,
+            "it stands inside a transform of torch.func (grad, vmap, jacrev, functional_call under "
+            "one), in which Dynamo traces nothing. Do: call the model outside of the transform, or "
+            "take the gradient with backward().",
+        ),
+        (
+            stance != "default",
+            f"torch.compiler.set_stance({stance!r}) turns compilation off. Do: leave the stance at "
+            "'default' around the model.",
+        ),
+        (
+            os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1" or torch._dynamo.config.disable,
+            "compilation is turned off (TORCH_COMPILE_DISABLE=1 or TORCHDYNAMO_DISABLE=1 or "
+            "torch._dynamo.config.disable). Do: turn it on.",
+        ),
+        (
+            bool(modes),
+            f"a torch dispatch mode is active ({modes}), under which Dynamo traces nothing. Do: "
+            "leave the mode before the model is called.",
+        ),
+        (
+            torch.jit.is_tracing() or torch.compiler.is_exporting(),
+            "torch.jit.trace or torch.export traces it. Do: trace the model that was given to "
+            "ringfx.optimize.",
+        ),
+    ]
+
+
+_UNKNOWN = (
+    "Dynamo skipped its code without a reason that ringfx knows (a forward in a file that Dynamo "
+    "skips, as FullyShardedDataParallel's is). Do: set TORCH_LOGS=dynamo to see why; shard with "
+    "fully_shard; wrap the part that is yours in a module of your own and optimize that."
+)
