@@ -31,7 +31,7 @@ from ringfx.errors import (
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.stats import snapshot
-from ringfx.passes.capture.breaks import is_outermost
+from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Arrival, Resharding
@@ -77,6 +77,8 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         arrivals = {i: v._spec.arrival() for i, v in enumerate(example_inputs) if is_split(v)}
+        if not arrivals and reads_gradients(gm):
+            return hand_over(gm, list(example_inputs), self.settings.compiler)
         given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
         _refuse_without_values(gm, example_inputs)
         self._agree_on_profile(_device(example_inputs).type)

@@ -9,8 +9,9 @@ from types import FrameType
 
 import torch
 from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo.source import GradSource
 
-__all__ = ["graph_break", "is_outermost", "uncompiled_caller"]
+__all__ = ["graph_break", "is_outermost", "reads_gradients", "uncompiled_caller"]
 
 _ENTRY = eval_frame.__name__
 _COMPILER = convert_frame.__name__
@@ -32,6 +33,23 @@ def _in_one_line(reason: str) -> str:
     if said:
         return said.group(1)
     return reason.strip().splitlines()[0] if reason.strip() else "graph break"
+
+
+def reads_gradients(gm: torch.fx.GraphModule) -> bool:
+    """Whether the program is given gradients: it is what follows backward, not the model.
+
+    A whole step that is compiled (backward, clipping, the optimizer) ends programs at backward;
+    after it come programs on parameters and gradients, which are complete on every rank.
+    """
+    sources = (getattr(n.meta.get("grapharg"), "source", None) for n in _placeholders(gm))
+    return any(
+        isinstance(source, GradSource) or getattr(source, "member", None) == "grad"
+        for source in sources
+    )
+
+
+def _placeholders(gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    return (n for n in gm.graph.nodes if n.op == "placeholder")
 
 
 def is_outermost() -> bool:
