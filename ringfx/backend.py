@@ -28,6 +28,7 @@ from ringfx.errors import (
     RingfxError,
     VerificationError,
 )
+from ringfx.fully_sharded import is_dtensor
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.stats import snapshot
@@ -80,7 +81,7 @@ class Backend:
         if not arrivals and reads_gradients(gm):
             return hand_over(gm, list(example_inputs), self.settings.compiler)
         given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
-        _refuse_without_values(gm, example_inputs)
+        _refuse_unusable(gm, example_inputs)
         self._agree_on_profile(_device(example_inputs).type)
         lowered = lower_or_say(gm, example_inputs, self.settings, self.world, arrivals)
         for i in lowered.arrived:
@@ -295,7 +296,9 @@ def lower_or_say(
 ) -> Lowered:
     """``lower``; what goes wrong inside it and has no name of its own gets one."""
     try:
-        return lower(gm, example_inputs, settings, world, arrivals)
+        # What tracing saves for backward is no business of a checkpoint or of offloading around it.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return lower(gm, example_inputs, settings, world, arrivals)
     except (RingfxError, TorchDynamoException):
         raise
     except Exception as error:  # whatever a defect of ours raises: it is raised again, as its cause
@@ -310,8 +313,20 @@ def lower_or_say(
         ) from error
 
 
-def _refuse_without_values(gm: GraphModule, inputs: Sequence[Any]) -> None:
+def _as_it_is(saved: torch.Tensor) -> torch.Tensor:
+    return saved
+
+
+def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    """Inputs that have no values, or are spread over ranks by something else."""
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        if is_dtensor(value):
+            raise InvalidArgument(
+                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh}, as "
+                "parallelize_module (tensor parallelism) makes: ringfx traces plain tensors only. "
+                "Do: leave parallelize_module out of the modules that ringfx.optimize is given; "
+                "fully_shard (FSDP2) works, before or after."
+            )
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             raise InvalidArgument(
                 f"{input_name(node)} {tuple(value.shape)} is on the meta device: it has a shape "

@@ -13,7 +13,7 @@ from torch._dynamo.convert_frame import CatchErrorsWrapper
 from ringfx.passes.capture.logs import absorb_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
 
-__all__ = ["compiled_call", "for_ringfx", "prepare_tracing"]
+__all__ = ["compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
 
 NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
@@ -37,14 +37,20 @@ def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
     """A module's call, compiled for ringfx.
 
     Dynamo starts from the frame of the user's ``forward``. It starts from none in files that it
-    skips: a root such as nn.TransformerEncoder is given a frame around it.
+    skips: a root such as nn.TransformerEncoder is given a frame around it. So is one with hooks,
+    which would be programs of their own.
     """
     prepare_tracing()
     call: Callable[..., Any] = fn._call_impl
-    if trace_rules.check(fn.forward):
+    if trace_rules.check(fn.forward) or has_hooks(fn):
         call = _framed(fn)
     compiled: Callable[..., Any] = torch.compile(call, backend=for_ringfx(backend), dynamic=False)
     return compiled
+
+
+def has_hooks(fn: torch.nn.Module) -> bool:
+    """Whether something runs before or after its forward."""
+    return bool(fn._forward_hooks or fn._forward_pre_hooks)
 
 
 def _framed(fn: torch.nn.Module) -> Callable[..., Any]:

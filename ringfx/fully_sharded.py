@@ -1,22 +1,23 @@
-"""fully_shard beside ringfx: it keeps its state by module object, and ringfx makes new objects."""
+"""What torch.distributed spreads over ranks itself, beside ringfx: fully_shard and DTensor.
+
+fully_shard keeps its state by module object, and ringfx makes new objects.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ringfx.errors import InvalidArgument
-
-__all__ = ["carry_state", "refuse_sharded_part"]
+__all__ = ["carry_state", "is_dtensor"]
 
 
 def carry_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
     """What fully_shard knows of a module holds for the object that shares its parameters too.
 
-    So ``set_requires_gradient_sync``, ``unshard`` and the like work on what ``optimize`` returns.
+    So ``set_requires_gradient_sync``, ``unshard`` and the like work on what ``optimize`` returns,
+    and the whole model sees that a part of it is sharded already.
     """
     if not dist.is_available():
         return
@@ -27,22 +28,10 @@ def carry_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
         states._insert_module_state(twin, state)
 
 
-def refuse_sharded_part(parts: Mapping[str, Any]) -> None:
-    """``fully_shard(optimized.part)``: the whole model does not see that the part is sharded.
-
-    Raises
-    ------
-    InvalidArgument
-        It names the part and the two orders that work.
-    """
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a tensor that parallelize_module or distribute_tensor made."""
     if not dist.is_available():
-        return
-    from torch.distributed._composable_state import _get_module_state
+        return False
+    from torch.distributed.tensor import DTensor
 
-    for name, part in parts.items():
-        if _get_module_state(part) is not _get_module_state(part._ringfx_inner):
-            raise InvalidArgument(
-                f"fully_shard was applied to model.{name} of an optimized model, which is a face "
-                "of that part, not the part itself. Do: apply fully_shard to the parts and to the "
-                "model first, and then call ringfx.optimize(model)."
-            )
+    return isinstance(value, DTensor)

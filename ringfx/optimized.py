@@ -22,9 +22,9 @@ from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.backend import Backend
-from ringfx.dynamo import compiled_call
+from ringfx.dynamo import compiled_call, has_hooks
 from ringfx.errors import RingfxError
-from ringfx.fully_sharded import carry_state, refuse_sharded_part
+from ringfx.fully_sharded import carry_state
 from ringfx.plan import Plan
 from ringfx.settings import Settings
 from ringfx.uncompiled import uncompiled
@@ -84,8 +84,8 @@ class Optimized:
     _ringfx_faces: _Faces
     _ringfx_inner: torch.nn.Module
     """Of the model's own class, with the ``__dict__`` of this one."""
-    _ringfx_programs: tuple[Backend, Callable[..., Any]] | None
-    """The compiled call, and the backend that it was made for."""
+    _ringfx_programs: tuple[Any, Callable[..., Any]] | None
+    """The compiled call, and what it was made for."""
     _ringfx_parts: dict[str, Optimized]
     """Faces of submodules that have been asked for."""
     _ringfx_is_part: bool
@@ -141,6 +141,8 @@ class Optimized:
         """``model.a = model.a``: the module itself is kept, not the face of it."""
         inner = value._ringfx_inner if isinstance(value, Optimized) else value
         super().__setattr__(name, inner)
+        if name == "__class__":  # fully_shard puts a class of its own in front
+            carry_state(cast(torch.nn.Module, self), self._ringfx_inner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _face(copy.deepcopy(self._ringfx_inner, memo), _anew(self))
@@ -248,7 +250,6 @@ def _run(face: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     inner, backend = face._ringfx_inner, face._ringfx_faces.backend_now()
     if backend.is_running or isinstance(inner, DistributedDataParallel):
         return inner(*args, **kwargs)
-    refuse_sharded_part(face._ringfx_parts)
     try:
         with backend.call(inner, is_part=face._ringfx_is_part):
             return _programs(face, backend)(*args, **kwargs)
@@ -259,8 +260,9 @@ def _run(face: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _programs(face: Optimized, backend: Backend) -> Callable[..., Any]:
+    made_for = (backend, has_hooks(face._ringfx_inner))  # hooks are part of the program
     known = face._ringfx_programs
-    if known is None or known[0] is not backend:
-        known = (backend, compiled_call(face._ringfx_inner, backend))
+    if known is None or known[0] != made_for:
+        known = (made_for, compiled_call(face._ringfx_inner, backend))
         object.__setattr__(face, "_ringfx_programs", known)
     return known[1]

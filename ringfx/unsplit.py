@@ -43,7 +43,7 @@ def _causes() -> list[tuple[bool, str]]:
             "leave the mode before the model is called.",
         ),
         (
-            torch.jit.is_tracing() or torch.compiler.is_exporting(),
+            torch._C._get_tracing_state() is not None or torch.compiler.is_exporting(),
             "torch.jit.trace or torch.export traces it. Do: trace the model that was given to "
             "ringfx.optimize.",
         ),

@@ -1,0 +1,565 @@
+"""However a model is run, it is split, or an error or a warning says why not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import T5Config, T5ForConditionalGeneration
+
+import ringfx
+from ringfx.errors import InvalidArgument
+from ringfx.outputs import SplitTensor
+from ringfx.world import World
+from tests.end_to_end.models import PlainTransformer, llama, plain, shifted_loss, tokens
+from tests.harness import RankPool, gradient_differences, raises
+
+pytestmark = pytest.mark.ranks
+
+LENGTH = 13
+optimize = functools.partial(ringfx.optimize, compiler="eager")
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What ringfx warns of inside."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringfx").addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logging.getLogger("ringfx").removeHandler(handler)
+
+
+# --- ways of calling ----------------------------------------------------------------------------
+
+
+def forward(model: Any, x: torch.Tensor) -> Any:
+    return model.forward(x)
+
+
+def patched_forward(model: Any, x: torch.Tensor) -> Any:
+    """As accelerate wraps it: the function behind the method, bound to the model again."""
+    inside = model.forward.__func__
+    model.forward = types.MethodType(lambda *args, **kwargs: inside(*args, **kwargs), model)
+    return model(x)
+
+
+def compiled_again(model: Any, x: torch.Tensor) -> Any:
+    return torch.compile(model, backend="eager")(x)
+
+
+def in_a_compiled_function(model: Any, x: torch.Tensor) -> Any:
+    return torch.compile(lambda y: model(y), backend="eager")(x)
+
+
+def compile_method(model: Any, x: torch.Tensor) -> Any:
+    model.compile()
+    return model(x)
+
+
+def parameters_given(model: Any, x: torch.Tensor) -> Any:
+    return torch.func.functional_call(model, dict(model.named_parameters()), (x,))
+
+
+def deep_copied(model: Any, x: torch.Tensor) -> Any:
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    result = twin(x)
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.register_hook(functools.partial(_into, mine))
+    return result
+
+
+def _into(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    parameter.grad = gradient.clone()
+
+
+def with_hooks(model: Any, x: torch.Tensor) -> Any:
+    model.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+    model.register_forward_hook(lambda module, args, out: out * 1)
+    return model(x)
+
+
+WAYS: tuple[Callable[[Any, torch.Tensor], Any], ...] = (
+    forward, patched_forward, compiled_again, in_a_compiled_function, compile_method,
+    parameters_given, deep_copied, with_hooks,
+)  # fmt: skip
+
+
+def run_by(way: Callable[[Any, torch.Tensor], Any]) -> tuple[str, float, float]:
+    torch._dynamo.reset()
+    stock, x = plain()(), tokens(LENGTH)
+    source = copy.deepcopy(stock)
+    model: Any = optimize(source)
+    expected, out = stock(x), way(model, x)
+    shifted_loss(expected, x).backward()
+    shifted_loss(out, x).backward()
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, stock))
+    return (
+        type(out).__name__,
+        _worst(out, expected),
+        max(gradient_differences(ours, theirs).values()),
+    )
+
+
+def _worst(out: torch.Tensor, expected: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((out - expected).abs().max())
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_each_way_of_calling_is_split(ranks2: RankPool, way: Any) -> None:
+    for kind, output, gradient in ranks2.run(run_by, way):
+        assert kind == SplitTensor.__name__
+        assert output < 1e-5
+        assert gradient < 1e-4
+
+
+# --- roots of torch.nn --------------------------------------------------------------------------
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+
+ROOTS: tuple[Callable[[], nn.Module], ...] = (
+    encoder_layer,
+    lambda: nn.TransformerEncoder(encoder_layer(), 2),  # type: ignore[arg-type]
+    lambda: nn.Sequential(encoder_layer(), nn.Linear(32, 8)),
+    lambda: nn.Sequential(nn.LayerNorm(32), nn.Sequential(encoder_layer())),
+)
+
+
+def root(number: int) -> tuple[str, float, float]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stock = ROOTS[number]()
+    model = optimize(copy.deepcopy(stock))
+    x = torch.randn(2, LENGTH, 32)
+    out, expected = model(x), stock(x)
+    weight = torch.randn(expected.shape)
+    for y in (out, expected):
+        (y * weight).sum().backward()
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, stock))
+    return (
+        type(out).__name__,
+        _worst(out, expected),
+        max(gradient_differences(ours, theirs).values()),
+    )
+
+
+@pytest.mark.parametrize("number", range(len(ROOTS)))
+def test_roots_of_torch_nn_are_split(ranks2: RankPool, number: int) -> None:
+    for kind, output, gradient in ranks2.run(root, number):
+        assert kind == SplitTensor.__name__
+        assert output < 1e-5
+        assert gradient < 1e-4
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def a_part() -> tuple[str, float, bool, int, str]:
+    torch._dynamo.reset()
+    stock = llama()()
+    model: Any = optimize(copy.deepcopy(stock))
+    x = tokens(LENGTH)
+    hidden = model.model(input_ids=x).last_hidden_state
+    worst = _worst(hidden, stock.model(input_ids=x).last_hidden_state)
+    whole = model(input_ids=x).logits
+    same = model.model is model.model and type(model.model).__name__ == "LlamaModel"
+    return type(hidden).__name__, worst, same, len(model.plan.layers), type(whole).__name__
+
+
+def test_a_part_that_is_called_by_itself_is_split(ranks2: RankPool) -> None:
+    for kind, worst, same, num_layers, whole in ranks2.run(a_part):
+        assert (kind, same, num_layers, whole) == ("SplitTensor", True, 2, "SplitTensor")
+        assert worst < 1e-5
+
+
+def an_encoder_of_generate() -> tuple[str, bool]:
+    """``generate`` calls ``get_encoder()`` by itself, over the long source."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    stock = T5ForConditionalGeneration(config).eval()
+    model: Any = optimize(copy.deepcopy(stock))
+    x = tokens(LENGTH, vocab=61)
+    with torch.no_grad():
+        encoded = model.get_encoder()(x).last_hidden_state
+        made = [m.generate(x, max_new_tokens=3, do_sample=False).tolist() for m in (model, stock)]
+    return type(encoded).__name__, made[0] == made[1]
+
+
+def test_the_encoder_of_generate_is_split(ranks2: RankPool) -> None:
+    assert ranks2.run(an_encoder_of_generate) == [("SplitTensor", True)] * 2
+
+
+class Stem(nn.Module):
+    """Embeddings in a module of their own, as encoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Embedding(96, 48), nn.LayerNorm(48))
+        self.body = nn.Sequential(*plain()().blocks)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self.stem(x))
+
+
+def a_part_without_attention() -> tuple[str, float]:
+    torch.manual_seed(0)
+    stock = Stem()
+    model: Any = optimize(copy.deepcopy(stock))
+    out = model.stem(tokens(LENGTH))
+    return type(out).__name__, _worst(out, stock.stem(tokens(LENGTH)))
+
+
+def test_a_part_without_attention_runs_as_it_is(ranks2: RankPool) -> None:
+    assert ranks2.run(a_part_without_attention) == [("Tensor", 0.0)] * 2
+
+
+def under_a_checkpoint(reentrant: bool) -> tuple[str, float]:
+    stock = nn.Sequential(*plain()().blocks)
+    model = optimize(copy.deepcopy(stock))
+    x = torch.linspace(0, 1, LENGTH * 48).view(1, LENGTH, 48)
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    out = checkpoint(model, given[0], use_reentrant=reentrant)
+    out.square().mean().backward()
+    stock(given[1]).square().mean().backward()
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, stock))
+    return type(out).__name__, max(gradient_differences(ours, theirs).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_optimized_model_may_be_checkpointed(ranks2: RankPool, reentrant: bool) -> None:
+    for kind, gradient in ranks2.run(under_a_checkpoint, reentrant):
+        assert kind == SplitTensor.__name__
+        assert gradient < 1e-4
+
+
+# --- the ranks are looked up when the model is called -------------------------------------------
+
+
+@contextmanager
+def without_a_group() -> Iterator[None]:
+    """As before ``init_process_group``, in one process alone."""
+    with (
+        mock.patch.object(dist, "is_initialized", return_value=False),
+        mock.patch.dict(os.environ, WORLD_SIZE="1"),
+    ):
+        yield
+
+
+def late() -> tuple[int, int]:
+    with without_a_group():
+        model: Any = optimize(plain()())
+    model(tokens(LENGTH))
+    return model.plan.world_size, len(model.plan.axes)
+
+
+def test_optimize_may_come_before_the_process_group(ranks2: RankPool, ranks3: RankPool) -> None:
+    assert ranks2.run(late) == [(2, 1)] * 2
+    assert ranks3.run(late) == [(3, 1)] * 3
+
+
+def made_between_two_calls() -> tuple[int, int]:
+    model: Any = optimize(plain()())
+    with without_a_group():
+        model(tokens(LENGTH))
+        before = model.plan.world_size
+    model(tokens(LENGTH))
+    return before, model.plan.world_size
+
+
+def test_a_group_made_between_two_calls_is_used(ranks2: RankPool) -> None:
+    assert ranks2.run(made_between_two_calls) == [(1, 2)] * 2
+
+
+def stale_backend() -> None:
+    model = torch.compile(plain()(), backend="ringfx", options={"compiler": "eager"})
+    with without_a_group():
+        model(tokens(LENGTH))
+    model(tokens(LENGTH))
+
+
+def test_programs_of_the_backend_made_for_other_ranks_are_refused(ranks2: RankPool) -> None:
+    for text in raises(ranks2, stale_backend):
+        assert text.startswith("AgreementError: this program was compiled for 1 rank(s)")
+        assert "there are 2 now" in text
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_without_a_group_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "2")
+    model = optimize(plain()())  # before init_process_group, as with Trainer
+    with pytest.raises(InvalidArgument, match=rf"{name}=2 says that 2 processes were started"):
+        model(tokens(LENGTH))
+    monkeypatch.setenv(name, "1")
+    assert World.of(None) == World(1)
+
+
+# --- torch.compile(backend="ringfx") ------------------------------------------------------------
+
+
+def many_lengths() -> list[str]:
+    torch._dynamo.reset()
+    model = torch.compile(plain()(), backend="ringfx", options={"compiler": "eager"})
+    return [type(model(tokens(n))).__name__ for n in range(10, 22)]
+
+
+def test_the_backend_splits_any_number_of_lengths(ranks2: RankPool) -> None:
+    assert ranks2.run(many_lengths) == [["SplitTensor"] * 12] * 2
+
+
+STEPS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
+    "step": lambda model, optimizer: optimizer.step(),
+    "clip": lambda model, optimizer: (
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        optimizer.step(),
+    )[1],
+    "own": lambda model, optimizer: _own_step(model),
+}
+
+
+@torch.no_grad()
+def _own_step(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter -= 0.1 * parameter.grad
+
+
+def whole_step(name: str) -> tuple[float, float]:
+    """Loss, backward and the optimizer in one compiled function."""
+    torch._dynamo.reset()
+    stock = plain()()
+    models = [stock, copy.deepcopy(stock)]
+    losses: list[list[float]] = []
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def train(x: torch.Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> Any:
+            loss = model(x, labels=x)[0]
+            loss.backward()
+            STEPS[name](model, optimizer)
+            optimizer.zero_grad()
+            return loss
+
+        run: Any = train
+        if compiled:
+            run = torch.compile(train, backend="ringfx", options={"compiler": "eager"})
+        losses.append([float(run(tokens(LENGTH, seed=s))) for s in range(3)])
+    with torch.no_grad():
+        pairs = zip(*(m.parameters() for m in models), strict=True)
+        apart = max(float((a - b).abs().max()) for a, b in pairs)
+    return max(abs(a - b) for a, b in zip(*losses, strict=True)), apart
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_training_step_may_be_compiled(ranks2: RankPool, name: str) -> None:
+    for loss, apart in ranks2.run(whole_step, name):
+        assert loss < 1e-5
+        assert apart < 1e-5
+
+
+# --- what cannot be split says so ---------------------------------------------------------------
+
+
+def under_a_stance() -> tuple[str, list[str]]:
+    model = optimize(plain()())
+    with said() as texts, torch.compiler.set_stance("force_eager"):
+        out = model(tokens(LENGTH))
+        model(tokens(LENGTH))
+    return type(out).__name__, texts
+
+
+def test_a_stance_is_named(ranks2: RankPool) -> None:
+    for kind, texts in ranks2.run(under_a_stance):
+        assert kind == "Tensor"
+        assert len(texts) == 1
+        assert "ran whole on every rank: torch.compiler.set_stance('force_eager')" in texts[0]
+
+
+def in_a_transform() -> list[str]:
+    model = optimize(plain()())
+    parameters = dict(model.named_parameters())
+
+    def loss(p: Any) -> torch.Tensor:
+        out: torch.Tensor = torch.func.functional_call(model, p, (tokens(LENGTH),))
+        return out.sum()
+
+    with said() as texts:
+        torch.func.grad(loss)(parameters)
+    return texts
+
+
+def test_a_transform_is_named(ranks2: RankPool) -> None:
+    for texts in ranks2.run(in_a_transform):
+        assert [t for t in texts if "inside a transform of torch.func" in t]
+
+
+def compiled_too() -> list[str]:
+    with said() as texts:
+        compile_method(optimize(plain()()), tokens(LENGTH))
+    return texts
+
+
+def test_compiling_again_is_said_to_have_no_effect(ranks2: RankPool) -> None:
+    for texts in ranks2.run(compiled_too):
+        assert [t for t in texts if t.startswith("model.compile() has no effect")]
+
+
+# --- identity -----------------------------------------------------------------------------------
+
+
+def test_the_class_of_an_optimized_model_builds_plain_models() -> None:
+    model: Any = optimize(llama()())
+    made = type(model)(model.config)
+    assert type(made).__name__ == "LlamaForCausalLM"
+    assert not isinstance(made, ringfx.api.Optimized)
+    assert made(input_ids=tokens(LENGTH)).logits.shape == (1, LENGTH, 96)
+    again = type(model)._from_config(model.config)
+    assert not isinstance(again, ringfx.api.Optimized)
+
+
+def test_setting_a_part_keeps_the_part_itself() -> None:
+    model: Any = optimize(llama()())
+    inner = model._modules["model"]
+    model.model = model.model
+    assert model._modules["model"] is inner
+
+
+_ALIVE = [0]
+
+
+class _Box:
+    """What autograd keeps of a saved tensor, counted."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        _ALIVE[0] += 1
+        self.x = x.detach()
+
+    def __del__(self) -> None:
+        _ALIVE[0] -= 1
+
+
+def _saved_after(model: nn.Module, use: Callable[[torch.Tensor], Any]) -> tuple[int, int]:
+    gc.collect()
+    gc.disable()
+    try:
+        before = _ALIVE[0]
+        with torch.autograd.graph.saved_tensors_hooks(_Box, lambda box: box.x):
+            out = model(tokens(LENGTH))
+            peak = _ALIVE[0] - before
+            use(out)
+        del out
+        return peak, _ALIVE[0] - before
+    finally:
+        gc.enable()
+
+
+USES: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda out: None,
+    lambda out: out[:, -1].sum(),
+    lambda out: F.cross_entropy(out[0], tokens(LENGTH)[0]),
+    lambda out: out.square().mean().backward(),
+)
+
+
+def what_is_left() -> list[tuple[int, int]]:
+    model = optimize(plain()())
+    model(tokens(LENGTH)).sum()
+    return [_saved_after(model, use) for use in USES]
+
+
+def test_no_circle_of_references_keeps_a_steps_graph(ranks2: RankPool) -> None:
+    for found in ranks2.run(what_is_left):
+        assert all(peak > 10 and left == 0 for peak, left in found), found
+
+
+# --- fully_shard --------------------------------------------------------------------------------
+
+
+def sharded(order: str) -> tuple[float, int, int]:
+    torch._dynamo.reset()
+    stock, x = plain()(), tokens(LENGTH)
+    source: Any = copy.deepcopy(stock)
+    model: Any = optimize(source) if order in ("after", "part") else source
+    for block in model.blocks if order != "root" else ():
+        fully_shard(block)
+    fully_shard(model)
+    model = model if order in ("after", "part") else optimize(model)
+    for one in (model, stock):
+        one(x, labels=x)[0].backward()
+    model.set_requires_gradient_sync(True)  # it is still a model that fully_shard knows
+    whole = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    expected = {n: p.grad for n, p in stock.named_parameters()}
+    worst = max(gradient_differences(whole, expected).values())
+    return worst, model.plan.world_size, len(model.plan.layers)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "root"])
+def test_fully_shard_works_before_and_after(ranks2: RankPool, order: str) -> None:
+    for worst, ranks, num_layers in ranks2.run(sharded, order):
+        assert worst < 1e-4
+        assert (ranks, num_layers) == (2, 2)
+
+
+def a_sharded_part() -> float:
+    """``fully_shard(model.model)`` of an optimized model: the whole sees that it is sharded."""
+    stock, x = llama()(), tokens(LENGTH)
+    model: Any = optimize(copy.deepcopy(stock))
+    fully_shard(model.model)
+    fully_shard(model)
+    for one in (model, stock):
+        one(input_ids=x, labels=x).loss.backward()
+    whole = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    expected = {n: p.grad for n, p in stock.named_parameters()}
+    return max(gradient_differences(whole, expected).values())
+
+
+def test_a_part_of_an_optimized_model_may_be_sharded(ranks2: RankPool) -> None:
+    assert max(ranks2.run(a_sharded_part)) < 1e-4
+
+
+def tensor_parallel() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    model: Any = plain()()
+    assert isinstance(model, PlainTransformer)
+    parallelize_module(model.blocks[0].mlp, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    optimize(model)(tokens(LENGTH))
+
+
+def test_parallelize_module_is_refused_by_name(ranks2: RankPool) -> None:
+    for text in raises(ranks2, tensor_parallel):
+        assert text.startswith("InvalidArgument: blocks.0.mlp.1.weight (96, 48) is a DTensor")
+        assert "fully_shard (FSDP2) works" in text
