@@ -63,7 +63,8 @@ def patched_forward(model: Any, x: torch.Tensor) -> Any:
 
 
 def compiled_again(model: Any, x: torch.Tensor) -> Any:
-    return torch.compile(model, backend="eager")(x)
+    compiled: Any = torch.compile(model, backend="eager")
+    return compiled(x)
 
 
 def in_a_compiled_function(model: Any, x: torch.Tensor) -> Any:
@@ -179,7 +180,7 @@ def test_roots_of_torch_nn_are_split(ranks2: RankPool, number: int) -> None:
 
 def a_part() -> tuple[str, float, bool, int, str]:
     torch._dynamo.reset()
-    stock = llama()()
+    stock: Any = llama()()
     model: Any = optimize(copy.deepcopy(stock))
     x = tokens(LENGTH)
     hidden = model.model(input_ids=x).last_hidden_state
@@ -198,11 +199,10 @@ def test_a_part_that_is_called_by_itself_is_split(ranks2: RankPool) -> None:
 def an_encoder_of_generate() -> tuple[str, bool]:
     """``generate`` calls ``get_encoder()`` by itself, over the long source."""
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    stock = T5ForConditionalGeneration(config).eval()
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    configured: Any = T5Config
+    config = configured(**sizes, num_heads=4, decoder_start_token_id=0)
+    stock: Any = T5ForConditionalGeneration(config).train(False)
     model: Any = optimize(copy.deepcopy(stock))
     x = tokens(LENGTH, vocab=61)
     with torch.no_grad():
@@ -215,13 +215,19 @@ def test_the_encoder_of_generate_is_split(ranks2: RankPool) -> None:
     assert ranks2.run(an_encoder_of_generate) == [("SplitTensor", True)] * 2
 
 
+def blocks() -> list[nn.Module]:
+    model = plain()()
+    assert isinstance(model, PlainTransformer)
+    return list(model.blocks)
+
+
 class Stem(nn.Module):
     """Embeddings in a module of their own, as encoders have them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Embedding(96, 48), nn.LayerNorm(48))
-        self.body = nn.Sequential(*plain()().blocks)
+        self.body = nn.Sequential(*blocks())
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.body(self.stem(x))
@@ -240,7 +246,7 @@ def test_a_part_without_attention_runs_as_it_is(ranks2: RankPool) -> None:
 
 
 def under_a_checkpoint(reentrant: bool) -> tuple[str, float]:
-    stock = nn.Sequential(*plain()().blocks)
+    stock = nn.Sequential(*blocks())
     model = optimize(copy.deepcopy(stock))
     x = torch.linspace(0, 1, LENGTH * 48).view(1, LENGTH, 48)
     given = [x.clone().requires_grad_() for _ in range(2)]
@@ -334,21 +340,25 @@ def test_the_backend_splits_any_number_of_lengths(ranks2: RankPool) -> None:
     assert ranks2.run(many_lengths) == [["SplitTensor"] * 12] * 2
 
 
-STEPS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
-    "step": lambda model, optimizer: optimizer.step(),
-    "clip": lambda model, optimizer: (
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1),
-        optimizer.step(),
-    )[1],
-    "own": lambda model, optimizer: _own_step(model),
-}
+def _step(model: nn.Module, optimizer: Any) -> None:
+    optimizer.step()
 
 
-@torch.no_grad()
-def _own_step(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        parameter -= 0.1 * parameter.grad
+def _clipped_step(model: nn.Module, optimizer: Any) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+
+
+def _own_step(model: nn.Module, optimizer: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad, alpha=0.1)
+
+
+STEPS: dict[str, Callable[[nn.Module, Any], None]] = {
+    "step": _step, "clip": _clipped_step, "own": _own_step
+}  # fmt: skip
 
 
 def whole_step(name: str) -> tuple[float, float]:
@@ -554,7 +564,6 @@ def tensor_parallel() -> None:
 
     mesh = init_device_mesh("cpu", (2,))
     model: Any = plain()()
-    assert isinstance(model, PlainTransformer)
     parallelize_module(model.blocks[0].mlp, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
     optimize(model)(tokens(LENGTH))
 
