@@ -30,7 +30,8 @@ Decomposition = Callable[..., Any]
 _ENTERS = (torch.amp.autocast_mode._enter_autocast, torch.set_autocast_enabled)
 _NARROW = (torch.float16, torch.bfloat16)
 _PRODUCTS = (aten.einsum.default, aten.tensordot.default)
-"""Made of one product: casting their operands is what autocast does, and keeps their axes."""
+"""Made of one product if they have two operands: casting these is what autocast does, and keeps
+their axes."""
 
 
 @functools.cache
@@ -219,9 +220,10 @@ def _watched(
     """What autocast does to a call, by calling."""
     if not op.has_kernel_for_dispatch_key(_keys()[device]):
         others = _reaches_others(op, leaves, structure)
-        if not (others and op in _PRODUCTS):
+        factors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+        if not (others and op in _PRODUCTS and len(factors) == 2):
             return _Rule(takes_apart=others)
-        castable = (i for i, x in enumerate(leaves) if _is_castable(x))
+        castable = (i for i in factors if _is_castable(leaves[i]))
         return _Rule(casts=dict.fromkeys(castable, torch.get_autocast_dtype(device)))
     seen = _run(op, leaves, structure)
     if seen.casts:

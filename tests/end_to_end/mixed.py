@@ -5,7 +5,7 @@ outside. The oracle is the same model and recipe on float64 weights, which autoc
 What is compared: every floating output, the loss and the gradient of every parameter. With d the
 2-norm of a difference from the oracle,
 
-    d(split)  <=  2 * d(unsplit) + EPS / 4 * max(norm of the oracle, 1e-3 * the largest of its kind)
+    d(split)  <=  2 * d(unsplit) + EPS / 4 * max(norm of the oracle, floor * the largest of its kind)
 
 where EPS is the distance of two numbers of the narrow type (EPS / 2 for a single number): how one
 rounding more falls out is chance. Whole models are 1 % off, which is 5 times that.
@@ -48,6 +48,8 @@ class Mixed:
     label: str = ""
     sites: int | None = None
     """Attentions that must be found and split."""
+    floor: float = 1e-3
+    """Size of a tensor, beside the largest of its kind, below which it is all rounding."""
 
 
 def leave_as_is(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -189,7 +191,7 @@ def _excess(
     excess = {}
     for name, value in wanted.items():
         chance = case.eps / (4 if value.numel() > 1 else 2)
-        floor = chance * max(float(value.norm()), 1e-3 * largest[name.split(" ")[0]])
+        floor = chance * max(float(value.norm()), case.floor * largest[name.split(" ")[0]])
         assert found[name].dtype == near[name].dtype, (case.label, name, found[name].dtype)
         allowed = ALLOWED * float((near[name].double() - value).norm()) + floor
         ratio = float((found[name].double() - value).norm()) / max(allowed, 1e-300)
