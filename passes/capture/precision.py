@@ -236,9 +236,7 @@ def _watched(
     return _Rule(casts=dict.fromkeys(narrow, torch.float32))
 
 
-def _reaches_others(
-    op: OpOverload, leaves: Sequence[Any], structure: pytree.TreeSpec
-) -> bool:
+def _reaches_others(op: OpOverload, leaves: Sequence[Any], structure: pytree.TreeSpec) -> bool:
     """Whether autocast changes what an operator that it has no rule for is made of.
 
     It casts by itself perhaps, so calls with and without autocast are compared; of one type, since

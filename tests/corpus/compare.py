@@ -24,10 +24,10 @@ itself is far from exact, a token went to another expert.
 
 Under autocast to bfloat16 results are held against the exact ones alone, by their 2-norm:
 
-    |t - t'|  <=  2 |t* - t'| + 2^-9 max(|t'|, 1e-3 T)                                 (autocast)
+    |t - t'|  <=  2 r + 2^-9 |t'|                                                      (autocast)
 
-where T is the largest |t'| of all gradients, or of all other tensors; 2^-9 is half the distance of
-two numbers of bfloat16, twice that for a single number.
+where r is |t* - t'|, for gradients the largest of all parameters' as above; 2^-9 is half the
+distance of two numbers of bfloat16, and twice that for a single number.
 
 A gradient that only one side has, another shape, and NaN agree with nothing.
 """
@@ -106,11 +106,9 @@ def _excess(name: str, ours: Results, stock: Results, exact: Results) -> float:
         return 0.0 if mine is theirs else math.inf
     if not mine.shape == theirs.shape == true.shape:
         return math.inf
-    kind = (t for n, t in exact.tensors.items() if _is_gradient(n) == _is_gradient(name))
-    largest = max(_norm(_finite(t)) for t in kind if t is not None)
-    size = max(_norm(_finite(true)), 1e-3 * largest)
-    chance = ROUNDING * (2 if true.numel() == 1 else 1) * size
-    allowed = 2 * _norm(_difference(theirs, true)) + chance
+    chance = ROUNDING * (2 if true.numel() == 1 else 1) * _norm(_finite(true))
+    rounding = max(_norm(_difference(*pair)) for pair in _of_kind(name, stock, exact))
+    allowed = 2 * rounding + chance
     found = _norm(_difference(mine, true))
     return math.inf if math.isnan(found) else found / allowed if allowed else float(found > 0)
 

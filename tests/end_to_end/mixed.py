@@ -5,9 +5,9 @@ outside. The oracle is the same model and recipe on float64 weights, which autoc
 What is compared: every floating output, the loss and the gradient of every parameter. With d the
 2-norm of a difference from the oracle,
 
-    d(split)  <=  2 * d(unsplit) + EPS / 4 * max(norm of the oracle, floor * the largest of its kind)
+    d(split)  <=  2 * d(unsplit) + EPS / 4 * max(norm of the oracle, floor * L)
 
-where EPS is the distance of two numbers of the narrow type (EPS / 2 for a single number): how one
+where L is the largest norm of its kind (gradients, outputs) and EPS is the distance of two numbers of the narrow type (EPS / 2 for a single number): how one
 rounding more falls out is chance. Whole models are 1 % off, which is 5 times that.
 """
 

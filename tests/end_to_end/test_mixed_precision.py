@@ -41,9 +41,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 def case(model: Any, recipe: Any, label: str, compiler: str = "eager", **more: Any) -> Mixed:
     given = {"sites": LAYERS, "inputs": inputs()} | more
     options = {"compiler": compiler} | given.pop("options", {})
-    return Mixed(
-        model=model, recipe=recipe, options=options, label=f"{label}, {compiler}", **given
-    )
+    return Mixed(model=model, recipe=recipe, options=options, label=f"{label}, {compiler}", **given)
 
 
 def spellings() -> list[Mixed]:
@@ -118,9 +116,7 @@ def hugging_face() -> list[Mixed]:
 
 def checkpointed_llama(reentrant: bool) -> nn.Module:
     model: Any = llama()()
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model.train()  # type: ignore[no-any-return]
 
 
