@@ -335,7 +335,8 @@ def _mean(
     call = Call(node)
     shape, result = call.shapes[0], call.result_shape
     count = shape.numel() // max(result.numel(), 1)
-    dtype = {"dtype": call["dtype"]} if call.get("dtype") is not None else _wide(node)
+    asked = call.get("dtype")
+    dtype: dict[str, Any] = _wide(node) if asked is None else {"dtype": asked}
     if "dim" in call.arguments and call["dim"] is not None:
         args = (operand, call["dim"], call["keepdim"])
         total = graph.call_function(aten.sum.dim_IntList, args, dtype)
@@ -353,5 +354,5 @@ def _partial(graph: Graph, node: Node, operands: list[Node]) -> Node:
     return made
 
 
-def _wide(node: Node) -> dict[str, torch.dtype]:
+def _wide(node: Node) -> dict[str, Any]:
     return {"dtype": torch.float32} if is_narrow(node) else {}

@@ -7,8 +7,9 @@ What is compared: every floating output, the loss and the gradient of every para
 
     d(split)  <=  2 * d(unsplit) + EPS / 4 * max(norm of the oracle, floor * L)
 
-where L is the largest norm of its kind (gradients, outputs) and EPS is the distance of two numbers of the narrow type (EPS / 2 for a single number): how one
-rounding more falls out is chance. Whole models are 1 % off, which is 5 times that.
+where L is the largest norm of its kind (gradients, outputs) and EPS the distance of two numbers of
+the narrow type (twice that for a single number): how one rounding more falls out is chance. Whole
+models are 1 % off, which is 5 times that.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,11 +14,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from tests.passes.package_calls import attend_by_flash
-
 __all__ = ["CORES", "Disabled", "Inside", "Layers", "MultiHead", "inputs", "layers"]
 
 WIDTH, HEADS, LAYERS = 32, 4, 2
+_packages: Any = importlib.import_module("tests.passes.package_calls")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ def sdpa_biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return hidden(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    mixed: Tensor = hidden(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    return mixed
 
 
 def wide_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The package takes one type, so that its callers cast, as Hugging Face does."""
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-    result: Tensor = attend_by_flash(q, k, v, causal=True)
+    result: Tensor = _packages.attend_by_flash(q, k, v, causal=True)
     return result.transpose(1, 2)
 
 
