@@ -33,6 +33,7 @@ from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
+from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Arrival, Resharding
@@ -93,9 +94,10 @@ class Backend:
             raise AttentionNotFound(no_attention_text(self.plans))
         device = _device(example_inputs)
         extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
-        compiled = hand_over(
-            lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
-        )
+        with autocast_off():
+            compiled = hand_over(
+                lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
+            )
         specs = {i: given[i]._spec for i in lowered.arrived}
         return Runner(lowered, compiled, extra, self, specs)
 
@@ -234,6 +236,10 @@ class Runner:
         )
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        with autocast_off():
+            return self._call(inputs)
+
+    def _call(self, inputs: Sequence[Any]) -> list[Any]:
         self._ran.append(self._plan)
         if not self._between.called:
             self._refuse_other_ranks()

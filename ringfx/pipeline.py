@@ -17,6 +17,7 @@ from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
+from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
@@ -73,6 +74,13 @@ def lower(
     parts of those that it can use so (``Lowered.arrived``), and all others whole.
     """
     captured = capture(gm, example_inputs, known=find_rule)
+    with autocast_off():  # the captured program says every cast
+        return _lowered(captured, settings, world, arrivals or {})
+
+
+def _lowered(
+    captured: Captured, settings: Settings, world: World, arrivals: Mapping[int, Arrival]
+) -> Lowered:
     sites = recover(captured, detect(captured))
     overlooked, attentions = missed(captured, sites)
     if settings.strict:
@@ -81,7 +89,7 @@ def lower(
 
     axes = name_axes(graph)
     given = [n for n in graph.nodes if n.op == "placeholder"]
-    split = {given[i]: arrival for i, arrival in (arrivals or {}).items()}
+    split = {given[i]: arrival for i, arrival in arrivals.items()}
     lines = find_lines(graph, axes, sites.found, world.size, split)
     for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
         changed = world.size > 1 and (
@@ -132,7 +140,7 @@ def lower(
         local=local,
         held=sites.buffers,
         arrived=frozenset(i for i, n in enumerate(given) if n in lines.arrived),
-        digest=_digest(captured, plan, arrivals or {}),
+        digest=_digest(captured, plan, arrivals),
     )
 
 

@@ -30,6 +30,7 @@ from ringfx.passes.axes.call import Call, Labels, OpAxes, Share
 from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.own_backward import OwnBackward
+from ringfx.passes.capture.precision import Obeying
 
 __all__ = ["own_backward"]
 
@@ -236,14 +237,14 @@ def _trace(call: Call) -> GraphModule:
         given = list(args)
         for i, tensor in zip(at, tensors, strict=False):
             given[i] = tensor
-        results, saved = torch.fx.Interpreter(function.forward).run(*given)
-        gradients = torch.fx.Interpreter(function.backward).run(*tensors[len(at) :], *saved)
+        results, saved = Obeying(function.forward).run(*given)
+        gradients = Obeying(function.backward).run(*tensors[len(at) :], *saved)
         gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
         return _tensors(results), [gradients[i] for i in at]
 
     mode = detect_fake_mode(values)
     assert mode is not None, "a captured program holds fake values"
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), function.autocast.active():
         traced: Callable[..., GraphModule] = make_fx(joint, pre_dispatch=True)
         return traced(*values, *incoming)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.flex import flex_attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
+from ringfx.passes.capture.precision import Autocast, Obeying, autocast_off
 from ringfx.passes.capture.regions import REGION, flatten_region
 from ringfx.passes.capture.selective import Asked, policy_of
 
-__all__ = ["INLINED", "REFUSED", "Inliner", "autocast_kept", "refuse_unsupported"]
+__all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
 
 INLINED = frozenset({"tag_activation_checkpoint", "wrap", "invoke_subgraph", "wrap_with_autocast"})
 """Higher-order operators whose body is run in place."""
@@ -55,29 +56,7 @@ def _reason(node: torch.fx.Node) -> str | None:
     return None
 
 
-def _autocast_state(device: str) -> tuple[torch.dtype, bool]:
-    return torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-
-def _set_autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> None:
-    """Tracing only records that an autocast region begins; without this, types would be wrong."""
-    torch.set_autocast_enabled(device, enabled)
-    if dtype is not None:
-        torch.set_autocast_dtype(device, dtype)
-
-
-@contextlib.contextmanager
-def autocast_kept() -> Iterator[None]:
-    """Restore the autocast state of every device type, whatever tracing did to it."""
-    before = {device: _autocast_state(device) for device in ("cpu", "cuda")}
-    try:
-        yield
-    finally:
-        for device, (dtype, enabled) in before.items():
-            _set_autocast(device, dtype, enabled)
-
-
-class Inliner(torch.fx.Interpreter):
+class Inliner(Obeying):
     """Runs Dynamo's graph and, in place, the bodies of the higher-order operators in INLINED.
 
     Nodes of a checkpointed body are tagged as AOTAutograd's partitioner reads it, so that
@@ -85,22 +64,12 @@ class Inliner(torch.fx.Interpreter):
     """
 
     def __init__(self, gm: torch.fx.GraphModule, region: int | None = None) -> None:
-        super().__init__(gm, garbage_collect_values=True)
+        super().__init__(gm)
         self._region = region
         self._regions = 0
         self._where = ""
-        self._autocast: list[tuple[str, torch.dtype, bool]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
-            self._autocast.append((args[0], *_autocast_state(args[0])))
-            entered = super().call_function(target, args, kwargs)
-            _set_autocast(*args[:3])
-            return entered
-        if target is torch.amp.autocast_mode._exit_autocast:
-            device, dtype, enabled = self._autocast.pop()
-            _set_autocast(device, dtype, enabled)
-            return super().call_function(target, args, kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._inline(target.name(), args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -110,6 +79,8 @@ class Inliner(torch.fx.Interpreter):
         assert isinstance(body, torch.fx.GraphModule), f"{target} is {type(body)}"
         if REGION in target:
             body = flatten_region(body, args)
+            with autocast_off():  # the region was traced below it
+                return Inliner(body, self._region).run(*args)
         return Inliner(body, self._region).run(*args)
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -131,13 +102,9 @@ class Inliner(torch.fx.Interpreter):
         if name == "autograd_function_apply":
             return self._own_backward(args, kwargs)
         if name == "wrap_with_autocast":
-            device, dtype, enabled, cache, body, *operands = args
-            before = _autocast_state(device)
-            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-                _set_autocast(device, dtype, enabled)
-                result = Inliner(body, self._region).run(*operands)
-                _set_autocast(device, *before)
-            return result
+            device, dtype, enabled, _cache, body, *operands = args
+            with Autocast.now().entered(device, dtype, enabled).active():
+                return Inliner(body, self._region).run(*operands)
         if name == "invoke_subgraph":
             body, _identifier, *operands = args
         else:
@@ -169,4 +136,4 @@ class Inliner(torch.fx.Interpreter):
                 f"{self._where}: a torch.autograd.Function writes into its inputs. "
                 "Do: let it return a new tensor."
             )
-        return OwnBackward(forward, backward, kwargs)(*operands)
+        return OwnBackward(forward, backward, kwargs, Autocast.now())(*operands)

@@ -196,8 +196,7 @@ class _Functionalizer:
         old, new = target.meta["val"], value.meta["val"]
         if new.shape != old.shape:
             self._refuse(f"it would change a shape from {tuple(old.shape)} to {tuple(new.shape)}")
-        # Under autocast a value's type is only known when the program runs.
-        if new.dtype != old.dtype or (old.is_floating_point() and _autocast_matters(self.now)):
+        if new.dtype != old.dtype:
             return self.emit(aten.to.dtype, value, old.dtype)
         return value
 
@@ -333,14 +332,6 @@ def _shares(a: Node, b: Node) -> bool:
 
 def _same(a: Node, b: Node) -> bool:
     return same_elements(a.meta["val"], b.meta["val"])
-
-
-def _autocast_matters(node: Node) -> bool:
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-        or any(n.target is torch.amp.autocast_mode._enter_autocast for n in node.graph.nodes)
-    )
 
 
 def _last_uses(graph: Graph) -> dict[Node, int]:

@@ -14,7 +14,8 @@ import torch
 __all__ = ["LOSS_DECOMPOSITIONS"]
 
 aten = torch.ops.aten
-MEAN, SUM = 1, 2
+NONE, MEAN, SUM = 0, 1, 2
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 def cross_entropy(
@@ -35,10 +36,22 @@ def cross_entropy(
         return aten.cross_entropy_loss.default(x, target, weight, reduction, ignore_index, 0.0)
     if reduction != MEAN:
         return NotImplemented
-    total = aten.cross_entropy_loss.default(x, target, weight, SUM, ignore_index, label_smoothing)
+    total = _total(
+        x.dtype,
+        lambda reduction: aten.cross_entropy_loss.default(
+            x, target, weight, reduction, ignore_index, label_smoothing
+        ),
+    )
     if target.shape == x.shape:  # class probabilities: every row counts
-        return total / (x.numel() // max(classes, 1))
-    return total / _weight(target, weight, ignore_index)
+        return (total / (x.numel() // max(classes, 1))).to(x.dtype)
+    return (total / _weight(target, weight, ignore_index)).to(x.dtype)
+
+
+def _total(dtype: torch.dtype, loss: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The sum of a loss; of float16 and bfloat16 in float32, as the operator sums inside."""
+    if dtype not in _NARROW:
+        return loss(SUM)
+    return loss(NONE).sum(dtype=torch.float32)
 
 
 def negative_log_likelihood(
@@ -55,7 +68,8 @@ def negative_log_likelihood(
     ) -> Any:
         if reduction != MEAN:
             return NotImplemented
-        return op(x, target, weight, SUM, ignore_index) / _weight(target, weight, ignore_index)
+        total = _total(x.dtype, lambda reduction: op(x, target, weight, reduction, ignore_index))
+        return (total / _weight(target, weight, ignore_index)).to(x.dtype)
 
     return mean
 
@@ -66,7 +80,8 @@ def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
     if weight is None:
         return kept.sum()
     chosen = weight[torch.where(kept, target, 0)]
-    return torch.where(kept, chosen, 0).sum()
+    wide = {"dtype": torch.float32} if weight.dtype in _NARROW else {}
+    return torch.where(kept, chosen, 0).sum(**wide)
 
 
 def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -76,7 +91,9 @@ def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
         if reduction != MEAN:
             return NotImplemented
         count = torch.broadcast_shapes(x.shape, target.shape).numel()
-        return op(x, target, SUM, *args, **kwargs) / count
+        dtype = torch.result_type(x, target)
+        total = _total(dtype, lambda reduction: op(x, target, reduction, *args, **kwargs))
+        return (total / count).to(dtype)
 
     return mean
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from ringfx.passes.capture.aliases import storage_of
+from ringfx.passes.capture.precision import Autocast, Obeying
 from ringfx.passes.capture.regions import trace_below_autograd
 
 __all__ = ["OwnBackward", "writes_operands"]
@@ -36,12 +37,19 @@ class OwnBackward:
     """
 
     def __init__(
-        self, forward: GraphModule, backward: GraphModule, options: Mapping[str, Any]
+        self,
+        forward: GraphModule,
+        backward: GraphModule,
+        options: Mapping[str, Any],
+        autocast: Autocast,
     ) -> None:
         self.forward = forward
         self.backward = backward
         self.options = dict(options)
+        self.autocast = autocast
+        """Under which it was called: the bodies stand as they are, and are run under it."""
         text = f"{forward.code}{backward.code}{sorted(self.options.items())}"
+        text += f"{autocast.states}" if autocast.is_on else ""
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         # torch.fx names a call by these, and ranks compare programs by those names.
         self.__name__ = self.__qualname__ = f"own_backward_{digest}"
@@ -53,18 +61,22 @@ class OwnBackward:
     def __call__(self, *operands: Any) -> Any:
         mode = get_proxy_mode()
         if mode is None or not getattr(mode, "pre_dispatch", False):
-            return _apply(self.forward, self.backward, *operands, **self.options)
+            return self._call(operands)
         tracer = cast(Any, mode.tracer)
         proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
         proxy = tracer.create_proxy("call_function", self, proxies, {}, name="own_backward")
         with disable_proxy_modes_tracing():
-            results = _apply(self.forward, self.backward, *operands, **self.options)
+            results = self._call(operands)
         return track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+
+    def _call(self, operands: Sequence[Any]) -> Any:
+        with self.autocast.active():
+            return _apply(self.forward, self.backward, *operands, **self.options)
 
 
 def writes_operands(forward: GraphModule, operands: Sequence[Any]) -> bool:
     """Whether a forward changes what it is given, by any of its views."""
-    flat = trace_below_autograd(torch.fx.Interpreter(forward).run, operands)
+    flat = trace_below_autograd(Obeying(forward).run, operands)
     given = {storage_of(n.meta.get("val")) for n in flat.graph.nodes if n.op == "placeholder"} - {
         None
     }

@@ -20,6 +20,7 @@ from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from ringfx.passes.capture.numbers import ask_for_numbers
 from ringfx.passes.capture.origin import clean_path, stamp_origins
+from ringfx.passes.capture.precision import Autocast, autocast_off, enters_autocast, spelled_out
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
@@ -50,6 +51,17 @@ def capture(
     CaptureRefused
         For a construct that cannot be carried with its meaning and gradient kept.
     """
+    autocast, autocasts = Autocast.now(), enters_autocast(gm)
+    with autocast_off():
+        return _capture(gm, example_inputs, known, autocast if autocasts else None)
+
+
+def _capture(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    known: Callable[[object], object | None],
+    autocast: Autocast | None,
+) -> Captured:
     ask_for_numbers(gm)
     constructs.refuse_unsupported(gm)
     fold_regions(gm)
@@ -57,11 +69,12 @@ def capture(
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     mode = _fake_mode(example_inputs)
     fakes = [_fake(mode, v) for v in example_inputs]
-    with mode, fx_traceback.preserve_node_meta(), constructs.autocast_kept():
+    table = LOSS_DECOMPOSITIONS | DEFINITIONS
+    with mode, fx_traceback.preserve_node_meta(), (autocast or Autocast.now()).active():
         traced = make_fx(
             lambda *args: constructs.Inliner(gm).run(*args),
             pre_dispatch=True,
-            decomposition_table=LOSS_DECOMPOSITIONS | DEFINITIONS,
+            decomposition_table=table if autocast is None else spelled_out(table),
         )(*fakes)
     names = tuple(input_name(n) for n in placeholders)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)

@@ -13,7 +13,7 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Lookup, Reach, Split, Turn
-from ringfx.passes.rewrite.crossings import Crossings
+from ringfx.passes.rewrite.crossings import Crossings, is_narrow
 
 __all__ = ["local_call", "local_shape", "shifted"]
 
@@ -54,7 +54,7 @@ def local_call(
         operands = _filled(graph, placement, node, axes, mode, operands, crossings)
         if axes.mean:
             return _mean(graph, placement, node, operands[0], crossings)
-        return crossings.reduce(node, _copy(graph, node, operands))
+        return crossings.reduce(node, _partial(graph, node, operands))
     new = _copy(graph, node, operands)
     if axes.size_arg is not None:
         _set_argument(new, node, axes.size_arg, list(local_shape(placement, node)))
@@ -335,10 +335,24 @@ def _mean(
     call = Call(node)
     shape, result = call.shapes[0], call.result_shape
     count = shape.numel() // max(result.numel(), 1)
-    dtype = {"dtype": call["dtype"]} if call.get("dtype") is not None else {}
+    asked = call.get("dtype")
+    dtype: dict[str, Any] = _wide(node) if asked is None else {"dtype": asked}
     if "dim" in call.arguments and call["dim"] is not None:
         args = (operand, call["dim"], call["keepdim"])
         total = graph.call_function(aten.sum.dim_IntList, args, dtype)
     else:
         total = graph.call_function(aten.sum.default, (operand,), dtype)
-    return graph.call_function(aten.div.Scalar, (crossings.reduce(node, total), count))
+    mean = graph.call_function(aten.div.Scalar, (crossings.total(node, total), count))
+    return crossings.narrowed(node, mean)
+
+
+def _partial(graph: Graph, node: Node, operands: list[Node]) -> Node:
+    """This rank's part of a sum: what sums alone is not rounded before all parts are there."""
+    made = _copy(graph, node, operands)
+    if node.target in (aten.sum.default, aten.sum.dim_IntList) and Call(node).get("dtype") is None:
+        made.kwargs = {**made.kwargs, **_wide(node)}
+    return made
+
+
+def _wide(node: Node) -> dict[str, Any]:
+    return {"dtype": torch.float32} if is_narrow(node) else {}

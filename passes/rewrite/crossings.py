@@ -22,7 +22,7 @@ from ringfx.passes.place.member import Member
 from ringfx.passes.place.modes import Form
 from ringfx.passes.values import Resharding
 
-__all__ = ["Crossings", "save_messages"]
+__all__ = ["Crossings", "is_narrow", "save_messages"]
 
 aten = torch.ops.aten
 _GRADIENT = "completes a gradient"
@@ -154,9 +154,22 @@ class Crossings:
         return self.graph.call_function(collectives.slice_tokens, args)
 
     def reduce(self, node: Node, partial: Node) -> Node:
-        self.report(node, "all_reduce", _bytes(node), "sums over tokens")
+        """The sum of all ranks' parts, in the type that the value has."""
+        if is_narrow(node):
+            partial = self.graph.call_function(aten.to.dtype, (partial, torch.float32))
+        return self.narrowed(node, self.total(node, partial))
+
+    def total(self, node: Node, partial: Node) -> Node:
+        """The sum; of float16 and bfloat16 in float32, as an operator sums that has them all."""
+        size = _bytes(node) * (2 if is_narrow(node) else 1)
+        self.report(node, "all_reduce", size, "sums over tokens")
         args = (partial, self.group, _words(node))
         return self.graph.call_function(collectives.sum_partials, args)
+
+    def narrowed(self, node: Node, total: Node) -> Node:
+        if not is_narrow(node):
+            return total
+        return self.graph.call_function(aten.to.dtype, (total, node.meta["val"].dtype))
 
     def _make(
         self, value: Node, form: Form, split: bool, user: Node, along: Carried | None = None
@@ -275,6 +288,11 @@ def save_messages(graph: Graph) -> None:
     for node in graph.nodes:
         if "recompute" in node.meta and node.target in _SENDS:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def is_narrow(node: Node) -> bool:
+    """Whether a value's type is one in which sums lose digits, or overflow."""
+    return node.meta["val"].dtype in (torch.float16, torch.bfloat16)
 
 
 def _bytes(node: Node) -> int:

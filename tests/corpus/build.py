@@ -30,7 +30,7 @@ def build(variant: Variant) -> nn.Module:
     if row.experts is not None:
         how["experts_implementation"] = row.experts
     model: nn.Module = family._from_config(config, **how)
-    model = model.to(getattr(torch, row.dtype))
+    model = model.to(getattr(torch, variant.dtype))
     _draw(model)
     return model.train(row.train)
 

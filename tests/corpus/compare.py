@@ -22,6 +22,13 @@ such as the gradient of a key's bias, which is zero in theory, may be rounding o
 spelled-out one). The second line keeps this from excusing anything else: where the unsplit model
 itself is far from exact, a token went to another expert.
 
+Under autocast to bfloat16 results are held against the exact ones alone, by their 2-norm:
+
+    |t - t'|  <=  2 r + 2^-9 |t'|                                                      (autocast)
+
+where r is |t* - t'|, for gradients the largest of all parameters' as above; 2^-9 is half the
+distance of two numbers of bfloat16, and twice that for a single number.
+
 A gradient that only one side has, another shape, and NaN agree with nothing.
 """
 
@@ -35,9 +42,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["TOLERANCE", "Exact", "Results", "disagreements", "excused"]
+__all__ = ["TOLERANCE", "Exact", "Results", "disagreements", "excesses", "excused"]
 
-TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-10}
+TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-10, "autocast": 1.0}
+ROUNDING = 2**-9
 GRADIENT_FLOOR = 1e-4
 LARGEST_ROUNDING = 1e-5
 """Some hundred units in the last place of float32; a token at another expert is off by far more."""
@@ -84,6 +92,38 @@ def disagreements(ours: Results, stock: Results) -> dict[str, float]:
         )
         for name in sorted(names)
     }
+
+
+def excesses(ours: Results, stock: Results, exact: Results) -> dict[str, float]:
+    """For each tensor its distance from exact, over what is allowed under autocast."""
+    names = sorted(stock.tensors.keys() | ours.tensors.keys())
+    return {name: _excess(name, ours, stock, exact) for name in names}
+
+
+def _excess(name: str, ours: Results, stock: Results, exact: Results) -> float:
+    mine, theirs, true = (r.tensors.get(name) for r in (ours, stock, exact))
+    if mine is None or theirs is None or true is None:
+        return 0.0 if mine is theirs else math.inf
+    if not mine.shape == theirs.shape == true.shape:
+        return math.inf
+    chance = ROUNDING * (2 if true.numel() == 1 else 1) * _norm(_finite(true))
+    rounding = max(_norm(_difference(*pair)) for pair in _of_kind(name, stock, exact))
+    allowed = 2 * rounding + chance
+    found = _norm(_difference(mine, true))
+    return math.inf if math.isnan(found) else found / allowed if allowed else float(found > 0)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Infinities on both sides agree."""
+    return torch.where(a == b, 0.0, a - b)
+
+
+def _finite(value: torch.Tensor) -> torch.Tensor:
+    return value[value.isfinite()]
+
+
+def _norm(value: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(value)) if value.numel() else 0.0
 
 
 def excused(

@@ -25,7 +25,7 @@ import ringfx
 from ringfx.errors import VerificationError
 from ringfx.plan import Plan
 from tests.corpus.build import build, hidden_size, tensors, total
-from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excused
+from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excesses, excused
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
@@ -66,7 +66,7 @@ class Outcome:
 
     def wrong(self, variant: Variant) -> bool:
         """Whether loss, outputs or a gradient differ by more than rounding (NaN included)."""
-        bound = TOLERANCE[variant.row.dtype]
+        bound = TOLERANCE[variant.precision]
         return not all(x <= bound for x in (self.loss, self.output, self.gradient))
 
 
@@ -93,7 +93,7 @@ def _run(variant: Variant, compare: bool) -> dict[str, Any]:
     stock = build(variant)
     model = copy.deepcopy(stock)
     optimized = ringfx.optimize(model, **OPTIONS)
-    ours = _step(variant, model, getattr(torch, variant.row.dtype), optimized)
+    ours = _step(variant, model, getattr(torch, variant.dtype), optimized)
     plan: Plan = getattr(optimized, "plan")  # noqa: B009
     found = _described(variant, plan)
     return found | (_differences(ours, stock, variant) if compare else {})
@@ -110,8 +110,9 @@ def _step(
     given = inputs or variant.row.inputs()
     given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in given.items()}
     torch.manual_seed(1)
-    output = (call or owner)(**given, **variant.row.calls)
-    loss = total(output)
+    with torch.autocast("cpu", torch.bfloat16, enabled=variant.autocast):
+        output = (call or owner)(**given, **variant.row.calls)
+        loss = total(output)
     loss.backward()  # type: ignore[no-untyped-call]
     results = {"loss": loss} | tensors(output)
     found = {name: _plain(x) for name, x in results.items()}
@@ -130,13 +131,21 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 
 
 def _differences(ours: Results, model: nn.Module, variant: Variant) -> dict[str, Any]:
-    dtype = variant.row.dtype
+    dtype = variant.dtype
     stock = _step(variant, copy.deepcopy(model), getattr(torch, dtype))
+    if variant.autocast:
+        return _worst_of_each(ours, stock, excesses(ours, stock, _exact(variant, model)), set())
     found = disagreements(ours, stock)
     far = {name for name, value in found.items() if not value <= TOLERANCE[dtype]}
     rounded: set[str] = set()
     if far:
         rounded = excused(far, ours, stock, _exact(variant, model), dtype)
+    return _worst_of_each(ours, stock, found, rounded)
+
+
+def _worst_of_each(
+    ours: Results, stock: Results, found: Mapping[str, float], rounded: set[str]
+) -> dict[str, Any]:
     kept = {name: value for name, value in found.items() if name not in rounded}
     gradients = {name: value for name, value in kept.items() if name.startswith(GRADIENT_OF)}
     outputs = {n: v for n, v in kept.items() if n not in gradients and n != "loss"}
@@ -206,7 +215,7 @@ def _numbers_a_token(moved: int, plan: Plan, variant: Variant, ranks: int) -> fl
     """How wide a gathered value is: a hidden state, or a few numbers that routing needs."""
     batch: int = next(iter(variant.row.inputs().values())).shape[0]
     length = max((axis.length for axis in plan.axes), default=1)
-    size = 8 if variant.row.dtype == "float64" else 4
+    size = 8 if variant.dtype == "float64" else 4
     return moved * ranks / max(ranks - 1, 1) / (batch * length * size)
 
 

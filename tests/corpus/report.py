@@ -81,7 +81,7 @@ class Record:
         return Record(
             name=variant.name,
             expected=variant.sites,
-            dtype=variant.row.dtype,
+            dtype=variant.precision,
             verdict=verdict,
             why=why,
             sites=len(at_one.found_by),
@@ -206,7 +206,8 @@ figures are in [results.json](../tests/corpus/results.json).
 *Error*: the worst relative difference of the loss, any output and any gradient, on any rank, from
 the unsplit model in eager mode; *rounding*: tensors left out of it because they are as close to the
 exact result as the unsplit model's are. [compare.py](../tests/corpus/compare.py) says both in
-formulas. *Fully split*: no hidden state of a whole sequence on any rank.
+formulas. Under *autocast* (bfloat16) it is the distance from float64 over what is allowed, which is
+twice the unsplit model's own. *Fully split*: no hidden state of a whole sequence on any rank.
 
 | model | dtype | error, 2 ranks | 3 ranks | rounding | split | gathered, or refused | commit |
 |---|---|---|---|---|---|---|---|

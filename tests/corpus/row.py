@@ -41,6 +41,10 @@ class Row:
     def variants(self) -> tuple[Variant, ...]:
         return tuple(Variant(row=self, attention=a) for a in self.attention)
 
+    def mixed(self) -> tuple[Variant, ...]:
+        """Of float32 weights under bfloat16 autocast."""
+        return tuple(Variant(row=self, attention=a, autocast=True) for a in self.attention)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -48,11 +52,22 @@ class Variant:
 
     row: Row
     attention: str
+    autocast: bool = False
 
     @property
     def name(self) -> str:
-        """``llama/sdpa``."""
-        return f"{self.row.name}/{self.attention}"
+        """``llama/sdpa``, ``llama/sdpa/autocast``."""
+        return f"{self.row.name}/{self.attention}" + ("/autocast" if self.autocast else "")
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, inputs and results."""
+        return "float32" if self.autocast else self.row.dtype
+
+    @property
+    def precision(self) -> str:
+        """What results are held against, see ``compare.py``."""
+        return "autocast" if self.autocast else self.dtype
 
     @property
     def sites(self) -> int:

@@ -11,4 +11,7 @@ from tests.corpus.vision_audio import VISION_AUDIO
 __all__ = ["ROWS", "VARIANTS"]
 
 ROWS: tuple[Row, ...] = (*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION_AUDIO)
-VARIANTS: tuple[Variant, ...] = tuple(variant for row in ROWS for variant in row.variants())
+VARIANTS: tuple[Variant, ...] = (
+    *(variant for row in ROWS for variant in row.variants()),
+    *(variant for row in DECODERS for variant in row.mixed()),
+)

@@ -9,7 +9,7 @@ import torch
 
 import ringfx
 from ringfx.errors import CaptureRefused, VerificationError
-from tests.corpus.compare import Exact, Results, disagreements, excused
+from tests.corpus.compare import Exact, Results, disagreements, excesses, excused
 from tests.corpus.measure import Outcome, measure
 from tests.corpus.report import RESULTS, TABLE, Record
 from tests.corpus.row import Variant
@@ -110,6 +110,17 @@ def test_a_number_is_relied_on_no_further_than_its_type() -> None:
     for off, is_excused in ((1.5, True), (3.0, False)):
         ours = Results(tensors={"loss": tensor(5.0 * (1 + off * unit))})
         assert bool(excused(["loss"], ours, lucky, exact, "float64")) == is_excused
+
+
+def test_under_autocast_twice_the_unsplit_distance_is_allowed_and_no_more() -> None:
+    exact, stock = results(weight=tensor(1.0, 1.0)), results(weight=tensor(1.0, 1.1))
+    near, far_off = (results(weight=tensor(1.0, 1.0 + x)) for x in (0.19, 0.21))
+    assert excesses(near, stock, exact)["gradient of weight"] <= 1
+    assert excesses(far_off, stock, exact)["gradient of weight"] > 1
+    nothing = excesses(results(weight=None), stock, exact)
+    assert nothing["gradient of weight"] == float("inf")
+    nan = excesses(results(weight=tensor(1.0, float("nan"))), stock, exact)
+    assert nan["gradient of weight"] == float("inf")
 
 
 def test_an_unsplit_model_that_is_far_from_exact_excuses_nothing() -> None:

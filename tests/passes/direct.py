@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,9 @@ Tensor = torch.Tensor
 
 def program_of(model: nn.Module, args: Sequence[Tensor]) -> tuple[Captured, list[Tensor]]:
     """The model's program on its parameters and arguments, and their values."""
-    names = [n for n, _ in model.named_parameters()]
     values = [p for _, p in model.named_parameters()]
-
-    def run(*given: Tensor) -> Any:
-        parameters = dict(zip(names, given[: len(names)], strict=True))
-        return torch.func.functional_call(model, parameters, given[len(names) :])
-
     with torch.enable_grad():
-        graph = make_fx(run, pre_dispatch=True)(*values, *args)
+        graph = make_fx(partial(called, model), pre_dispatch=True)(*values, *args)
     return capture(graph, [*values, *args], known=find_rule), [*values, *args]
 
 
@@ -38,8 +33,19 @@ def canonical(program: Captured) -> Sites:
 
 def results(program: Captured, values: Sequence[Tensor]) -> list[Tensor]:
     """Outputs and the gradient of every floating input, of a loss that weighs all outputs."""
+    return results_of(torch.fx.Interpreter(program.graph_module).run, values)
+
+
+def called(model: nn.Module, *given: Tensor) -> Any:
+    """The model on its parameters and arguments, as the program of ``program_of`` takes them."""
+    names = [n for n, _ in model.named_parameters()]
+    parameters = dict(zip(names, given, strict=False))
+    return torch.func.functional_call(model, parameters, given[len(names) :])
+
+
+def results_of(call: Callable[..., Any], values: Sequence[Tensor]) -> list[Tensor]:
     leaves = [v.detach().clone().requires_grad_(v.is_floating_point()) for v in values]
-    found = torch.fx.Interpreter(program.graph_module).run(*leaves)
+    found = call(*leaves)
     outputs = [found] if isinstance(found, Tensor) else list(found)
     wanted = [x for x in leaves if x.requires_grad]
     weighed = [o * torch.arange(o.numel()).view(o.shape).cos() for o in outputs]

@@ -15,13 +15,15 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.passes.direct import canonical, program_of, results, worst
+from tests.end_to_end.mixed import Mixed, ambient
+from tests.passes.direct import called, canonical, program_of, results, results_of, worst
 
 __all__ = ["check", "spelling"]
 
@@ -213,6 +215,75 @@ def check(seed: int) -> bool:
     difference = worst(results(program, values), before)
     assert difference < 1e-8, f"seed {seed} ({broken}) differs by {difference:.1e}"
     return bool(sites.found)
+
+
+def in_types(seed: int, exact: bool = False) -> tuple[Model, Tensor, str]:
+    """The spelling of a seed with float32 weights, its operands in types drawn for each."""
+    model, x, broken = spelling(seed)
+    if exact:
+        return model, x, broken
+    rng, body = random.Random(f"types {seed}"), model.body
+    drawn = [rng.choice((torch.float32, torch.bfloat16)) for _ in range(3)]
+
+    def mixed(*operands: Tensor) -> Tensor:
+        return body(*(y.to(t) for y, t in zip(operands, drawn, strict=True)))
+
+    model.body = mixed
+    return model.float(), x.float(), broken
+
+
+def under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.autocast("cpu", torch.bfloat16)(call)  # type: ignore[no-any-return]
+
+
+def check_types(seed: int) -> bool:
+    """As ``check``, under autocast: within twice the model's own distance from float64."""
+    model, x, broken = in_types(seed)
+    wide, wide_x, _ = in_types(seed, exact=True)
+    exact = results(*program_of(wide, [wide_x]))
+    values = [*model.parameters(), x]
+    try:
+        unsplit = results_of(under_autocast(partial(called, model)), values)
+    except RuntimeError:
+        return False  # a number that no bfloat16 can be is written into the scores
+    with torch.autocast("cpu", torch.bfloat16):
+        program, _ = program_of(model, [x])
+    sites = canonical(program)
+    assert sites.found or broken not in LEGAL, f"seed {seed} ({broken}): {sites.declined}"
+    largest = max(float(t.norm()) for t in exact)
+    for true, near, ours in zip(exact, unsplit, results(program, values), strict=True):
+        # The gradient of a key's bias, say, is zero in theory: what it is instead is chance.
+        chance = 2**-9 * max(float(true.norm()), 0.5 * largest)
+        allowed = 2 * float((near.double() - true).norm()) + chance
+        found = float((ours.double() - true).norm())
+        assert ours.dtype == near.dtype, f"seed {seed} ({broken}): {ours.dtype}, {near.dtype}"
+        assert found <= allowed or near.isnan().any(), (
+            f"seed {seed} ({broken}): {found:.1e}, allowed {allowed:.1e}"
+        )
+    return bool(sites.found)
+
+
+def on_ranks(seed: int) -> Mixed | None:
+    """The same as a case that ranks can run; None where nothing may be found, or autocast fails."""
+    model, x, broken = in_types(seed)
+    try:
+        finite = under_autocast(model)(x).isfinite().all()
+    except RuntimeError:
+        return None
+    if broken not in LEGAL or not finite:
+        return None
+    return Mixed(
+        model=partial(_model, seed), inputs=partial(_inputs, seed), recipe=ambient, sites=1,
+        floor=0.5, label=f"seed {seed} ({broken})",
+    )  # fmt: skip
+
+
+def _model(seed: int) -> nn.Module:
+    return in_types(seed)[0]
+
+
+def _inputs(seed: int) -> dict[str, Tensor]:
+    return {"x": in_types(seed)[1]}
 
 
 def main(first: int, stop: int, record: Path | None) -> None:
