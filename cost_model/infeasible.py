@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
+
+import torch
 
 from ringfx.cost_model.budget import Menu
 from ringfx.cost_model.fitting import Fitting, last_that_fits, longest
@@ -15,7 +17,8 @@ from ringfx.plan import MemoryTimeline
 from ringfx.quantities import format_bytes
 
 __all__ = [
-    "MAX_WORLD_SIZE", "Problem", "excess", "explain_infeasible", "refuse_hopeless", "scaled_site",
+    "MAX_WORLD_SIZE", "Problem", "excess", "explain_infeasible", "refuse_hopeless",
+    "refuse_parameters", "scaled_site",
 ]  # fmt: skip
 
 MAX_WORLD_SIZE = 4096
@@ -40,6 +43,23 @@ class Problem:
         sites = [scaled_site(site, scale) for site in self.sites]
         menus = self.menus(sites, world_size)
         return Fitting(sites=sites, menus=menus, world_size=world_size, memory=self.memory)
+
+
+def refuse_parameters(parameters: Iterable[torch.Tensor], budget: int | None) -> None:
+    """Before the model is traced: its parameters, which each rank holds, are too much alone.
+
+    Raises
+    ------
+    OutOfMemory
+        They are.
+    """
+    size = sum(x.numel() * x.element_size() for x in parameters)
+    if budget is not None and size > budget:
+        raise OutOfMemory(
+            f"no choice of strategies fits: parameters alone take {format_bytes(size)} on each"
+            f" rank, the budget is {format_bytes(budget)}.\n"
+            "  Do: give more memory, or use a smaller dtype; more ranks do not help."
+        )
 
 
 def refuse_hopeless(problem: Problem) -> None:
