@@ -6,7 +6,7 @@ profile (constants with their origins) -> formulas (time and memory of one layer
 
 from ringfx.cost_model.choose import choose
 from ringfx.cost_model.formulas import Prediction, predict
-from ringfx.cost_model.memory import predict_memory
+from ringfx.cost_model.memory import alive_in, predict_memory
 from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import StrategyChoice
 from ringfx.cost_model.profile import Profile, available_profiles, load_profile
@@ -16,6 +16,7 @@ __all__ = [
     "Prediction",
     "Profile",
     "StrategyChoice",
+    "alive_in",
     "available_profiles",
     "choose",
     "load_profile",

@@ -22,7 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ringfx.cost_model.formulas import Prediction
 
-__all__ = ["Menu", "assign", "least_memory", "peak"]
+__all__ = ["Menu", "assign", "least_memory", "peak", "smallest"]
 
 SOLVER_MARGIN = 1e-6
 """HiGHS meets constraints to 1e-7 of their scale; the room is shrunk by more than that."""
@@ -51,12 +51,12 @@ def assign(menus: Sequence[Menu], room: int | None) -> tuple[int, ...] | None:
     fastest = tuple(0 for _ in menus)
     if room is None or peak(menus, fastest) <= room:
         return fastest
-    smallest = _smallest(menus)
-    if peak(menus, smallest) > room:
+    least = smallest(menus)
+    if peak(menus, least) > room:
         return None
     solved = _solve(menus, room)
     # Only where the room is met to within the solver's margin can its answer miss or overshoot.
-    return solved if solved is not None and peak(menus, solved) <= room else smallest
+    return solved if solved is not None and peak(menus, solved) <= room else least
 
 
 def peak(menus: Sequence[Menu], picked: Sequence[int]) -> int:
@@ -68,10 +68,10 @@ def peak(menus: Sequence[Menu], picked: Sequence[int]) -> int:
 
 def least_memory(menus: Sequence[Menu]) -> tuple[Prediction, ...]:
     """The option of each layer in the assignment that needs least."""
-    return tuple(menu[i] for menu, i in zip(menus, _smallest(menus), strict=True))
+    return tuple(menu[i] for menu, i in zip(menus, smallest(menus), strict=True))
 
 
-def _smallest(menus: Sequence[Menu]) -> tuple[int, ...]:
+def smallest(menus: Sequence[Menu]) -> tuple[int, ...]:
     """The assignment that needs least: exact, without a solver.
 
     For each bound on the workspace every layer takes the least saved bytes within it; the least

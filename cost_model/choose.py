@@ -1,32 +1,31 @@
 """Choose a strategy for every layer at once: the fastest assignment whose memory fits.
 
-With t(l, s), m(l, s), w(l, s) the time, saved bytes and workspace of layer l under strategy s:
+With t(l, s) the time of layer l under strategy s, and the peak over the moments of the program
+(``timeline.py``) of all that is alive, saved tensors and workspaces of the layers among it:
 
     minimise    sum over l of t(l, s_l)
-    subject to  sum over l of m(l, s_l) + max over l of w(l, s_l) + fixed <= budget
-
-Saved tensors add up over the layers, workspaces are reused, so the layers are coupled twice over.
+    subject to  peak(s) <= budget
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
-from ringfx.cost_model.budget import Menu, assign
+from ringfx.cost_model.budget import Menu
 from ringfx.cost_model.candidates import Candidates, all_candidates
-from ringfx.cost_model.checkpoints import as_held
 from ringfx.cost_model.formulas import Prediction
-from ringfx.cost_model.infeasible import Problem, explain_infeasible
+from ringfx.cost_model.infeasible import Problem, excess, explain_infeasible, refuse_hopeless
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.profile import Profile
+from ringfx.cost_model.timeline import flat
 from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.passes.values import AttentionSite
-from ringfx.plan import LayerPlan
+from ringfx.plan import LayerPlan, MemoryTimeline
 from ringfx.quantities import format_bytes, format_ms
 from ringfx.strategies import STRATEGIES, Strategy
 
-__all__ = ["choose"]
+__all__ = ["choose", "least_excess"]
 
 
 def choose(
@@ -36,9 +35,7 @@ def choose(
     profile: Profile,
     gpu_memory: int | None = None,
     strategy: StrategyChoice = AUTO,
-    fixed_bytes: int = 0,
-    split_bytes: int = 0,
-    outside: Mapping[str, int] = MappingProxyType({}),
+    memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
@@ -49,13 +46,9 @@ def choose(
         Budget of one rank in bytes; None: no limit.
     strategy
         ``"auto"``, a name, or a mapping from globs on module paths to names.
-    fixed_bytes
-        Bytes of one rank outside attention that do not shrink with more ranks: parameters.
-    split_bytes
-        Bytes of one rank outside attention that do: activations at this world size.
-    outside
-        What ``fixed_bytes`` and ``split_bytes`` are made of, for the error that says why nothing
-        fits.
+    memory
+        What is alive when outside attention, and with it which layers' tensors; None: nothing, and
+        all layers' at once.
     strategies
         The table to choose from.
 
@@ -73,31 +66,58 @@ def choose(
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
         return all_candidates(sites, world_size, profile, strategies)
 
-    def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
-        pairs = zip(offers_at(sites, world_size), overrides, strict=True)
-        menus = [_menu(offer, override, world_size) for offer, override in pairs]
-        return as_held(sites, menus)
-
-    menus = menus_at(sites, world_size)
-    room = None if gpu_memory is None else gpu_memory - fixed_bytes - split_bytes
-    picked = assign(menus, room)
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at)
+    refuse_hopeless(problem)
+    fitting = problem.at(world_size)
+    picked = fitting.fastest(gpu_memory)
     if picked is None:
-        assert gpu_memory is not None
-        problem = Problem(
-            sites=tuple(sites),
-            menus=menus_at,
-            world_size=world_size,
-            budget=gpu_memory,
-            fixed_bytes=fixed_bytes,
-            split_bytes=split_bytes,
-            outside=outside,
-        )
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
     return tuple(
         _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
-        for offer, menu, i, override in zip(offers, menus, picked, overrides, strict=True)
+        for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
     )
+
+
+Offers: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Candidates]]
+
+
+def _problem(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    gpu_memory: int | None,
+    memory: MemoryTimeline | None,
+    overrides: Sequence[Override | None],
+    offers_at: Offers,
+) -> Problem:
+    def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
+        pairs = zip(offers_at(sites, world_size), overrides, strict=True)
+        return [_menu(offer, override, world_size) for offer, override in pairs]
+
+    return Problem(
+        sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
+        memory=flat(sites) if memory is None else memory,
+    )  # fmt: skip
+
+
+def least_excess(
+    sites: Sequence[AttentionSite],
+    *,
+    world_size: int,
+    profile: Profile,
+    gpu_memory: int,
+    strategy: StrategyChoice = AUTO,
+    memory: MemoryTimeline | None = None,
+    scale: float = 1.0,
+) -> float:
+    """Bytes beyond the budget that ``choose`` would need at least, with the sequences scaled."""
+    overrides = resolve_overrides(strategy, sites, tuple(STRATEGIES))
+
+    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
+        return all_candidates(sites, world_size, profile, STRATEGIES)
+
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at)
+    return excess(problem, world_size, scale)
 
 
 # --- what may be chosen -----------------------------------------------------------------------

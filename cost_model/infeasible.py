@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ringfx.cost_model.budget import Menu, least_memory
-from ringfx.errors import RingfxError
+import torch
+
+from ringfx.cost_model.budget import Menu
+from ringfx.cost_model.fitting import Fitting, last_that_fits, longest
+from ringfx.cost_model.timeline import Peak, never_below, outside_peak, whole_bytes
+from ringfx.errors import OutOfMemory, RingfxError
 from ringfx.passes.values import AttentionSite
+from ringfx.plan import MemoryTimeline
 from ringfx.quantities import format_bytes
 
-__all__ = ["MAX_WORLD_SIZE", "Problem", "explain_infeasible", "scaled_site"]
+__all__ = [
+    "MAX_WORLD_SIZE", "Problem", "excess", "explain_infeasible", "refuse_hopeless",
+    "refuse_parameters", "scaled_site",
+]  # fmt: skip
 
 MAX_WORLD_SIZE = 4096
 """Where the search for a world size that fits ends."""
@@ -27,88 +35,123 @@ class Problem:
     sites: tuple[AttentionSite, ...]
     menus: Menus
     world_size: int
-    budget: int
-    fixed_bytes: int
-    split_bytes: int
-    outside: Mapping[str, int]
-    """What the two are made of."""
+    budget: int | None
+    memory: MemoryTimeline
+
+    def at(self, world_size: int, scale: float = 1.0) -> Fitting:
+        """The options over so many ranks, with the sequences scaled."""
+        sites = [scaled_site(site, scale) for site in self.sites]
+        menus = self.menus(sites, world_size)
+        return Fitting(sites=sites, menus=menus, world_size=world_size, memory=self.memory)
+
+
+def refuse_parameters(parameters: Iterable[torch.Tensor], budget: int | None) -> None:
+    """Before the model is traced: its parameters, which each rank holds, are too much alone.
+
+    Raises
+    ------
+    OutOfMemory
+        They are.
+    """
+    size = sum(x.numel() * x.element_size() for x in parameters)
+    if budget is not None and size > budget:
+        raise OutOfMemory(
+            f"no choice of strategies fits: parameters alone take {format_bytes(size)} on each"
+            f" rank, the budget is {format_bytes(budget)}.\n"
+            "  Do: give more memory, or use a smaller dtype; more ranks do not help."
+        )
+
+
+def refuse_hopeless(problem: Problem) -> None:
+    """Before any strategy is looked at: what is there outside attention is too much alone.
+
+    Raises
+    ------
+    OutOfMemory
+        It is; nothing of what attention needs is counted then.
+    """
+    seq_len, world_size = longest(problem.sites), problem.world_size
+    if problem.budget is None:
+        return
+    found = outside_peak(problem.memory, world_size=world_size, seq_len=seq_len)
+    if found.bytes > problem.budget:
+        raise OutOfMemory(_text(problem, found, "outside attention alone"))
 
 
 def explain_infeasible(problem: Problem) -> str:
     """What is needed, what it is made of, and the world size and length that would fit."""
-    saved, workspace = _attention(problem.sites, problem.world_size, problem)
-    needed = problem.fixed_bytes + problem.split_bytes + saved + workspace
-    outside = problem.outside or {"outside attention": problem.fixed_bytes + problem.split_bytes}
-    parts = {
-        **outside,
-        "saved by attention for backward": saved,
-        "attention's workspace": workspace,
-    }
-    largest = sorted(parts.items(), key=lambda part: -part[1])
+    fitting = problem.at(problem.world_size)
+    return _text(problem, fitting.peak(fitting.least()))
+
+
+def _text(problem: Problem, found: Peak, what: str = "") -> str:
+    assert problem.budget is not None
+    largest = sorted(found.causes.items(), key=lambda part: -part[1])
     made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest if size)
     return (
         f"no choice of strategies fits: {problem.world_size} ranks need at least"
-        f" {format_bytes(needed)} each, the budget is {format_bytes(problem.budget)}.\n"
+        f" {format_bytes(found.bytes)} each{f' {what}' if what else ''},"
+        f" the budget is {format_bytes(problem.budget)}.\n"
         f"  Made of: {made_of}.\n"
         f"  Do: {_remedies(problem)}."
     )
 
 
 def _remedies(problem: Problem) -> str:
-    world_size = _smallest_world_size(problem)
-    length = _longest_sequence(problem)
+    whole = whole_bytes(problem.memory)
+    too_much = sum(whole.values())
     remedies = []
-    if world_size is not None:
-        remedies.append(f"use {world_size} ranks or more")
-    if length:
-        remedies.append(f"shorten the sequence to {length:,} tokens or fewer")
+    if problem.budget is not None and too_much <= problem.budget:
+        world_size = _smallest_world_size(problem)
+        length = _longest_sequence(problem)
+        if world_size is not None:
+            remedies.append(f"use {world_size} ranks or more")
+        if length:
+            remedies.append(f"shorten the sequence to {length:,} tokens or fewer")
     return ", or ".join(remedies) or (
-        f"give more memory: parameters and the like alone take {format_bytes(problem.fixed_bytes)}"
+        f"give more memory: parameters and the like alone take {format_bytes(too_much)}"
     )
 
 
-def _attention(
-    sites: Sequence[AttentionSite], world_size: int, problem: Problem
-) -> tuple[int, int]:
-    """Saved bytes and workspace of the assignment that needs least."""
-    options = least_memory(problem.menus(sites, world_size))
-    saved = sum(option.saved_bytes for option in options)
-    return saved, max((option.workspace_bytes for option in options), default=0)
+def excess(problem: Problem, world_size: int, scale: float = 1.0) -> float:
+    """Bytes beyond the budget that the choice that needs least takes over so many ranks, with the
+    sequences scaled; infinite where no strategy can run.
 
-
-def _fits(problem: Problem, world_size: int, scale: float = 1.0) -> bool:
-    """Whether so many ranks hold the model with its sequences scaled."""
-    sites = [scaled_site(site, scale) for site in problem.sites]
+    Where it is too much outside attention alone, nothing else is counted.
+    """
+    assert problem.budget is not None
+    seq_len = max(1, round(longest(problem.sites) * scale))
+    outside = never_below(problem.memory, world_size=world_size, seq_len=seq_len)
+    if outside > problem.budget:
+        return outside - problem.budget
     try:
-        attention = sum(_attention(sites, world_size, problem))
+        fitting = problem.at(world_size, scale)
     except RingfxError:
-        return False
-    split = problem.split_bytes * scale * problem.world_size / world_size
-    return problem.fixed_bytes + split + attention <= problem.budget
+        return float("inf")
+    return fitting.peak(fitting.least()).bytes - problem.budget
 
 
 def _smallest_world_size(problem: Problem) -> int | None:
     """By doubling, then halving the interval between what failed and what fits."""
-    low, high = problem.world_size, 2 * problem.world_size
-    while not _fits(problem, high):
-        low, high = high, 2 * high
-        if high > MAX_WORLD_SIZE:
-            return None
+    if excess(problem, MAX_WORLD_SIZE) > 0:
+        return None
+    low, high = problem.world_size, min(2 * problem.world_size, MAX_WORLD_SIZE)
+    while excess(problem, high) > 0:
+        low, high = high, min(2 * high, MAX_WORLD_SIZE)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _fits(problem, middle) else (middle, high)
+        low, high = (low, middle) if excess(problem, middle) <= 0 else (middle, high)
     return high
 
 
 def _longest_sequence(problem: Problem) -> int:
     """The longest first sequence that fits at this world size, others scaled alike; 0: none."""
-    length = max(site.kv_len for site in problem.sites)
-    low, high = 0, length
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = _fits(problem, problem.world_size, middle / length)
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+    length = longest(problem.sites)
+
+    def over(seq_len: int) -> float:
+        return excess(problem, problem.world_size, seq_len / length)
+
+    return last_that_fits(over, 1, length) if length > 1 and over(1) <= 0 else 0
 
 
 def scaled_site(site: AttentionSite, scale: float) -> AttentionSite:

@@ -11,7 +11,7 @@ when the backward reaches such a region, it runs again, and what it needs is ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -68,15 +68,13 @@ class Values:
     taken: frozenset[Node] = frozenset()
     """Whole masks and biases of which attention keeps its own queries' rows."""
 
-    def of(self, nodes: Iterable[Node]) -> int:
-        """Bytes of several values, each once."""
-        return sum(self.bytes[node] for node in {self.owner[n] for n in nodes})
-
-    def hidden(self, node: Node) -> int:
-        """Bytes that an operator keeps for its backward and that are no value of the program."""
+    def hidden(self, node: Node) -> Collection[Node]:
+        """What an operator keeps for its backward and is no value of the program: as large as
+        these."""
         if node not in self.has_grad or op_name(node) not in KEEPS_ITS_OWN:
-            return 0
-        return self.of(n for n in node.all_input_nodes if n in self.has_grad)
+            return ()
+        owners = {self.owner[n] for n in node.all_input_nodes if n in self.has_grad}
+        return {x for x in owners if self.bytes[x]}
 
 
 def op_name(node: Node) -> str:

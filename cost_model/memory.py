@@ -1,27 +1,20 @@
 """The peak of one rank's memory over a forward and a backward, and what it is made of.
 
-The backward visits the operators in reverse. Everything is alive while the backward of the
-operators at some interval of positions runs, and the peak is the largest sum over a position:
-
-    a parameter's gradient                          from its last use on, to the start
-    a kept value (``liveness.kept_values``)         until its own position
-    a value of a checkpointed region, run again     within the region, until its first reader
-    the gradient of a value                         from its last use to its own position
-    what one operator needs for itself              at its position
-
-Splitting divides what carries tokens by the ranks. Inductor keeps a loss's logits themselves and
-writes their gradient over them, unless the caller has them too. It gives a buffer that is free to
-the next value of its size and never returns one that it will give away again, so for each size it
-holds the larger of what it needs now and the smaller of the most it needed and the most it will.
+The peak is the largest sum of what is alive (``held.py``) over the positions of the program. What
+is there outside attention is summed once, and a choice of strategies, a length and a number of
+ranks are put in afterwards (``timeline.py``). Splitting divides what carries tokens by the ranks.
+Inductor gives a buffer that is free to the next value of its size and never returns one that it
+will give away again, so for each size it holds the larger of what it needs now and the smaller of
+the most it needed and the most it will.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,63 +22,48 @@ from numpy.typing import NDArray
 from torch.fx import Graph, Node
 
 from ringfx import tiles
+from ringfx.cost_model.held import (
+    AGAIN,
+    Held,
+    again_ranges,
+    keeps_result,
+    num_bytes,
+    of_attention,
+    outside_attention,
+)
 from ringfx.cost_model.liveness import (
     Values,
     kept_values,
-    needed_by,
     op_name,
-    outputs_of,
     values_of,
 )
 from ringfx.cost_model.optimizers import state_bytes
+from ringfx.cost_model.timeline import (
+    CAUSES,
+    GIVEN,
+    KEPT,
+    MESSAGES,
+    REUSE,
+    ROWS,
+    memory_parts,
+    peak,
+    pruned,
+)
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
-from ringfx.passes.rewrite.parameters import buckets
 from ringfx.passes.values import Captured
-from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan
+from ringfx.plan import (
+    LayerPlan,
+    MemoryLayer,
+    MemoryMask,
+    MemoryMoment,
+    MemoryPlan,
+    MemoryTerm,
+    MemoryTimeline,
+)
 from ringfx.spec import AttentionSpec
-from ringfx.strategies import STRATEGIES
 
-__all__ = ["predict_memory"]
-
-MESSAGE_COPIES = 2
-"""Gradients of some parameters joined to one message, and the message's result."""
-
-AGAIN = "computed again for a checkpoint"
-AGAIN_FOR_ATTENTION = "computed again for attention"
-
-Kind = Literal["whole", "split", "attention"]
-
-CAUSES: Mapping[str, Kind] = {
-    "parameters": "whole",
-    "masks given whole": "whole",
-    "rows of whole masks": "split",
-    "optimiser state": "whole",
-    "parameter gradients": "whole",
-    "gradients joined and summed": "whole",
-    "activations kept for backward": "split",
-    AGAIN: "split",
-    "kept by attention": "attention",
-    AGAIN_FOR_ATTENTION: "attention",
-    "gradients of activations": "split",
-    "temporaries": "split",
-    "held by Inductor for reuse": "split",
-    "attention's workspace": "attention",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """Bytes that are alive while the backward is at the positions from ``first`` to ``last``."""
-
-    cause: str
-    node: Node
-    bytes: int
-    first: int
-    last: int
-
-    def at(self, position: int) -> bool:
-        return self.first <= position <= self.last
+__all__ = ["Alive", "alive_in", "predict_memory"]
 
 
 def predict_memory(
@@ -97,17 +75,33 @@ def predict_memory(
     optimizer: str | int = "none",
     compiler: str = "aot_eager",
 ) -> MemoryPlan:
-    """The peak of a step, as parts.
+    """The peak of a step under a choice of strategies: ``alive_in(...).plan(layers)``."""
+    alive = alive_in(
+        captured, carries_tokens=carries_tokens, power=lambda node: int(carries_tokens(node)),
+        world_size=world_size, optimizer=optimizer, compiler=compiler,
+    )  # fmt: skip
+    return alive.plan(layers)
+
+
+def alive_in(
+    captured: Captured,
+    *,
+    carries_tokens: Callable[[Node], bool],
+    power: Callable[[Node], int],
+    world_size: int,
+    optimizer: str | int = "none",
+    compiler: str = "aot_eager",
+) -> Alive:
+    """What is alive when in a step, whatever the strategies.
 
     Parameters
     ----------
     captured
         The program with global shapes.
     carries_tokens
-        Whether a value is split over the ranks.
-    layers
-        The plan of each canonical attention, by the name of its node; those that are missing count
-        nothing, which gives what there is outside attention.
+        Whether a value is split over the ranks; of one rank: whether it would be.
+    power
+        The power of the sequence's length that a value grows with.
     optimizer
         A name of ``optimizers.OPTIMIZERS``, or bytes of state for each parameter.
     compiler
@@ -120,31 +114,183 @@ def predict_memory(
     parameters = [n for n, is_one in zip(inputs, captured.is_parameter, strict=True) if is_one]
 
     def size(node: Node) -> int:
-        return math.ceil(_bytes(node) / (world_size if carries_tokens(node) else 1))
+        return math.ceil(num_bytes(node) / (world_size if carries_tokens(node) else 1))
 
-    rows = list(_taken(graph, layers, carries_tokens)) if world_size > 1 else []
-    values = replace(values_of(graph, size, has_grad), taken=frozenset(rows))
+    readers = _readers(graph, carries_tokens)
+    values = replace(values_of(graph, size, has_grad), taken=frozenset(readers))
     if compiler == "eager":
         values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
     everything, in_place = compiler == "eager", compiler == "inductor"
-    held = list(_held(values, layers, trained, everything=everything, in_place=in_place))
-    if world_size > 1 and values.has_grad:
-        held += _messages(values, trained)
-    position, reuse = _peak(held, len(values.nodes), reuses=compiler == "inductor")
-    alive = [x for x in held if x.at(position)]
-    there = {
-        "parameters": sum(map(_bytes, parameters)),
-        "masks given whole": sum(map(_bytes, _given_masks(graph, parameters))),
-        "rows of whole masks": sum(math.ceil(_bytes(n) / world_size) for n in rows),
-        "optimiser state": sum(_state_bytes(optimizer, node) for node in trained),
-        "held by Inductor for reuse": reuse,
-    }
-    return MemoryPlan(
-        parts=tuple(_parts(alive, there, values.nodes[position])),
-        by_block=_by_block(alive),
-        over_program=_over_program(held, len(values.nodes), there),
+    held = list(outside_attention(values, trained, everything=everything, in_place=in_place))
+    always = [
+        *(Held(cause="parameters", node=n, bytes=num_bytes(n)) for n in parameters),
+        *(
+            Held(cause=GIVEN, node=n, bytes=num_bytes(n), of=n)
+            for n in _given_masks(graph, parameters)
+        ),
+        *(Held(cause="optimiser state", node=n, bytes=_state_bytes(optimizer, n)) for n in trained),
+    ]
+    last = len(values.nodes) - 1
+    return _alive_at_moments(
+        values,
+        [*held, *(replace(x, last=last) for x in always)],
+        readers,
+        Growth(power=power, is_split=carries_tokens),
+        world_size=world_size,
+        reuses=compiler == "inductor",
         unknown=("optimiser state",) if trained and optimizer == "none" else (),
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Growth:
+    """How values grow with the length and shrink with the ranks."""
+
+    power: Callable[[Node], int]
+    is_split: Callable[[Node], bool]
+
+    def term(self, x: Held) -> MemoryTerm:
+        tokens = 0 if x.of is None else self.power(x.of)
+        is_split = x.of is not None and x.cause != GIVEN and self.is_split(x.of)
+        return MemoryTerm(cause=x.cause, tokens=tokens, is_split=is_split)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Alive:
+    """What is alive when in a program: its timeline, and what the chart and blocks are made of."""
+
+    timeline: MemoryTimeline
+    positions: tuple[int, ...]
+    """Of the timeline's moments."""
+    values: Values
+    held: tuple[Held, ...]
+    world_size: int
+    unknown: tuple[str, ...]
+
+    def plan(self, layers: Mapping[str, LayerPlan]) -> MemoryPlan:
+        """The peak under these layers, by the name of their nodes; those that are missing count
+        nothing, which gives what there is outside attention."""
+        chosen = [layers.get(layer.node) for layer in self.timeline.layers]
+        found = peak(
+            self.timeline, chosen, world_size=self.world_size, seq_len=self.timeline.seq_len
+        )
+        position = self.positions[self.timeline.moments.index(found.moment)]
+        held = [x for x in self.held if x.cause != MESSAGES or self.world_size > 1]
+        held += of_attention(self.values, layers)
+        return MemoryPlan(
+            parts=memory_parts(found),
+            by_block=_by_block([x for x in held if x.at(position)]),
+            over_program=_over_program(held, len(self.values.nodes), found.causes.get(ROWS, 0)),
+            unknown=self.unknown,
+            timeline=self.timeline,
+        )
+
+
+def _alive_at_moments(
+    values: Values,
+    held: Sequence[Held],
+    readers: Mapping[Node, Sequence[Node]],
+    growth: Growth,
+    *,
+    world_size: int,
+    reuses: bool,
+    unknown: tuple[str, ...],
+) -> Alive:
+    terms, table = _table(held, len(values.nodes), growth, reuses=reuses)
+    attentions = [n for n in values.nodes if n.op == "call_function" and n.target is attention]
+    number = {node: i for i, node in enumerate(attentions)}
+    masks = _masks(values, readers, number, growth)
+    moments = _moments(values, number, [*readers], table)
+    kept = pruned(terms, moments)
+    timeline = MemoryTimeline(
+        seq_len=max((_spec(call).kv_len for call in attentions), default=1),
+        terms=terms,
+        moments=tuple(moments[i] for i in kept),
+        layers=tuple(
+            MemoryLayer(node=n.name, keeps_result=keeps_result(n, values)) for n in attentions
+        ),
+        masks=masks,
+    )
+    return Alive(
+        timeline=timeline, positions=tuple(kept), values=values, held=tuple(held),
+        world_size=world_size, unknown=unknown,
+    )  # fmt: skip
+
+
+def _table(
+    held: Sequence[Held], num: int, growth: Growth, *, reuses: bool
+) -> tuple[tuple[MemoryTerm, ...], NDArray[np.int64]]:
+    """Bytes of all ranks together: a row for each position, a column for each term."""
+    alike: dict[tuple[MemoryTerm, int], list[Held]] = {}
+    for x in held:
+        size = x.bytes if x.of is None else num_bytes(x.of)
+        if size:
+            alike.setdefault((growth.term(x), size), []).append(replace(x, bytes=size))
+    columns: dict[MemoryTerm, NDArray[np.int64]] = {}
+    same_size: dict[tuple[MemoryTerm, int], NDArray[np.int64]] = {}
+    for (term, size), members in alike.items():
+        now = _alive(members, num)
+        columns[term] = columns.get(term, 0) + now
+        if reuses and term.cause in REUSED:
+            key = replace(term, cause=REUSE), size
+            same_size[key] = same_size.get(key, 0) + now
+    for (term, _), now in same_size.items():
+        columns[term] = columns.get(term, 0) + _idle(now)
+    terms = tuple(columns)
+    return terms, np.stack([columns[t] for t in terms], axis=1) if terms else np.zeros((num, 0))
+
+
+def _idle(now: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is held for reuse of buffers of one size, of which so much is in use."""
+    before = np.maximum.accumulate(now[::-1])[::-1]
+    idle: NDArray[np.int64] = np.minimum(before, np.maximum.accumulate(now)) - now
+    return idle
+
+
+def _moments(
+    values: Values,
+    number: Mapping[Node, int],
+    masks: Sequence[Node],
+    table: NDArray[np.int64],
+) -> list[MemoryMoment]:
+    """Every position as one."""
+    again = [(number[node], first, last) for node, first, last in again_ranges(values, number)]
+    made = {node: i for i, node in enumerate(values.nodes)}
+    found: list[MemoryMoment] = []
+    layers = 0
+    for i, node in enumerate(values.nodes):
+        layers += node in number and bool(values.has_grad)
+        works = node in number and (node in values.has_grad or not values.has_grad)
+        found.append(
+            MemoryMoment(
+                operator=op_name(node),
+                where=node.meta.get("ringfx_path") or node.name,
+                bytes=tuple(table[i].tolist()),
+                layers=layers,
+                masks=sum(made[mask] <= i for mask in masks) if values.has_grad else 0,
+                working=(number[node],) if works else (),
+                again=tuple(layer for layer, first, last in again if first <= i <= last),
+            )
+        )
+    return found
+
+
+def _masks(
+    values: Values,
+    readers: Mapping[Node, Sequence[Node]],
+    number: Mapping[Node, int],
+    growth: Growth,
+) -> tuple[MemoryMask, ...]:
+    kept = kept_values(values) if readers and values.has_grad else frozenset()
+    return tuple(
+        MemoryMask(
+            bytes=num_bytes(mask),
+            tokens=growth.power(mask),
+            readers=tuple(number[call] for call in calls),
+            is_kept=mask in kept and mask not in values.region,
+        )
+        for mask, calls in readers.items()
     )
 
 
@@ -154,20 +300,21 @@ def _given_masks(graph: Graph, parameters: Sequence[Node]) -> Collection[Node]:
     return {x for x in found if x is not None and x not in parameters}
 
 
-def _taken(
-    graph: Graph, layers: Mapping[str, LayerPlan], carries_tokens: Callable[[Node], bool]
-) -> Iterator[Node]:
-    """Whole masks and biases of which each rank takes the rows of its queries, once for all."""
-    seen = set()
+def _readers(graph: Graph, carries_tokens: Callable[[Node], bool]) -> Mapping[Node, Sequence[Node]]:
+    """Whole masks and biases of which each rank takes the rows of its queries, once for all, with
+    the attentions that read them; in the order of the program."""
+    found: dict[Node, list[Node]] = {}
     for call in _attentions(graph):
-        layer, spec = layers.get(call.name), AttentionSpec.from_json(str(call.kwargs["spec"]))
-        if layer is not None and not STRATEGIES[layer.strategy].own_queries:
-            continue
-        for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
+        spec = _spec(call)
+        for i in tiles.matrix_rows(spec.keep, spec.bias):
             value = _read(call)[i]
-            if not carries_tokens(value) and (value, dim) not in seen:
-                seen.add((value, dim))
-                yield value
+            if not carries_tokens(value) and call not in found.setdefault(value, []):
+                found[value].append(call)
+    return {node: found[node] for node in graph.nodes if found.get(node)}
+
+
+def _spec(call: Node) -> AttentionSpec:
+    return AttentionSpec.from_json(str(call.kwargs["spec"]))
 
 
 def _attentions(graph: Graph) -> list[Node]:
@@ -178,18 +325,6 @@ def _read(call: Node) -> Sequence[Node]:
     """What the tile functions of an attention read."""
     read: Any = call.args[3]
     return tuple(read)
-
-
-def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:
-    where = operator.meta.get("ringfx_path") or operator.name
-    details = {
-        "temporaries": f"{op_name(operator)} of {where}",
-        "attention's workspace": where,
-    }
-    for cause, kind in CAUSES.items():
-        found = there.get(cause, 0) + sum(x.bytes for x in alive if x.cause == cause)
-        if found:
-            yield MemoryPart(cause=cause, bytes=found, kind=kind, detail=details.get(cause, ""))
 
 
 def _by_block(alive: Iterable[Held]) -> tuple[tuple[str, int], ...]:
@@ -208,11 +343,10 @@ STRETCHES = 60
 """Points of a chart of memory over the program."""
 
 
-def _over_program(held: Sequence[Held], num: int, there: Mapping[str, int]) -> tuple[int, ...]:
-    """Without what Inductor holds for reuse at the peak, which is no constant."""
-    always = sum(there.values()) - there["held by Inductor for reuse"]
+def _over_program(held: Sequence[Held], num: int, rows: int) -> tuple[int, ...]:
+    """Without what Inductor holds for reuse, and with the rows that are taken of masks."""
     stretches = np.array_split(_alive(held, num), min(num, STRETCHES))
-    return tuple(int(stretch.max()) + always for stretch in stretches)
+    return tuple(int(stretch.max()) + rows for stretch in stretches)
 
 
 def _state_bytes(optimizer: str | int, parameter: Node) -> int:
@@ -220,48 +354,12 @@ def _state_bytes(optimizer: str | int, parameter: Node) -> int:
     return state_bytes(optimizer, value.numel(), value.element_size())
 
 
-def _messages(values: Values, trained: Sequence[Node]) -> Iterator[Held]:
-    """The largest message so far of those that sum parameter gradients: passes/rewrite.
-
-    Backward runs from the last position to the first, and completes a bucket where it reaches the
-    first use of its first member.
-    """
-    first = {n: i for i, node in reversed([*enumerate(values.nodes)]) for n in node.all_input_nodes}
-    used = sorted((n for n in trained if n in first), key=first.__getitem__)
-    largest = 0
-    for bucket in reversed(buckets(used)):
-        size = MESSAGE_COPIES * sum(map(_bytes, bucket))
-        last = first[bucket[0]] - 1
-        if size > largest and last >= 0:
-            cause, more = "gradients joined and summed", size - largest
-            yield Held(cause=cause, node=bucket[0], bytes=more, first=0, last=last)
-            largest = size
-
-
-# --- the largest sum --------------------------------------------------------------------------
-
-
-def _peak(held: Sequence[Held], num: int, *, reuses: bool) -> tuple[int, int]:
-    """The position of the peak, and the bytes that are held there for reuse alone."""
-    alive = _alive(held, num)
-    if not reuses:
-        return int(alive.argmax()), 0
-    by_size: dict[int, list[Held]] = {}
-    for x in held:
-        if x.cause in REUSED:
-            by_size.setdefault(x.bytes, []).append(x)
-    idle = np.zeros(num, np.int64)
-    for members in by_size.values():
-        now = _alive(members, num)
-        before = np.maximum.accumulate(now[::-1])[::-1]
-        idle += np.minimum(before, np.maximum.accumulate(now)) - now
-    position = int((alive + idle).argmax())
-    return position, int(idle[position])
+# --- sums ---------------------------------------------------------------------------------------
 
 
 REUSED = frozenset(
     {
-        "activations kept for backward",
+        KEPT,
         AGAIN,
         "gradients of activations",
         "temporaries",
@@ -277,171 +375,3 @@ def _alive(held: Iterable[Held], num: int) -> NDArray[np.int64]:
         changes[x.last + 1] -= x.bytes
     total: NDArray[np.int64] = changes.cumsum()[:num]
     return total
-
-
-# --- what is alive when -----------------------------------------------------------------------
-
-
-def _held(
-    values: Values,
-    layers: Mapping[str, LayerPlan],
-    trained: Sequence[Node],
-    *,
-    everything: bool,
-    in_place: bool,
-) -> Iterator[Held]:
-    """All that is ever alive; of a program without a backward, in the order that it runs."""
-    last_use = _last_uses(values)
-    if not values.has_grad:
-        yield from _forward(values, layers, last_use)
-        return
-    kept = _needed(values) if everything else kept_values(values)
-    kept = (kept | outputs_of(values)) - _kept_by_attention(values)
-    end = len(values.nodes) - 1
-    for node in trained:
-        yield _whole_gradient(node, last_use)
-    fused = _fused_losses(values) if in_place else frozenset()
-    yield from _kept(values, kept, layers, end, fused)
-    yield from _again(values, layers)
-    handed_over = outputs_of(values) & values.has_grad
-    for i, node in enumerate(values.nodes):
-        if node not in values.has_grad or node.op != "call_function":
-            continue
-        for size in _own_bytes(node, values, kept, handed_over, fused):
-            yield Held(cause="temporaries", node=node, bytes=size, first=i, last=i)
-        yield from _workspace(node, i, layers)
-        if values.owner[node] is node and last_use[node] > i:
-            cause, size, last = "gradients of activations", values.bytes[node], last_use[node]
-            if values.nodes[last] in fused and node not in kept:
-                last -= 1
-            yield Held(cause=cause, node=node, bytes=size, first=i + 1, last=last)
-
-
-def _fused_losses(values: Values) -> frozenset[Node]:
-    """Losses whose backward Inductor makes one pass over the logits of."""
-    return frozenset(node for node in values.nodes if values.hidden(node))
-
-
-def _whole_gradient(parameter: Node, last_use: Mapping[Node, int]) -> Held:
-    cause, last = "parameter gradients", last_use[parameter]
-    return Held(cause=cause, node=parameter, bytes=_bytes(parameter), first=0, last=last)
-
-
-def _workspace(node: Node, position: int, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
-    if node.name in layers:
-        cause, size = "attention's workspace", layers[node.name].workspace_bytes
-        yield Held(cause=cause, node=node, bytes=size, first=position, last=position)
-
-
-def _kept(
-    values: Values,
-    kept: frozenset[Node],
-    layers: Mapping[str, LayerPlan],
-    end: int,
-    fused: frozenset[Node],
-) -> Iterator[Held]:
-    """From the forward on, outside checkpointed regions."""
-    for i, node in enumerate(values.nodes):
-        if node in values.region:
-            continue
-        cause = "activations kept for backward"
-        own = 0 if node in fused and _logits_are_kept(node, values, kept) else values.hidden(node)
-        for size in (own, values.bytes[node] if node in kept else 0):
-            yield Held(cause=cause, node=node, bytes=size, first=i, last=end)
-        if node.name in layers:
-            layer = layers[node.name]
-            size = layer.result_bytes if _again_inputs(layer, values) else layer.saved_bytes
-            yield Held(cause="kept by attention", node=node, bytes=size, first=i, last=end)
-
-
-def _logits_are_kept(loss: Node, values: Values, kept: frozenset[Node]) -> bool:
-    return any(values.owner[n] in kept for n in loss.all_input_nodes if n in values.has_grad)
-
-
-def _again_inputs(layer: LayerPlan, values: Values) -> bool:
-    """Whether the layer's q, k and v are computed again with their region."""
-    return layer.site.checkpoint in values.region.values()
-
-
-def _again(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
-    """What regions that are run again hold: from the first backward that reads one of a region's
-    values, which may lie after the region, until the backward is past the value's first reader."""
-    first: dict[Node, int] = {}
-    ends: dict[int, int] = {}
-    for i, node in enumerate(values.nodes):
-        for needed in needed_by(node, values):
-            if needed in values.region:
-                first.setdefault(needed, i)
-                ends[values.region[needed]] = i
-    for needed in first.keys() - _kept_by_attention(values):
-        cause, size, last = AGAIN, values.bytes[needed], ends[values.region[needed]]
-        yield Held(cause=cause, node=needed, bytes=size, first=first[needed], last=last)
-    for i, node in enumerate(values.nodes):
-        if node.name in layers and _again_inputs(layers[node.name], values):
-            layer = layers[node.name]
-            size = layer.saved_bytes - layer.result_bytes
-            last = max(i, ends.get(layer.site.checkpoint, i))
-            yield Held(cause=AGAIN_FOR_ATTENTION, node=node, bytes=size, first=i, last=last)
-
-
-def _needed(values: Values) -> frozenset[Node]:
-    """All that any backward reads, as eager autograd keeps it."""
-    needed = (x for node in values.nodes for x in needed_by(node, values))
-    return frozenset(x for x in needed if values.bytes[x])
-
-
-def _kept_by_attention(values: Values) -> frozenset[Node]:
-    """q, k, v and output of attention, which its layer plan counts, and masks that stay whole, of
-    which it keeps rows."""
-    found = [n for n in values.nodes if op_name(n) == "attention" and n.op == "call_function"]
-    counted = {values.owner[x] for n in found for x in (*n.all_input_nodes[:3], n)}
-    return frozenset(counted | values.taken)
-
-
-def _last_uses(values: Values) -> Mapping[Node, int]:
-    """The last position at which a value, or a view of it, is used."""
-    last: dict[Node, int] = {}
-    for i, node in enumerate(values.nodes):
-        last[values.owner[node]] = max(i, last.get(values.owner[node], 0))
-        for source in node.all_input_nodes:
-            last[values.owner[source]] = i
-    return last
-
-
-def _own_bytes(
-    node: Node,
-    values: Values,
-    kept: frozenset[Node],
-    handed_over: frozenset[Node],
-    fused: frozenset[Node],
-) -> Iterator[int]:
-    """Its output's gradient, values computed again for it, a loss's gradient of its own array.
-
-    The gradient of a value that was handed to the caller comes twice: from there and from here.
-    """
-    yield values.bytes[node]
-    yield 0 if node in fused else values.hidden(node)
-    yield from _sizes((n for n in node.all_input_nodes if values.owner[n] in handed_over), values)
-    if op_name(node) != "attention":
-        elsewhere = (n for n in needed_by(node, values) if n not in kept)
-        yield from _sizes((n for n in elsewhere if n not in values.region), values)
-
-
-def _sizes(nodes: Iterable[Node], values: Values) -> Iterator[int]:
-    """Bytes of several values, each once."""
-    yield from (values.bytes[owner] for owner in {values.owner[n] for n in nodes})
-
-
-def _forward(
-    values: Values, layers: Mapping[str, LayerPlan], last_use: Mapping[Node, int]
-) -> Iterator[Held]:
-    """Without a backward a value lives until its last use."""
-    for i, node in enumerate(values.nodes):
-        last = max(i, last_use.get(node, i))
-        yield Held(cause="temporaries", node=node, bytes=values.bytes[node], first=i, last=last)
-        yield from _workspace(node, i, layers)
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

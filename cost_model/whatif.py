@@ -1,8 +1,9 @@
 """The same model elsewhere: more ranks, another link, another length, another budget.
 
-The attention sites of a plan do not depend on where it runs, so a changed plan needs no model: the
-strategies are chosen again for the same sites. What was derived from the split program itself
-(placements outside attention) is not derived again, and the changed plan says so.
+The attention sites of a plan do not depend on where it runs, and its memory is kept as a timeline
+whose peak can be taken again, so a changed plan needs no model: the strategies are chosen again for
+the same sites. What was derived from the split program itself (placements outside attention) is not
+derived again, and the changed plan says so.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ringfx.cost_model.choose import choose
+from ringfx.cost_model.choose import choose, least_excess
+from ringfx.cost_model.fitting import last_that_fits
 from ringfx.cost_model.infeasible import scaled_site
+from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import AUTO, StrategyChoice
 from ringfx.cost_model.profile import Profile
 from ringfx.cost_model.quantities import parse_bytes, parse_rate, parse_tokens
+from ringfx.cost_model.timeline import in_order, memory_parts, peak
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.layout import Layout
 from ringfx.passes.values import TokenAxis
-from ringfx.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.plan import MemoryPlan, Plan
 
 __all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
 
@@ -115,15 +119,14 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
     scale = 1.0 if change.seq_len is None else change.seq_len / tokens(plan)
     sites = [scaled_site(layer.site, scale) for layer in plan.layers]
     budget = change.gpu_memory or plan.gpu_memory
+    profile = changed_profile(profile, change)
     layers = choose(
-        sites,
-        world_size=world_size,
-        profile=changed_profile(profile, change),
-        gpu_memory=budget,
-        strategy=strategy,
-        fixed_bytes=plan.memory.whole_bytes,
-        split_bytes=round(plan.memory.split_bytes * scale * plan.world_size / world_size),
-    )
+        sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
+        memory=plan.memory.timeline,
+    )  # fmt: skip
+    same_program = (world_size, scale) == (plan.world_size, 1.0)
+    reshardings = plan.reshardings if same_program else ()
+    words = (*_notes(plan, profile), *_link_words(change))
     changed = replace(
         plan,
         world_size=world_size,
@@ -133,15 +136,16 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         profile_date=profile.date,
         layers=layers,
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
-        reshardings=(),
-        outside_ms=0.0,
-        notes=tuple(dict.fromkeys((*_notes(plan, profile), *_link_words(change), NOT_DERIVED))),
+        reshardings=reshardings,
+        outside_ms=outside_ms(reshardings, world_size, profile),
+        notes=tuple(dict.fromkeys((*words, *(() if same_program else (NOT_DERIVED,))))),
     )
-    return replace(changed, memory=_changed_memory(changed, scale * plan.world_size / world_size))
+    return replace(changed, memory=changed_memory(changed, same_program))
 
 
 NOT_DERIVED = (
-    "attention only: what moves outside it was not derived again, and memory outside it is scaled"
+    "not derived again: where values are split, and what moves outside attention (left out);"
+    " memory is that of the same program at this length and over these ranks"
 )
 
 
@@ -161,21 +165,23 @@ def _link_words(change: Change) -> Iterator[str]:
         yield f"as if every link's latency were {change.latency_us:g} us"
 
 
-def _changed_memory(changed: Plan, ratio: float) -> MemoryPlan:
-    """Outside attention what is split grows with the ratio; attention is what its layers say."""
-    outside = [
-        replace(part, bytes=round(part.bytes * ratio)) if part.kind == "split" else part
-        for part in changed.memory.parts
-        if part.kind != "attention"
-    ]
-    if not outside:
-        return replace(changed.memory, parts=(), by_block=(), over_program=())
-    attention = {
-        "kept by attention": changed.saved_bytes,
-        "attention's workspace": changed.workspace_bytes,
-    }
-    parts = [MemoryPart(cause=c, bytes=n, kind="attention") for c, n in attention.items() if n]
-    return replace(changed.memory, parts=(*outside, *parts), by_block=(), over_program=())
+def changed_memory(changed: Plan, same_program: bool) -> MemoryPlan:
+    """The peak taken again, for the changed plan's length, ranks and strategies."""
+    timeline = changed.memory.timeline
+    if timeline is None:
+        return MemoryPlan(unknown=changed.memory.unknown)
+    sites = [layer.site for layer in changed.layers]
+    found = peak(
+        timeline, in_order(timeline, sites, changed.layers), world_size=changed.world_size,
+        seq_len=tokens(changed),
+    )  # fmt: skip
+    parts = memory_parts(found)
+    is_same = same_program and parts == changed.memory.parts
+    return (
+        changed.memory
+        if is_same
+        else replace(changed.memory, parts=parts, by_block=(), over_program=())
+    )
 
 
 def changed_profile(profile: Profile, change: Change) -> Profile:
@@ -234,14 +240,16 @@ def longest_sequence(
             "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
         )
 
-    def fits(seq_len: int) -> bool:
-        (result,) = sweep(plan, [Change(seq_len=seq_len)], profile, strategy)
-        return isinstance(result, Plan)
+    sites = [layer.site for layer in plan.layers]
 
+    def over(seq_len: int) -> float:
+        return least_excess(
+            sites, world_size=plan.world_size, profile=profile, gpu_memory=budget,
+            strategy=strategy, memory=plan.memory.timeline, scale=seq_len / tokens(plan),
+        )  # fmt: skip
+
+    budget = plan.gpu_memory
     low, high = 0, plan.world_size
-    while high < limit and fits(high):
+    while high < limit and over(high) <= 0:
         low, high = high, 2 * high
-    while high - low > plan.world_size:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return last_that_fits(over, low, high, plan.world_size)

@@ -72,6 +72,7 @@ class Work:
         )
 
 
+@lru_cache(maxsize=256)
 def ring_work(
     spec: AttentionSpec, layout: LayoutKind, world_size: int, tile: int = MASKED_TILE
 ) -> tuple[tuple[Work, ...], ...]:
@@ -82,11 +83,7 @@ def ring_work(
     """
     counted, full_like = _positional(spec)
     table = [
-        tuple(
-            _hop(counted, full_like, tile, layout, world_size, rank, hop)
-            for hop in _all_hops(world_size)
-        )
-        for rank in _some_ranks(world_size)
+        _row(counted, full_like, tile, layout, world_size, rank) for rank in _some_ranks(world_size)
     ]
     last = max((i for row in table for i, work in enumerate(row) if work.pairs), default=0)
     return tuple(row[: last + 1] for row in table)
@@ -124,6 +121,17 @@ def _all_hops(world_size: int) -> Sequence[int]:
     """Every hop, or for many ranks the counted hop that stands for each."""
     far = max(1, -(-(world_size - NEAR_HOPS) // FAR_HOPS))
     return [h if h < NEAR_HOPS else h - (h - NEAR_HOPS) % far for h in range(world_size)]
+
+
+def _row(
+    spec: AttentionSpec, masked: bool, tile: int, layout: LayoutKind, world_size: int, rank: int
+) -> tuple[Work, ...]:
+    """Each counted hop is counted once, and stands for those after it up to the next."""
+    hops = _all_hops(world_size)
+    counted = {
+        hop: _hop(spec, masked, tile, layout, world_size, rank, hop) for hop in dict.fromkeys(hops)
+    }
+    return tuple(map(counted.__getitem__, hops))
 
 
 @lru_cache(maxsize=65_536)

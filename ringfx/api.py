@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
+from ringfx.cost_model.infeasible import refuse_parameters
 from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
 from ringfx.ops.stats import LayerStats, snapshot
@@ -192,6 +193,7 @@ def plan(
             "strict": strict,
         }
     )
+    refuse_parameters(model.parameters(), settings.gpu_memory)
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
     plans: list[Plan] = []
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule
 
-from ringfx.cost_model import choose, load_profile, outside_ms, predict_memory
+from ringfx.cost_model import alive_in, choose, load_profile, outside_ms
 from ringfx.errors import NoAxisRule
 from ringfx.heap import left_alone
 from ringfx.passes.axes import AxisMap, name_axes
@@ -107,16 +106,14 @@ def _lowered(
 
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
-    memory = partial(
-        predict_memory, captured, carries_tokens=placement.is_split, world_size=world.size,
-        optimizer=settings.optimizer, compiler=settings.compiler,
+    alive = alive_in(
+        captured, carries_tokens=placement.is_split if world.size > 1 else lines.carries_one,
+        power=lines.power, world_size=world.size, optimizer=settings.optimizer,
+        compiler=settings.compiler,
     )  # fmt: skip
-    outside = memory(layers={})
     layers = choose(
         sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
-        strategy=settings.strategy, fixed_bytes=outside.whole_bytes,
-        split_bytes=outside.split_bytes,
-        outside={part.cause: part.bytes for part in outside.parts},
+        strategy=settings.strategy, memory=alive.timeline,
     )  # fmt: skip
 
     dtypes = {site.dtype for site in sites.found}
@@ -130,7 +127,7 @@ def _lowered(
         layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
         axes=_token_axes(lines), reshardings=local.reshardings,
         outside_ms=outside_ms(local.reshardings, world.size, profile),
-        memory=memory(layers={layer.site.node: layer for layer in layers}),
+        memory=alive.plan({layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown,
                *_whole_masks(sites, local, world), *_graph_break(captured)),
     )  # fmt: skip

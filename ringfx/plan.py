@@ -20,9 +20,12 @@ from ringfx.spec import AttentionSpec
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA_VERSION", "LayerPlan", "MemoryPart", "MemoryPlan", "Plan", "joined"]
+__all__ = [
+    "SCHEMA_VERSION", "LayerPlan", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart",
+    "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
+]  # fmt: skip
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 T = TypeVar("T")
 
@@ -92,6 +95,73 @@ class MemoryPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryTerm:
+    """Bytes of one cause that grow alike."""
+
+    cause: str
+    tokens: int
+    """The power of the sequence's length that they grow with."""
+    is_split: bool
+    """Whether each rank holds its share of them, or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryMoment:
+    """A point of the program at which the peak may lie: of this length and number of ranks, or of
+    others."""
+
+    operator: str
+    """What runs there."""
+    where: str
+    """Its module path."""
+    bytes: tuple[int, ...]
+    """Of each term of the timeline, of all ranks together."""
+    layers: int
+    """Attention layers that keep tensors there: so many of the first."""
+    masks: int
+    """Whole masks that are kept there: so many of the first."""
+    working: tuple[int, ...]
+    """Layers whose workspace may be held there, by number."""
+    again: tuple[int, ...]
+    """Layers whose inputs are there again for a checkpoint, by number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLayer:
+    """An attention layer as the timeline counts it."""
+
+    node: str
+    """Of its site."""
+    keeps_result: bool
+    """Whether it keeps its result alone: its inputs are computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryMask:
+    """A whole mask or bias of which each rank takes its queries' rows, where it computes those."""
+
+    bytes: int
+    tokens: int
+    """The power of the sequence's length that they grow with."""
+    readers: tuple[int, ...]
+    """Layers that read it, by number."""
+    is_kept: bool
+    """Whether it is kept for backward where no rows are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTimeline:
+    """What is alive when, as far as any peak depends on it: ``cost_model/timeline.py``."""
+
+    seq_len: int
+    """The longest sequence of its attentions, for which the bytes are counted."""
+    terms: tuple[MemoryTerm, ...]
+    moments: tuple[MemoryMoment, ...]
+    layers: tuple[MemoryLayer, ...]
+    masks: tuple[MemoryMask, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What the peak of one rank's memory is made of, as far as it is known."""
 
@@ -103,6 +173,8 @@ class MemoryPlan:
     trains, while the backward passes the stretch."""
     unknown: tuple[str, ...] = ()
     """Causes that the prediction leaves out, in words; empty when it is complete."""
+    timeline: MemoryTimeline | None = None
+    """What the peak is taken from, again for another length, number of ranks or strategies."""
 
     @property
     def peak_bytes(self) -> int:
@@ -332,4 +404,19 @@ def _memory(fields: Mapping[str, Any]) -> MemoryPlan:
         over_program=tuple(fields.get("over_program", ())),
         by_block=tuple((name, size) for name, size in fields.get("by_block", ())),
         unknown=tuple(fields["unknown"]),
+        timeline=None if fields.get("timeline") is None else _timeline(fields["timeline"]),
+    )
+
+
+def _timeline(fields: Mapping[str, Any]) -> MemoryTimeline:
+    lists = ("bytes", "working", "again")
+    return MemoryTimeline(
+        seq_len=fields["seq_len"],
+        terms=_all(fields["terms"], lambda v: MemoryTerm(**v)),
+        moments=_all(
+            fields["moments"],
+            lambda v: MemoryMoment(**{**v, **{name: tuple(v[name]) for name in lists}}),
+        ),
+        layers=_all(fields["layers"], lambda v: MemoryLayer(**v)),
+        masks=_all(fields["masks"], lambda v: MemoryMask(**{**v, "readers": tuple(v["readers"])})),
     )

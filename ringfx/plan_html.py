@@ -15,7 +15,7 @@ from ringfx.cost_model.profile import age_words
 from ringfx.errors import RingfxError
 from ringfx.plan import MemoryPart, Plan
 from ringfx.plan_text import FoldedLayers, fold
-from ringfx.plan_views import attention_bytes, strategy_mix
+from ringfx.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.quantities import format_bytes, format_ms
 
 __all__ = ["to_html"]
@@ -219,10 +219,10 @@ def _curves(curves: Curve, title: str, unit: str) -> str:
     if len(plans) < 2:
         return ""
     times = [(tokens, found.total_ms) for tokens, found in plans]
-    sizes = [(tokens, float(attention_bytes(found))) for tokens, found in plans]
+    sizes = [(tokens, float(memory_bytes(found))) for tokens, found in plans]
     charts = (
         f"<p>Attention's time of one step</p>\n{_plot(times, format_ms, COLOURS[0])}\n"
-        f"<p>Attention's memory on one rank</p>\n{_plot(sizes, format_bytes, COLOURS[2])}"
+        f"<p>Memory of one rank</p>\n{_plot(sizes, format_bytes, COLOURS[2])}"
     )
     rows = "\n".join(_curve_row(tokens, found) for tokens, found in curves)
     head = f"<tr><th>{unit}<th class=text>strategies<th>time<th>memory</tr>"
@@ -235,7 +235,7 @@ def _curve_row(tokens: int, found: Plan | RingfxError) -> str:
         return f"<tr><td>{tokens:,}<td class=text colspan=3>{why}</tr>"
     return (
         f"<tr><td>{tokens:,}<td class=text>{escape(strategy_mix(found))}"
-        f"<td>{format_ms(found.total_ms)}<td>{format_bytes(attention_bytes(found))}</tr>"
+        f"<td>{format_ms(found.total_ms)}<td>{format_bytes(memory_bytes(found))}</tr>"
     )
 
 

@@ -146,6 +146,11 @@ def _total_changes(before: Plan, after: Plan) -> Iterator[str]:
         f"attention's memory: {format_bytes(attention_bytes(before))}"
         f" -> {format_bytes(attention_bytes(after))}"
     )
+    if before.memory.parts and after.memory.parts:
+        yield (
+            f"memory of one rank: {format_bytes(before.memory.peak_bytes)}"
+            f" -> {format_bytes(after.memory.peak_bytes)}"
+        )
 
 
 def attention_bytes(plan: Plan) -> int:
@@ -153,12 +158,17 @@ def attention_bytes(plan: Plan) -> int:
     return plan.saved_bytes + plan.workspace_bytes
 
 
+def memory_bytes(plan: Plan) -> int:
+    """The peak of one rank; where only attention is known, what that needs."""
+    return plan.memory.peak_bytes or attention_bytes(plan)
+
+
 # --- many plans ---------------------------------------------------------------------------------
 
 
 def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | RingfxError]) -> str:
     """One line a value: strategies, time, memory, a bar of time; or why there is no plan."""
-    titles = (name, "strategies", "attention a step", "exposed", "memory of attention", "")
+    titles = (name, "strategies", "attention a step", "exposed", "memory", "")
     rows = [titles]
     failed = []
     longest_ms = max((r.total_ms for r in results if isinstance(r, Plan)), default=0.0)
@@ -172,7 +182,7 @@ def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | Ri
                     strategy_mix(result),
                     format_ms(result.total_ms),
                     format_ms(exposed),
-                    format_bytes(attention_bytes(result)),
+                    format_bytes(memory_bytes(result)),
                     _bar(result.total_ms / longest_ms if longest_ms else 0.0),
                 )
             )

@@ -8,7 +8,7 @@ import pytest
 
 from ringfx.errors import InvalidArgument
 from ringfx.passes.values import Declined, Resharding, TokenAxis
-from ringfx.plan import LayerPlan, MemoryPart, MemoryPlan, Plan
+from ringfx.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.plan_text import fold
 from ringfx.quantities import format_bytes, index_set
 from tests.cost_model.sites import causal_site
@@ -87,7 +87,7 @@ def test_another_schema_version_is_refused() -> None:
     with pytest.raises(InvalidArgument) as caught:
         Plan.from_json(text)
     assert str(caught.value) == (
-        "this plan has schema version 99; this ringfx reads version 1."
+        f"this plan has schema version 99; this ringfx reads version {SCHEMA_VERSION}."
         " Do: make the plan again with this version of ringfx."
     )
 
@@ -97,7 +97,7 @@ def test_another_schema_version_is_refused() -> None:
     [
         ("hello", "this is not a plan: line 1 is not JSON (Expecting value)."),
         ("[1]", 'this is not a plan: the text has no "schema" field.'),
-        ('{"schema": 1}', "this plan is damaged: KeyError('layers')."),
+        (f'{{"schema": {SCHEMA_VERSION}}}', "this plan is damaged: KeyError('layers')."),
     ],
 )
 def test_what_is_no_plan_is_refused(text: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from math import log
 
 from torch.fx import Node
 
@@ -92,6 +93,23 @@ class Lines:
         """The dimensions of a value that hold tokens of any line, however they do."""
         dims = self.axes.dims(node) if node in self.axes.values else ()
         return tuple(d for d, dim in enumerate(dims) if any(axis in self._owner for axis in dim))
+
+    def carries_one(self, node: Node) -> bool:
+        """Whether the value carries one line of tokens, so that it can be split."""
+        return isinstance(self.carried(node), Carried)
+
+    def power(self, node: Node) -> int:
+        """The power of the number of tokens that the size of a value grows with.
+
+        Of tokens that are cut into rows and columns each is half of one; a window of a few of them
+        is none.
+        """
+        dims = self.axes.dims(node) if self.axes.values.get(node) else ()
+        owned = [axis for dim in dims for axis in dim if axis in self._owner]
+        size = self.axes.space.size
+        lengths = [self.lines[self._owner[axis]].length for axis in owned]
+        pairs = zip(owned, lengths, strict=True)
+        return round(sum(log(size((axis,)), length) for axis, length in pairs if length > 1))
 
     def arrival(self, carried: Carried) -> Arrival:
         """How such a tensor is split, as it is told outside of this program."""

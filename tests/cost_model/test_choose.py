@@ -10,6 +10,7 @@ import pytest
 from ringfx.cost_model import choose
 from ringfx.cost_model.budget import Menu, assign, least_memory, peak
 from ringfx.cost_model.formulas import Phase, Prediction
+from ringfx.cost_model.timeline import flat
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.plan import LayerPlan
 from ringfx.strategies import STRATEGIES
@@ -82,9 +83,10 @@ def test_memory_outside_attention_counts_against_the_budget() -> None:
     site = causal_site()
     (layer,) = _choose(site, gpu_memory=2**30)
     with pytest.raises(OutOfMemory):
-        _choose(site, gpu_memory=2**30, fixed_bytes=2**30 - layer.saved_bytes)
+        _choose(site, gpu_memory=2**30, memory=flat([site], whole=2**30 - layer.saved_bytes))
+    split = flat([site], split=2**30 - layer.saved_bytes, world_size=8)
     with pytest.raises(OutOfMemory):
-        _choose(site, gpu_memory=2**30, split_bytes=2**30 - layer.saved_bytes)
+        _choose(site, gpu_memory=2**30, memory=split)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -195,34 +197,27 @@ def test_a_layer_that_no_strategy_can_split_is_refused_with_every_reason() -> No
 def test_when_nothing_fits_the_nearest_that_would_is_named_and_does_fit() -> None:
     sites = [causal_site(i, 2**20) for i in range(32)]
     budget = 40 * 2**30
+    outside = flat(sites, whole=2**30, split=2**30, world_size=8)
     with pytest.raises(OutOfMemory) as caught:
-        _choose(*sites, gpu_memory=budget, fixed_bytes=2**30, split_bytes=2**30)
+        _choose(*sites, gpu_memory=budget, memory=outside)
     first, second, third = str(caught.value).split("\n")
     assert first.startswith("no choice of strategies fits: 8 ranks need at least ")
     assert first.endswith(" each, the budget is 40.0 GiB.")
-    assert second.startswith("  Made of: saved by attention for backward ")
+    assert second.startswith("  Made of: kept by attention ")
     assert second.endswith(", outside attention 2.00 GiB.")
     words = third.replace(",", "").split()
     ranks, tokens = int(words[words.index("use") + 1]), int(words[words.index("to") + 1])
-    _choose(
-        *sites, world_size=ranks, gpu_memory=budget, fixed_bytes=2**30, split_bytes=2**33 // ranks
-    )
+    _choose(*sites, world_size=ranks, gpu_memory=budget, memory=outside)
     with pytest.raises(OutOfMemory):
-        _choose(
-            *sites,
-            world_size=ranks - 1,
-            gpu_memory=budget,
-            fixed_bytes=2**30,
-            split_bytes=2**33 // (ranks - 1),
-        )
+        _choose(*sites, world_size=ranks - 1, gpu_memory=budget, memory=outside)
     shorter = [replace(s, spec=replace(s.spec, q_len=tokens, kv_len=tokens)) for s in sites]
-    _choose(*shorter, gpu_memory=budget, fixed_bytes=2**30, split_bytes=tokens * 2**10)
+    _choose(*shorter, gpu_memory=budget, memory=outside)
     assert tokens > 2**18
 
 
 def test_when_parameters_alone_are_too_large_nothing_is_promised() -> None:
     with pytest.raises(OutOfMemory) as caught:
-        _choose(causal_site(), gpu_memory=2**30, fixed_bytes=2**31)
+        _choose(causal_site(), gpu_memory=2**30, memory=flat([causal_site()], whole=2**31))
     assert str(caught.value).endswith(
         "  Do: give more memory: parameters and the like alone take 2.00 GiB."
     )

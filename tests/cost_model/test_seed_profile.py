@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib import resources
+from typing import Any
 
 import pytest
 
@@ -42,8 +44,25 @@ def _choose(tokens: int, memory: int) -> str:
 
 
 def test_the_shipped_profile_is_what_the_records_give() -> None:
-    again = observed_profile(RECORDS, name=SEED.name, device=SEED.device, origin=SEED.origin)
-    assert read_profile(profile_json(again), "again") == SEED
+    given = observed_profile(RECORDS, name=SEED.name, device=SEED.device, origin=SEED.origin)
+    again = read_profile(profile_json(given), "again")
+    assert replace(again, memory=(), kernels=()) == replace(SEED, memory=(), kernels=())
+    assert _numbers(again.memory) == pytest.approx(_numbers(SEED.memory), rel=FITTED)
+    assert _numbers(again.kernels) == pytest.approx(_numbers(SEED.kernels), rel=FITTED)
+    assert _words(again.memory + again.kernels) == _words(SEED.memory + SEED.kernels)
+
+
+FITTED = 1e-3
+"""A fit's last of four digits depends on the processor: its sums are taken in another order."""
+
+
+def _numbers(rows: Sequence[Any]) -> list[float]:
+    values = (value for row in rows for value in asdict(row).values())
+    return [float(value) for value in values if isinstance(value, (int, float))]
+
+
+def _words(rows: Sequence[Any]) -> list[str]:
+    return [value for row in rows for value in asdict(row).values() if isinstance(value, str)]
 
 
 @pytest.mark.parametrize("record", MEASURED, ids=lambda r: f"{r.strategy}-{r.q_len}")
@@ -58,7 +77,7 @@ def test_the_suspect_entry_is_flagged_and_was_not_fitted() -> None:
         " 38.81 x 53.7 = 2084 MB",
     )
     without = [r for r in RECORDS if not r.suspect_peak]
-    assert fit_memory(without)[0] == SEED.memory
+    assert _numbers(fit_memory(without)[0]) == pytest.approx(_numbers(SEED.memory), rel=FITTED)
 
 
 def test_the_out_of_memory_of_simple_at_16384_is_predicted() -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from ringfx.cost_model import choose
 from ringfx.cost_model.quantities import parse_rate
+from ringfx.cost_model.timeline import flat, memory_parts, peak
 from ringfx.cost_model.whatif import (
+    NOT_DERIVED,
     Change,
     longest_sequence,
     parse_change,
@@ -16,14 +18,18 @@ from ringfx.cost_model.whatif import (
 )
 from ringfx.errors import InvalidArgument, OutOfMemory
 from ringfx.passes.values import TokenAxis
-from ringfx.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.plan import MemoryPlan, Plan
 from tests.cost_model.sites import causal_site, shipped
 
 H100 = shipped("h100-sxm-published")
 
 
 def _plan(tokens: int = 2**16, gpu_memory: int | None = None, world_size: int = 8) -> Plan:
-    layers = choose([causal_site(i, tokens) for i in range(4)], world_size=world_size, profile=H100)
+    sites = [causal_site(i, tokens) for i in range(4)]
+    layers = choose(sites, world_size=world_size, profile=H100)
+    split = 2**24 * tokens // 2**16 * 8 // world_size
+    timeline = flat(sites, whole=2**20, split=split, world_size=world_size)
+    found = peak(timeline, layers, world_size=world_size, seq_len=tokens)
     return Plan(
         world_size=world_size,
         gpu_memory=gpu_memory,
@@ -36,13 +42,7 @@ def _plan(tokens: int = 2**16, gpu_memory: int | None = None, world_size: int = 
                 axis="tokens", length=tokens, layout="zigzag", local_length=tokens // world_size
             ),
         ),
-        memory=MemoryPlan(
-            parts=(
-                MemoryPart(cause="parameters", bytes=2**20, kind="whole"),
-                MemoryPart(cause="logits", bytes=2**24, kind="split"),
-                MemoryPart(cause="attention", bytes=5, kind="attention"),
-            )
-        ),
+        memory=MemoryPlan(parts=memory_parts(found), timeline=timeline),
     )
 
 
@@ -55,23 +55,19 @@ def test_other_ranks_and_lengths_are_as_if_planned_so() -> None:
     moved = replan(_plan(), Change(world_size=16, seq_len=2**18), H100)
     assert moved.layers == _plan(2**18, world_size=16).layers
     assert moved.axes == _plan(2**18, world_size=16).axes
-    assert moved.notes == (
-        "attention only: what moves outside it was not derived again, and memory outside it is"
-        " scaled",
-    )
+    assert moved.memory.parts == _plan(2**18, world_size=16).memory.parts
+    assert moved.notes == (NOT_DERIVED,)
 
 
 def test_a_changed_plan_may_be_changed_again() -> None:
     """There and back: the memory outside attention is still known, and so is what fits."""
     plan = _plan(gpu_memory=2**31)
     there = replan(plan, Change(world_size=16, seq_len=2**18), H100)
-    outside = {part.cause: part.bytes for part in there.memory.parts if part.kind != "attention"}
-    assert outside == {"parameters": 2**20, "logits": 2**24 * 4 // 2}
-    assert there.memory.peak_bytes == sum(outside.values()) + there.saved_bytes + (
-        there.workspace_bytes
-    )
+    outside = 2**20 + 2**24 * 4 // 2
+    assert there.memory.peak_bytes == outside + there.saved_bytes + there.workspace_bytes
     back = replan(there, Change(world_size=8, seq_len=2**16), H100)
     assert back.layers == plan.layers
+    assert back.memory.parts == plan.memory.parts
     assert back.notes == there.notes
     assert longest_sequence(back, H100) == longest_sequence(plan, H100)
 
