@@ -30,7 +30,7 @@ from ringfx.errors import (
 )
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
-from ringfx.ops.channel import channel_of, one_call
+from ringfx.ops.channel import one_call
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import input_name
@@ -45,7 +45,7 @@ from ringfx.settings import Settings
 from ringfx.split_spec import SplitSpec
 from ringfx.tiles.words import WHOLE_MASK
 from ringfx.unsplit import why_unsplit
-from ringfx.world import World, process_group
+from ringfx.world import World
 from ringfx.wrapping import wrap_all
 
 __all__ = ["Backend", "ringfx_backend"]
@@ -69,7 +69,6 @@ class Backend:
         self.between = Between(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
-        self._asked_profile = settings.profile
         self.turns = Turns(settings.check_inputs)
         self._announced: set[str] = set()
         for_ringfx(self)
@@ -169,17 +168,11 @@ class Backend:
         return tuple(name for name, part in model.named_modules() if not part.training)
 
     def _agree_on_profile(self, device: torch.device) -> None:
-        """Before the ranks compile their first program: all of them choose alike.
-
-        Anew after a failure, which one rank may have met before they had agreed.
-        """
-        if self.world.size == 1 or isinstance(self._asked_profile, Profile):
-            return
-        agreed = channel_of(process_group(self.world.group)).agreed
-        if ("profile", id(self)) not in agreed:
-            profile = agreed_profile(self._asked_profile, device=device.type, world=self.world)
+        """Once, before the ranks compile their first program: all of them choose alike."""
+        if self.world.size > 1 and not isinstance(self.settings.profile, Profile):
+            name, world = self.settings.profile, self.world
+            profile = agreed_profile(name, device=device.type, world=world)
             self.settings = replace(self.settings, profile=profile)
-            agreed["profile", id(self)] = True
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""

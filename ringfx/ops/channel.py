@@ -9,7 +9,7 @@ are made together; a failure ends the epoch for the rank that failed and for all
 it, and the next message is sent over new ones. A failure in a call of the model that a rank has
 left behind without an error is no concern of its next call: it moves up to the new epoch.
 
-The number of keys is constant: ``failed``, and two for each rank.
+The number of keys is constant: ``failed``, ``gone``, and two for each rank.
 """
 
 from __future__ import annotations
@@ -33,12 +33,23 @@ from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.ops.where import describe_error, first_line
 
-__all__ = ["CHANNELS", "Channel", "Failure", "Wait", "channel_of", "is_settled", "next_number", "one_call", "plain", "settled"]
+__all__ = [
+    "Channel",
+    "Failure",
+    "Wait",
+    "channel_of",
+    "channels",
+    "is_settled",
+    "next_number",
+    "one_call",
+    "plain",
+    "settled",
+]
 
 E = TypeVar("E", bound=BaseException)
 
-GONE = 1 << 60
-"""Epoch of the failure of a rank that does not come back."""
+GONE = EVERY_CALL = 1 << 60
+"""Epoch of the failure of a rank that does not come back; a call that no rank has left behind."""
 
 GRACE_S = 1.5
 """How long a broken connection waits for its cause: a rank posts it, then closes."""
@@ -166,9 +177,7 @@ class Channel:
         return all(place.epoch >= self.epoch for place in self.others)
 
     def _say(self) -> None:
-        here = _Place(
-            epoch=self.epoch, call=self.call, host=socket.gethostname(), pid=os.getpid()
-        )
+        here = _Place(epoch=self.epoch, call=self.call, host=socket.gethostname(), pid=os.getpid())
         self.store.set(f"waits{self.rank}", "")
         self.store.set(f"place{self.rank}", json.dumps(asdict(here)))
 
@@ -194,10 +203,12 @@ class Channel:
     def failure(self, store: Any = None) -> Failure | None:
         """What ended this rank's epoch, if anything has."""
         store = store or self.store
-        if not store.check(["failed"]):
-            return None
-        found = Failure(**json.loads(store.get("failed")))
-        return found if found.epoch >= self.epoch else None
+        for key in ("failed", "gone"):
+            if store.check([key]):
+                found = Failure(**json.loads(store.get(key)))
+                if found.epoch >= self.epoch:
+                    return found
+        return None
 
     def _is_past(self, failure: Failure) -> bool:
         """Whether it ended a call that this rank has left behind without an error."""
@@ -212,18 +223,26 @@ class Channel:
         return True
 
     def post(
-        self, text: str, *, gone: bool = False, is_error: bool = True, store: Any = None
+        self,
+        text: str,
+        *,
+        gone: bool = False,
+        is_error: bool = True,
+        of_all: bool = False,
+        store: Any = None,
     ) -> None:
-        """Say why this rank's epoch ends; what was said first stands."""
+        """Say why this rank's epoch ends; what was said first stands.
+
+        ``gone``: this rank does not come back. ``of_all``: no rank may go on as if nothing was.
+        """
         store = store or self.store
         epoch = GONE if gone else self.epoch
-        failure = Failure(
-            epoch=epoch, call=self.call, rank=self.rank, text=text, is_error=is_error
-        )
+        call = EVERY_CALL if of_all else self.call
+        failure = Failure(epoch=epoch, call=call, rank=self.rank, text=text, is_error=is_error)
         said = json.dumps(asdict(failure))
-        before = ""
+        key, before = "gone" if gone else "failed", ""
         while True:
-            now = store.compare_set("failed", before, said).decode()
+            now = store.compare_set(key, before, said).decode()
             if now == said or (now and json.loads(now)["epoch"] >= epoch):
                 return
             before = now
@@ -343,6 +362,12 @@ def next_number(group: str) -> str:
     return f"{channel.epoch}.{channel.made}"
 
 
+def channels() -> list[Channel]:
+    """Of all groups that have one here."""
+    with _LOCK:
+        return list(CHANNELS.values())
+
+
 def settled(error: E) -> E:
     """Mark an error of which the other ranks know, or which all of them raise."""
     error.ringfx_settled = True  # type: ignore[attr-defined]
@@ -372,5 +397,3 @@ def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
             found: datetime.timedelta = options._timeout
             return found
     return datetime.timedelta(minutes=30)
-
-

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ringfx.ops.channel import CHANNELS, Channel, channel_of
+from ringfx.ops.channel import Channel, channel_of, channels
 from ringfx.ops.where import describe_error
 
 __all__ = ["tell_when_leaving"]
@@ -63,7 +63,7 @@ def _channels() -> list[Channel]:
     world: Any = dist.group.WORLD
     if world.size() > 1:
         channel_of(world)
-    return list(CHANNELS.values())
+    return channels()
 
 
 def _is_served(store: Any) -> bool:

@@ -24,6 +24,9 @@ __all__ = ["Absent", "meet", "tell"]
 _NUMBERS, _SIZES, _WORDS = 900_001, 900_002, 900_003
 """Tags that no message of a program has."""
 
+MOST_NUMBERS = 7
+"""That a rank may say in a meeting."""
+
 
 class Absent(CommunicationError):
     """Some ranks did not come, and nothing is known to have kept them."""
@@ -42,11 +45,12 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
         A rank does not come; the text says why, where that is known.
     """
     label = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little", signed=True)
-    said = _together(ranks, what, torch.tensor([label, *numbers], dtype=torch.int64))
-    if any(int(row[0]) != label for row in said):
+    padding = [0] * (MOST_NUMBERS - len(numbers))  # gloo ends a process whose sizes do not match
+    said = _together(ranks, what, [label, *numbers, *padding])
+    if any(row[0] != label for row in said):
         raise settled(AgreementError(_different(ranks, tell(ranks, what, what.encode()))))
     ranks.channel.has_met = True
-    return [row[1:].tolist() for row in said]
+    return [row[1 : 1 + len(numbers)] for row in said]
 
 
 def tell(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
@@ -62,10 +66,10 @@ def tell(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
         return [bytes(row.tolist())[: int(n)] for row, n in zip(found, lengths, strict=True)]
 
 
-def _together(ranks: Ranks, what: str, mine: torch.Tensor) -> list[torch.Tensor]:
+def _together(ranks: Ranks, what: str, numbers: Sequence[int]) -> list[list[int]]:
     channel = ranks.channel
     with unset_fake_temporarily(), _disable_current_modes():
-        mine = mine.clone()
+        mine = torch.tensor(numbers, dtype=torch.int64)
         while True:
             found = [torch.empty_like(mine) for _ in range(ranks.size)]
             found[ranks.rank] = mine
@@ -73,19 +77,15 @@ def _together(ranks: Ranks, what: str, mine: torch.Tensor) -> list[torch.Tensor]
             try:
                 with channel.waits(what, is_meeting=True):
                     _send_and_take(channel, mine, found, _NUMBERS, came)
-                return found
+                return [row.tolist() for row in found]
             except RuntimeError as error:
                 if channel.moves_up():
                     continue
                 raise settled(_absent(channel, what, came, error)) from error
 
 
-def _swap(
-    ranks: Ranks, what: str, mine: torch.Tensor, found: list[torch.Tensor], tag: int
-) -> None:
-    ranks.guarded(
-        what, "all ranks", lambda: _send_and_take(ranks.channel, mine, found, tag, [])
-    )
+def _swap(ranks: Ranks, what: str, mine: torch.Tensor, found: list[torch.Tensor], tag: int) -> None:
+    ranks.guarded(what, "all ranks", lambda: _send_and_take(ranks.channel, mine, found, tag, []))
 
 
 def _send_and_take(

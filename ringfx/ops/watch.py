@@ -8,14 +8,14 @@ and ranks that wait for different things: one touches an output, the other is in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfx.ops.channel import CHANNELS, Channel, Wait
+from ringfx.ops.channel import Channel, Wait, channels
 
 __all__ = ["watch"]
 
@@ -41,14 +41,14 @@ class _Watched:
     seen_at: float = 0.0
 
 
-_STORES: dict[int, _Watched] = {}
+_WATCHED: weakref.WeakKeyDictionary[Channel, _Watched] = weakref.WeakKeyDictionary()
 _STARTED = threading.Event()
 
 
 def watch(channel: Channel) -> None:
     """Look after this channel from now on."""
-    if id(channel) not in _STORES:
-        _STORES[id(channel)] = _Watched(store=channel.clone_of_store())
+    if channel not in _WATCHED:
+        _WATCHED[channel] = _Watched(store=channel.clone_of_store())
     if not _STARTED.is_set():
         from ringfx.ops.leaving import tell_when_leaving
 
@@ -60,14 +60,12 @@ def watch(channel: Channel) -> None:
 def _watch() -> None:
     while True:
         time.sleep(TICK_S)
-        alive = list(CHANNELS.values())
-        for gone in _STORES.keys() - {id(channel) for channel in alive}:
-            del _STORES[gone]
-        for channel in alive:
+        for channel in channels():
             channel.close_retired()
-            if id(channel) in _STORES:
-                _look(channel, _STORES[id(channel)])
-        del alive[:]
+            known = _WATCHED.get(channel)
+            if known is not None:
+                _look(channel, known)
+        channel = known = None
 
 
 def _look(channel: Channel, known: _Watched) -> None:
@@ -105,5 +103,6 @@ def _compare(channel: Channel, known: _Watched) -> None:
     meeting = any(is_meeting for _, _, is_meeting in waits)
     if meeting and len({what for _, what, _ in waits}) > 1:
         listed = "; ".join(f"rank {r} waits in {what}" for r, (_, what, _) in enumerate(waits))
-        channel.post(f"the ranks wait for each other: {listed}", store=known.store)
+        text = f"the ranks wait for each other: {listed}"
+        channel.post(text, of_all=True, store=known.store)
         channel.close()

@@ -1,4 +1,4 @@
-"""An error of this rank in one line, for the other ranks: its type, its text, and where it arose."""
+"""An error of this rank in one line, for the other ranks: type, text, and where it arose."""
 
 from __future__ import annotations
 
