@@ -361,7 +361,8 @@ def raw_bytes(value: torch.Tensor) -> torch.Tensor:
 
 def _local(value: torch.Tensor) -> torch.Tensor:
     """A parameter's part on this rank, where it is a DTensor."""
-    part: torch.Tensor = value.to_local() if hasattr(value, "device_mesh") else value
+    given: Any = value
+    part: torch.Tensor = given.to_local() if hasattr(given, "device_mesh") else given
     return part
 
 

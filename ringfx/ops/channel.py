@@ -29,7 +29,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
 from ringfx.ops.where import describe_error, first_line
 
@@ -137,7 +137,7 @@ class Channel:
         return self._prefixed(self._given_store.clone())
 
     def _prefixed(self, store: Any) -> Any:
-        return dist.PrefixStore(f"ringfx/{self.name}", store)
+        return PrefixStore(f"ringfx/{self.name}", store)
 
     # --- connections
 
@@ -160,7 +160,7 @@ class Channel:
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
         self.call = max(self.call, *(place.call for place in self.others))
-        store = dist.PrefixStore(f"epoch{self.epoch}", self.store)
+        store = PrefixStore(f"epoch{self.epoch}", self.store)
         self._twin = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
 
     def _all_here(self) -> bool:

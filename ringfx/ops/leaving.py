@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing.util
+import os
 import socket
 import sys
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from ringfx.ops.channel import Channel, channel_of, channels
 from ringfx.ops.where import describe_error
@@ -26,12 +28,14 @@ _TOLD: set[Channel] = set()
 @functools.cache
 def tell_when_leaving() -> None:
     """From now on, whatever ends the process; once."""
-    usual = sys.excepthook
+    usual, process = sys.excepthook, os.getpid()
 
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        _tell(error)
+        is_prompt = hasattr(sys, "ps1") or sys.flags.interactive  # which goes on
+        if os.getpid() == process and not is_prompt:
+            _tell(error)
         usual(kind, error, trace)
 
     sys.excepthook = excepthook
@@ -44,16 +48,24 @@ def _leave() -> None:
 
 
 def _tell(error: BaseException | None) -> None:
+    text, is_error = _said(error)
     for channel in _channels():
         if channel in _TOLD or not _is_served(channel.store):
             continue
         _TOLD.add(channel)
-        is_error = error is not None and not isinstance(error, SystemExit)
-        text = f"rank {channel.rank} has ended and does not come back"
-        if error is not None and is_error:
-            text = f"rank {channel.rank} raised {describe_error(error)}, and has ended"
         with contextlib.suppress(RuntimeError):
-            channel.post(text, gone=True, is_error=is_error)
+            channel.post(f"rank {channel.rank} {text}", gone=True, is_error=is_error)
+
+
+def _said(error: BaseException | None) -> tuple[str, bool]:
+    """In words, and whether it is an error: launchers turn one into ``sys.exit(1)``."""
+    if isinstance(error, SystemExit) and error.code and isinstance(error.__context__, Exception):
+        error = error.__context__
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "has ended and does not come back", False
+    if isinstance(error, SystemExit):
+        return f"has ended with exit code {error.code}", True
+    return f"raised {describe_error(error)}, and has ended", True
 
 
 def _channels() -> list[Channel]:
@@ -70,7 +82,7 @@ def _is_served(store: Any) -> bool:
     """Whether the store's process still answers: a call that fails fills the log."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
+    if not isinstance(store, TCPStore):
         return True
     try:
         socket.create_connection((store.host, store.port), timeout=2).close()

@@ -88,11 +88,11 @@ def test_after_an_error_that_is_caught_the_ranks_go_on(case: Callable[[str], Non
 
 
 def keys_after(steps: tuple[int, ...]) -> list[int]:
-    model = ringfx.optimize(plain()(), compiler="eager")
+    model = ringfx.optimize(OnVectors(), compiler="eager")
     store: Any = dist.distributed_c10d._get_default_store()
     found = []
     for step in range(max(steps)):
-        model(tokens(16, seed=step)).square().mean().backward()
+        model(torch.full((1, 17, 8), float(step))).square().mean().backward()
         dist.barrier()
         if step + 1 in steps:
             found.append(store.num_keys())
