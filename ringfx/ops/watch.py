@@ -23,11 +23,10 @@ TICK_S = 0.25
 LOOK_AFTER_S = 0.5
 """A message that is due so long is looked into."""
 
-SAY_AFTER_S = 1.0
-"""From then on the other ranks are told what this one waits in."""
-
-STUCK_S = 6.0
-"""All ranks have waited in the same places for so long, and not in the same thing: nobody moves."""
+STUCK_TICKS = 12
+"""After so many looks at one wait a rank tells the others of it. Where all ranks have told, of
+different things, and nothing changes for as many again, nobody moves. Looks are counted, not
+seconds: a process that the machine lets not run has not waited."""
 
 
 @dataclass
@@ -38,7 +37,10 @@ class _Watched:
     said: str = ""
     """What this rank was said to wait in; "" for nothing."""
     seen: list[str] = field(default_factory=list)
-    seen_at: float = 0.0
+    seen_ticks: int = 0
+    number: int = 0
+    """Of the wait that was looked at last."""
+    ticks: int = 0
 
 
 _WATCHED: weakref.WeakKeyDictionary[Channel, _Watched] = weakref.WeakKeyDictionary()
@@ -60,12 +62,15 @@ def watch(channel: Channel) -> None:
 def _watch() -> None:
     while True:
         time.sleep(TICK_S)
-        for channel in channels():
-            channel.close_retired()
-            known = _WATCHED.get(channel)
-            if known is not None:
-                _look(channel, known)
-        channel = known = None
+        _look_at_all()
+
+
+def _look_at_all() -> None:
+    for channel in channels():
+        channel.close_retired()
+        known = _WATCHED.get(channel)
+        if known is not None:
+            _look(channel, known)
 
 
 def _look(channel: Channel, known: _Watched) -> None:
@@ -77,12 +82,19 @@ def _look(channel: Channel, known: _Watched) -> None:
         failure = None if wait is None else channel.failure(known.store)
         if wait is not None and failure is not None and failure.ends(wait):
             channel.close()
-        _say(channel, known, wait if waited > SAY_AFTER_S else None)
-        if wait is not None and waited > SAY_AFTER_S:
+        _count(known, wait)
+        _say(channel, known, wait if known.ticks >= STUCK_TICKS else None)
+        if known.said:
             _compare(channel, known)
     except RuntimeError:  # the store's process has ended, and nobody else will come
         if wait is not None and wait is channel.wait:
             channel.close()
+
+
+def _count(known: _Watched, wait: Wait | None) -> None:
+    number = 0 if wait is None else wait.number
+    known.ticks = known.ticks + 1 if number and number == known.number else 0
+    known.number = number
 
 
 def _say(channel: Channel, known: _Watched, wait: Wait | None) -> None:
@@ -95,9 +107,9 @@ def _say(channel: Channel, known: _Watched, wait: Wait | None) -> None:
 def _compare(channel: Channel, known: _Watched) -> None:
     keys = [f"waits{r}" for r in range(channel.size)]
     now = [known.store.get(key).decode() if known.store.check([key]) else "" for key in keys]
-    if now != known.seen:
-        known.seen, known.seen_at = now, time.monotonic()
-    if not all(now) or time.monotonic() - known.seen_at < STUCK_S:
+    known.seen_ticks = known.seen_ticks + 1 if now == known.seen else 0
+    known.seen = now
+    if not all(now) or known.seen_ticks < STUCK_TICKS:
         return
     waits = [json.loads(text) for text in now]
     meeting = any(is_meeting for _, _, is_meeting in waits)
