@@ -8,14 +8,14 @@ rank's plan says so.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
-
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ringfx.cost_model.profile import Profile, load_profile, profile_json, read_profile
 from ringfx.errors import ProfileError
-from ringfx.world import World, process_group
+from ringfx.ops.meeting import meet, tell
+from ringfx.ops.ranks import Ranks
+from ringfx.world import World
 
 __all__ = ["agreed_profile"]
 
@@ -56,10 +56,10 @@ def _as_text(found: Profile | ProfileError) -> tuple[bool, str]:
 
 def _exchanged(mine: tuple[bool, str], world: World) -> Sequence[tuple[bool, str]]:
     """What every rank says; called while Dynamo's fake tensors are in force."""
-    said: list[tuple[bool, str]] = [mine] * world.size
-    with unset_fake_temporarily():
-        dist.all_gather_object(said, mine, group=process_group(world.group))
-    return said
+    ranks = Ranks.named(world.group, "before the call")
+    meet(ranks, "the agreement on a profile before the model's first call")
+    said = tell(ranks, "the exchange of profiles", json.dumps(mine).encode())
+    return [(error, text) for error, text in map(json.loads, said)]
 
 
 def _difference(first: Profile, everyone: Sequence[Profile | str]) -> tuple[str, ...]:

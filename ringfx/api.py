@@ -48,7 +48,7 @@ def optimize(
     compiler: Compiler = "inductor",
     outputs: Outputs = "global",
     on_unsupported: OnUnsupported = "error",
-    check_inputs: bool = True,
+    check_inputs: bool | int = True,
     strict: bool = False,
 ) -> M:
     """The same model with its sequence split over the ranks of ``mesh``.
@@ -86,8 +86,9 @@ def optimize(
         What to do about an operator that no axis rule covers: ``"error"``, or ``"gather"`` its
         inputs and run it whole.
     check_inputs
-        Compare checksums of integer inputs on every call, of floating-point inputs and parameters
-        on the first.
+        Compare what ranks are given by checksums: inputs on every call, parameters and float
+        buffers whole on a program's first call and then a part on each call that keeps gradients,
+        so that all are compared once in 100 calls, or in N where it is a number. ``False``: never.
     strict
         Refuse a model (AttentionMissed) in which something looks like attention, by a count that is
         independent of detection, and is neither found nor declined with a reason.

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
-from ringfx.agreement import Agreement
+from ringfx.agreement import Agreement, Turns
 from ringfx.apart import unfused
 from ringfx.between import Between, is_split, part_example, whole_example
 from ringfx.cost_model import Profile
@@ -31,6 +31,7 @@ from ringfx.errors import (
 from ringfx.fully_sharded import is_dtensor
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
+from ringfx.ops.channel import one_call
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
@@ -52,6 +53,7 @@ from ringfx.wrapping import wrap_all
 __all__ = ["Backend", "ringfx_backend"]
 
 log = logging.getLogger("ringfx")
+_CPU = torch.device("cpu")
 Compiled = Callable[..., Sequence[Any]]
 
 
@@ -69,6 +71,7 @@ class Backend:
         self.between = Between(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
+        self.turns = Turns(settings.check_inputs)
         self._announced: set[str] = set()
         for_ringfx(self)
         prepare_tracing()
@@ -83,7 +86,8 @@ class Backend:
             return hand_over(gm, list(example_inputs), self.settings.compiler)
         given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
         _refuse_unusable(gm, example_inputs)
-        self._agree_on_profile(_device(example_inputs).type)
+        if not self.between.called:
+            self._agree_on_profile(_device(example_inputs))
         lowered = lower_or_say(gm, example_inputs, self.settings, self.world, arrivals)
         for i in lowered.arrived:
             example_inputs[i] = part_example(given[i])
@@ -119,12 +123,15 @@ class Backend:
         """
         self.ran.clear()
         self._model, self._is_part = weakref.ref(model), is_part
-        with self.between.call():
-            yield
-        if not self.ran:
-            self.announce(why_unsplit())
-        elif not is_part and not any(plan.layers for plan in self.ran):
-            raise AttentionNotFound(no_attention_text(self.ran))
+        self.turns.number += 1
+        with one_call(self.world.group):
+            self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
+            with self.between.call():
+                yield
+            if not self.ran:
+                self.announce(why_unsplit())
+            elif not is_part and not any(plan.layers for plan in self.ran):
+                raise AttentionNotFound(no_attention_text(self.ran))
 
     def plan_of_last_call(self) -> Plan:
         """One plan of all its programs, with what was moved between them."""
@@ -163,10 +170,11 @@ class Backend:
             return ()
         return tuple(name for name, part in model.named_modules() if not part.training)
 
-    def _agree_on_profile(self, device: str) -> None:
-        """Once, when every rank compiles its first program: all of them choose alike."""
+    def _agree_on_profile(self, device: torch.device) -> None:
+        """Once, before the ranks compile their first program: all of them choose alike."""
         if self.world.size > 1 and not isinstance(self.settings.profile, Profile):
-            profile = agreed_profile(self.settings.profile, device=device, world=self.world)
+            name, world = self.settings.profile, self.world
+            profile = agreed_profile(name, device=device.type, world=world)
             self.settings = replace(self.settings, profile=profile)
 
     def _announce(self, lowered: Lowered) -> None:
@@ -206,6 +214,7 @@ class Runner:
         self._compiled = compiled
         self._plan = lowered.plan
         self._compared = False
+        self._group, self._turns = world.group, backend.turns
         self._ran = backend.ran
         self._refuse_other_ranks = backend.refuse_other_ranks
         self._extra = list(extra)
@@ -230,6 +239,8 @@ class Runner:
                 _summary(lowered.plan),
                 _generators(lowered),
                 evaluating=backend.evaluating,
+                turns=backend.turns,
+                buffers=lowered.captured.buffers,
             )
             if settings.check_inputs
             else None
@@ -241,8 +252,14 @@ class Runner:
 
     def _call(self, inputs: Sequence[Any]) -> list[Any]:
         self._ran.append(self._plan)
-        if not self._between.called:
-            self._refuse_other_ranks()
+        if self._between.called:
+            return self._run(inputs)
+        self._refuse_other_ranks()
+        self._turns.number += 1
+        with one_call(self._group):
+            return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Any]) -> list[Any]:
         taken = [self._take(i, v) for i, v in enumerate(inputs)]
         unchanged = self._buffers.unchanged(taken)
         refuse_changed(self._names, self._held, unchanged)
@@ -435,7 +452,9 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     """Entry point of ``torch.compile(model, backend="ringfx", options={...})``."""
     options = dict(kwargs.get("options") or {})
     mesh = options.pop("mesh", None)
-    return Backend(Settings.of(options), World.of(mesh), mesh)(gm, example_inputs)
+    backend = Backend(Settings.of(options), World.of(mesh), mesh)
+    with one_call(backend.world.group, begins=False):
+        return backend(gm, example_inputs)
 
 
 for_ringfx(ringfx_backend)

@@ -13,11 +13,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ringfx.collectives import choose_tokens
 from ringfx.layout import Layout, LayoutKind
-from ringfx.ops.ranks import Ranks
+from ringfx.ops.ranks import Ranks, Transfer
 from ringfx.uncompiled import register_autograd
 
 __all__ = ["Spread", "move_tokens", "relay"]
@@ -111,20 +110,20 @@ def _exchange(
     rows = x.movedim(dim, 0)
     result = rows.new_zeros(after.local, *rows.shape[1:])
     result[receive[ranks.rank].to(x.device)] = rows[send[ranks.rank].to(x.device)]
-    operations: list[dist.P2POp] = []
+    operations: list[Transfer] = []
     arriving: dict[int, torch.Tensor] = {}
     for peer in range(ranks.size):
         if peer == ranks.rank:
             continue
         if len(receive[peer]):
             arriving[peer] = _bytes(rows.new_empty(len(receive[peer]), *rows.shape[1:]))
-            operations.append(_message(dist.irecv, arriving[peer], peer, ranks))
+            operations.append(Transfer(sends=False, buffer=arriving[peer], peer=peer))
         if len(send[peer]):
             parcel = _bytes(rows[send[peer].to(x.device)].contiguous())
-            operations.append(_message(dist.isend, parcel, peer, ranks))
+            operations.append(Transfer(sends=True, buffer=parcel, peer=peer))
     if operations:
         operation = f"exchange of {what}"
-        start = functools.partial(dist.batch_isend_irecv, operations)
+        start = functools.partial(ranks.start, operations)
         for work in ranks.guarded(operation, "the ranks that have its tokens", start):
             ranks.guarded(operation, "the ranks that have its tokens", work.wait)
     for peer, raw in arriving.items():
@@ -136,10 +135,6 @@ def _exchange(
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """As bytes, so that any type travels."""
     return x.view(-1).view(torch.uint8)
-
-
-def _message(kind: Any, buffer: torch.Tensor, peer: int, ranks: Ranks) -> dist.P2POp:
-    return dist.P2POp(kind, buffer, group=ranks.group, group_peer=peer)
 
 
 @_exchange.register_fake

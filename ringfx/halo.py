@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from ringfx.collectives import choose_tokens, share, sum_partials
-from ringfx.ops.ranks import Ranks
+from ringfx.ops.ranks import Ranks, Transfer
 from ringfx.picks import take_range
 from ringfx.uncompiled import register_autograd
 
@@ -38,7 +37,7 @@ def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
     chunks = x.shape[0]
     result = torch.zeros_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
-    operations: list[dist.P2POp] = []
+    operations: list[Transfer] = []
     for slot in range(chunks):
         here = _chunk(ranks.rank, slot, chunks, ranks.size)
         to, from_ = here + step, here - step
@@ -47,13 +46,11 @@ def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
             if owner == ranks.rank:
                 result[slot] = x[its_slot]
             else:
-                operations.append(_message(dist.irecv, result[slot], owner, ranks))
+                operations.append(Transfer(sends=False, buffer=result[slot], peer=owner))
         if 0 <= to < chunks * ranks.size and _owner(to, ranks.size)[0] != ranks.rank:
-            operations.append(_message(dist.isend, x[slot], _owner(to, ranks.size)[0], ranks))
+            operations.append(Transfer(sends=True, buffer=x[slot], peer=_owner(to, ranks.size)[0]))
     if operations:
-        works = ranks.guarded(
-            "borders", "its neighbours", lambda: dist.batch_isend_irecv(operations)
-        )
+        works = ranks.guarded("borders", "its neighbours", lambda: ranks.start(operations))
         for work in works:
             ranks.guarded("borders", "its neighbours", work.wait)
     return result
@@ -67,10 +64,6 @@ def _chunk(rank: int, slot: int, chunks: int, ranks: int) -> int:
 def _owner(chunk: int, ranks: int) -> tuple[int, int]:
     """The rank that holds a chunk, and which of its chunks it is."""
     return (chunk, 0) if chunk < ranks else (2 * ranks - 1 - chunk, 1)
-
-
-def _message(kind: Any, buffer: torch.Tensor, peer: int, ranks: Ranks) -> dist.P2POp:
-    return dist.P2POp(kind, buffer, group=ranks.group, group_peer=peer)
 
 
 @_shift_chunks.register_fake

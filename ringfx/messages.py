@@ -75,8 +75,11 @@ class _Pending:
 
     def begin(self, flat: Tensor, group: str, what: str) -> None:
         ranks, operation = _ranks(group), f"all-reduce of {what}"
-        start = partial(dist.all_reduce, flat, group=ranks.group, async_op=True)
-        work = ranks.guarded(operation, "all ranks", start)
+        work = ranks.guarded(
+            operation,
+            "all ranks",
+            lambda: dist.all_reduce(flat, group=ranks.wire, async_op=True),
+        )
         self.waits[_place(flat)] = partial(ranks.collective, operation, work.wait)
 
     def held_back(self, flat: Tensor) -> None:

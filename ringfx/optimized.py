@@ -25,6 +25,7 @@ from ringfx.backend import Backend
 from ringfx.dynamo import compiled_call, has_hooks
 from ringfx.errors import RingfxError
 from ringfx.fully_sharded import carry_state
+from ringfx.ops.leaving import tell_when_leaving
 from ringfx.plan import Plan
 from ringfx.settings import Settings
 from ringfx.uncompiled import uncompiled
@@ -166,6 +167,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
         model = cast(M, model._ringfx_inner)
     if mesh is not None:
         World.of(mesh)  # refused at once
+    tell_when_leaving()
     inner, faces = _twin(type(model), dict(model.__dict__)), _Faces(settings, mesh)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself

@@ -29,8 +29,8 @@ class Settings:
     compiler: Compiler = "inductor"
     outputs: Outputs = "global"
     on_unsupported: OnUnsupported = "error"
-    check_inputs: bool = True
-    """Compare checksums of inputs and parameters across ranks."""
+    check_inputs: bool | int = True
+    """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
 
@@ -56,6 +56,7 @@ class Settings:
         _check_choice("compiler", settings.compiler, get_args(Compiler))
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
+        _check_interval(settings.check_inputs)
         _check_strategy(settings.strategy)
         check_optimizer(settings.optimizer)
         return settings
@@ -65,6 +66,14 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise InvalidArgument(f"{name}={value!r} is not one of {listed}.")
+
+
+def _check_interval(value: object) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise InvalidArgument(
+            f"check_inputs={value!r} must be True, False, or the number of calls in which all "
+            "parameters are compared once."
+        )
 
 
 def _check_strategy(strategy: object) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from ringfx.errors import AgreementError
+from ringfx.ops.channel import settled
+from ringfx.ops.meeting import Absent, meet
+from ringfx.ops.ranks import Ranks
 from ringfx.passes.values import Arrival
 
 __all__ = ["SplitSpec", "Told", "agree_to_touch"]
-
-TOUCH_TIMEOUT = datetime.timedelta(seconds=10)
-"""How long a rank that touches a split output waits for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +84,17 @@ def agree_to_touch(spec: SplitSpec, part: str = "") -> None:
     AgreementError
         When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
     """
-    store = dist.distributed_c10d._get_default_store()
-    key = f"ringfx/touch/{spec.group}/{spec.number}{part}"
-    everyone = [f"{key}/{r}" for r in range(spec.layout.world_size)]
-    store.set(everyone[spec.rank], "here")
+    ranks = Ranks.named(spec.group, spec.name)
+    what = f"a touch of {spec.name} {spec.shape}, number {spec.number}{part}"
     try:
-        store.wait(everyone, TOUCH_TIMEOUT)
-        verdict = b"go"
-    except RuntimeError:
-        verdict = b"failed"
-    # The first to know decides for all: a rank that comes late must not gather alone.
-    decided = store.compare_set(f"{key}/verdict", "", verdict.decode())
-    if decided == b"go":
-        return
-    missing = [r for r, k in enumerate(everyone) if not store.check([k])]
-    late = f"ranks {missing} did not touch it" if missing else "not all ranks touched it"
-    raise AgreementError(
-        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was touched on "
-        f"rank {spec.rank}, but {late} within {TOUCH_TIMEOUT.total_seconds():.0f} s; gathering "
-        "needs all ranks. Do: touch it on every rank (compute before `if rank == 0`), or pass "
-        "outputs='local' to get each rank's own part."
-    )
+        meet(ranks, what)
+    except Absent as absent:
+        limit = f"{ranks.channel.timeout.total_seconds():.0f} s, the group's timeout"
+        raise settled(
+            AgreementError(
+                f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
+                f"touched on rank {spec.rank}, but ranks {absent.ranks} did not touch it within "
+                f"{limit}; gathering needs all ranks. Do: touch it on every rank (compute before "
+                "`if rank == 0`), or pass outputs='local' to get each rank's own part."
+            )
+        ) from absent

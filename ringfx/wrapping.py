@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from ringfx.collectives import mask_tokens, take_plain
+from ringfx.ops.channel import next_number
 from ringfx.outputs import Cell, SplitTensor
 from ringfx.split_spec import SplitSpec, Told
 from ringfx.uncompiled import Function
 
 __all__ = ["part", "wrap", "wrap_all"]
-
-_outputs = itertools.count()
-_gradients = itertools.count()
 
 
 class _Wrap(Function):
@@ -43,7 +41,7 @@ class _Part(Function):
 
     @staticmethod
     def forward(ctx: Any, split: SplitTensor, told: Told | None) -> torch.Tensor:
-        ctx.spec, ctx.told, ctx.number = split._spec, told, next(_outputs)
+        ctx.spec, ctx.told = split._spec, told
         return split.to_local().detach().contiguous()
 
     @staticmethod
@@ -51,7 +49,7 @@ class _Part(Function):
         spec = dataclasses.replace(
             ctx.spec,
             name=f"the gradient of {ctx.spec.name}",
-            number=f"{ctx.number}/gradient {next(_gradients)}",
+            number=f"gradient {next_number(ctx.spec.group)}",
         )
         return SplitTensor(Cell(grads[0], told=ctx.told), spec), None
 
@@ -61,7 +59,7 @@ def wrap(local: torch.Tensor, spec: SplitSpec, told: Told | None = None) -> torc
 
     ``told`` is told of every gather of it, and of what is computed from it.
     """
-    numbered = dataclasses.replace(spec, number=str(next(_outputs)))
+    numbered = dataclasses.replace(spec, number=next_number(spec.group))
     cell = Cell(local.detach(), told=told)
     wrapped: torch.Tensor = _Wrap.apply(local, numbered, cell)  # type: ignore[no-untyped-call]
     return wrapped

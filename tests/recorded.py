@@ -64,10 +64,11 @@ def recorded() -> Iterator[list[Message]]:
         for attribute, name in (
             ("all_reduce", "all_reduce"),
             ("broadcast", "broadcast"),
-            ("batch_isend_irecv", "hop"),
         ):
             replacement = noting(name, getattr(dist, attribute))
             stack.enter_context(mock.patch.object(dist, attribute, replacement))
+        hops = noting("hop", ranks.Ranks.start, 1)
+        stack.enter_context(mock.patch.object(ranks.Ranks, "start", hops))
         for name in ("all_gather", "reduce_scatter", "all_to_all"):
             replacement = carrying(name, getattr(ranks.Ranks, name))
             stack.enter_context(mock.patch.object(ranks.Ranks, name, replacement))
@@ -77,5 +78,5 @@ def recorded() -> Iterator[list[Message]]:
 
 def _bytes(sent: Any) -> int:
     if isinstance(sent, list):  # batched sends and receives
-        return sum(_bytes(op.tensor) for op in sent if op.op is dist.isend)
+        return sum(_bytes(one.buffer) for one in sent if one.sends)
     return sent.numel() * sent.element_size() if isinstance(sent, torch.Tensor) else 0

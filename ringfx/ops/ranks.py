@@ -6,8 +6,6 @@ the layer, the operation and the rank waited for, within the group's timeout.
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +17,9 @@ from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.ops import stats
+from ringfx.ops.channel import Channel, channel_of, is_settled, settled
 
-__all__ = ["Exchange", "Ranks"]
+__all__ = ["Exchange", "Ranks", "Transfer"]
 
 T = TypeVar("T")
 
@@ -32,6 +31,16 @@ PIECE_BYTES, MOST_PIECES = 1 << 18, 256
 """gloo sends a large message in one go while nothing is read, so two that cross take turns on the
 wire: 4 MB both ways over 1 Gbit/s took 33 to 67 ms, in pieces of 1/16 33 to 40 (bound 32). Over
 loopback a piece costs about 30 us alone, and nothing where 4 MB or more are sent."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transfer:
+    """A message between this rank and one other."""
+
+    sends: bool
+    buffer: torch.Tensor
+    peer: int
+    tag: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +73,49 @@ class Ranks:
     def neighbour(self, distance: int) -> int:
         return (self.rank + distance) % self.size
 
+    @property
+    def channel(self) -> Channel:
+        """What the ranks tell each other beside their messages."""
+        assert self.group is not None, "one rank alone has nobody to talk to"
+        return channel_of(self.group)
+
+    @property
+    def wire(self) -> Any:
+        """What messages go over: connections of our own where the group is gloo's."""
+        return self.channel.twin() if self._sends_one_by_one else self.group
+
     def fewest_threads(self) -> int:
-        """The fewest CPU threads that any rank computes with, as agreed at the first call."""
+        """The fewest CPU threads that any rank computes with, as agreed at the first message."""
         if self.group is None:
             return torch.get_num_threads()
-        found: int = self.guarded(
-            "agreement on threads", "all ranks", partial(_fewest_threads, self.group)
-        )
+        agreed = self.channel.agreed
+        if "threads" not in agreed:
+            fewest = torch.tensor(torch.get_num_threads())
+            self.guarded(
+                "agreement on threads",
+                "all ranks",
+                lambda: dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=self.wire),
+            )
+            agreed["threads"] = int(fewest)
+        found: int = agreed["threads"]
         return found
+
+    def start(self, transfers: Sequence[Transfer]) -> list[Any]:
+        """Starts messages that are under way together."""
+        if self._sends_one_by_one:
+            wire = self.wire
+            return [
+                (wire.send if t.sends else wire.recv)([t.buffer], t.peer, t.tag) for t in transfers
+            ]
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(
+                    dist.isend if t.sends else dist.irecv,
+                    t.buffer, group=self.group, group_peer=t.peer, tag=t.tag,
+                )
+                for t in transfers
+            ]
+        )  # fmt: skip
 
     def exchange(
         self,
@@ -95,15 +139,15 @@ class Ranks:
             f"rank {self.rank} sends {tuple(send.shape)} {send.dtype} and expects "
             f"{tuple(receive.shape)} {receive.dtype}"
         )
-        ops = []
+        ops: list[Transfer] = []
         for sent, received in zip(*map(self._pieces, (send, receive)), strict=True):
-            sending = dist.P2POp(dist.isend, sent, group=self.group, tag=tag, group_peer=to)
-            taking = dist.P2POp(dist.irecv, received, group=self.group, tag=tag, group_peer=source)
+            sending = Transfer(sends=True, buffer=sent, peer=to, tag=tag)
+            taking = Transfer(sends=False, buffer=received, peer=source, tag=tag)
             ops += [sending, taking] if self.rank % 2 == 0 else [taking, sending]
         peers = f"rank {source} (receiving) and rank {to} (sending)"
-        works = self.guarded(operation, peers, lambda: dist.batch_isend_irecv(ops))
+        works = self.guarded(operation, peers, lambda: self.start(ops))
         self._count(send)
-        return Exchange(self, operation, works, [op.group_peer for op in ops], (send, receive))
+        return Exchange(self, operation, works, [op.peer for op in ops], (send, receive))
 
     def _pieces(self, message: torch.Tensor) -> Sequence[torch.Tensor]:
         """What a message is sent as: NCCL cuts its messages itself."""
@@ -124,7 +168,7 @@ class Ranks:
             self.collective(
                 operation,
                 lambda: _gather_single(
-                    whole.view(-1), local.contiguous().view(-1), group=self.group
+                    whole.view(-1), local.contiguous().view(-1), group=self.wire
                 ),
             )
         return whole
@@ -137,14 +181,14 @@ class Ranks:
         self._count(parts[1:])
         self.collective(
             operation,
-            lambda: _scatter_single(mine.view(-1), parts.contiguous().view(-1), group=self.group),
+            lambda: _scatter_single(mine.view(-1), parts.contiguous().view(-1), group=self.wire),
         )
         return mine
 
     def all_reduce(self, operation: str, partial: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.group is not None:
-            self.collective(operation, lambda: dist.all_reduce(partial, group=self.group))
+            self.collective(operation, lambda: dist.all_reduce(partial, group=self.wire))
         return partial
 
     def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
@@ -157,7 +201,7 @@ class Ranks:
             self._count(parts[1:])
             self.collective(
                 operation,
-                lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.group),
+                lambda: dist.all_to_all_single(received, parts.contiguous(), group=self.wire),
             )
         return received
 
@@ -259,15 +303,30 @@ class Ranks:
             self.guarded(operation, f"ranks {named}", call)
 
     def guarded(self, operation: str, peers: str, call: Callable[[], T]) -> T:
+        """A call that may wait for other ranks.
+
+        Raises
+        ------
+        CommunicationError
+            If they do not come: it says why.
+        """
+        channel, doing = self.channel, f"{self.layer or 'attention'}: {operation}"
         try:
-            return call()
+            with channel.waits(f"{doing}"):
+                found = call()
         except RuntimeError as error:
-            raise CommunicationError(
-                f"{self.layer or 'attention'}: {operation}: rank {self.rank} of {self.size} was "
-                f"waiting for {peers}: {_first_line(error)}\n"
-                "  A rank stopped, failed or runs another program. Do: read the other ranks' "
-                "output for the first error; raise the group's timeout if they are only slow."
-            ) from error
+            if is_settled(error):
+                raise
+            raise settled(self._failed(doing, peers, channel.give_up(error, doing))) from error
+        channel.has_met = True
+        return found
+
+    def _failed(self, doing: str, peers: str, why: str) -> CommunicationError:
+        return CommunicationError(
+            f"{doing}: rank {self.rank} of {self.size} was waiting for {peers}: {why}\n"
+            "  A rank stopped, failed or runs another program. Do: read the other ranks' output "
+            "for the first error; raise the group's timeout if they are only slow."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +335,8 @@ class Exchange:
 
     ranks: Ranks
     operation: str
-    works: Sequence[dist.Work]
-    peers: Sequence[int | None]
+    works: Sequence[Any]
+    peers: Sequence[int]
     buffers: tuple[torch.Tensor, torch.Tensor]
     """Kept alive until both have arrived."""
 
@@ -290,23 +349,5 @@ class Exchange:
         return self.buffers[1]
 
 
-def _finish(work: dist.Work) -> None:
+def _finish(work: Any) -> None:
     work.wait()
-
-
-_AGREED: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
-
-
-def _fewest_threads(group: dist.ProcessGroup) -> int:
-    """Asked once a group: the ranks run one program, so they all ask at the same point."""
-    if group not in _AGREED:
-        fewest = torch.tensor(torch.get_num_threads())
-        dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=group)
-        _AGREED[group] = int(fewest)
-    return _AGREED[group]
-
-
-def _first_line(error: BaseException) -> str:
-    """Without the place in gloo's own sources that it starts with."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", line)
