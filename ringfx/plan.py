@@ -9,13 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.fields import (
+    STRICT,
+    Bytes,
+    Count,
+    Date,
+    DeviceType,
+    Milliseconds,
+    Name,
+    Ranks,
+    SomeText,
+    Text,
+)
 from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
-from ringfx.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "LayerPlan", "MemoryPart", "MemoryPlan", "Plan"]
 
 SCHEMA_VERSION = 1
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +47,21 @@ class LayerPlan:
     """
 
     site: AttentionSite
-    strategy: str
-    reason: str
+    strategy: Name
+    reason: Text
     """Why this strategy, in words, with the numbers compared."""
-    kernel: str
+    kernel: Name
     """The attention kernel that the plan counts on, such as ``flash``."""
-    forward_ms: float
-    backward_ms: float
-    compute_ms: float
-    communication_ms: float
-    exposed_ms: float
-    saved_bytes: int
+    forward_ms: Milliseconds
+    backward_ms: Milliseconds
+    compute_ms: Milliseconds
+    communication_ms: Milliseconds
+    exposed_ms: Milliseconds
+    saved_bytes: Bytes
     """Kept from forward to backward by this layer's attention, or from when it is run again."""
-    result_bytes: int = 0
+    result_bytes: Bytes = 0
     """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
-    workspace_bytes: int
+    workspace_bytes: Bytes
     """Held only while this layer runs: communication buffers, accumulators, scores."""
 
     @property
@@ -84,11 +94,11 @@ class LayerPlan:
 class MemoryPart:
     """One cause of memory use on one rank, at the moment of the peak."""
 
-    cause: str
-    bytes: int
+    cause: SomeText
+    bytes: Bytes
     kind: Literal["whole", "split", "attention"]
     """whole: the same with any number of ranks; split: falls with it; attention: of the layers."""
-    detail: str = ""
+    detail: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +106,12 @@ class MemoryPlan:
     """What the peak of one rank's memory is made of, as far as it is known."""
 
     parts: tuple[MemoryPart, ...] = ()
-    by_block: tuple[tuple[str, int], ...] = ()
+    by_block: tuple[tuple[Text, Bytes], ...] = ()
     """Activations, their gradients and attention at the peak: bytes by block of the model."""
-    over_program: tuple[int, ...] = ()
+    over_program: tuple[Bytes, ...] = ()
     """The largest sum in each of some equal stretches of the program, in its order: of a step that
     trains, while the backward passes the stretch."""
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[Text, ...] = ()
     """Causes that the prediction leaves out, in words; empty when it is complete."""
 
     @property
@@ -123,29 +133,31 @@ class MemoryPlan:
 class Plan:
     """Everything that ringfx decided for one model, one input shape and one world size."""
 
-    world_size: int
-    gpu_memory: int | None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    world_size: Ranks
+    gpu_memory: Bytes | None
     """Budget of one rank in bytes; None: no budget was given."""
-    device: str
+    device: DeviceType
     """Device type for which times are predicted: ``cpu``, ``cuda``."""
-    profile: str
+    profile: SomeText
     """Name of the profile whose constants made the predictions."""
-    profile_origin: str
+    profile_origin: Text
     """Where that profile's numbers come from and how well they predict, in words."""
     layers: tuple[LayerPlan, ...]
     """One entry for each attention call, in program order."""
     declined: tuple[Declined, ...] = ()
     missed: tuple[Declined, ...] = ()
     """What looks like attention by an independent count and was neither found nor declined."""
-    attentions: int | None = None
+    attentions: Count | None = None
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
-    notes: tuple[str, ...] = ()
-    outside_ms: float = 0.0
+    notes: tuple[Text, ...] = ()
+    outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
-    profile_date: str = ""
+    profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
 
@@ -233,19 +245,18 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Read a plan written by ``to_json``.
+    def from_json(text: str, name: str = "plan") -> Plan:
+        """Read a plan written by ``to_json``; ``name`` of its file stands in errors.
 
         Raises
         ------
         InvalidArgument
-            The text is not a plan, or was written with another schema version.
+            The text is not a plan, was written with another schema version, or a field is missing,
+            unknown or has a value that cannot be.
         """
-        fields = _parse(text)
-        try:
-            return _plan(fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgument(f"this plan is damaged: {error!r}. Do: make it again.") from error
+        from ringfx.plan_reading import read_plan
+
+        return read_plan(text, name)
 
     def __rich__(self) -> RenderableType:
         from ringfx import plan_text
@@ -262,55 +273,3 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
     site = layer.site
     sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
     return [site.node, site.name, layer.strategy, site.spec.to_json(), site.dtype, sizes]
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(
-            f"this is not a plan: line {error.lineno} is not JSON ({error.msg})."
-            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
-        ) from error
-    if not isinstance(fields, dict) or "schema" not in fields:
-        raise InvalidArgument(
-            'this is not a plan: the text has no "schema" field.'
-            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
-        )
-    if fields["schema"] != SCHEMA_VERSION:
-        raise InvalidArgument(
-            f"this plan has schema version {fields['schema']!r}; this ringfx reads version"
-            f" {SCHEMA_VERSION}. Do: make the plan again with this version of ringfx."
-        )
-    return fields
-
-
-def _plan(fields: Mapping[str, Any]) -> Plan:
-    values = dict(fields)
-    values["layers"] = _all(fields["layers"], _layer)
-    values["declined"] = _all(fields["declined"], lambda v: Declined(**v))
-    values["missed"] = _all(fields.get("missed", []), lambda v: Declined(**v))
-    values["axes"] = _all(fields["axes"], lambda v: TokenAxis(**v))
-    values["reshardings"] = _all(fields["reshardings"], lambda v: Resharding(**v))
-    values["memory"] = _memory(fields["memory"])
-    values["notes"] = tuple(fields["notes"])
-    return Plan(**values)
-
-
-def _all(items: list[Any], build: Callable[[Any], T]) -> tuple[T, ...]:
-    return tuple(build(item) for item in items)
-
-
-def _layer(fields: Mapping[str, Any]) -> LayerPlan:
-    site = dict(fields["site"])
-    site["spec"] = AttentionSpec.from_json(json.dumps(site["spec"]))
-    return LayerPlan(**{**fields, "site": AttentionSite(**site)})
-
-
-def _memory(fields: Mapping[str, Any]) -> MemoryPlan:
-    return MemoryPlan(
-        parts=_all(fields["parts"], lambda v: MemoryPart(**v)),
-        over_program=tuple(fields.get("over_program", ())),
-        by_block=tuple((name, size) for name, size in fields.get("by_block", ())),
-        unknown=tuple(fields["unknown"]),
-    )
