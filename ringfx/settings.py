@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.optimizers import check_optimizer
+from ringfx.cost_model.profile import check_profile
 from ringfx.errors import InvalidArgument
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
@@ -29,7 +30,7 @@ class Settings:
     compiler: Compiler = "inductor"
     outputs: Outputs = "global"
     on_unsupported: OnUnsupported = "error"
-    check_inputs: bool = True
+    check_inputs: bool | int = True
     """Compare checksums of inputs and parameters across ranks."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
@@ -56,6 +57,12 @@ class Settings:
         _check_choice("compiler", settings.compiler, get_args(Compiler))
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
+        check_profile(settings.profile)
+        every = settings.check_inputs
+        if not isinstance(every, int) or every < 0:
+            raise InvalidArgument(f"check_inputs={every!r} is neither True, False nor a number.")
+        if not isinstance(settings.strict, bool):
+            raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
         _check_strategy(settings.strategy)
         check_optimizer(settings.optimizer)
         return settings
