@@ -64,8 +64,6 @@ def fit_nonnegative(features: Matrix, values: Matrix, censored: Matrix | None = 
         return np.concatenate([misses, RIDGE * x])
 
     seen = columns[~is_censored]
-    if not len(values):
-        return Fit(np.zeros(features.shape[1]), np.zeros(0))
     # Of no rows at all scipy's nnls frees memory twice.
     start = nnls(seen, np.ones(len(seen)))[0] if len(seen) else np.zeros(columns.shape[1])
     result = least_squares(

@@ -176,6 +176,8 @@ def fit_memory(records: Sequence[AttentionRecord]) -> tuple[tuple[MemoryRow, ...
     out. The base is what the device's libraries hold, whichever strategy runs.
     """
     used = [r for r in records if _has_peak(r) or r.out_of_memory]
+    if not used:
+        return (), _quality("memory", [], [])
     names = list(dict.fromkeys(r.strategy for r in used))
     features = np.array([_memory_features(r, names) for r in used])
     bytes_seen = np.array([float(r.capacity_bytes or r.peak_bytes or 0) for r in used])
