@@ -63,7 +63,9 @@ def fit_nonnegative(features: Matrix, values: Matrix, censored: Matrix | None = 
         misses[is_censored] = np.minimum(misses[is_censored], 0)
         return np.concatenate([misses, RIDGE * x])
 
-    start, _ = nnls(columns[~is_censored], np.ones(int((~is_censored).sum())))
+    seen = columns[~is_censored]
+    # Of no rows at all scipy's nnls frees memory twice.
+    start = nnls(seen, np.ones(len(seen)))[0] if len(seen) else np.zeros(columns.shape[1])
     result = least_squares(
         residuals, start, bounds=(0, np.inf), loss="soft_l1", f_scale=OUTLIER, x_scale=1.0,
         xtol=1e-14, ftol=1e-14, gtol=1e-14,

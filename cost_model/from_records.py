@@ -14,6 +14,7 @@ from ringfx.cost_model.fit import Fit, Matrix, fit_nonnegative, leave_one_out
 from ringfx.cost_model.profile import Direction, KernelRow, LinkRow, MemoryRow, Profile, Scope
 from ringfx.cost_model.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.terms import flops_per_pair, message_steps
+from ringfx.errors import ProfileError
 
 __all__ = ["Quality", "fit_kernels", "fit_links", "fit_memory", "observed_profile"]
 
@@ -52,7 +53,11 @@ def observed_profile(
     kernels, time_quality = fit_kernels(records)
     memory, memory_quality = fit_memory(records)
     names = {record.device for record in records}
-    assert len(names) == 1, f"records of several devices: {names}"
+    if len(names) != 1:
+        raise ProfileError(
+            f"records of {len(names)} devices ({', '.join(sorted(names)[:4])}) make no profile."
+            " Do: give those of one device."
+        )
     suspects = [r for r in records if r.suspect_peak]
     return Profile(
         name=name,
@@ -130,6 +135,9 @@ def fit_links(
     scope_of
         Whether a link's name means one node or the network.
     """
+    strange = sorted({r.link for r in records} - set(scope_of))
+    if strange:
+        raise ProfileError(f"fit_links: nobody says whether the link {strange[0]!r} is one node.")
     groups = _grouped(records, lambda r: (r.operation, scope_of[r.link]))
     rows, fits, left_out = [], [], []
     for (operation, scope), members in groups.items():
@@ -168,6 +176,8 @@ def fit_memory(records: Sequence[AttentionRecord]) -> tuple[tuple[MemoryRow, ...
     out. The base is what the device's libraries hold, whichever strategy runs.
     """
     used = [r for r in records if _has_peak(r) or r.out_of_memory]
+    if not used:
+        return (), _quality("memory", [], [])
     names = list(dict.fromkeys(r.strategy for r in used))
     features = np.array([_memory_features(r, names) for r in used])
     bytes_seen = np.array([float(r.capacity_bytes or r.peak_bytes or 0) for r in used])

@@ -9,18 +9,37 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 import torch
+from pydantic import ConfigDict, Field
 
 from ringfx.cost_model import devices
-from ringfx.errors import ProfileError
+from ringfx.cost_model.profile_checks import problems
+from ringfx.errors import InvalidArgument, ProfileError
+from ringfx.fields import (
+    STRICT,
+    Date,
+    DeviceType,
+    FloatDtype,
+    Level,
+    Name,
+    Rate,
+    Ratio,
+    Size,
+    SomeText,
+    Text,
+    UnitCost,
+)
+from ringfx.files import read_text
+from ringfx.reading import Source, parse_json, shown, validated
 
 __all__ = [
     "PROFILE_SCHEMA",
@@ -31,6 +50,7 @@ __all__ = [
     "Profile",
     "age_words",
     "available_profiles",
+    "check_profile",
     "load_profile",
     "own_profiles",
     "profile_json",
@@ -47,6 +67,9 @@ Kind = Literal["measured", "published", "assumed", "observed"]
 """observed: fitted to whole strategies of other code; only for one rank, never found by itself."""
 
 
+PeakBytes: TypeAlias = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelRow:
     """Time of calls of an attention kernel, linear in its work with no negative term.
@@ -54,15 +77,15 @@ class KernelRow:
     See ``ringfx.cost_model.terms.kernel_seconds``.
     """
 
-    kernel: str
-    dtype: str
+    kernel: Name
+    dtype: FloatDtype
     direction: Direction
-    call_us: float
-    gflops: float
-    origin: str
-    ns_per_pair: float = 0.0
+    call_us: UnitCost
+    gflops: Rate
+    origin: SomeText
+    ns_per_pair: UnitCost = 0.0
     """What a (query, key) pair costs whatever the head dims: its part of the softmax."""
-    masked_ns_per_pair: float = 0.0
+    masked_ns_per_pair: UnitCost = 0.0
     """What a pair costs more where the kernel reads a mask."""
 
 
@@ -75,9 +98,9 @@ class LinkRow:
 
     operation: Collective
     scope: Scope
-    latency_us: float
-    gbytes_per_s: float
-    origin: str
+    latency_us: UnitCost
+    gbytes_per_s: Rate
+    origin: SomeText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +110,10 @@ class OverheadRow:
     ``strategy`` is ``local`` for one rank.
     """
 
-    strategy: str
+    strategy: Name
     direction: Direction
-    layer_us: float
-    origin: str
+    layer_us: UnitCost
+    origin: SomeText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,57 +123,59 @@ class MemoryRow:
     bytes = base_bytes + tensors * (bytes of q) + scores * (bytes of b h n^2 scores)
     """
 
-    strategy: str
-    base_bytes: float
-    tensors: float
-    scores: float
-    origin: str
+    strategy: Name
+    base_bytes: PeakBytes
+    tensors: Level
+    scores: Level
+    origin: SomeText
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """The constants of one device class, with their origins."""
 
-    name: str
-    device: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: SomeText
+    device: DeviceType
     """Device type: ``cpu``, ``cuda``."""
-    device_name: str
+    device_name: SomeText
     """Part of the name that such devices give themselves."""
     kind: Kind
-    origin: str
+    origin: SomeText
     """Where the numbers come from, in one line that the plan prints."""
-    ranks_per_node: int
-    memory_gbytes_per_s: float | None
+    ranks_per_node: Size
+    memory_gbytes_per_s: Rate | None
     """Speed at which one rank reads and writes its own memory; None where nobody measured it."""
-    memory_origin: str
-    fused_kernel: str
+    memory_origin: SomeText
+    fused_kernel: Name
     """The kernel of dtypes that have no row of another kernel than ``math``."""
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
-    mask_ns_per_pair: float = 0.0
+    mask_ns_per_pair: UnitCost = 0.0
     """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
-    mask_us_per_tile: float = 0.0
+    mask_us_per_tile: UnitCost = 0.0
     """What evaluating a mask costs for each tile, whatever its size."""
-    handling_ns_per_byte: float = 0.0
+    handling_ns_per_byte: UnitCost = 0.0
     """What a byte of a layer's buffers costs: packing, casting, first touch of new memory."""
-    merge_us: float = 0.0
+    merge_us: UnitCost = 0.0
     """What merging a kernel call's output costs beyond the bytes it moves: launches on the host."""
-    contention_ns_per_byte: float = 0.0
+    contention_ns_per_byte: UnitCost = 0.0
     """Compute lost to each byte that travels beside it: a CPU copies it, a GPU's cores drive it."""
     overheads: tuple[OverheadRow, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
     """Only in observed profiles; elsewhere memory follows from the formulas."""
-    noise: float = 1.0
+    noise: Ratio = 1.0
     """Times whose ratio is below this are ties: the spread of a thing measured against itself."""
-    date: str = ""
+    date: Date = ""
     """When it was measured or put together, as 2026-11-23; empty: nobody knows."""
-    torch: str = ""
+    torch: Text = ""
     """The version of torch that it was measured with."""
-    held_out: str = ""
+    held_out: Text = ""
     """Error on layers that nothing was fitted to, in words; empty: nobody measured it."""
-    quality: str = ""
+    quality: Text = ""
     """How well the constants fit what they were fitted to, in words."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[Text, ...] = ()
     """What a reader of the plan must know: the profile is foreign, or a default."""
 
     def kernel(self, name: str, dtype: str, direction: Direction) -> KernelRow:
@@ -212,6 +237,9 @@ def load_profile(name: str | Path | Profile | None = None, *, device: str) -> Pr
     ProfileError
         There is no such profile, it cannot be read, or none ships for this device type.
     """
+    if not isinstance(device, str):
+        raise InvalidArgument(f"device={shown(device)} is no device type. Do: give cpu or cuda.")
+    check_profile_type(name)
     if isinstance(name, Profile):
         return name
     profile = _find(device) if name is None else _named(name)
@@ -226,21 +254,43 @@ def available_profiles() -> tuple[Profile, ...]:
     """All profiles that ship with ringfx, by name."""
     folder = resources.files("ringfx.cost_model") / "profiles"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return tuple(read_profile(f.read_text(), f.name) for f in files)
+    return tuple(read_profile(f.read_text("utf-8"), f.name) for f in files)
 
 
 def profiles_folder() -> Path:
     """Where this user's calibrations lie: $RINGFX_PROFILES, else in the configuration folder."""
     if "RINGFX_PROFILES" in os.environ:
         return Path(os.environ["RINGFX_PROFILES"])
-    config = os.environ.get("XDG_CONFIG_HOME", str(Path.home() / ".config"))
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(config) / "ringfx" / "profiles"
 
 
 def own_profiles() -> tuple[Profile, ...]:
-    """The profiles that ``ringfx calibrate`` wrote for this user, by file name."""
+    """The profiles that ``ringfx calibrate`` wrote for this user, by file name.
+
+    A file that cannot be read is left out, with one warning that names it.
+    """
     files = sorted(profiles_folder().glob("*.json"))
-    return tuple(read_profile(file.read_text(), str(file)) for file in files)
+    found = (_own_profile(file) for file in files)
+    return tuple(profile for profile in found if profile is not None)
+
+
+_WARNED: set[str] = set()
+"""What was said about files, so that it is said once."""
+
+
+def _own_profile(file: Path) -> Profile | None:
+    try:
+        return _read_file(file)
+    except ProfileError as error:
+        if str(error) not in _WARNED:
+            _WARNED.add(str(error))
+            logging.getLogger("ringfx").warning("left out: %s", error)
+        return None
+
+
+def _read_file(file: Path) -> Profile:
+    return read_profile(read_text(file, ProfileError, "profile"), str(file))
 
 
 def read_profile(text: str, where: str) -> Profile:
@@ -251,88 +301,26 @@ def read_profile(text: str, where: str) -> Profile:
     ProfileError
         The text is no JSON, has another schema version, or a field is missing or wrong.
     """
-    fields = _parse(text, where)
-    try:
-        profile = _profile(fields)
-    except (KeyError, TypeError) as error:
-        raise ProfileError(
-            f"profile {where} is damaged: {error!r}. Do: write it again with `ringfx calibrate`."
-        ) from error
-    _check(profile, where)
-    return profile
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ProfileError(
-            f"profile {where}: line {error.lineno} is not JSON ({error.msg})."
-        ) from error
+    source = Source(
+        where=f"profile {where}",
+        damaged=f"profile {where} is damaged",
+        error=ProfileError,
+        remedy="write it again with `ringfx calibrate`",
+    )
+    fields = parse_json(text, source)
     schema = fields.pop("schema", None) if isinstance(fields, dict) else None
-    if schema != PROFILE_SCHEMA:
+    if isinstance(schema, bool) or schema != PROFILE_SCHEMA:
         raise ProfileError(
-            f"profile {where} has schema version {schema!r}; this ringfx reads version"
+            f"profile {where} has schema version {shown(schema)}; this ringfx reads version"
             f" {PROFILE_SCHEMA}. Do: write it again with `ringfx calibrate`."
         )
-    assert isinstance(fields, dict)
-    return fields
-
-
-def _profile(fields: Mapping[str, Any]) -> Profile:
-    rows = {
-        "kernels": tuple(KernelRow(**row) for row in fields["kernels"]),
-        "links": tuple(LinkRow(**row) for row in fields["links"]),
-        "memory": tuple(MemoryRow(**row) for row in fields.get("memory", ())),
-        "overheads": tuple(OverheadRow(**row) for row in fields.get("overheads", ())),
-        "notes": tuple(fields.get("notes", ())),
-    }
-    return Profile(**{**fields, **rows})
+    return validated(Profile, fields, source, problems)
 
 
 def profile_json(profile: Profile) -> str:
     """The text of a profile's file; ``read_profile`` gives an equal value back."""
     fields = {"schema": PROFILE_SCHEMA, **dataclasses.asdict(profile)}
     return json.dumps(fields, indent=1) + "\n"
-
-
-def _check(profile: Profile, where: str) -> None:
-    """Refuse numbers with which no prediction could be right: they would surface far from here."""
-    if profile.kind not in get_args(Kind):
-        raise ProfileError(f"profile {where}: kind must be one of {', '.join(get_args(Kind))}.")
-    speed = profile.memory_gbytes_per_s
-    if (speed is not None and speed <= 0) or profile.ranks_per_node < 1:
-        raise ProfileError(f"profile {where}: memory speed and ranks a node must be positive.")
-    costs = (
-        "contention_ns_per_byte",
-        "mask_ns_per_pair",
-        "mask_us_per_tile",
-        "handling_ns_per_byte",
-        "merge_us",
-    )
-    for name in costs:
-        if getattr(profile, name) < 0:
-            raise ProfileError(f"profile {where}: {name} must not be negative.")
-    if profile.date and not _is_date(profile.date):
-        raise ProfileError(f"profile {where}: date {profile.date!r} is not of the form 2026-11-23.")
-    if profile.noise < 1:
-        raise ProfileError(f"profile {where}: noise is a ratio of 1 or more, not {profile.noise}.")
-    rates = [(row.gflops, row.call_us, row.origin) for row in profile.kernels]
-    rates += [(row.gbytes_per_s, row.latency_us, row.origin) for row in profile.links]
-    for rate, start_us, origin in rates:
-        if not (rate > 0 and start_us >= 0 and origin):
-            raise ProfileError(
-                f"profile {where}: every row needs a rate above 0, a start of 0 us or more and an"
-                f" origin; one has rate {rate}, start {start_us} us, origin {origin!r}."
-            )
-
-
-def _is_date(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _find(device: str) -> Profile:
@@ -355,20 +343,44 @@ STAND_INS = ("h100-sxm-published",)
 """Of several equally trustworthy profiles of other devices, the one that stands in."""
 
 
+def check_profile(name: object) -> None:
+    """Refuses now what ``load_profile`` would refuse later.
+
+    Raises
+    ------
+    InvalidArgument
+        It is neither a name nor a path.
+    ProfileError
+        There is no such profile, or it cannot be read.
+    """
+    check_profile_type(name)
+    if isinstance(name, str | Path):
+        _named(name)
+
+
+def check_profile_type(name: object) -> None:
+    """Raises InvalidArgument for what is no name, path or profile."""
+    if name is not None and not isinstance(name, Profile | str | Path):
+        raise InvalidArgument(
+            f"profile={shown(name)} is a {type(name).__name__}. Do: give the name of a profile, the"
+            " path of a file, or what load_profile gave."
+        )
+
+
 def _named(name: str | Path) -> Profile:
     known = {p.name: p for p in (*available_profiles(), *own_profiles())}
     if str(name) in known:
         return known[str(name)]
     path = Path(name)
+    in_folder = profiles_folder() / f"{name}.json"
     if path.suffix != ".json" and not path.exists():
+        if path.name == str(name) and in_folder.exists():
+            return _read_file(in_folder)
         raise ProfileError(
             f"there is no profile {str(name)!r}. Known: {', '.join(sorted(known))}."
             " Do: name one of these, or give the path of a file written by `ringfx calibrate`."
         )
-    try:
-        return read_profile(path.read_text(), str(path))
-    except OSError as error:
-        raise ProfileError(f"profile {path} cannot be read: {error.strerror}.") from error
+    return _read_file(path)
 
 
 def _is_own(profile: Profile) -> bool:

@@ -12,18 +12,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_type_hints
 
-from ringfx.errors import ProfileError
+from pydantic import ConfigDict, Field
+
+from ringfx.errors import InvalidArgument, ProfileError
+from ringfx.fields import STRICT, FloatDtype, Level, Ranks, Size, SomeText, Text, Tokens
+from ringfx.files import read_text, write_text
+from ringfx.reading import Source, parse_json, shown, validated
 
 __all__ = ["AttentionRecord", "MessageRecord", "Record", "read_records", "write_records"]
 
 Direction = Literal["forward", "backward"]
 Operation = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
+
+Measured: TypeAlias = Annotated[float, Field(gt=1e-9, le=1e12, allow_inf_nan=False)]
+"""Milliseconds; a clock tells no shorter times apart."""
+MeasuredBytes: TypeAlias = Annotated[int, Field(ge=1, le=2**60)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,41 +43,43 @@ class AttentionRecord:
     says what was too little.
     """
 
-    device: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    device: SomeText
     """The device's own name, as ``devices.device_name`` gives it."""
-    software: str
+    software: SomeText
     """Versions, such as ``torch 2.13.0``."""
-    dtype: str
-    strategy: str
+    dtype: FloatDtype
+    strategy: Text
     """The strategy, or empty where a kernel was timed by itself."""
-    kernel: str
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    q_len: int
-    kv_len: int
-    mask: str
-    density: float
+    kernel: Text
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    v_head_dim: Size
+    q_len: Tokens
+    kv_len: Tokens
+    mask: Text
+    density: Annotated[float, Field(gt=1e-12, le=1)]
     """Share of (query, key) pairs that are computed."""
-    world_size: int
+    world_size: Ranks
     direction: Direction
-    link: str = ""
+    link: Text = ""
     """What joins the ranks, such as ``loopback``; empty at one rank."""
-    median_ms: float | None = None
-    spread: float | None = None
+    median_ms: Measured | None = None
+    spread: Level | None = None
     """Of a thing measured against itself: half the interquartile range over the median, or what
     the source says about repeated runs (2.0: the same run may take three times as long)."""
-    again: float | None = None
+    again: Level | None = None
     """A/A: by how much the medians of the odd and the even repetitions differ, as a share."""
-    peak_bytes: int | None = None
+    peak_bytes: MeasuredBytes | None = None
     """Of one rank, the tensors of the attention itself included."""
     out_of_memory: bool = False
-    capacity_bytes: int | None = None
-    suspect_peak: str = ""
+    capacity_bytes: MeasuredBytes | None = None
+    suspect_peak: Text = ""
     """Why ``peak_bytes`` contradicts its own source; it is shown, and not fitted."""
-    origin: str = ""
+    origin: Text = ""
 
     @property
     def pairs(self) -> float:
@@ -86,16 +96,18 @@ class AttentionRecord:
 class MessageRecord:
     """One collective, timed. Latency is fitted on minima: medians hold the scheduler's ticks."""
 
-    device: str
-    software: str
-    link: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    device: SomeText
+    software: SomeText
+    link: SomeText
     operation: Operation
-    world_size: int
-    bytes: int
+    world_size: Annotated[int, Field(ge=2, le=2**24)]
+    bytes: MeasuredBytes
     """Received by one rank."""
-    min_ms: float
-    median_ms: float
-    origin: str = ""
+    min_ms: Measured
+    median_ms: Measured
+    origin: Text = ""
 
 
 Record: TypeAlias = AttentionRecord | MessageRecord
@@ -112,10 +124,16 @@ def read_records(source: Path | str, name: str | None = None) -> tuple[Record, .
     Raises
     ------
     ProfileError
-        A row lacks a field, has an unknown one, or a value that cannot be; the text names the row.
+        The file cannot be read, or a row lacks a field, has an unknown one, or a value that cannot
+        be; the text names the row.
     """
-    where = name or str(source)
-    text = source.read_text() if isinstance(source, Path) else source
+    if not isinstance(source, Path | str):
+        raise InvalidArgument(
+            f"read_records: source={shown(source)} is a {type(source).__name__}. Do: give a Path,"
+            " or the text of a file."
+        )
+    where = name or (str(source) if isinstance(source, Path) else "the text")
+    text = read_text(source, ProfileError) if isinstance(source, Path) else source
     rows = _csv_rows(text, where) if where.endswith(".csv") else _json_rows(text, where)
     records = tuple(_record(row, f"{where}, row {number}") for number, row in rows)
     if not records:
@@ -124,8 +142,14 @@ def read_records(source: Path | str, name: str | None = None) -> tuple[Record, .
 
 
 def write_records(records: Sequence[Record], path: Path) -> None:
-    """As JSON lines; fields at their default are left out."""
-    path.write_text("".join(json.dumps(_row(record)) + "\n" for record in records))
+    """As JSON lines; fields at their default are left out.
+
+    Raises
+    ------
+    InvalidArgument
+        The file cannot be written; what was there is as it was.
+    """
+    write_text(path, "".join(json.dumps(_row(record)) + "\n" for record in records))
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -135,14 +159,15 @@ def _row(record: Record) -> dict[str, Any]:
     return {"kind": kind, **row}
 
 
+def _source(where: str) -> Source:
+    return Source(where=where, damaged=where, error=ProfileError)
+
+
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ProfileError(f"{where}, row {number}: not JSON ({error.msg}).") from error
+        row = parse_json(line, _source(f"{where}, row {number}"))
         if not isinstance(row, dict):
             raise ProfileError(f"{where}, row {number}: a row must be an object with fields.")
         yield number, row
@@ -153,21 +178,42 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
     But of a text field it is an empty text.
     """
-    for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
-        if None in cells:
-            raise ProfileError(f"{where}, row {number}: more cells than the header has names.")
-        cls = KINDS.get(cells.get("kind") or "attention", AttentionRecord)
-        texts = {f.name for f in fields(cls) if f.type == "str"}
-        given = {k: v for k, v in cells.items() if v or (k in texts and v is not None)}
-        yield number, {k: v if k in texts else _cell(v) for k, v in given.items()}
-
-
-def _cell(text: str) -> Any:
-    """Numbers and booleans as JSON writes them, all else as text."""
+    number = 0
     try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except json.JSONDecodeError:
-        return text
+        table = csv.DictReader(io.StringIO(text), strict=True)
+        _check_header(table.fieldnames or (), where)
+        for number, cells in enumerate(table, 1):
+            if None in cells:
+                raise ProfileError(f"{where}, row {number}: more cells than the header has names.")
+            yield number, _values(cells, f"{where}, row {number}")
+    except csv.Error as error:
+        raise ProfileError(f"{where}, after row {number}: not CSV ({error}).") from error
+
+
+def _check_header(names: Sequence[str], where: str) -> None:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ProfileError(f"{where}: the header names {shown(name)} twice.")
+
+
+def _values(cells: Mapping[str, str | None], where: str) -> Mapping[str, Any]:
+    cls = KINDS.get(cells.get("kind") or "attention", AttentionRecord)
+    texts = {name for name, kind in get_type_hints(cls).items() if kind is str}
+    given = {k: v for k, v in cells.items() if v or (k in texts and v is not None)}
+    return {k: v if k in texts else _cell(v or "", where) for k, v in given.items()}
+
+
+def _cell(text: str, where: str) -> Any:
+    """Numbers and booleans as JSON writes them, all else as text."""
+    word = text.lower() if text.lower() in ("true", "false") else text
+    if word in ("true", "false") or word[:1] in "-0123456789":
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            return text
+        except ValueError:
+            raise ProfileError(f"{where}: it has a number with thousands of digits.") from None
+    return text
 
 
 # --- checking a row ---------------------------------------------------------------------------
@@ -176,63 +222,27 @@ def _cell(text: str) -> Any:
 def _record(row: Mapping[str, Any], where: str) -> Record:
     given = dict(row)
     kind = given.pop("kind", "attention")
-    if kind not in KINDS:
-        raise ProfileError(f"{where}: kind {kind!r} is not one of {', '.join(KINDS)}.")
-    cls = KINDS[kind]
-    known = {f.name: f for f in fields(cls)}
-    unknown = [name for name in given if name not in known]
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in given]
-    if unknown or missing:
-        what = f"unknown field {unknown[0]!r}" if unknown else f"field {missing[0]!r} is missing"
-        raise ProfileError(f"{where}: {what}. Fields of {kind}: {', '.join(known)}.")
-    for name, value in given.items():
-        _check_value(name, value, str(known[name].type), where)
-    record = cls(**given)
-    _check_record(record, where)
-    return record
+    if kind == "attention":
+        return validated(AttentionRecord, given, _source(where), _of_attention)
+    if kind == "message":
+        return validated(MessageRecord, given, _source(where), _of_message)
+    raise ProfileError(f"{where}: kind {shown(kind)} is not one of {', '.join(KINDS)}.")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _of_message(record: MessageRecord) -> Iterator[str]:
+    if record.min_ms > record.median_ms:
+        yield "min_ms is above median_ms"
 
 
-def _is_finite(value: float) -> bool:
-    return not isinstance(value, bool) and math.isfinite(value)
-
-
-CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "str": ("a text", lambda v: isinstance(v, str)),
-    "bool": ("true or false", lambda v: isinstance(v, bool)),
-    "int": ("a whole number above 0", lambda v: _is_count(v) and v > 0),
-    "float": ("a number above 0", lambda v: isinstance(v, float | int) and _is_finite(v)),
-    "Direction": (" or ".join(get_args(Direction)), lambda v: v in get_args(Direction)),
-    "Operation": (", ".join(get_args(Operation)), lambda v: v in get_args(Operation)),
-}
-
-
-def _check_value(name: str, value: Any, type_text: str, where: str) -> None:
-    base, _, optional = type_text.partition(" | ")
-    if value is None and optional == "None":
-        return
-    words, holds = CHECKS[base]
-    positive = base not in ("int", "float") or (holds(value) and value > 0)
-    if name in ("spread", "again", "bytes"):
-        positive = holds(value) and value >= 0
-    if not (holds(value) and positive):
-        raise ProfileError(f"{where}: {name} must be {words}; got {value!r}.")
-
-
-def _check_record(record: Record, where: str) -> None:
+def _of_attention(record: AttentionRecord) -> Iterator[str]:
     """What no single field shows."""
-    if isinstance(record, MessageRecord):
-        if record.min_ms > record.median_ms:
-            raise ProfileError(f"{where}: min_ms is above median_ms.")
-        return
-    if record.density > 1:
-        raise ProfileError(f"{where}: density must be at most 1; got {record.density}.")
+    if record.heads % record.kv_heads:
+        yield f"heads {record.heads} is no multiple of kv_heads {record.kv_heads}"
+    if not record.kernel and not record.strategy:
+        yield "it names neither a kernel nor a strategy"
     if record.out_of_memory and record.capacity_bytes is None:
-        raise ProfileError(f"{where}: out_of_memory needs capacity_bytes, what was too little.")
+        yield "out_of_memory needs capacity_bytes, what was too little"
     if record.out_of_memory and (record.median_ms is not None or record.peak_bytes is not None):
-        raise ProfileError(f"{where}: out_of_memory has no time and no peak.")
+        yield "out_of_memory has no time and no peak"
     if not record.out_of_memory and record.median_ms is None and record.peak_bytes is None:
-        raise ProfileError(f"{where}: measured nothing: give median_ms, peak_bytes or both.")
+        yield "measured nothing: give median_ms, peak_bytes or both"

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ringfx.fields import (
+    Bytes,
+    Count,
+    DeviceType,
+    FloatDtype,
+    Share,
+    Size,
+    SomeText,
+    Text,
+    Tokens,
+)
 from ringfx.layout import Layout, LayoutKind
 from ringfx.spec import AttentionSpec
 
@@ -65,39 +76,39 @@ class Captured:
 class AttentionSite:
     """One attention of the program, in canonical form."""
 
-    node: str
+    node: SomeText
     """Name of the canonical node in the captured graph."""
-    name: str
+    name: Text
     """Module path, such as ``model.layers.0.self_attn``."""
-    source: str
+    source: Text
     """``file:line`` of the user's call."""
-    found_by: str
+    found_by: SomeText
     """The detection rule, such as ``sdpa``."""
     spec: AttentionSpec
-    mask_words: str
+    mask_words: Text
     """The mask as a person says it: ``causal, window 4096, packed documents``."""
-    density: float
+    density: Share
     """Share of (query, key) pairs that are kept, 0 to 1; 1 where it depends on the data."""
     balanced: bool
     """Whether every query row keeps about as many keys as any other (false for causal)."""
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    dtype: str
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    v_head_dim: Size
+    dtype: FloatDtype
     """As torch names it without the prefix: ``float32``, ``bfloat16``."""
-    device: str
+    device: DeviceType
     """Device type: ``cpu``, ``cuda``."""
     trains: bool
     """Whether a backward pass goes through it."""
-    matrix_bytes: int = 0
+    matrix_bytes: Bytes = 0
     """Bytes of the masks and biases with an entry for each query and key that it is given."""
-    taken_bytes: int = 0
+    taken_bytes: Bytes = 0
     """Of these, bytes of those that it reads at its queries' own rows: a rank takes its own."""
-    row_bytes: int = 0
+    row_bytes: Bytes = 0
     """Bytes of what it computes and reads at its queries' own rows, which is split with them."""
-    checkpoint: int = 0
+    checkpoint: Count = 0
     """The checkpointed region that it lies in and is run again with in backward; 0: none."""
 
     @property
@@ -113,35 +124,35 @@ class AttentionSite:
 class Declined:
     """Something that resembles attention and is left as it stands, with the reason."""
 
-    node: str
-    name: str
-    source: str
-    reason: str
+    node: Text
+    name: Text
+    source: Text
+    reason: Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAxis:
     """An axis of tokens that is split over the ranks, and how."""
 
-    axis: str
-    length: int
+    axis: SomeText
+    length: Tokens
     layout: LayoutKind
-    local_length: int
+    local_length: Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resharding:
     """One message outside attention: a value changes between whole and split, or is summed."""
 
-    node: str
-    name: str
-    source: str
-    kind: str
+    node: Text
+    name: Text
+    source: Text
+    kind: SomeText
     """``gather``, ``all_reduce``, ``exchange``, ``borders``; in backward also ``gather_gradient``,
     ``reduce_scatter``."""
-    bytes_moved: int
+    bytes_moved: Bytes
     """Bytes that one rank has when it is done."""
-    reason: str
+    reason: Text
     in_backward: bool = False
 
 

@@ -182,7 +182,8 @@ def plan(
     RingfxError
         Whatever ``optimize`` would raise for this model.
     """
-    if not isinstance(world_size, int) or world_size < 1:
+    _check_call(model, args, kwargs)
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
         raise InvalidArgument(f"world_size={world_size!r} must be a positive integer")
     settings = Settings.of(
         {
@@ -210,6 +211,17 @@ def plan(
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
     return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
+
+
+def _check_call(model: object, args: object, kwargs: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise InvalidArgument("model comes from torch.compile. Do: pass the model itself.")
+    if not isinstance(args, tuple | list):
+        raise InvalidArgument(f"args is a {type(args).__name__}. Do: pass a tuple of arguments.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InvalidArgument(f"kwargs is a {type(kwargs).__name__}. Do: pass a mapping.")
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ringfx.cost_model.measure import Effort
 from ringfx.cost_model.profile import Profile, profile_json, profiles_folder
 from ringfx.cost_model.records import write_records
 from ringfx.errors import InvalidArgument
+from ringfx.files import check_writable, write_text
 
 __all__ = ["check_device", "run"]
 
@@ -33,16 +34,19 @@ def run(
     Raises
     ------
     InvalidArgument
-        The device is unknown or absent.
+        The device is unknown or absent, or a file cannot be written: said before anything is
+        measured.
     """
     check_device(device, ranks)
+    for path in (out or profiles_folder() / "ringfx.json", records):
+        if path is not None:
+            check_writable(path)
     measured = _measured(device, ranks, QUICK if quick else Effort())
     if measured is None:
         return
     profile = make_profile(measured, name)
     path = out or profiles_folder() / f"{profile.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(profile_json(profile))
+    write_text(path, profile_json(profile))
     if records is not None:
         write_records((*measured.kernels, *measured.messages, *measured.layers), records)
     print(_summary(profile, path))

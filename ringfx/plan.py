@@ -9,13 +9,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.fields import (
+    STRICT,
+    Bytes,
+    Count,
+    Date,
+    DeviceType,
+    Milliseconds,
+    Name,
+    Power,
+    Ranks,
+    SomeText,
+    Text,
+    Tokens,
+)
 from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
-from ringfx.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,8 +41,6 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +53,21 @@ class LayerPlan:
     """
 
     site: AttentionSite
-    strategy: str
-    reason: str
+    strategy: Name
+    reason: Text
     """Why this strategy, in words, with the numbers compared."""
-    kernel: str
+    kernel: Name
     """The attention kernel that the plan counts on, such as ``flash``."""
-    forward_ms: float
-    backward_ms: float
-    compute_ms: float
-    communication_ms: float
-    exposed_ms: float
-    saved_bytes: int
+    forward_ms: Milliseconds
+    backward_ms: Milliseconds
+    compute_ms: Milliseconds
+    communication_ms: Milliseconds
+    exposed_ms: Milliseconds
+    saved_bytes: Bytes
     """Kept from forward to backward by this layer's attention, or from when it is run again."""
-    result_bytes: int = 0
+    result_bytes: Bytes = 0
     """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
-    workspace_bytes: int
+    workspace_bytes: Bytes
     """Held only while this layer runs: communication buffers, accumulators, scores."""
 
     @property
@@ -87,19 +100,19 @@ class LayerPlan:
 class MemoryPart:
     """One cause of memory use on one rank, at the moment of the peak."""
 
-    cause: str
-    bytes: int
+    cause: SomeText
+    bytes: Bytes
     kind: Literal["whole", "split", "attention"]
     """whole: the same with any number of ranks; split: falls with it; attention: of the layers."""
-    detail: str = ""
+    detail: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTerm:
     """Bytes of one cause that grow alike."""
 
-    cause: str
-    tokens: int
+    cause: SomeText
+    tokens: Power
     """The power of the sequence's length that they grow with."""
     is_split: bool
     """Whether each rank holds its share of them, or all."""
@@ -110,19 +123,19 @@ class MemoryMoment:
     """A point of the program at which the peak may lie: of this length and number of ranks, or of
     others."""
 
-    operator: str
+    operator: Text
     """What runs there."""
-    where: str
+    where: Text
     """Its module path."""
-    bytes: tuple[int, ...]
+    bytes: tuple[Bytes, ...]
     """Of each term of the timeline, of all ranks together."""
-    layers: int
+    layers: Count
     """Attention layers that keep tensors there: so many of the first."""
-    masks: int
+    masks: Count
     """Whole masks that are kept there: so many of the first."""
-    working: tuple[int, ...]
+    working: tuple[Count, ...]
     """Layers whose workspace may be held there, by number."""
-    again: tuple[int, ...]
+    again: tuple[Count, ...]
     """Layers whose inputs are there again for a checkpoint, by number."""
 
 
@@ -130,7 +143,7 @@ class MemoryMoment:
 class MemoryLayer:
     """An attention layer as the timeline counts it."""
 
-    node: str
+    node: SomeText
     """Of its site."""
     keeps_result: bool
     """Whether it keeps its result alone: its inputs are computed again."""
@@ -140,10 +153,10 @@ class MemoryLayer:
 class MemoryMask:
     """A whole mask or bias of which each rank takes its queries' rows, where it computes those."""
 
-    bytes: int
-    tokens: int
+    bytes: Bytes
+    tokens: Power
     """The power of the sequence's length that they grow with."""
-    readers: tuple[int, ...]
+    readers: tuple[Count, ...]
     """Layers that read it, by number."""
     is_kept: bool
     """Whether it is kept for backward where no rows are taken."""
@@ -153,7 +166,7 @@ class MemoryMask:
 class MemoryTimeline:
     """What is alive when, as far as any peak depends on it: ``cost_model/timeline.py``."""
 
-    seq_len: int
+    seq_len: Tokens
     """The longest sequence of its attentions, for which the bytes are counted."""
     terms: tuple[MemoryTerm, ...]
     moments: tuple[MemoryMoment, ...]
@@ -166,12 +179,12 @@ class MemoryPlan:
     """What the peak of one rank's memory is made of, as far as it is known."""
 
     parts: tuple[MemoryPart, ...] = ()
-    by_block: tuple[tuple[str, int], ...] = ()
+    by_block: tuple[tuple[Text, Bytes], ...] = ()
     """Activations, their gradients and attention at the peak: bytes by block of the model."""
-    over_program: tuple[int, ...] = ()
+    over_program: tuple[Bytes, ...] = ()
     """The largest sum in each of some equal stretches of the program, in its order: of a step that
     trains, while the backward passes the stretch."""
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[Text, ...] = ()
     """Causes that the prediction leaves out, in words; empty when it is complete."""
     timeline: MemoryTimeline | None = None
     """What the peak is taken from, again for another length, number of ranks or strategies."""
@@ -195,29 +208,31 @@ class MemoryPlan:
 class Plan:
     """Everything that ringfx decided for one model, one input shape and one world size."""
 
-    world_size: int
-    gpu_memory: int | None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    world_size: Ranks
+    gpu_memory: Bytes | None
     """Budget of one rank in bytes; None: no budget was given."""
-    device: str
+    device: DeviceType
     """Device type for which times are predicted: ``cpu``, ``cuda``."""
-    profile: str
+    profile: SomeText
     """Name of the profile whose constants made the predictions."""
-    profile_origin: str
+    profile_origin: Text
     """Where that profile's numbers come from and how well they predict, in words."""
     layers: tuple[LayerPlan, ...]
     """One entry for each attention call, in program order."""
     declined: tuple[Declined, ...] = ()
     missed: tuple[Declined, ...] = ()
     """What looks like attention by an independent count and was neither found nor declined."""
-    attentions: int | None = None
+    attentions: Count | None = None
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
-    notes: tuple[str, ...] = ()
-    outside_ms: float = 0.0
+    notes: tuple[Text, ...] = ()
+    outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
-    profile_date: str = ""
+    profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
 
@@ -305,19 +320,18 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Read a plan written by ``to_json``.
+    def from_json(text: str, name: str = "plan") -> Plan:
+        """Read a plan written by ``to_json``; ``name`` of its file stands in errors.
 
         Raises
         ------
         InvalidArgument
-            The text is not a plan, or was written with another schema version.
+            The text is not a plan, was written with another schema version, or a field is missing,
+            unknown or has a value that cannot be.
         """
-        fields = _parse(text)
-        try:
-            return _plan(fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgument(f"this plan is damaged: {error!r}. Do: make it again.") from error
+        from ringfx.plan_reading import read_plan
+
+        return read_plan(text, name)
 
     def __rich__(self) -> RenderableType:
         from ringfx import plan_text
@@ -353,70 +367,3 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
     site = layer.site
     sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
     return [site.node, site.name, layer.strategy, site.spec.to_json(), site.dtype, sizes]
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(
-            f"this is not a plan: line {error.lineno} is not JSON ({error.msg})."
-            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
-        ) from error
-    if not isinstance(fields, dict) or "schema" not in fields:
-        raise InvalidArgument(
-            'this is not a plan: the text has no "schema" field.'
-            " Do: pass what Plan.to_json() or `ringfx plan --json` wrote."
-        )
-    if fields["schema"] != SCHEMA_VERSION:
-        raise InvalidArgument(
-            f"this plan has schema version {fields['schema']!r}; this ringfx reads version"
-            f" {SCHEMA_VERSION}. Do: make the plan again with this version of ringfx."
-        )
-    return fields
-
-
-def _plan(fields: Mapping[str, Any]) -> Plan:
-    values = dict(fields)
-    values["layers"] = _all(fields["layers"], _layer)
-    values["declined"] = _all(fields["declined"], lambda v: Declined(**v))
-    values["missed"] = _all(fields.get("missed", []), lambda v: Declined(**v))
-    values["axes"] = _all(fields["axes"], lambda v: TokenAxis(**v))
-    values["reshardings"] = _all(fields["reshardings"], lambda v: Resharding(**v))
-    values["memory"] = _memory(fields["memory"])
-    values["notes"] = tuple(fields["notes"])
-    return Plan(**values)
-
-
-def _all(items: list[Any], build: Callable[[Any], T]) -> tuple[T, ...]:
-    return tuple(build(item) for item in items)
-
-
-def _layer(fields: Mapping[str, Any]) -> LayerPlan:
-    site = dict(fields["site"])
-    site["spec"] = AttentionSpec.from_json(json.dumps(site["spec"]))
-    return LayerPlan(**{**fields, "site": AttentionSite(**site)})
-
-
-def _memory(fields: Mapping[str, Any]) -> MemoryPlan:
-    return MemoryPlan(
-        parts=_all(fields["parts"], lambda v: MemoryPart(**v)),
-        over_program=tuple(fields.get("over_program", ())),
-        by_block=tuple((name, size) for name, size in fields.get("by_block", ())),
-        unknown=tuple(fields["unknown"]),
-        timeline=None if fields.get("timeline") is None else _timeline(fields["timeline"]),
-    )
-
-
-def _timeline(fields: Mapping[str, Any]) -> MemoryTimeline:
-    lists = ("bytes", "working", "again")
-    return MemoryTimeline(
-        seq_len=fields["seq_len"],
-        terms=_all(fields["terms"], lambda v: MemoryTerm(**v)),
-        moments=_all(
-            fields["moments"],
-            lambda v: MemoryMoment(**{**v, **{name: tuple(v[name]) for name in lists}}),
-        ),
-        layers=_all(fields["layers"], lambda v: MemoryLayer(**v)),
-        masks=_all(fields["masks"], lambda v: MemoryMask(**{**v, "readers": tuple(v["readers"])})),
-    )

@@ -27,10 +27,12 @@ from ringfx.cost_model.whatif import (
     tokens,
 )
 from ringfx.errors import InvalidArgument
+from ringfx.files import read_text, write_text
 from ringfx.passes.detect.estimate import refuse_missed
 from ringfx.plan import Plan
 from ringfx.plan_html import to_html
 from ringfx.plan_views import diff_text, explain_text, sweep_text
+from ringfx.reading import Source, parse_json
 from ringfx.target import Inputs, build, find_target
 
 __all__ = ["Request", "View", "run"]
@@ -91,7 +93,10 @@ def run(request: Request, view: View) -> None:
 def _saved(request: Request) -> Plan | None:
     """The plan in the file that the target names, if it is a saved plan."""
     path = Path(request.target)
-    if path.suffix != ".json" or not path.exists() or '"schema"' not in path.read_text()[-200_000:]:
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    text = read_text(path)
+    if not _is_plan(text, path):
         return None
     if request.seq_len is not None or request.world_size is not None:
         raise InvalidArgument(
@@ -103,12 +108,21 @@ def _saved(request: Request) -> Plan | None:
             f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
             f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
         )
-    plan = Plan.from_json(path.read_text())
+    plan = Plan.from_json(text, str(path))
     if request.strict and plan.missed:
         refuse_missed(plan.missed)
     if request.gpu_memory is not None:
         plan = replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
     return _chosen_again(plan, request) if request.profile or request.strategy else plan
+
+
+def _is_plan(text: str, path: Path) -> bool:
+    """Whether it says so, damaged or not; a Hugging Face configuration has a model type."""
+    source = Source(where=str(path), damaged=str(path), error=InvalidArgument)
+    fields = parse_json(text, source)
+    if not isinstance(fields, dict) or "model_type" in fields:
+        return False
+    return "schema" in fields or {"layers", "world_size"} <= fields.keys()
 
 
 def _of_the_model(request: Request) -> Mapping[str, bool]:
@@ -236,7 +250,7 @@ def _views(plan: Plan, request: Request, view: View) -> list[str]:
     if view.max_seq_len:
         texts.append(_longest_text(plan, request, chosen))
     if view.diff is not None:
-        texts.append(diff_text(Plan.from_json(_text(view.diff)), plan))
+        texts.append(diff_text(Plan.from_json(read_text(view.diff), str(view.diff)), plan))
     return texts
 
 
@@ -251,10 +265,7 @@ def write_html(plan: Plan, path: Path, profile: Profile, strategy: StrategyChoic
     by_length = sweep(plan, [Change(seq_len=n) for n in lengths], profile, strategy)
     by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], profile, strategy)
     curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
-    try:
-        path.write_text(to_html(plan, *curves))
-    except OSError as error:
-        raise InvalidArgument(f"{path} cannot be written: {error.strerror}.") from error
+    write_text(path, to_html(plan, *curves))
 
 
 def _around(number: int) -> list[int]:
@@ -265,10 +276,3 @@ def _around(number: int) -> list[int]:
 def _profile(plan: Plan, request: Request) -> Profile:
     """The profile that made the plan: by the name given, else by the plan's."""
     return load_profile(request.profile or plan.profile, device=plan.device)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error

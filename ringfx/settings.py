@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.optimizers import check_optimizer
+from ringfx.cost_model.profile import check_profile
 from ringfx.errors import InvalidArgument
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
@@ -56,7 +57,10 @@ class Settings:
         _check_choice("compiler", settings.compiler, get_args(Compiler))
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
+        check_profile(settings.profile)
         _check_interval(settings.check_inputs)
+        if not isinstance(settings.strict, bool):
+            raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
         _check_strategy(settings.strategy)
         check_optimizer(settings.optimizer)
         return settings

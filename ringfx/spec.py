@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, PlainValidator
 
 from ringfx import tiles
+from ringfx.errors import InvalidArgument
+from ringfx.fields import STRICT, Finite, Tokens
+from ringfx.reading import Source, parse_json, validated
 from ringfx.tiles import Expr
+from ringfx.tiles.checked import checked_expr
 
 __all__ = ["AttentionSpec"]
+
+TileFunction: TypeAlias = Annotated[Expr, PlainValidator(checked_expr)]
+"""Read from a file, its form is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +34,15 @@ class AttentionSpec:
     Lengths are the true global ones: a layout may pad beyond them.
     """
 
-    scale: float
-    q_len: int
-    kv_len: int
-    keep: Expr | None = None
-    bias: Expr | None = None
-    soft_cap: float | None = None
-    dropout: float = 0.0
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    scale: Finite
+    q_len: Tokens
+    kv_len: Tokens
+    keep: TileFunction | None = None
+    bias: TileFunction | None = None
+    soft_cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     sinks: bool = False
     """The last captured tensor holds a logit for each head that joins the softmax alone."""
     fully_masked: Literal["zero", "mean", "absorbed", "nan"] = "zero"
@@ -38,7 +50,7 @@ class AttentionSpec:
     by one low number (mean) or where a number was added to them that is so low that they are
     rounded away, though their gradient is not (absorbed: finfo.min masks); NaN, as a plain softmax
     of -inf does."""
-    slope: Expr | None = None
+    slope: TileFunction | None = None
     """The derivative of a score by its product where the bias hides all keys of its row: 0 where
     the bias stands for the score (masked_fill), 1/2 where torch.maximum met its equal."""
 
@@ -51,7 +63,25 @@ class AttentionSpec:
 
     @staticmethod
     def from_json(text: str) -> AttentionSpec:
-        fields = json.loads(text)
-        for name in ("keep", "bias", "slope"):
-            fields[name] = tiles.loads(json.dumps(fields[name]))
-        return AttentionSpec(**fields)
+        """Read what ``to_json`` wrote.
+
+        Raises
+        ------
+        InvalidArgument
+            A field is missing or unknown, or has a value that cannot be.
+        """
+        return _read(text)
+
+
+_SOURCE = Source(
+    where="this is not the text of an attention",
+    damaged="this attention cannot be",
+    error=InvalidArgument,
+    remedy="pass what AttentionSpec.to_json() wrote",
+)
+
+
+@lru_cache(maxsize=512)
+def _read(text: str) -> AttentionSpec:
+    """The operators read theirs on every call."""
+    return validated(AttentionSpec, parse_json(text, _SOURCE), _SOURCE)

@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from ringfx.errors import InvalidArgument
+from ringfx.fields import STRICT, Name
+from ringfx.files import read_text
+from ringfx.reading import Source, parse_json, validated
 
 __all__ = ["Inputs", "Target", "build", "find_target", "floating_dtype"]
 
@@ -68,9 +71,9 @@ def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Cal
     kind = floating_dtype(dtype)
     path = Path(text)
     if hf and path.suffix != ".json" and not path.is_dir():
-        return _hf_factory(_hf_class_config(text), kind)
+        return _of_config(_hf_class_config(text), kind, text)
     if path.suffix == ".json" or (path.is_dir() and ":" not in text):
-        return _hf_factory(_hf_file_config(path), kind)
+        return _of_config(_hf_file_config(path), kind, text)
     return _in_dtype(_import_factory(text), kind)
 
 
@@ -208,19 +211,36 @@ def _hf_file_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise InvalidArgument(f"there is no file {file}.")
-    try:
-        fields = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{file}: line {error.lineno} is not JSON ({error.msg}).") from error
+    source = Source(
+        where=str(file), damaged=f"{file} is no Hugging Face configuration", error=InvalidArgument
+    )
+    fields = parse_json(read_text(file), source)
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise InvalidArgument(f'{file} is no Hugging Face configuration: it has no "model_type".')
+    named = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
+    validated(_ConfigNames, named, source)
     transformers = _transformers()
     with _blame(f"reading {file}"):
         return transformers.AutoConfig.for_model(**fields)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ConfigNames:
+    """What ringfx itself reads of a configuration; transformers checks the rest."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_type: Name
+    architectures: tuple[Name, ...] | None = None
+
+
 def _is_hf_config(value: object) -> bool:
     return hasattr(value, "model_type") and hasattr(value, "to_dict") and not callable(value)
+
+
+def _of_config(config: Any, dtype: torch.dtype | None, name: str) -> Callable[[], nn.Module]:
+    with _blame(name):
+        return _hf_factory(config, dtype)
 
 
 def _hf_factory(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Module]:

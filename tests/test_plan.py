@@ -97,7 +97,10 @@ def test_another_schema_version_is_refused() -> None:
     [
         ("hello", "this is not a plan: line 1 is not JSON (Expecting value)."),
         ("[1]", 'this is not a plan: the text has no "schema" field.'),
-        (f'{{"schema": {SCHEMA_VERSION}}}', "this plan is damaged: KeyError('layers')."),
+        (
+            f'{{"schema": {SCHEMA_VERSION}}}',
+            "this plan is damaged: field 'world_size' is missing; known are world_size, gpu",
+        ),
     ],
 )
 def test_what_is_no_plan_is_refused(text: str, message: str) -> None:

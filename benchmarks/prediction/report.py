@@ -21,6 +21,7 @@ from ringfx.cost_model.bench import Sample, Timing, regret, timing
 from ringfx.cost_model.from_records import fit_links
 from ringfx.cost_model.profile import Direction, profile_json, read_profile
 from ringfx.cost_model.records import AttentionRecord, MessageRecord, Record, read_records
+from ringfx.files import read_text, write_text
 
 __all__ = ["report_command"]
 
@@ -208,8 +209,8 @@ def _tell(path: Path, errors: Mapping[str, float]) -> None:
         f"layer times at held-out sizes: median error {errors['median']:.0%}, 90% within"
         f" {errors['p90']:.0%}, {errors['figures']} figures (benchmarks/results/prediction.json)"
     )
-    profile = read_profile(path.read_text(), str(path))
-    path.write_text(profile_json(dataclasses.replace(profile, held_out=words)))
+    profile = read_profile(read_text(path), str(path))
+    write_text(path, profile_json(dataclasses.replace(profile, held_out=words)))
 
 
 def _flips(found: Sequence[Outcome], profile: Profile) -> list[dict[str, Any]]:

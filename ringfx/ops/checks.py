@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from ringfx.ops.ranks import Ranks
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import own_rows
 
-__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name"]
+__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name", "tensors"]
 
 Tensor = torch.Tensor
 
@@ -32,6 +32,30 @@ def strategy_name(strategy: str, known: Sequence[str], layer: str) -> None:
     if strategy not in known:
         raise InvalidArgument(
             f"{_where(layer)}: no strategy is named {strategy!r}. Do: use {', '.join(known)}."
+        )
+
+
+def tensors(given: Mapping[str, object], layer: str) -> None:
+    """Dense floating tensors on one device, none of them empty."""
+    where, devices = _where(layer), set()
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(
+                f"{where}: {name} is a {type(x).__name__}. Do: pass a torch.Tensor."
+            )
+        if x.layout != torch.strided or not x.is_floating_point():
+            raise InvalidArgument(
+                f"{where}: {name} is {x.dtype}, {x.layout}. Do: pass a dense floating tensor."
+            )
+        if not x.numel():
+            raise InvalidArgument(
+                f"{where}: {name} {tuple(x.shape)} is empty. Do: pass tokens and heads, 1 or more."
+            )
+        devices.add(str(x.device))
+    if len(devices) > 1:
+        raise InvalidArgument(
+            f"{where}: {', '.join(given)} are on {', '.join(sorted(devices))}. "
+            "Do: move them to one device."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ringfx.errors import InvalidArgument
 from ringfx.layout import LayoutKind
+from ringfx.ops import checks
 from ringfx.ops.attention import attention
 from ringfx.ops.groups import Group, name_and_size
 from ringfx.spec import AttentionSpec
@@ -108,6 +109,7 @@ def ring_attention(
     >>> ring_attention(q, k, v, causal=True).shape
     torch.Size([1, 2, 4, 8])
     """
+    checks.tensors({"q": q, "k": k, "v": v}, name or "ring_attention")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InvalidArgument(
             f"ring_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. "

@@ -28,6 +28,7 @@ from ringfx.ops.logsumexp import is_deep, stepped
 __all__ = [
     "CPU_FLASH",
     "GATHERED_KERNELS",
+    "KERNELS",
     "MATH",
     "Kernel",
     "Scores",
@@ -74,6 +75,12 @@ class Kernel:
     stores_scores: bool
     """Whether a tile's scores are kept in memory, so that tiles must be bounded."""
 
+
+KERNELS = (
+    "math", "cpu_flash", "cuda_flash", "cuda_flash3", "cuda_efficient", "cuda_cudnn",
+    "cuda_xformers",
+)  # fmt: skip
+"""The names of all kernels."""
 
 GATHERED_KERNELS = frozenset({"cuda_xformers"})
 """Kernels that are taken only where one call meets all keys."""

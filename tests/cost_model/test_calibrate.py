@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,13 @@ from ringfx.cost_model.calibrate import Measurements, calibrate, make_profile
 from ringfx.cost_model.from_records import fit_kernels, fit_links
 from ringfx.cost_model.layers import fit_layers, layer_records, layer_sites
 from ringfx.cost_model.measure import Effort, kernel_cases, spread
-from ringfx.cost_model.profile import Direction, KernelRow, profile_json, read_profile
+from ringfx.cost_model.profile import (
+    Direction,
+    KernelRow,
+    own_profiles,
+    profile_json,
+    read_profile,
+)
 from ringfx.cost_model.records import AttentionRecord, MessageRecord, read_records
 from ringfx.errors import CommunicationError, ProfileError
 from tests.cost_model.sites import causal_site, shipped
@@ -115,11 +120,36 @@ def test_an_unknown_device_is_refused() -> None:
     assert result.stderr.strip() == "ringfx: unknown device 'abacus'. Choices: cpu, cuda."
 
 
-def test_a_damaged_own_profile_is_named(profiles_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b'{"schema": 7}', b"\xff\xfe{", b"", b"[" * 10**5, b"\x1f\x8b1"]
+)
+def test_a_damaged_own_profile_is_left_out_with_one_warning_that_names_it(
+    profiles_folder: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
     profiles_folder.mkdir()
-    (profiles_folder / "bad.json").write_text(json.dumps({"schema": 7}))
-    with pytest.raises(ProfileError, match=r"bad\.json has schema version 7"):
-        load_profile(None, device="cpu")
+    (profiles_folder / "bad.json").write_bytes(content)
+    (profiles_folder / "good.json").write_text(profile_json(shipped("cpu-default")))
+    for _ in range(2):
+        assert [profile.name for profile in own_profiles()] == ["cpu-default"]
+    assert load_profile(None, device="cpu").device == "cpu"
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1
+    assert "bad.json" in said[0]
+    with pytest.raises(ProfileError, match=r"bad\.json"):
+        load_profile("bad", device="cpu")
+
+
+@pytest.mark.parametrize("option", ["--out", "--records"])
+def test_calibrate_looks_whether_it_can_write_before_it_measures(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfx.calibrate_command._measured", lambda *args: pytest.fail("measured"))
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "below.json", tmp_path):
+        result = CliRunner().invoke(app, ["calibrate", option, str(path)])
+        assert result.exit_code == 2
+        assert f"{path} cannot be written: " in result.stderr
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_the_spread_is_half_the_interquartile_range() -> None:

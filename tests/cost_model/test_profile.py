@@ -124,7 +124,7 @@ def test_a_device_type_without_a_profile_lists_those_with() -> None:
         ("{", "profile mine: line 1 is not JSON"),
         ("[]", "profile mine has schema version None; this ringfx reads version 1"),
         ('{"schema": 9}', "profile mine has schema version 9; this ringfx reads version 1"),
-        ('{"schema": 1}', "profile mine is damaged: KeyError('kernels')"),
+        ('{"schema": 1}', "profile mine is damaged: field 'name' is missing"),
     ],
 )
 def test_a_file_that_is_no_profile_says_why(text: str, message: str) -> None:
@@ -138,11 +138,13 @@ def test_a_file_that_is_no_profile_says_why(text: str, message: str) -> None:
     [
         (
             {"kind": "guessed"},
-            "profile mine: kind must be one of measured, published, assumed, observed.",
+            "profile mine is damaged: kind must be 'measured', 'published', 'assumed' or"
+            " 'observed'; got 'guessed'. Do: write it again with `ringfx calibrate`.",
         ),
         (
             {"memory_gbytes_per_s": 0},
-            "profile mine: memory speed and ranks a node must be positive.",
+            "profile mine is damaged: memory_gbytes_per_s must be 1e-06 or more; got 0."
+            " Do: write it again with `ringfx calibrate`.",
         ),
     ],
 )
@@ -155,7 +157,7 @@ def test_impossible_fields_are_refused(change: dict[str, Any], message: str) -> 
 def test_a_failed_measurement_cannot_hide_as_a_constant() -> None:
     fields = _fields()
     fields["links"][0]["gbytes_per_s"] = 0
-    with pytest.raises(ProfileError, match="every row needs a rate above 0"):
+    with pytest.raises(ProfileError, match=r"links\[0\]\.gbytes_per_s must be 1e-06 or"):
         read_profile(json.dumps(fields), "mine")
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_csv_names_the_row() -> None:
         read_records(good.rstrip() + ",1,2\n", "mine.csv")
     assert str(caught.value) == "mine.csv, row 2: more cells than the header has names."
     with pytest.raises(
-        ProfileError, match=r"mine\.csv, row 2: heads must be a whole number above 0"
+        ProfileError, match=r"mine\.csv, row 2: heads must be a whole number; got 'many'"
     ):
         read_records(_csv(_attention(), _attention(heads="many")), "mine.csv")
 
@@ -108,16 +108,19 @@ def test_a_time_that_is_no_number_is_refused(number: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (_attention(heads=0), "heads must be a whole number above 0; got 0."),
-        (_attention(heads=2.5), "heads must be a whole number above 0; got 2.5."),
-        (_attention(heads=True), "heads must be a whole number above 0; got True."),
-        (_attention(median_ms=-1), "median_ms must be a number above 0; got -1."),
-        (_attention(dtype=16), "dtype must be a text; got 16."),
+        (_attention(heads=0), "heads must be 1 or more; got 0."),
+        (_attention(heads=2.5), "heads must be a whole number; got 2.5."),
+        (_attention(heads=True), "heads must be a whole number; got True."),
+        (_attention(median_ms=-1), "median_ms must be above 1e-09; got -1."),
+        (
+            _attention(dtype=16),
+            "dtype must be a text; got 16.",
+        ),
         (
             _attention(direction="sideways"),
-            "direction must be forward or backward; got 'sideways'.",
+            "direction must be 'forward' or 'backward'; got 'sideways'.",
         ),
-        (_attention(density=1.5), "density must be at most 1; got 1.5."),
+        (_attention(density=1.5), "density must be 1 or less; got 1.5."),
         (_attention(out_of_memory="yes"), "out_of_memory must be true or false; got 'yes'."),
         (
             _attention(out_of_memory=True, median_ms=None, peak_bytes=None),
@@ -133,8 +136,8 @@ def test_a_time_that_is_no_number_is_refused(number: str) -> None:
         ),
         (
             {**MESSAGE, "operation": "broadcast"},
-            "operation must be send_recv, all_gather, reduce_scatter, all_to_all, all_reduce;"
-            " got 'broadcast'.",
+            "operation must be 'send_recv', 'all_gather', 'reduce_scatter', 'all_to_all' or"
+            " 'all_reduce'; got 'broadcast'.",
         ),
         ({**MESSAGE, "min_ms": 3}, "min_ms is above median_ms."),
         ({**MESSAGE, "kind": "song"}, "kind 'song' is not one of attention, message."),
@@ -147,16 +150,16 @@ def test_a_row_that_cannot_be_is_refused_by_its_number(row: dict[str, Any], mess
 
 
 def test_missing_and_unknown_fields_are_named_with_the_schema() -> None:
-    with pytest.raises(ProfileError, match=r"row 1: field 'link' is missing\. Fields of message:"):
+    with pytest.raises(ProfileError, match=r"row 1: field 'link' is missing; known are device,"):
         _read({k: v for k, v in MESSAGE.items() if k != "link"})
-    with pytest.raises(ProfileError, match=r"row 1: unknown field 'colour'\. Fields of message:"):
+    with pytest.raises(ProfileError, match=r"row 1: unknown field 'colour'; known are device,"):
         _read({**MESSAGE, "colour": "red"})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{\n", "mine.jsonl, row 1: not JSON"),
+        ("{\n", "mine.jsonl, row 1: line 1 is not JSON"),
         ("[1]\n", "mine.jsonl, row 1: a row must be an object with fields."),
         ("\n", "mine.jsonl holds no records."),
     ],
