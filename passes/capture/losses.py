@@ -70,13 +70,20 @@ def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
 
 
 def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    def mean(
-        x: torch.Tensor, target: torch.Tensor, reduction: int = MEAN, *args: Any, **kwargs: Any
-    ) -> Any:
-        if reduction != MEAN:
+    """The mean over all elements, of an operator that takes ``reduction`` at its own place."""
+    at = [a.name for a in op._schema.arguments].index("reduction")
+
+    def mean(x: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = [x, target, *args]
+        by_name = "reduction" in kwargs or len(given) <= at
+        if (kwargs.get("reduction", MEAN) if by_name else given[at]) != MEAN:
             return NotImplemented
-        count = torch.broadcast_shapes(x.shape, target.shape).numel()
-        return op(x, target, SUM, *args, **kwargs) / count
+        if by_name:
+            kwargs = kwargs | {"reduction": SUM}
+        else:
+            given[at] = SUM
+        shapes = [v.shape for v in (*given, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        return op(*given, **kwargs) / torch.broadcast_shapes(*shapes).numel()
 
     return mean
 
@@ -91,7 +98,8 @@ LOSS_DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         op: elementwise(op)
         for op in (
             aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default,
-            aten.huber_loss.default,
+            aten.huber_loss.default, aten.binary_cross_entropy.default,
+            aten.binary_cross_entropy_with_logits.default, aten.soft_margin_loss.default,
         )
     },
 }  # fmt: skip

@@ -74,12 +74,21 @@ _COMPOSITES = (
     aten.greater_equal.Scalar, aten.less.Tensor, aten.less.Scalar, aten.less_equal.Tensor,
     aten.less_equal.Scalar, aten.not_equal.Tensor, aten.not_equal.Scalar, aten.isclose.default,
     aten.bitwise_and.Tensor, aten.clip.default, aten.log_sigmoid.default, aten.polar.default,
-    aten.complex.default,
+    aten.complex.default, aten.hardswish.default, aten._prelu_kernel.default,
 )  # fmt: skip
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
+    **dict.fromkeys(
+        (
+            aten.bernoulli.Tensor, aten.binomial.default, aten.normal.Tensor_float,
+            aten.normal.Tensor_Tensor, aten.normal.float_Tensor, aten.poisson.default,
+            aten.native_dropout.default, aten.rrelu_with_noise_functional.default,
+            aten._standard_gamma.default,
+        ),
+        random_elementwise,
+    ),
     **dict.fromkeys(
         (
             aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,
