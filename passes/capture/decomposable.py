@@ -29,7 +29,7 @@ CELLS = "sums, products, sigmoids and tanhs of a recurrence, as autograd would s
 DECOMPOSABLE: Mapping[OpOverload, str] = {
     **dict.fromkeys(
         (
-            aten._chunk_cat.default, aten._reshape_alias.default, aten._unsafe_index.Tensor,
+            aten._reshape_alias.default, aten._unsafe_index.Tensor,
             aten._unsafe_index_put.default, aten.alias_copy.default, aten.as_strided_copy.default,
             aten.block_diag.default, aten.channel_shuffle.default, aten.diag_embed.default,
             aten.diagonal_copy.default, aten.expand_copy.default, aten.lift.default,
@@ -42,8 +42,8 @@ DECOMPOSABLE: Mapping[OpOverload, str] = {
             aten.squeeze_copy.dims, aten.t_copy.default, aten.take.default, aten.trace.default,
             aten.transpose_copy.int, aten.unbind_copy.int, aten.unfold_copy.default,
             aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
-            aten.unsqueeze_copy.default, aten.view_copy.default, aten.meshgrid.default,
-            aten.meshgrid.indexing, aten._upsample_nearest_exact1d.default,
+            aten.unsqueeze_copy.default, aten.view_copy.default,
+            aten._upsample_nearest_exact1d.default,
             aten._upsample_nearest_exact2d.default, aten._upsample_nearest_exact3d.default,
             aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec,
             aten._upsample_nearest_exact3d.vec, aten.upsample_nearest1d.default,
@@ -55,7 +55,7 @@ DECOMPOSABLE: Mapping[OpOverload, str] = {
     **dict.fromkeys(
         (
             aten._adaptive_avg_pool2d.default, aten.addmv.default, aten.addr.default,
-            aten.affine_grid_generator.default, aten.col2im.default, aten.linalg_cross.default,
+            aten.affine_grid_generator.default, aten.col2im.default, 
             aten.upsample_bicubic2d.default, aten.upsample_bilinear2d.default,
             aten.upsample_linear1d.default, aten.upsample_trilinear3d.default,
             aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec,

@@ -48,6 +48,14 @@ def drawn(call: Call) -> OpAxes:
     return dataclasses.replace(elementwise(call), draws=True)
 
 
+def crossed(call: Call) -> OpAxes:
+    """Products of three coordinates of two points."""
+    axes, at = elementwise(call), call.dim("dim", len(call.result_shape))
+    return dataclasses.replace(
+        axes, share=shares(whole=[f"d{at}"]), reason="it mixes the coordinates along the axis"
+    )
+
+
 def dropout(call: Call) -> OpAxes:
     """The identity when it drops nothing."""
     identity = not call["train"] or call["p"] == 0
@@ -80,6 +88,7 @@ _COMPOSITES = (
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
+    aten.linalg_cross.default: crossed,
     **dict.fromkeys(
         (
             aten.bernoulli.Tensor, aten.binomial.default, aten.normal.Tensor_float,
