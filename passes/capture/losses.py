@@ -85,15 +85,25 @@ def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
 
 
 def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    def mean(
-        x: torch.Tensor, target: torch.Tensor, reduction: int = MEAN, *args: Any, **kwargs: Any
-    ) -> Any:
-        if reduction != MEAN:
+    """The mean over all elements, of an operator that takes ``reduction`` at its own place."""
+    at = [a.name for a in op._schema.arguments].index("reduction")
+
+    def mean(x: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = [x, target, *args]
+        by_name = "reduction" in kwargs or len(given) <= at
+        if (kwargs.get("reduction", MEAN) if by_name else given[at]) != MEAN:
             return NotImplemented
-        count = torch.broadcast_shapes(x.shape, target.shape).numel()
+
+        def reduced(reduction: int) -> torch.Tensor:
+            if by_name:
+                result: torch.Tensor = op(*given, **kwargs | {"reduction": reduction})
+            else:
+                result = op(*given[:at], reduction, *given[at + 1 :], **kwargs)
+            return result
+
+        shapes = [v.shape for v in (*given, *kwargs.values()) if isinstance(v, torch.Tensor)]
         dtype = torch.result_type(x, target)
-        total = _total(dtype, lambda reduction: op(x, target, reduction, *args, **kwargs))
-        return (total / count).to(dtype)
+        return (_total(dtype, reduced) / torch.broadcast_shapes(*shapes).numel()).to(dtype)
 
     return mean
 
@@ -108,7 +118,8 @@ LOSS_DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         op: elementwise(op)
         for op in (
             aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default,
-            aten.huber_loss.default,
+            aten.huber_loss.default, aten.binary_cross_entropy.default,
+            aten.binary_cross_entropy_with_logits.default, aten.soft_margin_loss.default,
         )
     },
 }  # fmt: skip

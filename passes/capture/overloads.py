@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -66,14 +67,18 @@ def _parameter(argument: Any) -> tuple[str, str]:
 def arguments_for(op: OpOverload, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments without those that only say where the result goes.
 
-    A default of the in-place operator need not be one of the functional operator.
+    A default of the in-place operator need not be one of the functional operator. What has a place
+    is given by it: some names (``from``) are keywords of Python, and no code can say them.
     """
-    keep = {a.name for a in op._schema.arguments}
-    given = {k: v for k, v in node.kwargs.items() if k in keep}
-    for argument in node.target._schema.arguments[len(node.args) :]:  # type: ignore[union-attr]
-        if argument.name in keep and argument.has_default_value() and not argument.kwarg_only:
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    for argument in schema.arguments[len(node.args) :]:
+        if argument.has_default_value() and not argument.kwarg_only:
             given.setdefault(argument.name, argument.default_value)
-    return node.args, given
+    known = [a for a in op._schema.arguments if a.name in given]
+    placed = takewhile(lambda a: a.name in given and not a.kwarg_only, op._schema.arguments)
+    args = tuple(given[a.name] for a in placed)
+    return args, {a.name: given[a.name] for a in known[len(args) :]}
 
 
 # --- operators that are clearer in other words ------------------------------------------------

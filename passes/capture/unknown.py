@@ -1,10 +1,10 @@
-"""Operators that later passes have no rule for, taken apart with torch's own decompositions.
+"""Operators that later passes have no rule for, taken apart where their gradient stays the same.
 
-A decomposition is taken only if it is made of operators that autograd knows (torch's references
-also go down to ``prims``, which have no gradient), and if it reads the operator's own arguments:
-the references of losses take ``reduction`` as a word where the operator has a number, and would
-compute something else without a word. One that writes nothing is preferred; writes are made values
-afterwards as the user's own are. What has no such decomposition stays.
+Two kinds: what autograd itself looks into (CompositeImplicitAutograd), by its own definition; and
+rows of ``decomposable.py``, with torch's decomposition. All others keep their own derivative and
+stay. A decomposition is taken only if it is made of operators that autograd knows (torch's
+references also go down to ``prims``, which have no gradient). One that writes nothing is preferred;
+writes are made values afterwards as the user's own are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ringfx.passes.capture.decomposable import DECOMPOSABLE
 
 __all__ = ["decompose_unknown"]
 
@@ -75,16 +77,10 @@ def _chosen(op: OpOverload, node: Node, mode: FakeTensorMode) -> Decomposition |
 
 
 def _candidates(op: OpOverload) -> Iterator[Decomposition]:
-    if op in decomposition_table and not _takes_words(decomposition_table[op], op):
+    if op in DECOMPOSABLE and op in decomposition_table:
         yield decomposition_table[op]
     if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
         yield op.decompose
-
-
-def _takes_words(decomposition: Decomposition, op: OpOverload) -> bool:
-    """Whether it is a reference of torch.nn.functional for a loss that reduces by number."""
-    is_reference = getattr(decomposition, "__module__", "").startswith("torch._refs")
-    return is_reference and any(a.name == "reduction" for a in op._schema.arguments)
 
 
 class _Seen(TorchDispatchMode):

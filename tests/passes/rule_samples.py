@@ -59,6 +59,7 @@ def samples(a: int, b: int, c: int, d: int) -> list[Sample]:
         _made(a, b, c),
         _losses(a, b, c),
         _transforms(a, b, c),
+        _own_derivatives(a, b, c, d),
     )
     return [sample for group in groups for sample in group]
 
@@ -457,4 +458,73 @@ def _transforms(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten._fft_c2c.default, (pairs, [1], 0, True)),
         Sample(aten._fft_r2c.default, (x, [0, 1], 0, True)),
         Sample(aten._fft_c2r.default, (pairs, [2], 0, 2 * c - 2)),
+    ]
+
+
+def _own_derivatives(a: int, b: int, c: int, d: int) -> list[Sample]:
+    """Operators that would lose their own derivative if they were taken apart."""
+    x, plane = real(a, b, c), real(a, b, 6, 4)
+    places = aten.max_pool2d_with_indices.default(plane, [2, 2])[1]
+    space = real(a, b, 2, 6, 4)
+    ordered = aten.max_pool3d_with_indices.default(space, [2, 2, 2])[1]
+    chances, truths = real(a, b).sigmoid(), truth(a, b).double()
+    whole_rows = (aten.multi_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+    logs, lengths = real(c, a, 5).log_softmax(-1), [c] * a
+    return [
+        Sample(aten.hardswish.default, (x,)),
+        Sample(aten._prelu_kernel.default, (x, real(b, 1))),
+        Sample(aten.linalg_cross.default, (real(a, b, 3), real(1, b, 3))),
+        Sample(aten.glu.default, (real(a, b, 4),)),
+        Sample(aten._euclidean_dist.default, (x, real(a, d, c))),
+        Sample(aten.dot.default, (real(a), real(a))),
+        Sample(aten.vdot.default, (real(a), real(a))),
+        Sample(aten.grid_sampler_2d.default, (plane, real(a, b, c, 2), 0, 0, False)),
+        Sample(aten.grid_sampler_3d.default, (space, real(a, b, c, 2, 3), 0, 0, False)),
+        Sample(aten.count_nonzero.default, (x,)),
+        Sample(aten.nansum.default, (x, [1])),
+        Sample(aten.all.dims, (truth(a, b, c), [1])),
+        Sample(aten.any.dims, (truth(a, b, c), [1])),
+        Sample(aten.aminmax.default, (x,), {"dim": 1}),
+        Sample(aten.std_mean.correction, (x, [1])),
+        Sample(aten.norm.ScalarOpt_dtype, (x, 2), {"dtype": torch.float64}, splits=False),
+        Sample(aten.norm.ScalarOpt_dim_dtype, (x, 2, [1], True), {"dtype": torch.float64}),
+        Sample(aten.renorm.default, (x, 2, 1, 0.5)),
+        Sample(aten.max_pool2d_with_indices.default, (plane, [2, 2])),
+        Sample(aten.max_pool3d_with_indices.default, (space, [2, 2, 2])),
+        Sample(aten.adaptive_max_pool2d.default, (plane, [3, 2])),
+        Sample(aten.adaptive_max_pool3d.default, (space, [2, 3, 2])),
+        Sample(aten._adaptive_avg_pool3d.default, (space, [2, 3, 2])),
+        Sample(aten.max_unpool2d.default, (real(a, b, 3, 2), places, [6, 4])),
+        Sample(
+            aten.max_unpool3d.default, (real(a, b, 1, 3, 2), ordered, [2, 6, 4], [2] * 3, [0] * 3)
+        ),
+        *(
+            Sample(op.default, (given, truths, *more, reduction), splits=reduction != 1)
+            for reduction in (0, 1, 2)
+            for op, given, more in (
+                (aten.binary_cross_entropy, chances, (positive(b),)),
+                (aten.binary_cross_entropy_with_logits, real(a, b), (positive(b), positive(b))),
+                (aten.soft_margin_loss, real(a, b), ()),
+            )
+        ),
+        Sample(aten._pdist_forward.default, (real(a, b),), splits=False),
+        Sample(aten.dist.default, (x, real(b, c)), splits=False),
+        Sample(aten.multinomial.default, (positive(a, b), 2), splits=False),
+        Sample(whole_rows[0], (real(a, b), whole(b, a)), splits=False),
+        Sample(whole_rows[1], (real(a, b), whole(b, a, b), 0), splits=False),
+        Sample(aten._ctc_loss.default, (logs, whole(4, a, 2) + 1, lengths, [1] * a), splits=False),
+        Sample(
+            aten._ctc_loss.Tensor,
+            (logs, whole(4, a, 2) + 1, torch.tensor(lengths), torch.tensor([1] * a)),
+            splits=False,
+        ),
+        Sample(aten.bernoulli.Tensor, (x, x.sigmoid()), splits=False),
+        Sample(aten.binomial.default, (positive(a) * 4, positive(a).clamp(max=1)), splits=False),
+        Sample(aten.poisson.default, (positive(a, b),), splits=False),
+        Sample(aten._standard_gamma.default, (positive(a, b),), splits=False),
+        Sample(aten.normal.Tensor_float, (x, 1.0), splits=False),
+        Sample(aten.normal.float_Tensor, (0.0, positive(a, b)), splits=False),
+        Sample(aten.normal.Tensor_Tensor, (x, positive(b, c)), splits=False),
+        Sample(aten.native_dropout.default, (x, 0.5, True), splits=False),
+        Sample(aten.rrelu_with_noise_functional.default, (x, x, 0.1, 0.3, True), splits=False),
     ]

@@ -16,6 +16,7 @@ from ringfx.passes.axes.rules import (
     attention,
     contraction,
     creation,
+    gathered,
     indexing,
     losses,
     normalization,
@@ -39,6 +40,7 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
     | creation.RULES
     | losses.RULES
     | transforms.RULES
+    | gathered.RULES
 )
 
 

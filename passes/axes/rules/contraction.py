@@ -259,8 +259,22 @@ RULES: dict[object, AxisRule] = {
         convolution,
     ),
     aten.im2col.default: columns,
-    aten._cdist_forward.default: axes(
-        x1="... r m", x2="... c m", out="... r c", whole="m", reason="it measures along the axis"
+    **dict.fromkeys(
+        (aten._cdist_forward.default, aten._euclidean_dist.default),
+        axes(
+            x1="... r m", x2="... c m", out="... r c", whole="m",
+            reason="it measures along the axis",
+        ),
+    ),
+    aten.dot.default: axes(self="m", tensor="m", out="", sum="m", fill={"self": 0, "tensor": 0}),
+    aten.vdot.default: axes(self="m", other="m", out="", sum="m", fill={"self": 0, "other": 0}),
+    aten.grid_sampler_2d.default: axes(
+        input="n c h w", grid="n y x xy", out="n c y x", whole="h w xy",
+        reason="it looks anywhere along the axis",
+    ),
+    aten.grid_sampler_3d.default: axes(
+        input="n c d h w", grid="n z y x xyz", out="n c z y x", whole="d h w xyz",
+        reason="it looks anywhere along the axis",
     ),
     aten.outer.default: axes(self="r", vec2="c", out="r c"),
-}
+}  # fmt: skip

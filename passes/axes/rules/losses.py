@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
@@ -12,6 +15,7 @@ __all__ = ["RULES"]
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2
+NOTHING = {"self": 0.0, "target": 0.0}
 
 
 def cross_entropy(call: Call) -> OpAxes:
@@ -45,17 +49,19 @@ def cross_entropy(call: Call) -> OpAxes:
     )
 
 
-def elementwise_loss(call: Call) -> OpAxes:
+def elementwise_loss(call: Call, fill: Mapping[str, float] = NOTHING) -> OpAxes:
     """mse, l1 and their kin: pointwise, then summed, over broadcast operands.
 
-    A sum may be partial along what every operand carries: elsewhere padding could not be made 0.
+    ``fill`` gives a loss of exactly 0, whatever weights say. A sum may be partial along what every
+    operand of it carries: elsewhere padding could not be made 0.
     """
     wide = torch.broadcast_shapes(*call.shapes)
     operands = tuple(broadcast(shape, wide) for shape in call.shapes)
     labels = broadcast(wide, wide)
     summed = [x for dim in labels for x in dim]
     reduction = call["reduction"]
-    carried = [{x for dim in dims for x in dim} for dims in operands]
+    filled = {call.position(name): value for name, value in fill.items()}
+    carried = [{x for dim in operands[i] for x in dim} for i in filled]
     partial = [x for x in summed if reduction == SUM and all(x in each for each in carried)]
     return OpAxes(
         operands=operands,
@@ -63,7 +69,7 @@ def elementwise_loss(call: Call) -> OpAxes:
         share=shares(
             sum=partial, whole=[x for x in summed if reduction != NONE and x not in partial]
         ),
-        fill=dict.fromkeys(range(len(operands)), 0) if reduction == SUM else {},
+        fill=filled if reduction == SUM else {},
     )
 
 
@@ -76,4 +82,10 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.l1_loss.default: elementwise_loss,
     aten.smooth_l1_loss.default: elementwise_loss,
     aten.huber_loss.default: elementwise_loss,
+    aten.binary_cross_entropy.default: elementwise_loss,
+    # Logits so far out that a half precision number still holds them, on the target's side.
+    aten.binary_cross_entropy_with_logits.default: partial(
+        elementwise_loss, fill={"self": -1e4, "target": 0.0}
+    ),
+    aten.soft_margin_loss.default: partial(elementwise_loss, fill={"self": 1e4, "target": 1.0}),
 }

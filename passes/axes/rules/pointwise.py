@@ -48,6 +48,14 @@ def drawn(call: Call) -> OpAxes:
     return dataclasses.replace(elementwise(call), draws=True)
 
 
+def crossed(call: Call) -> OpAxes:
+    """Products of three coordinates of two points."""
+    axes, at = elementwise(call), call.dim("dim", len(call.result_shape))
+    return dataclasses.replace(
+        axes, share=shares(whole=[f"d{at}"]), reason="it mixes the coordinates along the axis"
+    )
+
+
 def dropout(call: Call) -> OpAxes:
     """The identity when it drops nothing."""
     identity = not call["train"] or call["p"] == 0
@@ -74,12 +82,22 @@ _COMPOSITES = (
     aten.greater_equal.Scalar, aten.less.Tensor, aten.less.Scalar, aten.less_equal.Tensor,
     aten.less_equal.Scalar, aten.not_equal.Tensor, aten.not_equal.Scalar, aten.isclose.default,
     aten.bitwise_and.Tensor, aten.clip.default, aten.log_sigmoid.default, aten.polar.default,
-    aten.complex.default,
+    aten.complex.default, aten.hardswish.default, aten._prelu_kernel.default,
 )  # fmt: skip
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
+    aten.linalg_cross.default: crossed,
+    **dict.fromkeys(
+        (
+            aten.bernoulli.Tensor, aten.binomial.default, aten.normal.Tensor_float,
+            aten.normal.Tensor_Tensor, aten.normal.float_Tensor, aten.poisson.default,
+            aten.native_dropout.default, aten.rrelu_with_noise_functional.default,
+            aten._standard_gamma.default,
+        ),
+        random_elementwise,
+    ),
     **dict.fromkeys(
         (
             aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,

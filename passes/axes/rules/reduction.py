@@ -129,6 +129,19 @@ def topk(call: Call) -> OpAxes:
     )
 
 
+def renormed(call: Call) -> OpAxes:
+    """Each slice along ``dim`` is scaled by its own norm."""
+    shape = call.shapes[0]
+    labels = numbered(shape)
+    kept = call.dim("dim", len(shape))
+    return OpAxes(
+        operands=(labels,),
+        results=(labels,),
+        share=shares(whole=[f"d{i}" for i in range(len(shape)) if i != kept]),
+        reason="it takes a norm over the axis",
+    )
+
+
 _WHOLE = reduce()
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
@@ -139,6 +152,8 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.mean.default: reduce(partial=True, mean=True),
     aten.mean.dim: reduce(partial=True, mean=True),
     aten.count_nonzero.dim_IntList: reduce(partial=True),
+    aten.count_nonzero.default: reduce(partial=True),
+    aten.nansum.default: reduce(partial=True),
     **dict.fromkeys(
         (
             aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.max.dim,
@@ -148,6 +163,8 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
             aten.var_mean.correction, aten.logsumexp.default, aten.linalg_vector_norm.default,
             aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.median.default, aten.median.dim,
             aten.nanmedian.default, aten.nanmedian.dim, aten.kthvalue.default, aten.mode.default,
+            aten.all.dims, aten.any.dims, aten.aminmax.default, aten.std_mean.correction,
+            aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
         ),
         _WHOLE,
     ),
@@ -168,6 +185,7 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten.histc.default: histogram,
     aten.bincount.default: histogram,
     aten.topk.default: topk,
+    aten.renorm.default: renormed,
     aten.diff.default: diff,
     aten.fft_fft.default: transform,
     aten.fft_ifft.default: transform,

@@ -1,5 +1,5 @@
-"""Fourier transforms and means of windows: all of the dimensions that they go along, each point of
-the others alone."""
+"""Fourier transforms, means and maxima of windows: all of the dimensions that they go along, each
+point of the others alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def along_dims(
             for i, label in enumerate(numbered(call.shapes[0]))
         )
         return OpAxes(
-            operands=(numbered(call.shapes[0]),),
-            results=(made,),
+            operands=(numbered(call.shapes[0]),) * len(call.operands),
+            results=(made,) * len(call.result_shapes),
             share=shares(whole=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
             reason=reason,
         )
@@ -54,10 +54,26 @@ _GIVEN = along_dims(lambda call, rank: call["dim"])
 _ALL = along_dims(_all)
 
 _WINDOWS = "its windows see neighbours along the axis"
+_PLANES = along_dims(lambda call, rank: (rank - 2, rank - 1), _WINDOWS)
+_SPACES = along_dims(lambda call, rank: range(rank - 3, rank), _WINDOWS)
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
-    aten.avg_pool2d.default: along_dims(lambda call, rank: (rank - 2, rank - 1), _WINDOWS),
-    aten.avg_pool3d.default: along_dims(lambda call, rank: range(rank - 3, rank), _WINDOWS),
+    **dict.fromkeys(
+        (
+            aten.avg_pool2d.default, aten.max_pool2d_with_indices.default,
+            aten.adaptive_max_pool2d.default, aten.max_unpool2d.default,
+        ),
+        _PLANES,
+    ),
+    **dict.fromkeys(
+        (
+            aten.avg_pool3d.default, aten.max_pool3d_with_indices.default,
+            aten.adaptive_max_pool3d.default, aten.max_unpool3d.default,
+            aten._adaptive_avg_pool3d.default,
+        ),
+        _SPACES,
+    ),
+    aten.glu.default: along_dims(lambda call, rank: [call["dim"]], "it gates one half by another"),
     **dict.fromkeys(
         (
             aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default,
