@@ -11,6 +11,7 @@ Saved tensors add up over the layers, workspaces are reused, so the layers are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from ringfx.cost_model.budget import Menu, assign
@@ -24,7 +25,7 @@ from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.passes.values import AttentionSite
 from ringfx.plan import LayerPlan
 from ringfx.quantities import format_bytes, format_ms
-from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies import REPLICATED, STRATEGIES, Strategy
 
 __all__ = ["choose"]
 
@@ -40,6 +41,7 @@ def choose(
     split_bytes: int = 0,
     outside: Mapping[str, int] = MappingProxyType({}),
     strategies: Mapping[str, Strategy] = STRATEGIES,
+    replicated: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -58,6 +60,9 @@ def choose(
         fits.
     strategies
         The table to choose from.
+    replicated
+        Sites (by their number) that no rank has a part of, and why: each runs whole on every rank,
+        and takes the time and memory that it takes on one.
 
     Raises
     ------
@@ -71,11 +76,19 @@ def choose(
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return all_candidates(sites, world_size, profile, strategies)
+        split = all_candidates(sites, world_size, profile, strategies)
+        if not replicated:
+            return split
+        whole = all_candidates(sites, 1, profile, strategies)
+        return [whole[i] if i in replicated else offer for i, offer in enumerate(split)]
 
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
-        pairs = zip(offers_at(sites, world_size), overrides, strict=True)
-        menus = [_menu(offer, override, world_size) for offer, override in pairs]
+        menus = [
+            _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
+            for i, (offer, override) in enumerate(
+                zip(offers_at(sites, world_size), overrides, strict=True)
+            )
+        ]
         return as_held(sites, menus)
 
     menus = menus_at(sites, world_size)
@@ -94,10 +107,15 @@ def choose(
         )
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
-    return tuple(
+    layers = [
         _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
         for offer, menu, i, override in zip(offers, menus, picked, overrides, strict=True)
-    )
+    ]
+    for i, why in replicated.items():
+        asked = overrides[i]
+        more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
+        layers[i] = replace(layers[i], strategy=REPLICATED, reason=f"not split: {why}{more}")
+    return tuple(layers)
 
 
 # --- what may be chosen -----------------------------------------------------------------------

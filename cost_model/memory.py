@@ -133,6 +133,10 @@ def predict_memory(
         held += _messages(values, trained)
     position, reuse = _peak(held, len(values.nodes), reuses=compiler == "inductor")
     alive = [x for x in held if x.at(position)]
+
+    def is_whole(node: Node) -> bool:
+        return world_size > 1 and not carries_tokens(node)
+
     there = {
         "parameters": sum(map(_bytes, parameters)),
         "masks given whole": sum(map(_bytes, _given_masks(graph, parameters))),
@@ -141,7 +145,7 @@ def predict_memory(
         "held by Inductor for reuse": reuse,
     }
     return MemoryPlan(
-        parts=tuple(_parts(alive, there, values.nodes[position])),
+        parts=tuple(_parts(alive, there, values.nodes[position], is_whole)),
         by_block=_by_block(alive),
         over_program=_over_program(held, len(values.nodes), there),
         unknown=("optimiser state",) if trained and optimizer == "none" else (),
@@ -161,13 +165,17 @@ def _taken(
     seen = set()
     for call in _attentions(graph):
         layer, spec = layers.get(call.name), AttentionSpec.from_json(str(call.kwargs["spec"]))
-        if layer is not None and not STRATEGIES[layer.strategy].own_queries:
+        if layer is not None and not _has_own_queries(layer):
             continue
         for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
             value = _read(call)[i]
             if not carries_tokens(value) and (value, dim) not in seen:
                 seen.add((value, dim))
                 yield value
+
+
+def _has_own_queries(layer: LayerPlan) -> bool:
+    return not layer.is_replicated and STRATEGIES[layer.strategy].own_queries
 
 
 def _attentions(graph: Graph) -> list[Node]:
@@ -180,16 +188,28 @@ def _read(call: Node) -> Sequence[Node]:
     return tuple(read)
 
 
-def _parts(alive: Sequence[Held], there: Mapping[str, int], operator: Node) -> Iterator[MemoryPart]:
+def _parts(
+    alive: Sequence[Held],
+    there: Mapping[str, int],
+    operator: Node,
+    is_whole: Callable[[Node], bool],
+) -> Iterator[MemoryPart]:
+    """By cause; of what is split in general, what every rank has whole is a part of its own."""
     where = operator.meta.get("ringfx_path") or operator.name
     details = {
         "temporaries": f"{op_name(operator)} of {where}",
         "attention's workspace": where,
     }
     for cause, kind in CAUSES.items():
-        found = there.get(cause, 0) + sum(x.bytes for x in alive if x.cause == cause)
-        if found:
-            yield MemoryPart(cause=cause, bytes=found, kind=kind, detail=details.get(cause, ""))
+        mine = [x for x in alive if x.cause == cause]
+        total = there.get(cause, 0) + sum(x.bytes for x in mine)
+        whole = sum(x.bytes for x in mine if is_whole(x.node)) if kind == "split" else 0
+        detail = details.get(cause, "")
+        if total - whole:
+            yield MemoryPart(cause=cause, bytes=total - whole, kind=kind, detail=detail)
+        if whole:
+            name = f"{cause}, replicated"
+            yield MemoryPart(cause=name, bytes=whole, kind="replicated", detail=detail)
 
 
 def _by_block(alive: Iterable[Held]) -> tuple[tuple[str, int], ...]:

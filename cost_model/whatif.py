@@ -115,14 +115,17 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
     scale = 1.0 if change.seq_len is None else change.seq_len / tokens(plan)
     sites = [scaled_site(layer.site, scale) for layer in plan.layers]
     budget = change.gpu_memory or plan.gpu_memory
+    whole = {i: layer.reason for i, layer in enumerate(plan.layers) if layer.is_replicated}
+    axes = [layer.axis for layer in plan.layers]
     layers = choose(
         sites,
         world_size=world_size,
         profile=changed_profile(profile, change),
         gpu_memory=budget,
         strategy=strategy,
-        fixed_bytes=plan.memory.whole_bytes,
+        fixed_bytes=plan.memory.whole_bytes + round(plan.memory.replicated_bytes * (scale - 1)),
         split_bytes=round(plan.memory.split_bytes * scale * plan.world_size / world_size),
+        replicated={i: why.removeprefix("not split: ") for i, why in whole.items()},
     )
     changed = replace(
         plan,
@@ -131,13 +134,14 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         profile=profile.name,
         profile_origin=profile.origin,
         profile_date=profile.date,
-        layers=layers,
+        layers=tuple(replace(x, axis=axis) for x, axis in zip(layers, axes, strict=True)),
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=(),
         outside_ms=0.0,
         notes=tuple(dict.fromkeys((*_notes(plan, profile), *_link_words(change), NOT_DERIVED))),
     )
-    return replace(changed, memory=_changed_memory(changed, scale * plan.world_size / world_size))
+    ratios = {"split": scale * plan.world_size / world_size, "replicated": scale}
+    return replace(changed, memory=_changed_memory(changed, ratios))
 
 
 NOT_DERIVED = (
@@ -161,10 +165,10 @@ def _link_words(change: Change) -> Iterator[str]:
         yield f"as if every link's latency were {change.latency_us:g} us"
 
 
-def _changed_memory(changed: Plan, ratio: float) -> MemoryPlan:
-    """Outside attention what is split grows with the ratio; attention is what its layers say."""
+def _changed_memory(changed: Plan, ratios: Mapping[str, float]) -> MemoryPlan:
+    """Outside attention parts grow by the ratio of their kind; attention is what its layers say."""
     outside = [
-        replace(part, bytes=round(part.bytes * ratio)) if part.kind == "split" else part
+        replace(part, bytes=round(part.bytes * ratios[part.kind])) if part.kind in ratios else part
         for part in changed.memory.parts
         if part.kind != "attention"
     ]

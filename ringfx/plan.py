@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ringfx.errors import InvalidArgument
 from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
 from ringfx.spec import AttentionSpec
+from ringfx.strategies import REPLICATED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,6 +54,8 @@ class LayerPlan:
     """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
     workspace_bytes: int
     """Held only while this layer runs: communication buffers, accumulators, scores."""
+    axis: str = ""
+    """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
     @property
     def name(self) -> str:
@@ -75,6 +78,11 @@ class LayerPlan:
         return self.site.mask_words
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether every one of several ranks computes all of it; ``reason`` says why."""
+        return self.strategy == REPLICATED
+
+    @property
     def total_ms(self) -> float:
         """Predicted wall time of one step, forward and backward."""
         return self.forward_ms + self.backward_ms
@@ -86,8 +94,9 @@ class MemoryPart:
 
     cause: str
     bytes: int
-    kind: Literal["whole", "split", "attention"]
-    """whole: the same with any number of ranks; split: falls with it; attention: of the layers."""
+    kind: Literal["whole", "replicated", "split", "attention"]
+    """whole: the same with any number of ranks; replicated: activations of which every rank has
+    all; split: falls with the ranks; attention: of the layers."""
     detail: str = ""
 
 
@@ -111,7 +120,12 @@ class MemoryPlan:
     @property
     def whole_bytes(self) -> int:
         """Outside attention: what stays the same with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind == "whole")
+        return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Of these, what grows with the sequence: activations that are whole on every rank."""
+        return sum(part.bytes for part in self.parts if part.kind == "replicated")
 
     @property
     def split_bytes(self) -> int:
@@ -150,6 +164,33 @@ class Plan:
     schema: int = SCHEMA_VERSION
 
     @property
+    def is_split(self) -> bool:
+        """Whether the ranks share anything at all; with one rank there is nothing to share."""
+        return self.world_size > 1 and bool(self.axes)
+
+    @property
+    def split_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions of which each rank computes a part."""
+        return tuple(x for x in self.layers if self.world_size > 1 and not x.is_replicated)
+
+    @property
+    def replicated_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions that each of several ranks computes whole."""
+        return tuple(x for x in self.layers if x.is_replicated)
+
+    @property
+    def unsplit_words(self) -> str:
+        """That nothing is split, and why, where several ranks all run the whole model."""
+        if self.world_size == 1 or self.is_split:
+            return ""
+        causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
+        why = f": {'; '.join(causes)}" if causes else ""
+        return (
+            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the whole model, as one "
+            f"alone would, in its time and memory{why}"
+        )
+
+    @property
     def found_words(self) -> str:
         """``attention: 11/12 found, 1 declined``: detection against the independent count."""
         found = len(self.layers)
@@ -158,6 +199,8 @@ class Plan:
         words = [f"attention: {found}/{total} found"]
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
+        whole = len(self.replicated_layers)
+        words += [f"{whole} replicated (whole on every rank)"] if whole else []
         return ", ".join(words)
 
     @property
@@ -280,7 +323,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
 def _agreed_layer(layer: LayerPlan) -> list[Any]:
     site = layer.site
     sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
-    return [site.node, site.name, layer.strategy, site.spec.to_json(), site.dtype, sizes]
+    return [site.node, site.name, layer.strategy, layer.axis, site.spec.to_json(), site.dtype, sizes]
 
 
 def _parse(text: str) -> dict[str, Any]:
