@@ -29,8 +29,8 @@ from ringfx.optimized import Optimized, optimized
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
 from ringfx.pipeline import lower
-from ringfx.planned_arrivals import arrived, leave_split
 from ringfx.plan import Plan, joined
+from ringfx.planned_arrivals import arrived, leave_split
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.world import World
 
@@ -324,6 +324,7 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
             twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = twin
     twin_model = copy.deepcopy(model, memo)
+
     def named(path: Any, x: Any) -> Any:
         return fake(x, torch.utils._pytree.keystr(path[1:]) or "an input")
 

@@ -110,7 +110,9 @@ class GivenMode(FakeTensorMode):
     def _made_by(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Value | None:
         leaves, tree = tree_flatten((args, kwargs))
         known = [self._values.get(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-        if any(isinstance(x, torch.Tensor) and v is None for x, v in zip(leaves, known, strict=True)):
+        if any(
+            isinstance(x, torch.Tensor) and v is None for x, v in zip(leaves, known, strict=True)
+        ):
             return None
         sources = tuple(v for v in known if isinstance(v, _Value))
         return _Value(func=func, leaves=tuple(known), tree=tree, sources=sources)
@@ -165,14 +167,18 @@ class GivenMode(FakeTensorMode):
         if func is aten.masked_select.default:
             self._say(f"every element of {list(source.shape)} to be selected")
             with self:
-                return source.expand(torch.broadcast_shapes(source.shape, args[1].shape)).reshape(-1)
+                return source.expand(torch.broadcast_shapes(source.shape, args[1].shape)).reshape(
+                    -1
+                )
         if func is aten.equal.default:
             self._say("two tensors of unknown values to be equal")
             return True
         raise DataDependentOutputException(func)
 
     def _say(self, what: str) -> None:
-        self.notes[f"planning assumed {what}: {_users_line()} reads values, and they are not known"] = None
+        self.notes[
+            f"planning assumed {what}: {_users_line()} reads values, and they are not known"
+        ] = None
 
 
 def _is_random(func: Any) -> bool:
@@ -221,7 +227,11 @@ def _computed(node: _Value, found: Mapping[int, Any], *, is_last: bool) -> Any:
     if any(isinstance(x, _Value) and x.make is not None for x in node.leaves):
         kwargs = {k: v for k, v in kwargs.items() if k != "device"}
     made = node.func(*args, **kwargs)
-    return made if is_last else [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)][node.result]
+    return (
+        made
+        if is_last
+        else [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)][node.result]
+    )
 
 
 def _users_line() -> str:

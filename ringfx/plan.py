@@ -315,15 +315,48 @@ def joined(plans: Sequence[Plan]) -> Plan:
         axes=max((p.axes for p in plans), key=len),
         reshardings=tuple(x for p in plans for x in p.reshardings),
         outside_ms=sum(p.outside_ms for p in plans),
-        memory=MemoryPlan() if len(plans) > 1 else last.memory,
+        memory=_joined_memory([p.memory for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
     )
+
+
+KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+"""Beginnings of causes that stay from one program's end to its backward, or always."""
+
+
+def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The program with the largest peak, with what the others keep meanwhile."""
+    largest = max(programs, key=lambda m: m.peak_bytes)
+    parts = {part.cause: part for part in largest.parts}
+    for other in programs:
+        for part in other.parts if other is not largest else ():
+            if part.cause.startswith(KEPT):
+                held = parts.get(part.cause, dataclasses.replace(part, bytes=0))
+                parts[part.cause] = dataclasses.replace(held, bytes=held.bytes + part.bytes)
+    unknown = dict.fromkeys((*(x for m in programs for x in m.unknown), SEVERAL_PROGRAMS))
+    return MemoryPlan(
+        parts=tuple(parts.values()), by_block=largest.by_block, unknown=tuple(unknown)
+    )
+
+
+SEVERAL_PROGRAMS = (
+    "what Python holds between the programs (graph breaks); parameters that several of them use "
+    "count for each"
+)
 
 
 def _agreed_layer(layer: LayerPlan) -> list[Any]:
     site = layer.site
     sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
-    return [site.node, site.name, layer.strategy, layer.axis, site.spec.to_json(), site.dtype, sizes]
+    return [
+        site.node,
+        site.name,
+        layer.strategy,
+        layer.axis,
+        site.spec.to_json(),
+        site.dtype,
+        sizes,
+    ]
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def _header(plan: Plan, title: str) -> str:
         for axis in plan.axes
     ]
     age = age_words(plan.profile_date)
-    lines = [*axes, plan.found_words, f"predicted with profile {plan.profile}, {age}: {plan.profile_origin}"]
+    lines = [
+        *axes,
+        plan.found_words,
+        f"predicted with profile {plan.profile}, {age}: {plan.profile_origin}",
+    ]
     total = (
         f"{len(plan.layers)} attention calls: {format_ms(plan.total_ms)} a step on each rank,"
         f" {format_bytes(attention_bytes(plan))} of memory"

@@ -34,7 +34,9 @@ def split_along(captured: Captured, sites: Sites, local: LocalProgram) -> Mappin
         assert isinstance(queries, Node)
         assert isinstance(given, Node)
         carried = local.placement.lines.carried(queries)
-        line = None if not isinstance(carried, Carried) else local.placement.lines.lines[carried.line]
+        line = (
+            None if not isinstance(carried, Carried) else local.placement.lines.lines[carried.line]
+        )
         held = int(given.meta["val"].shape[2])
         if (
             line is None
