@@ -91,8 +91,9 @@ def optimize(
         Compare checksums of integer inputs on every call, of floating-point inputs and parameters
         on the first.
     strict
-        Refuse a model (AttentionMissed) in which something looks like attention, by a count that is
-        independent of detection, and is neither found nor declined with a reason.
+        Refuse a model in which something looks like attention, by a count that is independent of
+        detection, and is neither found nor declined with a reason (AttentionMissed), or in which an
+        attention that was found cannot be split (AttentionReplicated).
 
     Raises
     ------

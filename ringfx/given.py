@@ -9,6 +9,7 @@ Otherwise it assumes an ordinary value, and says which and where.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -53,6 +54,37 @@ class _Value:
     sources: tuple[_Value, ...] = field(default=(), repr=False)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One view of a tensor."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: int
+
+    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        made = tree_leaves(self.func(source, *self.args, **self.kwargs))
+        view: torch.Tensor = made[self.result]
+        return view
+
+
+@dataclass(frozen=True, eq=False)
+class _Write:
+    """A write through views, as a function of the tensor that they are views of."""
+
+    func: Any
+    steps: tuple[_Step, ...]
+
+    def __call__(self, base: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = base.clone()
+        view = result
+        for step in self.steps:
+            view = step(view)
+        self.func(view, *args, **kwargs)
+        return result
+
+
 class GivenMode(FakeTensorMode):
     """Fake tensors whose values are known as far as they follow from given ones."""
 
@@ -61,6 +93,8 @@ class GivenMode(FakeTensorMode):
         self.notes: dict[str, None] = {}
         """What was assumed, in words."""
         self._values: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self._views: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        """View -> what it is a view of, and how."""
 
     def give(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """The fake tensor stands for this one."""
@@ -96,7 +130,15 @@ class GivenMode(FakeTensorMode):
         results = [x for x in tree_leaves(made) if isinstance(x, FakeTensor)]
         value = None if _is_random(func) else self._made_by(func, args, kwargs)
         if func._schema.is_mutable:
+            through_views = self._written_base(func, args, kwargs)
             self._forget_written(func, args, kwargs)
+            if through_views is not None:
+                base, rewritten = through_views
+                self._values[base] = rewritten
+        elif func.is_view and args and isinstance(args[0], FakeTensor):
+            for i, x in enumerate(results):
+                step = _Step(func, tuple(args[1:]), kwargs, i)
+                self._views[x] = (weakref.ref(args[0]), step)
         for i, x in enumerate(results):
             if value is None:
                 self._values.pop(x, None)
@@ -116,6 +158,31 @@ class GivenMode(FakeTensorMode):
             return None
         sources = tuple(v for v in known if isinstance(v, _Value))
         return _Value(func=func, leaves=tuple(known), tree=tree, sources=sources)
+
+    def _written_base(
+        self, func: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[FakeTensor, _Value] | None:
+        """What a write into a view (``mask[:, 0] = 1``) leaves in the tensor that it is a view of."""
+        if not args or not isinstance(args[0], FakeTensor) or args[0] not in self._views:
+            return None
+        steps: list[_Step] = []
+        base = args[0]
+        while base in self._views:
+            source, step = self._views[base]
+            steps.insert(0, step)
+            base = source()
+            if base is None:
+                return None
+        rest = self._made_by(func, args[1:], kwargs)
+        if rest is None or base not in self._values:
+            return None
+        before = self._values[base]
+        written = _Value(
+            func=_Write(func, tuple(steps)), leaves=(before, *rest.leaves),
+            tree=tree_flatten(((base, *args[1:]), kwargs))[1], elements=base.numel(),
+            sources=(before, *rest.sources),
+        )  # fmt: skip
+        return base, written
 
     def _forget_written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Views of what is written hold other values now; what wrote it is remembered anew."""
@@ -220,7 +287,7 @@ def _computed(node: _Value, found: Mapping[int, Any], *, is_last: bool) -> Any:
         return node.real
     if node.make is not None:
         return node.make()
-    writes = node.func._schema.is_mutable
+    writes = not isinstance(node.func, _Write) and node.func._schema.is_mutable
     given = [found[id(x)] if isinstance(x, _Value) else x for x in node.leaves]
     given = [x.clone() if writes and isinstance(x, torch.Tensor) else x for x in given]
     args, kwargs = tree_unflatten(given, node.tree)

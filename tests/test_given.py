@@ -68,7 +68,8 @@ class Weighed(nn.Module):
 
 def test_a_branch_on_unknown_values_is_not_taken_and_the_next_layer_stays_split() -> None:
     with torch.device("meta"):
-        plan = ringfx.plan(Weighed(), (torch.randn(1, 12, 16),), world_size=2)
+        model, x = Weighed(), torch.randn(1, 12, 16)
+    plan = ringfx.plan(model, (x,), world_size=2)
     assert [x.axis for x in plan.layers] == ["tokens", "tokens"]
     assert sum("to be False" in n for n in plan.notes) == 1
     assert not [m for m in plan.reshardings if m.kind == "gather"]
