@@ -149,9 +149,14 @@ class GivenMode(FakeTensorMode):
                 )  # fmt: skip
                 self._values[x] = value_of
 
+    def _value(self, x: torch.Tensor) -> _Value | None:
+        known: _Value | None = self._values.get(x)
+        is_constant = type(x) is torch.Tensor and x.device.type != "meta"
+        return _Value(real=x) if known is None and is_constant else known
+
     def _made_by(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Value | None:
         leaves, tree = tree_flatten((args, kwargs))
-        known = [self._values.get(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        known = [self._value(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         if any(
             isinstance(x, torch.Tensor) and v is None for x, v in zip(leaves, known, strict=True)
         ):
@@ -162,7 +167,7 @@ class GivenMode(FakeTensorMode):
     def _written_base(
         self, func: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[FakeTensor, _Value] | None:
-        """What a write into a view (``mask[:, 0] = 1``) leaves in the tensor that it is a view of."""
+        """What a write into a view (``mask[:, 0] = 1``) leaves in what it is a view of."""
         if not args or not isinstance(args[0], FakeTensor) or args[0] not in self._views:
             return None
         steps: list[_Step] = []
