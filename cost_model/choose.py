@@ -9,7 +9,9 @@ With t(l, s) the time of layer l under strategy s, and the peak over the moments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 from ringfx.cost_model.budget import Menu
@@ -23,7 +25,7 @@ from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.passes.values import AttentionSite
 from ringfx.plan import LayerPlan, MemoryTimeline
 from ringfx.quantities import format_bytes, format_ms
-from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies import REPLICATED, STRATEGIES, Strategy
 
 __all__ = ["choose", "least_excess"]
 
@@ -37,6 +39,7 @@ def choose(
     strategy: StrategyChoice = AUTO,
     memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
+    replicated: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -51,6 +54,9 @@ def choose(
         all layers' at once.
     strategies
         The table to choose from.
+    replicated
+        Sites (by their number) that no rank has a part of, and why: each runs whole on every rank,
+        and takes the time and memory that it takes on one.
 
     Raises
     ------
@@ -64,19 +70,39 @@ def choose(
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return all_candidates(sites, world_size, profile, strategies)
+        return _offers(sites, world_size, profile, strategies, replicated)
 
-    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at)
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
     picked = fitting.fastest(gpu_memory)
     if picked is None:
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
-    return tuple(
+    layers = [
         _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
         for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
-    )
+    ]
+    for i, why in replicated.items():
+        asked = overrides[i]
+        more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
+        layers[i] = replace(layers[i], strategy=REPLICATED, reason=f"not split: {why}{more}")
+    return tuple(layers)
+
+
+def _offers(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    profile: Profile,
+    strategies: Mapping[str, Strategy],
+    replicated: Collection[int],
+) -> list[Candidates]:
+    """What each site is offered: one that is replicated, what it takes on one rank."""
+    split = all_candidates(sites, world_size, profile, strategies)
+    if not replicated:
+        return split
+    whole = all_candidates(sites, 1, profile, strategies)
+    return [whole[i] if i in replicated else offer for i, offer in enumerate(split)]
 
 
 Offers: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Candidates]]
@@ -89,10 +115,14 @@ def _problem(
     memory: MemoryTimeline | None,
     overrides: Sequence[Override | None],
     offers_at: Offers,
+    replicated: Collection[int],
 ) -> Problem:
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
-        return [_menu(offer, override, world_size) for offer, override in pairs]
+        return [
+            _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
+            for i, (offer, override) in enumerate(pairs)
+        ]
 
     return Problem(
         sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
@@ -109,14 +139,15 @@ def least_excess(
     strategy: StrategyChoice = AUTO,
     memory: MemoryTimeline | None = None,
     scale: float = 1.0,
+    replicated: Collection[int] = (),
 ) -> float:
     """Bytes beyond the budget that ``choose`` would need at least, with the sequences scaled."""
     overrides = resolve_overrides(strategy, sites, tuple(STRATEGIES))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return all_candidates(sites, world_size, profile, STRATEGIES)
+        return _offers(sites, world_size, profile, STRATEGIES, replicated)
 
-    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at)
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
     return excess(problem, world_size, scale)
 
 

@@ -29,7 +29,7 @@ from ringfx.plan import (
     MemoryTerm,
     MemoryTimeline,
 )
-from ringfx.strategies import STRATEGIES
+from ringfx.strategies import REPLICATED, STRATEGIES
 
 __all__ = [
     "AGAIN_FOR_ATTENTION", "CAUSES", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES", "REUSE",
@@ -47,7 +47,7 @@ MESSAGES = "gradients joined and summed"
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
 
-Kind = Literal["whole", "split", "attention"]
+Kind = Literal["whole", "replicated", "split", "attention"]
 
 CAUSES: Mapping[str, Kind] = {
     "parameters": "whole",
@@ -116,10 +116,15 @@ def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
     """A peak as a plan tells it."""
     where = found.moment.where
     details = {"temporaries": f"{found.moment.operator} of {where}", WORKSPACE: where}
+    named: Mapping[str, tuple[str, Kind]] = {
+        name: (cause, kind)
+        for cause, usual in CAUSES.items()
+        for name, kind in ((cause, usual), (f"{cause}, replicated", "replicated"))
+    }
     return tuple(
-        MemoryPart(cause=cause, bytes=size, kind=kind, detail=details.get(cause, ""))
-        for cause, kind in CAUSES.items()
-        if (size := found.causes.get(cause, 0))
+        MemoryPart(cause=name, bytes=size, kind=kind, detail=details.get(cause, ""))
+        for name, (cause, kind) in named.items()
+        if (size := found.causes.get(name, 0))
     )
 
 
@@ -183,6 +188,11 @@ class _At:
         ranks = self._world_size if term.is_split else 1
         return self._seq_len**term.tokens, self._timeline.seq_len**term.tokens * ranks
 
+    def _name(self, term: MemoryTerm) -> str:
+        """Of what is split in general, what every rank has whole goes by a name of its own."""
+        whole = self._world_size > 1 and not term.is_split and CAUSES.get(term.cause) == "split"
+        return f"{term.cause}, replicated" if whole else term.cause
+
     def _scaled(self, size: int, tokens: int, *, split: bool) -> int:
         over, under = self._factor(MemoryTerm(cause="", tokens=tokens, is_split=split))
         return -(-size * over // under)
@@ -214,7 +224,8 @@ class _At:
             self._timeline.terms, moment.bytes, self._factors, strict=True
         ):
             if size:
-                found[term.cause] = found.get(term.cause, 0) + -(-size * over // under)
+                cause = self._name(term)
+                found[cause] = found.get(cause, 0) + -(-size * over // under)
         found[KEPT] = found.get(KEPT, 0) + self._masks_so_far[moment.masks]
         found[ROWS] = self._rows
         found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers]
@@ -224,6 +235,8 @@ class _At:
 
 
 def _own_queries(held: Held) -> bool:
+    if held.strategy == REPLICATED:
+        return False
     row = STRATEGIES.get(held.strategy)
     return row is None or row.own_queries
 

@@ -120,9 +120,10 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
     sites = [scaled_site(layer.site, scale) for layer in plan.layers]
     budget = change.gpu_memory or plan.gpu_memory
     profile = changed_profile(profile, change)
+    axes = [layer.axis for layer in plan.layers]
     layers = choose(
         sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
-        memory=plan.memory.timeline,
+        memory=plan.memory.timeline, replicated=replicated_layers(plan),
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     reshardings = plan.reshardings if same_program else ()
@@ -134,13 +135,19 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
         profile=profile.name,
         profile_origin=profile.origin,
         profile_date=profile.date,
-        layers=layers,
+        layers=tuple(replace(x, axis=axis) for x, axis in zip(layers, axes, strict=True)),
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=reshardings,
         outside_ms=outside_ms(reshardings, world_size, profile),
         notes=tuple(dict.fromkeys((*words, *(() if same_program else (NOT_DERIVED,))))),
     )
     return replace(changed, memory=changed_memory(changed, same_program))
+
+
+def replicated_layers(plan: Plan) -> Mapping[int, str]:
+    """The numbers of layers that no rank has a part of, and why."""
+    whole = {i: layer.reason for i, layer in enumerate(plan.layers) if layer.is_replicated}
+    return {i: why.removeprefix("not split: ") for i, why in whole.items()}
 
 
 NOT_DERIVED = (

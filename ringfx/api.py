@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,12 +23,15 @@ from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.infeasible import refuse_parameters
 from ringfx.dynamo import for_ringfx, prepare_tracing
-from ringfx.errors import AttentionNotFound, InvalidArgument, RingfxError
+from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
+from ringfx.given import GivenMode
 from ringfx.ops.stats import LayerStats, snapshot
 from ringfx.optimized import Optimized, optimized
-from ringfx.passes.capture.breaks import is_outermost
+from ringfx.passes.capture.breaks import is_outermost, reads_gradients
+from ringfx.passes.capture.trace import keep_value
 from ringfx.pipeline import lower
 from ringfx.plan import Plan, joined
+from ringfx.planned_arrivals import arrived, leave_split
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.world import World
 
@@ -90,8 +93,9 @@ def optimize(
         buffers whole on a program's first call and then a part on each call that keeps gradients,
         so that all are compared once in 100 calls, or in N where it is a number. ``False``: never.
     strict
-        Refuse a model (AttentionMissed) in which something looks like attention, by a count that is
-        independent of detection, and is neither found nor declined with a reason.
+        Refuse a model in which something looks like attention, by a count that is independent of
+        detection, and is neither found nor declined with a reason (AttentionMissed), or in which an
+        attention that was found cannot be split (AttentionReplicated).
 
     Raises
     ------
@@ -200,11 +204,20 @@ def plan(
     plans: list[Plan] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        lowered = lower(gm, example_inputs, settings, world)
-        plans.append(lowered.plan)
+        if reads_gradients(gm):
+            return gm.forward
+        arrivals = arrived(example_inputs)
+        lowered = lower(gm, example_inputs, settings, world, arrivals)
         if lowered.captured.graph_break is None and is_outermost():
+            plans.append(lowered.plan)
             raise Planned
-        return gm.forward
+
+        def run(*inputs: Any) -> Any:
+            plans.append(lowered.plan)  # a program may run several times
+            results = gm.forward(*inputs)
+            return leave_split(results, lowered.local)
+
+        return run
 
     stopped = trace(model, args, dict(kwargs or {}), backend)
     if not sum(len(p.layers) for p in plans):
@@ -228,6 +241,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     """Runs the model on fake tensors; says in words where that could not go on."""
     torch._dynamo.reset()
     mode = _mode_of(model, args, kwargs)
+    notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
     prepare_tracing()
     compiled = torch.compile(fake_model, backend=for_ringfx(backend), dynamic=False)
@@ -241,12 +255,45 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
             raise
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
         return (
+            *notes,
             f"planning stopped where the model's own code reads values ({unknown.func}); what runs "
             "after that is not in this plan",
         )
+    except TorchDynamoException as failure:
+        _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
+        raise
     finally:
         torch._dynamo.reset()
-    return ()
+    return tuple(notes)
+
+
+def _refuse_untraceable(
+    mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: Any, failure: Exception
+) -> None:
+    """Says so where Dynamo fails on the model without ringfx too.
+
+    Raises
+    ------
+    CaptureRefused
+        With Dynamo's reason.
+    """
+    torch._dynamo.reset()
+    plain = torch.compile(model, backend=lambda gm, inputs: gm.forward, dynamic=False)
+    try:
+        with mode:
+            plain(*args, **kwargs)  # type: ignore[no-untyped-call]
+    except TorchDynamoException as alone:
+        lines = [line for line in str(alone).strip().splitlines() if line.strip()]
+        reason = lines[0] if lines else type(alone).__name__
+        where = next((x.strip() for x in reversed(lines) if x.strip().startswith("File ")), "")
+        raise CaptureRefused(
+            f"torch.compile cannot trace this model, with or without ringfx: {reason}"
+            + (f" ({where})" if where else "")
+            + ". Do: make torch.compile(model, backend='eager') work first; Dynamo's whole report "
+            "is attached to this error."
+        ) from failure
+    except Exception:  # of the model's own code: what failed first is said
+        return
 
 
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
@@ -261,28 +308,43 @@ def _mode_of(model: torch.nn.Module, args: Any, kwargs: Any) -> FakeTensorMode:
         if isinstance(tensor, FakeTensor):
             mode: FakeTensorMode = tensor.fake_mode
             return mode
-    return FakeTensorMode()
+    return GivenMode()
 
 
 def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """Model and inputs in one fake mode; ``meta`` tensors become fake CPU ones."""
+    """Model and inputs in one fake mode; ``meta`` tensors become fake CPU ones.
 
-    def fake(x: Any) -> Any:
+    Values that are there are kept beside the fake tensors, for what reads them.
+    """
+
+    def fake(x: Any, name: str = "a buffer") -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
             return x
         if x.device.type != "meta":
-            return mode.from_tensor(x, static_shapes=True)
+            twin = mode.from_tensor(x, static_shapes=True)
+            if isinstance(mode, GivenMode):
+                mode.give(twin, x)
+            return twin
         with mode:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+            twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        if isinstance(mode, GivenMode):
+            mode.assume(twin, name)
+        return twin
 
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         twin = fake(tensor)
+        if type(tensor) is torch.Tensor and tensor.device.type != "meta":
+            keep_value(twin, tensor)
         if isinstance(tensor, torch.nn.Parameter) and not isinstance(twin, torch.nn.Parameter):
             twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = twin
     twin_model = copy.deepcopy(model, memo)
-    return twin_model, *torch.utils._pytree.tree_map(fake, (args, kwargs))
+
+    def named(path: Any, x: Any) -> Any:
+        return fake(x, torch.utils._pytree.keystr(path[1:]) or "an input")
+
+    return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
 
 
 @contextlib.contextmanager

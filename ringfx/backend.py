@@ -128,10 +128,15 @@ class Backend:
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
             with self.between.call():
                 yield
-            if not self.ran:
-                self.announce(why_unsplit())
-            elif not is_part and not any(plan.layers for plan in self.ran):
-                raise AttentionNotFound(no_attention_text(self.ran))
+            self._look_at_what_ran(is_part)
+
+    def _look_at_what_ran(self, is_part: bool) -> None:
+        if not self.ran:
+            self.announce(why_unsplit())
+        elif not is_part and not any(plan.layers for plan in self.ran):
+            raise AttentionNotFound(no_attention_text(self.ran))
+        elif not is_part and (said := joined(self.ran).unsplit_words):
+            self.announce(said)
 
     def plan_of_last_call(self) -> Plan:
         """One plan of all its programs, with what was moved between them."""
@@ -183,6 +188,11 @@ class Backend:
         loud += [
             f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
             for x in lowered.plan.missed
+        ]
+        loud += [
+            f"{x.name} ({x.source}): its attention runs whole on every rank, {x.reason}. Do: pass "
+            "strict=True to refuse this"
+            for x in lowered.plan.replicated_layers
         ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
         self.announce(*loud)

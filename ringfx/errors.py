@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AgreementError",
     "AttentionNotFound",
+    "AttentionReplicated",
     "BufferChanged",
     "CaptureRefused",
     "CommunicationError",
@@ -37,6 +38,10 @@ class AttentionNotFound(RingfxError):
 
 class AttentionMissed(RingfxError):
     """Strict mode: something looks like attention and was neither found nor explained."""
+
+
+class AttentionReplicated(RingfxError):
+    """Strict mode: an attention was found and cannot be split; the text says why."""
 
 
 class NoAxisRule(RingfxError):

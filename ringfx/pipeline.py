@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ringfx.cost_model import alive_in, choose, load_profile, outside_ms
-from ringfx.errors import NoAxisRule
+from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
 from ringfx.heap import left_alone
 from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.rules import find_rule
@@ -21,17 +21,21 @@ from ringfx.passes.detect import detect
 from ringfx.passes.detect.estimate import missed, refuse_missed
 from ringfx.passes.masks import recover
 from ringfx.passes.place import (
+    Carried,
     Lines,
+    Placement,
+    TokenLine,
     find_lines,
     insert_relays,
     part_columns,
     place,
     respell,
+    why_whole,
 )
 from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
-from ringfx.passes.verify import verify
-from ringfx.plan import Plan
+from ringfx.passes.verify import split_along, verify
+from ringfx.plan import LayerPlan, Plan
 from ringfx.settings import Settings
 from ringfx.tiles.words import whole_text
 from ringfx.world import World
@@ -103,6 +107,7 @@ def _lowered(
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)
+    whole = _replicated(graph, placement, sites, settings, world)
 
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
@@ -113,19 +118,20 @@ def _lowered(
     )  # fmt: skip
     layers = choose(
         sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
-        strategy=settings.strategy, memory=alive.timeline,
+        strategy=settings.strategy, memory=alive.timeline, replicated=whole,
     )  # fmt: skip
 
     dtypes = {site.dtype for site in sites.found}
-    strategies = {layer.site.node: layer.strategy for layer in layers}
+    strategies = {x.site.node: x.strategy for x in layers if not x.is_replicated}
     local = rewrite(captured, placement, strategies, group=world.group)
     verify(captured, sites, local)
+    layers = _along(layers, split_along(captured, sites, local), lines, world)
 
     plan = Plan(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
-        axes=_token_axes(lines), reshardings=local.reshardings,
+        axes=_token_axes(local), reshardings=local.reshardings,
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=alive.plan({layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown,
@@ -192,15 +198,70 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _token_axes(lines: Lines) -> tuple[TokenAxis, ...]:
+def _replicated(
+    graph: Graph, placement: Placement, sites: Sites, settings: Settings, world: World
+) -> dict[int, str]:
+    """The attentions (by their number) that cannot be split, and why; strict mode refuses them."""
+    if world.size == 1:
+        return {}
+    nodes = {n.name: n for n in graph.nodes}
+    why = {i: why_whole(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
+    whole = {i: reason for i, reason in why.items() if reason is not None}
+    if whole and settings.strict:
+        places = "\n".join(
+            f"  {sites.found[i].name or 'top level'} ({sites.found[i].source}): {reason}"
+            for i, reason in whole.items()
+        )
+        raise AttentionReplicated(
+            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would run whole on "
+            f"each of the {world.size} ranks:\n{places}\n"
+            "Do: drop strict to run them so, in the time and memory that one rank needs."
+        )
+    return whole
+
+
+def _along(
+    layers: Sequence[LayerPlan], carried: Mapping[str, Carried], lines: Lines, world: World
+) -> tuple[LayerPlan, ...]:
+    """Each layer with the axis along which the rewritten program splits it."""
+    told = []
+    for layer in layers:
+        found = carried.get(layer.site.node)
+        if world.size > 1 and (found is None) != layer.is_replicated:
+            raise VerificationError(
+                f"{layer.name} ({layer.source}): planned as {layer.strategy}, and in the rewritten "
+                f"program it is {'whole' if found is None else 'split'}. This is a defect of "
+                "ringfx; please report it with the model."
+            )
+        axis = "" if found is None else _axis_name(lines, found)
+        told.append(replace(layer, axis=axis))
+    return tuple(told)
+
+
+def _axis_name(lines: Lines, carried: Carried) -> str:
+    name = _line_name(lines, lines.lines[carried.line])
+    return name if carried.inner == 1 else f"{name}, each of {carried.inner} of its queries"
+
+
+def _line_name(lines: Lines, line: TokenLine) -> str:
+    return f"tokens {line.index}" if len(lines.lines) > 1 else "tokens"
+
+
+def _token_axes(local: LocalProgram) -> tuple[TokenAxis, ...]:
+    """The axes along which some value of the rewritten program is split; with one rank, all."""
+    placement = local.placement
+    lines = placement.lines
+    values = {v for value in local.values for v in (value, *value.users) if placement.is_split(v)}
+    used = {c.line for v in values if isinstance(c := lines.carried(v), Carried)}
     return tuple(
         TokenAxis(
-            axis=f"tokens {line.index}" if len(lines.lines) > 1 else "tokens",
+            axis=_line_name(lines, line),
             length=line.length,
             layout=line.layout.kind,
             local_length=line.layout.local_length,
         )
         for line in lines.lines
+        if line.index in used or line.layout.world_size == 1
     )
 
 

@@ -31,6 +31,7 @@ from ringfx.fields import (
     Tokens,
 )
 from ringfx.passes.values import AttentionSite, Declined, Resharding, TokenAxis
+from ringfx.strategies import REPLICATED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,6 +70,8 @@ class LayerPlan:
     """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
     workspace_bytes: Bytes
     """Held only while this layer runs: communication buffers, accumulators, scores."""
+    axis: Text = ""
+    """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
     @property
     def name(self) -> str:
@@ -91,6 +94,11 @@ class LayerPlan:
         return self.site.mask_words
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether every one of several ranks computes all of it; ``reason`` says why."""
+        return self.strategy == REPLICATED
+
+    @property
     def total_ms(self) -> float:
         """Predicted wall time of one step, forward and backward."""
         return self.forward_ms + self.backward_ms
@@ -102,8 +110,9 @@ class MemoryPart:
 
     cause: SomeText
     bytes: Bytes
-    kind: Literal["whole", "split", "attention"]
-    """whole: the same with any number of ranks; split: falls with it; attention: of the layers."""
+    kind: Literal["whole", "replicated", "split", "attention"]
+    """whole: the same with any number of ranks; replicated: activations of which every rank has
+    all; split: falls with the ranks; attention: of the layers."""
     detail: Text = ""
 
 
@@ -196,7 +205,12 @@ class MemoryPlan:
     @property
     def whole_bytes(self) -> int:
         """Outside attention: what stays the same with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind == "whole")
+        return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Of these, what grows with the sequence: activations that are whole on every rank."""
+        return sum(part.bytes for part in self.parts if part.kind == "replicated")
 
     @property
     def split_bytes(self) -> int:
@@ -237,6 +251,33 @@ class Plan:
     schema: int = SCHEMA_VERSION
 
     @property
+    def is_split(self) -> bool:
+        """Whether the ranks share anything at all; with one rank there is nothing to share."""
+        return self.world_size > 1 and bool(self.axes)
+
+    @property
+    def split_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions of which each rank computes a part."""
+        return tuple(x for x in self.layers if self.world_size > 1 and not x.is_replicated)
+
+    @property
+    def replicated_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions that each of several ranks computes whole."""
+        return tuple(x for x in self.layers if x.is_replicated)
+
+    @property
+    def unsplit_words(self) -> str:
+        """That nothing is split, and why, where several ranks all run the whole model."""
+        if self.world_size == 1 or self.is_split:
+            return ""
+        causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
+        why = f": {'; '.join(causes)}" if causes else ""
+        return (
+            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the whole model, as one "
+            f"alone would, in its time and memory{why}"
+        )
+
+    @property
     def found_words(self) -> str:
         """``attention: 11/12 found, 1 declined``: detection against the independent count."""
         found = len(self.layers)
@@ -245,6 +286,8 @@ class Plan:
         words = [f"attention: {found}/{total} found"]
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
+        whole = len(self.replicated_layers)
+        words += [f"{whole} replicated (whole on every rank)"] if whole else []
         return ", ".join(words)
 
     @property
@@ -358,12 +401,45 @@ def joined(plans: Sequence[Plan]) -> Plan:
         axes=max((p.axes for p in plans), key=len),
         reshardings=tuple(x for p in plans for x in p.reshardings),
         outside_ms=sum(p.outside_ms for p in plans),
-        memory=MemoryPlan() if len(plans) > 1 else last.memory,
+        memory=_joined_memory([p.memory for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
     )
+
+
+KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+"""Beginnings of causes that stay from one program's end to its backward, or always."""
+
+
+def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The program with the largest peak, with what the others keep meanwhile."""
+    largest = max(programs, key=lambda m: m.peak_bytes)
+    parts = {part.cause: part for part in largest.parts}
+    for other in programs:
+        for part in other.parts if other is not largest else ():
+            if part.cause.startswith(KEPT):
+                held = parts.get(part.cause, dataclasses.replace(part, bytes=0))
+                parts[part.cause] = dataclasses.replace(held, bytes=held.bytes + part.bytes)
+    unknown = dict.fromkeys((*(x for m in programs for x in m.unknown), SEVERAL_PROGRAMS))
+    return MemoryPlan(
+        parts=tuple(parts.values()), by_block=largest.by_block, unknown=tuple(unknown)
+    )
+
+
+SEVERAL_PROGRAMS = (
+    "what Python holds between the programs (graph breaks); parameters that several of them use "
+    "count for each"
+)
 
 
 def _agreed_layer(layer: LayerPlan) -> list[Any]:
     site = layer.site
     sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
-    return [site.node, site.name, layer.strategy, site.spec.to_json(), site.dtype, sizes]
+    return [
+        site.node,
+        site.name,
+        layer.strategy,
+        layer.axis,
+        site.spec.to_json(),
+        site.dtype,
+        sizes,
+    ]

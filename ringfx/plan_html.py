@@ -80,12 +80,18 @@ def _header(plan: Plan, title: str) -> str:
         for axis in plan.axes
     ]
     age = age_words(plan.profile_date)
-    lines = [*axes, f"predicted with profile {plan.profile}, {age}: {plan.profile_origin}"]
+    lines = [
+        *axes,
+        plan.found_words,
+        f"predicted with profile {plan.profile}, {age}: {plan.profile_origin}",
+    ]
     total = (
         f"{len(plan.layers)} attention calls: {format_ms(plan.total_ms)} a step on each rank,"
         f" {format_bytes(attention_bytes(plan))} of memory"
     )
     quiet = "<br>".join(map(escape, lines))
+    if plan.unsplit_words:
+        total = f"{plan.unsplit_words}. {total}"
     return f"<h1>{escape(title)}</h1>\n<p>{escape(total)}</p>\n<p class=quiet>{quiet}</p>"
 
 
@@ -101,6 +107,7 @@ def _layer_row(group: FoldedLayers) -> str:
     cells = "".join(f"<td>{format_ms(ms)}" for ms in times)
     count = f"{len(group.layers)} x " if len(group.layers) > 1 else ""
     found = f"{count}{layer.mask}; {layer.found_by} at {layer.source}"
+    found += f"; split along {layer.axis}" if layer.axis else ""
     return (
         f"<tr><td><b>{escape(group.name)}</b><br><small>{escape(found)}</small>"
         f"<td class=text>{escape(layer.strategy)}<br><small>{escape(layer.reason)}</small>"

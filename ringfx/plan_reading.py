@@ -11,7 +11,7 @@ from ringfx.passes.values import AttentionSite, TokenAxis
 from ringfx.plan import SCHEMA_VERSION, LayerPlan, MemoryPlan, MemoryTimeline, Plan
 from ringfx.reading import Source, parse_json, shown, validated
 from ringfx.spec import AttentionSpec
-from ringfx.strategies import STRATEGIES
+from ringfx.strategies import REPLICATED, STRATEGIES
 from ringfx.tiles.checked import undefined
 
 __all__ = ["read_plan"]
@@ -84,6 +84,8 @@ def _of_layer(layer: LayerPlan, world_size: int) -> Iterator[str]:
     if layer.result_bytes > layer.saved_bytes:
         yield f"result_bytes {layer.result_bytes} is above saved_bytes {layer.saved_bytes}"
     strategy = STRATEGIES.get(layer.strategy)
+    if layer.strategy == REPLICATED:
+        return
     if strategy is None:
         yield f"strategy {layer.strategy!r} is not one of {', '.join(STRATEGIES)}"
     elif (refusal := strategy.admits(layer.site, world_size)) is not None:

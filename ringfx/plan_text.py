@@ -91,7 +91,7 @@ def _appearance(layer: LayerPlan) -> tuple[object, ...]:
 
 def _identity(layer: LayerPlan) -> tuple[object, ...]:
     words = (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
-    return (*words, bool(layer.site.checkpoint))
+    return (*words, layer.axis, bool(layer.site.checkpoint))
 
 
 def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
@@ -145,7 +145,10 @@ def _header(plan: Plan) -> RenderableType:
                 f" {axis.layout}"
             )
         )
-    lines.append(Text(f"  {plan.found_words}", "bold red" if plan.missed else ""))
+    alarming = bool(plan.missed or plan.replicated_layers)
+    lines.append(Text(f"  {plan.found_words}", "bold red" if alarming else ""))
+    if plan.unsplit_words:
+        lines.append(Text(f"  {plan.unsplit_words}", "bold red"))
     age = age_words(plan.profile_date)
     lines.append(
         Text(f"  predicted with profile {plan.profile}, {age}: {plan.profile_origin}", "dim")
@@ -160,11 +163,12 @@ def _mode(plan: Plan) -> str:
 def _layer_table(plan: Plan) -> RenderableType:
     """One line of numbers for each group of equal layers, then what it is and why, indented."""
     groups = fold(plan.layers)
+    axes = len({layer.axis for layer in plan.split_layers}) > 1
     title, *rows = table_lines([_TITLES, *map(_cells, groups)], left=(0, 2))
     lines = [Text(title, "bold"), Text("─" * max(map(len, (title, *rows))), "dim")]
     for group, row in zip(groups, rows, strict=True):
         lines.append(Text(row, "bold"))
-        lines += [Text(f"    {detail}", "dim") for detail in _details(group)]
+        lines += [Text(f"    {detail}", "dim") for detail in _details(group, axes)]
     return Padding(Group(*lines), (1, 0, 0, 0))
 
 
@@ -199,12 +203,14 @@ def table_lines(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]
     ]
 
 
-def _details(group: FoldedLayers) -> Iterator[str]:
+def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     layer = group.layers[0]
     yield _attention_words(layer)
     again = "; checkpointed: its inputs are computed again" if layer.site.checkpoint else ""
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
     yield layer.reason
+    if names_axis and layer.axis:
+        yield f"split along {layer.axis}"
 
 
 def _attention_words(layer: LayerPlan) -> str:

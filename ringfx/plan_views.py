@@ -37,7 +37,8 @@ def explain_text(plan: Plan, pattern: str, profile: Profile) -> str:
 
 def _explained(group: FoldedLayers, plan: Plan, profile: Profile) -> str:
     layer = group.layers[0]
-    offer = candidates(layer.site, plan.world_size, profile, STRATEGIES)
+    ranks = 1 if layer.is_replicated else plan.world_size
+    offer = candidates(layer.site, ranks, profile, STRATEGIES)
     titles = (
         "",
         "strategy",

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ringfx.passes.values import AttentionSite
 
-__all__ = ["STRATEGIES", "Refusal", "Strategy"]
+__all__ = ["REPLICATED", "STRATEGIES", "Refusal", "Strategy"]
+
+REPLICATED = "replicated"
+"""In place of a strategy: attention that every rank computes whole, with the local kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
 from ringfx.passes.values import Captured
 
-__all__ = ["capture", "input_name"]
+__all__ = ["capture", "input_name", "keep_value"]
 
 
 def capture(
@@ -97,8 +97,8 @@ def _capture(
         returned=written.returned,
         buffers={
             i: value
-            for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-            if i not in written.writes and _is_buffer(node, value)
+            for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if i not in written.writes and _is_buffer(node, value := _with_values(given))
         },
         graph_break=graph_break(gm),
         uncompiled_caller=uncompiled_caller(),
@@ -137,6 +137,15 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def keep_value(fake: torch.Tensor, value: torch.Tensor) -> None:
+    """A fake tensor that stands for a module's tensor, of which the values can be looked at."""
+    fake.ringfx_value = value  # type: ignore[attr-defined]
+
+
+def _with_values(given: Any) -> Any:
+    return getattr(given, "ringfx_value", given)
 
 
 def _is_buffer(node: torch.fx.Node, value: Any) -> bool:

@@ -16,8 +16,9 @@ from ringfx.passes.place.lines import Carried, Lines, TokenLine, find_lines
 from ringfx.passes.place.pairs import part_columns
 from ringfx.passes.place.relays import insert_relays
 from ringfx.passes.place.respell import respell
+from ringfx.passes.place.whole import why_whole
 
 __all__ = [
     "Carried", "Lines", "Placement", "TokenLine", "find_lines", "insert_relays", "part_columns",
-    "place", "respell",
+    "place", "respell", "why_whole",
 ]  # fmt: skip

@@ -61,6 +61,8 @@ class LocalProgram:
     group: str
     values: Mapping[Node, Node]
     """Global value -> its local node, in the form in which it was made."""
+    attentions: Mapping[str, Node]
+    """Attention's name -> its call in this program."""
     matrices: Mapping[str, WholeMatrices]
     """Attention's name -> what it reads that is held whole and has an entry for each pair."""
 
@@ -95,6 +97,7 @@ class _Rewriter:
         self.graph = Graph()
         self.natural: dict[Node, Node] = {}
         self.crossings = Crossings(self.graph, placement, self.natural, group)
+        self.attentions: dict[str, Node] = {}
         self.matrices: dict[str, WholeMatrices] = {}
 
     def run(self) -> LocalProgram:
@@ -124,6 +127,7 @@ class _Rewriter:
             reshardings=tuple(self.crossings.reshardings),
             group=self.group,
             values={value: made for value, made in self.natural.items() if made in alive},
+            attentions=self.attentions,
             matrices=self.matrices,
         )
 
@@ -186,6 +190,7 @@ class _Rewriter:
             kwargs |= {"group": self.group, "layout": layout}
         self.matrices[node.name] = _whole_matrices(node, spec, own, taken)
         new = self.graph.call_function(attention, (q, k, v, inputs), kwargs)
+        self.attentions[node.name] = new
         return new if mode is None else self._with_filled_padding(node, new, v)
 
     def _take_rows(

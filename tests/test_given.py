@@ -1,0 +1,103 @@
+"""Planning goes on where the model reads values that the call gives, or says what it assumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ringfx
+from ringfx.errors import CaptureRefused
+
+
+class Reads(nn.Module):
+    """Attention after a branch on values, and twice as much if some are hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        shown = mask.clone()
+        shown[:, 0] = 1
+        hidden = shown.numel() - int(shown.sum().item())
+        x = self.attend(x)
+        return self.attend(x) if hidden > 2 else x
+
+
+def layers(mask: Tensor, x: Tensor | None = None) -> tuple[int, tuple[str, ...]]:
+    x = torch.randn(1, 12, 16) if x is None else x
+    plan = ringfx.plan(Reads(), (x, mask), world_size=2)
+    return len(plan.layers), tuple(n for n in plan.notes if "assumed" in n)
+
+
+def test_values_that_the_call_gives_decide() -> None:
+    ones = torch.ones(1, 12, dtype=torch.long)
+    few = ones.clone()
+    few[:, 4:] = 0
+    assert layers(ones) == (1, ())
+    assert layers(few) == (2, ())
+
+
+def test_without_values_a_mask_is_assumed_to_hide_nothing_and_the_plan_says_where() -> None:
+    found, notes = layers(torch.ones(1, 12, dtype=torch.long, device="meta"))
+    assert found == 1
+    (note,) = notes
+    assert "ones" in note
+    assert "test_given.py:" in note
+
+
+class Weighed(nn.Module):
+    """A branch on what attention gives: nobody knows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner.attend(x)
+        if torch.isinf(y).any():
+            y = y.clamp(-1, 1)
+        return self.inner.attend(y)
+
+
+def test_a_branch_on_unknown_values_is_not_taken_and_the_next_layer_stays_split() -> None:
+    with torch.device("meta"):
+        model, x = Weighed(), torch.randn(1, 12, 16)
+    plan = ringfx.plan(model, (x,), world_size=2)
+    assert [x.axis for x in plan.layers] == ["tokens", "tokens"]
+    assert sum("to be False" in n for n in plan.notes) == 1
+    assert [m.node for m in plan.reshardings if m.kind == "gather"] == ["isinf"]
+    assert plan.memory.peak_bytes > 0
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.register_buffer("keep", torch.tril(torch.ones(20, 20)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        b = self.keep[: x.shape[1], : x.shape[1]]
+        return ((q @ k.mT) * b - 1e4 * (1 - b)).softmax(-1) @ v
+
+
+def test_values_of_a_buffer_tell_the_mask() -> None:
+    plan = ringfx.plan(Kept(), (torch.randn(1, 12, 16),), world_size=2)
+    assert [x.mask for x in plan.layers] == ["causal"]
+
+
+class Untraceable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x[:1], lambda x: x, (x,))
+
+
+def test_a_model_that_dynamo_cannot_trace_is_told_so() -> None:
+    with pytest.raises(CaptureRefused, match="cannot trace this model, with or without ringfx"):
+        ringfx.plan(Untraceable(), (torch.randn(4, 4),), world_size=2)
