@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -341,8 +342,12 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         memo[id(tensor)] = twin
     twin_model = copy.deepcopy(model, memo)
 
+    names = [*inspect.signature(model.forward).parameters]
+
     def named(path: Any, x: Any) -> Any:
-        return fake(x, torch.utils._pytree.keystr(path[1:]) or "an input")
+        place = getattr(path[1], "idx", None)
+        by_position = place is not None and path[0].idx == 0 and place < len(names)
+        return fake(x, names[place] if by_position else torch.utils._pytree.keystr(path[1:]))
 
     return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
 

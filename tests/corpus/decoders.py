@@ -153,7 +153,7 @@ DECODERS: tuple[Row, ...] = (
     row("dbrx", "DbrxForCausalLM", {"vocab_size": 96, "d_model": 48, "n_heads": 4, "n_layers": 2,
         "max_seq_len": 256, "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0,
         "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4,
-        "moe_top_k": 2, "hidden_size": 48}}, **EXACT),
+        "moe_top_k": 2, "hidden_size": 48}}, autocast=False, **EXACT),
     row("gpt_oss", "GptOssForCausalLM", llama(head_dim=12, sliding_window=16, layer_types=WINDOW,
         **EXPERTS), attention=("eager",)),
     row("deepseek_v2", "DeepseekV2ForCausalLM", llama(**LATENT)),

@@ -35,6 +35,8 @@ class Row:
     """In training mode; every dropout of the configuration is zero."""
     calls: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the call, such as ``use_cache``."""
+    autocast: bool = True
+    """Whether the unsplit model itself runs under autocast."""
     quick: tuple[str, ...] = ()
     """The implementations that ``make test`` runs."""
 
@@ -43,7 +45,8 @@ class Row:
 
     def mixed(self) -> tuple[Variant, ...]:
         """Of float32 weights under bfloat16 autocast."""
-        return tuple(Variant(row=self, attention=a, autocast=True) for a in self.attention)
+        attention = self.attention if self.autocast else ()
+        return tuple(Variant(row=self, attention=a, autocast=True) for a in attention)
 
 
 @dataclass(frozen=True, kw_only=True)

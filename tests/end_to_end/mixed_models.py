@@ -121,7 +121,8 @@ class Layer(nn.Module):
         if self.narrow_operands:
             q, k = q.to(v.dtype), k.to(v.dtype)
         x = x + self.out(self.core(q, k, v).to(v.dtype).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.after(x))))
+        result: Tensor = x + self.down(F.gelu(self.up(self.after(x))))
+        return result
 
 
 class Layers(nn.Module):
