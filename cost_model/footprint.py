@@ -75,8 +75,21 @@ class _Calls:
         block = (1 + backward) * _block(work) * self.local.accumulator_bytes
         lse, masks = q_rows * self.local.accumulator_bytes, work.most_masked * MASK_BYTES
         inside = (by_tokens + casts) * made.itemsize + masks + block
+        if made.itemsize < self.local.accumulator_bytes and site.device == "cpu" and not backward:
+            inside += self._packed(work, head_share, made.itemsize)
         added = self._widened(made, max(q_rows * d, k_rows * max(d, e))) if backward else 0
         return results * made.itemsize + lse + max(inside, added)
+
+    def _packed(self, work: Work, head_share: float, size: int) -> float:
+        """What a CPU's matrix units add to a forward in half precision: K and V packed for each
+        head, the weights of a block, sums of its rows, and a block of K turned round."""
+        site, d, e = self.local.site, self.local.site.head_dim, self.local.site.v_head_dim
+        heads = site.batch * site.heads * head_share
+        queries, keys = BLOCKS["cpu_flash"]
+        rows = next((least for most, least in FEWER_ROWS if work.most_queries < most), queries)
+        sums = rows * (e + 2) * self.local.accumulator_bytes
+        packed = heads * work.most_keys * (d + e) + min(work.most_keys, keys) * d
+        return (packed + _block(work)) * size + sums
 
     def _widened(self, made: torch.dtype, items: float) -> float:
         """A gradient that is added to a wider sum: a CPU makes a wide copy first."""

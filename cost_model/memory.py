@@ -238,7 +238,9 @@ def _table(
     for (term, _), now in same_size.items():
         columns[term] = columns.get(term, 0) + _idle(now)
     terms = tuple(columns)
-    return terms, np.stack([columns[t] for t in terms], axis=1) if terms else np.zeros((num, 0))
+    return terms, np.stack([columns[t] for t in terms], axis=1) if terms else np.zeros(
+        (num, 0), np.int64
+    )
 
 
 def _idle(now: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -49,7 +49,8 @@ def test_no_change_keeps_the_memory_as_it_is() -> None:
 def test_the_longest_sequence_is_a_fresh_plans() -> None:
     budget = _fresh(8192, 2).memory.peak_bytes
     longest = longest_sequence(_fresh(1024, 2, gpu_memory=budget), CPU)
-    assert longest == pytest.approx(8192, rel=0.001)
+    assert longest >= 8192 - 8
+    assert _fresh(round(0.999 * longest), 2, gpu_memory=budget).memory.peak_bytes <= budget
     with pytest.raises(OutOfMemory):
         _fresh(longest + 64, 2, gpu_memory=budget)
 
@@ -58,7 +59,7 @@ def test_parameters_alone_are_refused_before_the_model_is_traced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ringfx.api.trace", None)
-    with pytest.raises(OutOfMemory, match=r"parameters alone take .* more ranks do not help"):
+    with pytest.raises(OutOfMemory, match=r"(?s)parameters alone take .* more ranks do not help"):
         _fresh(1024, 2, gpu_memory=2**10)
 
 
