@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any, Protocol
@@ -47,6 +48,8 @@ def functional_overload(op: OpOverload) -> OpOverload | None:
     packet = getattr(getattr(torch.ops, op.namespace), name, None)
     wanted = [_parameter(a) for a in op._schema.arguments if in_place or not a.is_out]
     for overload in packet.overloads() if packet is not None else ():
+        if keyword.iskeyword(overload):
+            continue  # random.from: generated code cannot name it
         found: OpOverload = getattr(packet, overload)
         if [
             _parameter(a) for a in found._schema.arguments

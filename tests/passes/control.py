@@ -37,6 +37,7 @@ class DrawsInPlace(Around):
         torch.manual_seed(5)
         noise = torch.empty_like(x, requires_grad=False).uniform_(0.5, 1.5)
         keep = torch.empty(x.shape[1], dtype=x.dtype).bernoulli_(0.5)
+        noise = noise + torch.empty_like(x, requires_grad=False).uniform_()  # its defaults
         return x * noise * keep[:, None]
 
 

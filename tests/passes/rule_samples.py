@@ -508,6 +508,7 @@ def _own_derivatives(a: int, b: int, c: int, d: int) -> list[Sample]:
             )
         ),
         Sample(aten._pdist_forward.default, (real(a, b),), splits=False),
+        Sample(aten.as_strided_scatter.default, (x, real(2), [2], [1]), splits=False),
         Sample(aten.dist.default, (x, real(b, c)), splits=False),
         Sample(aten.multinomial.default, (positive(a, b), 2), splits=False),
         Sample(whole_rows[0], (real(a, b), whole(b, a)), splits=False),

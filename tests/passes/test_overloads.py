@@ -35,6 +35,9 @@ def test_its_functional_form_can_be_written_as_code(op: OpOverload, defaults: bo
     given = [n for n, a in enumerate(needed, 1) if not (defaults and a.has_default_value())]
     node = graph.call_function(op, (x, *given))
     function = functional_overload(op)
+    if keyword.iskeyword(op._overloadname.rstrip("_")):  # capture refuses it by name
+        assert function is None
+        return
     assert function is not None
     args, kwargs = arguments_for(function, node)
     graph.output(graph.call_function(function, args, kwargs))

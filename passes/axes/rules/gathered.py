@@ -32,6 +32,7 @@ def gathered(reason: str) -> AxisRule:
 
 RULES: dict[torch._ops.OpOverload, AxisRule] = {
     aten._pdist_forward.default: gathered("it measures each pair of rows once"),
+    aten.as_strided_scatter.default: gathered("it counts along memory"),
     aten.dist.default: gathered("it is one norm of all differences"),
     aten.multinomial.default: gathered("its random draws are those of the whole tensor"),
     aten.multi_margin_loss.default: gathered("its loss is over all rows"),
