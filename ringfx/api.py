@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.infeasible import refuse_parameters
-from ringfx.dynamo import for_ringfx, prepare_tracing
+from ringfx.dynamo import ISOLATED, compiled
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.given import GivenMode
 from ringfx.ops.stats import LayerStats, snapshot
@@ -239,16 +239,21 @@ def _check_call(model: object, args: object, kwargs: object) -> None:
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
-    """Runs the model on fake tensors; says in words where that could not go on."""
-    torch._dynamo.reset()
+    """Runs the model on fake tensors; says in words where that could not go on.
+
+    Programs that the process has compiled stay: those that are traced here have a backend of their
+    own, and are gone with the model's fake copy.
+    """
+    model = model._ringfx_inner if isinstance(model, Optimized) else model
     mode = _mode_of(model, args, kwargs)
     notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
-    prepare_tracing()
-    compiled = torch.compile(fake_model, backend=for_ringfx(backend), dynamic=False)
+    if not ISOLATED:
+        torch._dynamo.reset()
+    traced = compiled(fake_model, backend)
     try:
         with mode:
-            compiled(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
+            traced(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
             raise failure.inner_exception from None
@@ -264,7 +269,8 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
         _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
         raise
     finally:
-        torch._dynamo.reset()
+        if not ISOLATED:
+            torch._dynamo.reset()
     return tuple(notes)
 
 
@@ -278,8 +284,7 @@ def _refuse_untraceable(
     CaptureRefused
         With Dynamo's reason.
     """
-    torch._dynamo.reset()
-    plain = torch.compile(model, backend=lambda gm, inputs: gm.forward, dynamic=False)
+    plain = torch.compile(model, backend=lambda gm, inputs: gm.forward, dynamic=False, **ISOLATED)
     try:
         with mode:
             plain(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -327,10 +332,10 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
                 mode.give(twin, x)
             return twin
         with mode:
-            twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
         if isinstance(mode, GivenMode):
-            mode.assume(twin, name)
-        return twin
+            mode.assume(made, name)
+        return made
 
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -346,8 +351,9 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
 
     def named(path: Any, x: Any) -> Any:
         place = getattr(path[1], "idx", None)
-        by_position = place is not None and path[0].idx == 0 and place < len(names)
-        return fake(x, names[place] if by_position else torch.utils._pytree.keystr(path[1:]))
+        if place is not None and path[0].idx == 0 and place < len(names):
+            return fake(x, names[place])
+        return fake(x, torch.utils._pytree.keystr(path[1:]))
 
     return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
 

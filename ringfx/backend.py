@@ -31,7 +31,7 @@ from ringfx.errors import (
 from ringfx.fully_sharded import is_dtensor
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
-from ringfx.ops.channel import one_call
+from ringfx.ops.channel import shared_call
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
@@ -124,7 +124,7 @@ class Backend:
         self.ran.clear()
         self._model, self._is_part = weakref.ref(model), is_part
         self.turns.number += 1
-        with one_call(self.world.group):
+        with shared_call(self.world.group):
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
             with self.between.call():
                 yield
@@ -266,7 +266,7 @@ class Runner:
             return self._run(inputs)
         self._refuse_other_ranks()
         self._turns.number += 1
-        with one_call(self._group):
+        with shared_call(self._group):
             return self._run(inputs)
 
     def _run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -463,7 +463,7 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     options = dict(kwargs.get("options") or {})
     mesh = options.pop("mesh", None)
     backend = Backend(Settings.of(options), World.of(mesh), mesh)
-    with one_call(backend.world.group, begins=False):
+    with shared_call(backend.world.group, begins=False):
         return backend(gm, example_inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch._dynamo.convert_frame import CatchErrorsWrapper
 from ringfx.passes.capture.logs import absorb_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
 
-__all__ = ["compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
+__all__ = ["ISOLATED", "compiled", "compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
 
 NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
@@ -24,6 +25,15 @@ NEVER_UNSPLIT: Mapping[str, object] = {
 """Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
 each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
 DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
+
+
+ISOLATED: Mapping[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
+"""torch 2.13 keeps programs apart by the call of torch.compile that made them; before, all that are
+made of one function stand in one list."""
 
 
 def prepare_tracing() -> None:
@@ -40,12 +50,23 @@ def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
     skips: a root such as nn.TransformerEncoder is given a frame around it. So is one with hooks,
     which would be programs of their own.
     """
-    prepare_tracing()
     call: Callable[..., Any] = fn._call_impl
     if trace_rules.check(fn.forward) or has_hooks(fn):
         call = _framed(fn)
-    compiled: Callable[..., Any] = torch.compile(call, backend=for_ringfx(backend), dynamic=False)
-    return compiled
+    return compiled(call, backend)
+
+
+def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """A function compiled by a backend of ringfx, beside what the process has compiled of it.
+
+    Others' programs of the same code stay, and their number counts for neither: a function that
+    torch.compile gave up after too many recompilations would run unsplit here too.
+    """
+    prepare_tracing()
+    made: Callable[..., Any] = torch.compile(
+        function, backend=for_ringfx(backend), dynamic=False, **ISOLATED
+    )
+    return made
 
 
 def has_hooks(fn: torch.nn.Module) -> bool:

@@ -11,6 +11,8 @@ from torch import nn
 
 import ringfx
 from ringfx.backend import ringfx_backend
+from ringfx.dynamo import ISOLATED
+from ringfx.explain import explain
 from ringfx.passes.detect.substitute import for_ringfx
 
 LENGTHS = range(4, 16)
@@ -151,3 +153,38 @@ def test_another_kernel_than_the_plan_counts_on_is_announced_once(
     said = [r.getMessage() for r in caplog.records if "kernel" in r.getMessage()]
     assert len(said) == 1
     assert "the plan counts on the cpu_flash kernel, and math ran" in said[0]
+
+
+def test_planning_leaves_what_the_process_has_compiled() -> None:
+    torch._dynamo.reset()
+    compiled: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        compiled.append(gm)
+        return gm.forward
+
+    stock, x = Attention(), torch.randn(2, 12, 16)
+    theirs: Any = torch.compile(stock, backend=backend, dynamic=False)
+    theirs(x)
+    for length in LENGTHS:
+        ringfx.plan(stock, (torch.randn(2, length, 16),), world_size=2)
+        explain(stock, (torch.randn(2, length, 16),))
+    theirs(x)
+    assert len(compiled) == 1
+
+
+@pytest.mark.skipif(not ISOLATED, reason="this torch keeps all programs of a function in one list")
+def test_a_function_that_torch_compile_gave_up_is_split_all_the_same() -> None:
+    torch._dynamo.reset()
+    stock = Attention()
+    theirs: Any = torch.compile(stock, backend="eager", dynamic=False)
+    for length in LENGTHS:
+        theirs(torch.randn(2, length, 16))
+    model: Any = ringfx.optimize(stock, compiler="eager")
+    model(torch.randn(2, 20, 16))
+    assert [axis.length for axis in model.plan.axes] == [20]
+
+
+def test_an_optimized_model_is_planned_as_the_model_that_was_given() -> None:
+    model = ringfx.optimize(Attention(), compiler="eager")
+    assert len(ringfx.plan(model, (torch.randn(2, 12, 16),), world_size=2).layers) == 1

@@ -41,9 +41,9 @@ __all__ = [
     "channels",
     "is_settled",
     "next_number",
-    "one_call",
     "plain",
     "settled",
+    "shared_call",
 ]
 
 E = TypeVar("E", bound=BaseException)
@@ -337,7 +337,7 @@ def channel_of(group: dist.ProcessGroup) -> Channel:
 
 
 @contextlib.contextmanager
-def one_call(group: str, *, begins: bool = True) -> Iterator[None]:
+def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
     """What ends it with an error on this rank is told to the other ranks of that group.
 
     ``begins``: it is an outermost call of the model, and not a part of one.
