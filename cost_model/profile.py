@@ -51,6 +51,7 @@ __all__ = [
     "age_words",
     "available_profiles",
     "check_profile",
+    "check_profile_type",
     "load_profile",
     "own_profiles",
     "profile_json",

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.optimizers import check_optimizer
-from ringfx.cost_model.profile import check_profile
+from ringfx.cost_model.profile import check_profile, check_profile_type
 from ringfx.errors import InvalidArgument
+from ringfx.world import several_processes
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
 
@@ -57,7 +58,9 @@ class Settings:
         _check_choice("compiler", settings.compiler, get_args(Compiler))
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
-        check_profile(settings.profile)
+        check_profile_type(settings.profile)
+        if not several_processes():  # of several ranks only rank 0 must have it: all are told
+            check_profile(settings.profile)
         _check_interval(settings.check_inputs)
         if not isinstance(settings.strict, bool):
             raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")

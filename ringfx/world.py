@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["World", "process_group"]
+__all__ = ["World", "process_group", "several_processes"]
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,33 @@ def process_group(name: str) -> dist.ProcessGroup:
     return group
 
 
-def _refuse_started_alone() -> None:
-    """A launcher says how many processes it started; each alone would run the model whole."""
+def several_processes() -> bool:
+    """Whether this is one of several: joined in a process group, or started by a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return _started() is not None
+
+
+def _started() -> tuple[str, int] | None:
+    """How many processes a launcher says it started, and where; None for one."""
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         said = os.environ.get(name, "")
         if said.isdecimal() and int(said) > 1:
-            raise InvalidArgument(
-                f"{name}={said} says that {said} processes were started, but torch.distributed is "
-                "not initialised: each would run the whole sequence. Do: call "
-                "torch.distributed.init_process_group() before the model's first call, or unset "
-                f"{name} to run on one rank."
-            )
+            return name, int(said)
+    return None
+
+
+def _refuse_started_alone() -> None:
+    """Each alone would run the model whole."""
+    started = _started()
+    if started is not None:
+        name, said = started
+        raise InvalidArgument(
+            f"{name}={said} says that {said} processes were started, but torch.distributed is "
+            "not initialised: each would run the whole sequence. Do: call "
+            "torch.distributed.init_process_group() before the model's first call, or unset "
+            f"{name} to run on one rank."
+        )
 
 
 _NOT_A_MEMBER = (
