@@ -238,7 +238,7 @@ def load_profile(name: str | Path | Profile | None = None, *, device: str) -> Pr
     ProfileError
         There is no such profile, it cannot be read, or none ships for this device type.
     """
-    if not isinstance(device, str):
+    if not isinstance(device, str) or not device:
         raise InvalidArgument(f"device={shown(device)} is no device type. Do: give cpu or cuda.")
     check_profile_type(name)
     if isinstance(name, Profile):

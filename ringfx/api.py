@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from ringfx.arguments import whole_number
 from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.infeasible import refuse_parameters
@@ -187,9 +188,8 @@ def plan(
     RingfxError
         Whatever ``optimize`` would raise for this model.
     """
-    _check_call(model, args, kwargs)
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise InvalidArgument(f"world_size={world_size!r} must be a positive integer")
+    check_call("plan", model, args, kwargs)
+    world_size = whole_number("plan", "world_size", world_size)
     settings = Settings.of(
         {
             "strategy": strategy,
@@ -227,15 +227,26 @@ def plan(
     return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
 
 
-def _check_call(model: object, args: object, kwargs: object) -> None:
+def check_call(where: str, model: object, args: object, kwargs: object) -> None:
+    """What a model may be called with, offline.
+
+    Raises
+    ------
+    InvalidArgument
+        For what is no module, no tuple of arguments or no mapping of keywords.
+    """
     if not isinstance(model, torch.nn.Module):
-        raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise InvalidArgument(
+            f"{where}: model must be a torch.nn.Module, not {type(model).__name__}"
+        )
     if isinstance(model, OptimizedModule):
         raise InvalidArgument("model comes from torch.compile. Do: pass the model itself.")
     if not isinstance(args, tuple | list):
         raise InvalidArgument(f"args is a {type(args).__name__}. Do: pass a tuple of arguments.")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(f"kwargs is a {type(kwargs).__name__}. Do: pass a mapping.")
+    if wrong := [name for name in kwargs or () if not isinstance(name, str)]:
+        raise InvalidArgument(f"kwargs has the key {wrong[0]!r}. Do: name arguments by texts.")
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ringfx import api
+from ringfx.arguments import switch
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.breaks import is_outermost
@@ -61,6 +62,8 @@ def explain(
     AttentionMissed
         With ``strict``, if something looks like attention and is neither found nor declined.
     """
+    api.check_call("explain", model, args, kwargs)
+    switch("explain", "strict", strict)
     parts: list[Explanation] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:

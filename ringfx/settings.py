@@ -88,6 +88,8 @@ def _check_strategy(strategy: object) -> None:
     from ringfx.strategies import STRATEGIES
 
     names = ("auto", *STRATEGIES)
+    if isinstance(strategy, Mapping) and not all(isinstance(glob, str) for glob in strategy):
+        raise InvalidArgument("strategy: a mapping must have texts as keys, globs of module paths.")
     asked = strategy.values() if isinstance(strategy, Mapping) else (strategy,)
     for name in asked:
         if name not in names:

@@ -9,13 +9,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from ringfx.arguments import choice, number, switch, tensor, text, whole_number
 from ringfx.errors import InvalidArgument
 from ringfx.layout import LayoutKind
 from ringfx.ops import checks
 from ringfx.ops.attention import attention
 from ringfx.ops.groups import Group, name_and_size
 from ringfx.spec import AttentionSpec
+from ringfx.strategies import STRATEGIES
 from ringfx.tiles import CAUSAL, Expr, K, Q, conjunction
+from ringfx.tiles.checked import checked_expr
+from ringfx.tiles.expr import inputs_used
 
 __all__ = ["ring_attention"]
 
@@ -23,6 +27,10 @@ Tensor = torch.Tensor
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+CHOICES = {
+    "strategy": tuple(STRATEGIES), "layout": ("contiguous", "zigzag"),
+    "fully_masked": ("zero", "mean"),
+}  # fmt: skip
 _constant: Callable[[F], F] = torch.compiler.assume_constant_result
 
 
@@ -109,7 +117,14 @@ def ring_attention(
     >>> ring_attention(q, k, v, causal=True).shape
     torch.Size([1, 2, 4, 8])
     """
-    checks.tensors({"q": q, "k": k, "v": v}, name or "ring_attention")
+    text("ring_attention", "name", name)
+    where = name or "ring_attention"
+    checks.tensors({"q": q, "k": k, "v": v}, where)
+    _check_options(where, causal=causal, scale=scale, layout=layout, fully_masked=fully_masked)
+    _check_options(where, strategy=strategy, soft_cap=soft_cap)
+    _check_numbers(where, length=length, kv_length=kv_length, window=window, prefix=prefix)
+    _check_read(where, documents=documents, key_padding=key_padding, sinks=sinks)
+    _check_tile_functions(where, inputs, keep=keep, bias=bias)
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InvalidArgument(
             f"ring_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. "
@@ -149,6 +164,53 @@ def ring_attention(
         group=group_name,
         name=name or "ring_attention",
     )
+
+
+def _check_options(where: str, **given: Any) -> None:
+    for name, value in given.items():
+        if name in CHOICES:
+            choice(where, name, value, CHOICES[name])
+        elif name == "causal":
+            switch(where, name, value)
+        elif value is not None:
+            number(where, name, value, positive=name == "soft_cap")
+
+
+def _check_numbers(where: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            whole_number(where, name, value, least=0 if name == "prefix" else 1)
+
+
+def _check_read(where: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            tensor(where, name, value)
+            if name == "sinks" and not value.is_floating_point():
+                raise InvalidArgument(f"{where}: sinks is {value.dtype}. Do: pass floats.")
+            if name == "documents" and (value.is_floating_point() or value.is_complex()):
+                raise InvalidArgument(f"{where}: documents is {value.dtype}. Do: pass integers.")
+
+
+def _check_tile_functions(where: str, inputs: Sequence[Tensor], **given: Any) -> None:
+    if not isinstance(inputs, list | tuple):
+        raise InvalidArgument(f"{where}: inputs is a {type(inputs).__name__}. Do: pass a list.")
+    for i, x in enumerate(inputs):
+        tensor(where, f"inputs[{i}]", x)
+    for name, value in given.items():
+        if value is not None and (problem := _problem(value, len(inputs))):
+            raise InvalidArgument(f"{where}: {name}: {problem}. Do: see ringfx.tiles.")
+
+
+@_constant
+def _problem(expr: Any, num_inputs: int) -> str:
+    """What is wrong with a tile function; empty if nothing is."""
+    try:
+        used = inputs_used(checked_expr(expr))
+    except ValueError as error:
+        return str(error)
+    beyond = [i for i in used if i >= num_inputs]
+    return f"it reads input {beyond[0]}, and there are {num_inputs} inputs" if beyond else ""
 
 
 @_constant

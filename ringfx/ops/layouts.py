@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ringfx.arguments import choice, tensor, whole_number
 from ringfx.errors import InvalidArgument
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.groups import Group, name_and_size
@@ -17,6 +18,8 @@ from ringfx.ops.ranks import Ranks
 from ringfx.uncompiled import register_autograd
 
 __all__ = ["gather", "shard"]
+
+LAYOUTS = ("contiguous", "zigzag")
 
 Tensor = torch.Tensor
 
@@ -45,8 +48,10 @@ def shard(x: Tensor, dim: int, *, layout: LayoutKind = "contiguous", group: Grou
     >>> shard(torch.arange(4.0), 0).tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
+    tensor("shard", "x", x)
+    choice("shard", "layout", layout, LAYOUTS)
     name, size = name_and_size(group)
-    dim = _token_dim(x, dim)
+    dim = _token_dim("shard", x, dim)
     found: Tensor = torch.ops.ringfx.shard(x, dim, layout, size, name)
     return found
 
@@ -68,12 +73,14 @@ def gather(
     length
         The true number of tokens, to which padding is cropped; by default all that there are.
     """
+    tensor("gather", "x", x)
+    choice("gather", "layout", layout, LAYOUTS)
     name, size = name_and_size(group)
-    dim = _token_dim(x, dim)
+    dim = _token_dim("gather", x, dim)
     padded = x.shape[dim] * size
-    length = padded if length is None else length
-    expected = Layout(layout, max(length, 1), size).local_length
-    if length < 1 or expected != x.shape[dim]:
+    length = padded if length is None else whole_number("gather", "length", length)
+    expected = Layout(layout, length, size).local_length
+    if expected != x.shape[dim]:
         raise InvalidArgument(
             f"gather: {x.shape[dim]} tokens on each of {size} ranks cannot be {length} in all: in "
             f"{layout} layout each rank would have {expected}. "
@@ -83,7 +90,8 @@ def gather(
     return found
 
 
-def _token_dim(x: Tensor, dim: int) -> int:
+def _token_dim(where: str, x: Tensor, dim: int) -> int:
+    dim = whole_number(where, "dim", dim, least=-x.dim())
     if not -x.dim() <= dim < x.dim():
         raise InvalidArgument(f"dim {dim} of a tensor of shape {tuple(x.shape)} does not exist.")
     return dim % x.dim()
