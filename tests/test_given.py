@@ -77,6 +77,8 @@ def test_a_branch_on_unknown_values_is_not_taken_and_the_next_layer_stays_split(
 
 
 class Kept(nn.Module):
+    keep: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(16, 48)
@@ -85,7 +87,8 @@ class Kept(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
         b = self.keep[: x.shape[1], : x.shape[1]]
-        return ((q @ k.mT) * b - 1e4 * (1 - b)).softmax(-1) @ v
+        mixed: Tensor = ((q @ k.mT) * b - 1e4 * (1 - b)).softmax(-1) @ v
+        return mixed
 
 
 def test_values_of_a_buffer_tell_the_mask() -> None:
@@ -95,7 +98,8 @@ def test_values_of_a_buffer_tell_the_mask() -> None:
 
 class Untraceable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x[:1], lambda x: x, (x,))
+        either: Tensor = torch.cond(x.sum() > 0, lambda x: x[:1], lambda x: x, (x,))
+        return either
 
 
 def test_a_model_that_dynamo_cannot_trace_is_told_so() -> None:

@@ -61,8 +61,8 @@ def _trace(name: str, world_sizes: Sequence[int], folder: Path) -> Never:
     place = [BEFORE]
     original = Backend._agree_on_profile
 
-    def forking(self: Backend, device: str) -> None:
-        """The first thing that a backend does."""
+    def forking(self: Backend, device: torch.device) -> None:
+        """The first thing that a call does."""
         Backend._agree_on_profile = original  # type: ignore[method-assign]
         place[0] = _fork_ranks(world_sizes, folder)
         self.world = World.of(None)

@@ -139,7 +139,7 @@ def fails_to_compile(compiler: str) -> None:
         def broken(*_: Any) -> Any:
             raise MemoryError("no room to compile")
 
-        backend.hand_over = broken
+        backend.hand_over = broken  # type: ignore[assignment]
     optimized(compiler=compiler)(tokens(16))
 
 

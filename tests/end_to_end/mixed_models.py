@@ -53,7 +53,8 @@ def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     empty = flat[0].new_zeros(1, 1, 1).expand(flat[0].shape[0], q.shape[2], q.shape[2])
     scores = torch.baddbmm(empty, flat[0], flat[1].mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(hidden(scores).softmax(-1), flat[2]).unflatten(0, q.shape[:2])
+    mixed: Tensor = torch.bmm(hidden(scores).softmax(-1), flat[2]).unflatten(0, q.shape[:2])
+    return mixed
 
 
 def hidden(scores: Tensor) -> Tensor:
