@@ -46,6 +46,7 @@ from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
 from ringfx.split_spec import SplitSpec
 from ringfx.tiles.words import WHOLE_MASK
+from ringfx.uncompiled import without_saved_tensor_hooks
 from ringfx.unsplit import why_unsplit
 from ringfx.world import World
 from ringfx.wrapping import wrap_all
@@ -329,8 +330,7 @@ def lower_or_say(
 ) -> Lowered:
     """``lower``; what goes wrong inside it and has no name of its own gets one."""
     try:
-        # What tracing saves for backward is no business of a checkpoint or of offloading around it.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with without_saved_tensor_hooks():
             return lower(gm, example_inputs, settings, world, arrivals)
     except (RingfxError, TorchDynamoException):
         raise
@@ -344,10 +344,6 @@ def lower_or_say(
             "ringfx, not of the model. Do: run the model without ringfx, and please report it "
             "with the model; the cause is attached to this error."
         ) from error
-
-
-def _as_it_is(saved: torch.Tensor) -> torch.Tensor:
-    return saved
 
 
 def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
