@@ -48,11 +48,20 @@ CAUSES: dict[Callable[[str], None], str] = {
 }
 
 
-@pytest.mark.parametrize("case", CAUSES, ids=lambda case: case.__name__)
+OFTEN = frozenset({faults.hook_raises, faults.backward_raises, faults.ends_early, faults.killed})
+"""A kind each; the rest is as slow, and run by ``make test-all``."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CAUSES],
+    ids=lambda case: case.__name__,
+)
 def test_what_ends_one_rank_is_heard_by_the_other(case: Callable[[str], None]) -> None:
     _check(faults.run(case), CAUSES[case], survivors=[1 - VICTIM])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [faults.hook_raises, faults.killed], ids=lambda c: c.__name__)
 def test_what_ends_one_rank_is_heard_by_both_others(case: Callable[[str], None]) -> None:
     _check(faults.run(case, size=3), CAUSES[case], survivors=[0, 2])
@@ -67,6 +76,7 @@ def test_an_index_beyond_a_table_is_heard_by_all(size: int) -> None:
     assert all(" raised IndexError: " in heard.text for heard in others), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_it_is_heard_under_every_compiler(compiler: str) -> None:
     found = faults.run(faults.fails_to_compile, compiler=compiler)

@@ -119,17 +119,28 @@ def checkpointed_llama(reentrant: bool) -> nn.Module:
     return model.train()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [spellings, of_short_weights, recipes, regions, checkpoints, torch_layers, hugging_face],
-)
+KINDS = (spellings, of_short_weights, recipes, regions, checkpoints, torch_layers, hugging_face)
+
+
+@pytest.mark.parametrize("cases", KINDS)
 def test_a_split_model_is_as_near_as_the_unsplit_on_two_ranks(ranks2: RankPool, cases: Any) -> None:
+    check(ranks2, cases()[::3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", KINDS)
+def test_each_model_is_as_near_as_the_unsplit_on_two_ranks(ranks2: RankPool, cases: Any) -> None:
     check(ranks2, cases())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", KINDS)
+def test_each_model_is_as_near_as_the_unsplit_on_three_ranks(ranks3: RankPool, cases: Any) -> None:
+    check(ranks3, cases())
+
+
 def test_a_split_model_is_as_near_as_the_unsplit_on_three_ranks(ranks3: RankPool) -> None:
-    every_second = [*spellings(), *of_short_weights(), *regions(), *hugging_face()][::2]
-    check(ranks3, every_second)
+    check(ranks3, [found for cases in KINDS for found in cases()[1::6]])
 
 
 def test_a_plan_under_autocast_has_the_type_that_is_computed_in() -> None:
