@@ -29,6 +29,7 @@ from ringfx.ops.leaving import tell_when_leaving
 from ringfx.plan import Plan
 from ringfx.settings import Settings
 from ringfx.uncompiled import uncompiled
+from ringfx.unsplit import in_transform, why_unsplit
 from ringfx.world import World
 
 __all__ = ["Optimized", "optimized"]
@@ -251,6 +252,9 @@ def _run(face: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of the model, split; or an error, or a warning that says why not."""
     inner, backend = face._ringfx_inner, face._ringfx_faces.backend_now()
     if backend.is_running or isinstance(inner, DistributedDataParallel):
+        return inner(*args, **kwargs)
+    if in_transform():  # nothing would be compiled, and messages of a transform's tensors fail
+        backend.announce(why_unsplit())
         return inner(*args, **kwargs)
     try:
         with backend.call(inner, is_part=face._ringfx_is_part):

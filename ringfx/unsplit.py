@@ -7,7 +7,7 @@ import os
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["why_unsplit"]
+__all__ = ["in_transform", "why_unsplit"]
 
 _WHOLE = "this call of the model was not compiled and ran whole on every rank: "
 
@@ -17,12 +17,17 @@ def why_unsplit() -> str:
     return _WHOLE + next((text for holds, text in _causes() if holds), _UNKNOWN)
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return bool(torch._C._functorch.get_dynamic_layer_stack_depth() > 0)
+
+
 def _causes() -> list[tuple[bool, str]]:
     stance = torch._dynamo.eval_frame._stance.stance
     modes = ", ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
     return [
         (
-            torch._C._functorch.get_dynamic_layer_stack_depth() > 0,
+            in_transform(),
             "it stands inside a transform of torch.func (grad, vmap, jacrev, functional_call under "
             "one), in which Dynamo traces nothing. Do: call the model outside of the transform, or "
             "take the gradient with backward().",

@@ -30,13 +30,15 @@ SIZES = (6, 8, 10, 4)
 
 ONLY_SUMS = "a partial maximum, product or norm: our partial results are sums"
 UNEVEN = "an average of averages: wrong for parts of different length, or with ignored tokens"
+DRAWN = "two results of one draw, which is the whole tensor's: each rank would draw other numbers"
 KEPT_WHOLE: Mapping[Any, str] = {
     **dict.fromkeys(
         (
             aten.max.default, aten.min.default, aten.amax.default, aten.amin.default,
             aten.prod.default, aten.prod.dim_int, aten.any.default, aten.any.dim,
             aten.all.default, aten.all.dim, aten.linalg_vector_norm.default,
-            aten.norm.Scalar, aten.norm.ScalarOpt_dim,
+            aten.norm.Scalar, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dtype,
+            aten.norm.ScalarOpt_dim_dtype, aten.any.dims, aten.aminmax.default,
         ),
         ONLY_SUMS,
     ),
@@ -44,9 +46,13 @@ KEPT_WHOLE: Mapping[Any, str] = {
         (
             aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default,
             aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default,
-            aten.huber_loss.default,
+            aten.huber_loss.default, aten.binary_cross_entropy.default,
+            aten.binary_cross_entropy_with_logits.default, aten.soft_margin_loss.default,
         ),
         UNEVEN,
+    ),
+    **dict.fromkeys(
+        (aten.native_dropout.default, aten.rrelu_with_noise_functional.default), DRAWN
     ),
     aten.bucketize.Tensor: "counts against parts of the borders: a sum; borders are small",
     aten.cumprod.default: "DTensor is wrong: a product over the split axis needs what is before",
