@@ -190,7 +190,8 @@ class _At:
 
     def _name(self, term: MemoryTerm) -> str:
         """Of what is split in general, what every rank has whole goes by a name of its own."""
-        whole = self._world_size > 1 and not term.is_split and CAUSES.get(term.cause) == "split"
+        whole = self._world_size > 1 and term.tokens > 0 and not term.is_split
+        whole = whole and CAUSES.get(term.cause) == "split"
         return f"{term.cause}, replicated" if whole else term.cause
 
     def _scaled(self, size: int, tokens: int, *, split: bool) -> int:
