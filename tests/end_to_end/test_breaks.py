@@ -166,8 +166,11 @@ def test_other_compilers_still_break_at_log_lines() -> None:
         torch.compile(Talking(), backend="eager", fullgraph=True)(*inputs())
 
 
-def test_a_plan_says_where_it_stopped() -> None:
+def test_a_plan_goes_on_with_an_assumed_value_and_says_where() -> None:
     plan = ringfx.plan(Reading(), inputs(), world_size=2)
-    assert len(plan.layers) == 1
+    assert len(plan.layers) == 2
     assert any("in forward, which runs uncompiled" in note for note in plan.notes), plan.notes
-    assert any("planning stopped where the model's own code reads" in note for note in plan.notes)
+    assumed = [note for note in plan.notes if note.startswith("planning assumed a number")]
+    assert len(assumed) == 1, plan.notes
+    assert "to be 0.0: " in assumed[0]
+    assert "test_breaks.py:" in assumed[0]
