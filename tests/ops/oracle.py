@@ -151,14 +151,15 @@ def join(parts: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.cat(list(parts), 2)[:, :, layout.order()]
 
 
-def run(example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """This rank's (split, whole) results of ringfx."""
+def run(
+    example: Example, ranks: dist.ProcessGroup | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's (split, whole) results of ringfx, over all ranks unless told otherwise."""
     rank, size, group = 0, 1, ""
     if dist.is_initialized():
-        rank, size = dist.get_rank(), dist.get_world_size()
-        world = dist.group.WORLD
-        assert world is not None, "it is initialised"
-        group = world.group_name
+        ranks = ranks or dist.group.WORLD
+        assert ranks is not None, "it is initialised"
+        rank, size, group = ranks.rank(), ranks.size(), ranks.group_name
     found, spec = data(example), example.spec
     q_layout = Layout(example.layout, spec.q_len, size)
     kv_layout = Layout(example.layout, spec.kv_len, size)
