@@ -71,7 +71,7 @@ class RankPool:
     """
 
     def __init__(
-        self, world_size: int, *, timeout_s: float = 300.0, collective_timeout_s: float = 60.0
+        self, world_size: int, *, timeout_s: float = 600.0, collective_timeout_s: float = 240.0
     ) -> None:
         self.world_size = world_size
         self.timeout_s = timeout_s
