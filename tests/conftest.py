@@ -8,11 +8,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.ranks import RankPool
+from tests.ranks import RankPool, avoid_broken_kernels
 
 # The same examples everywhere, and no deadline: machines that run tests differ and are shared.
 settings.register_profile("ringfx", deadline=None, derandomize=True)
 settings.load_profile("ringfx")
+
+
+def pytest_configure() -> None:
+    avoid_broken_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import getpass
 import multiprocessing
 import multiprocessing.util
 import os
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-__all__ = ["RankError", "RankPool", "error_text", "raises"]
+__all__ = ["RankError", "RankPool", "avoid_broken_kernels", "error_text", "raises"]
 
 HOST = "127.0.0.1"
 GRACE_S = 20.0
@@ -217,9 +218,24 @@ def _environment(**values: str) -> Any:
                 os.environ[name] = value
 
 
+def avoid_broken_kernels() -> None:
+    """Lets unsplit models run where ATEN_CPU_CAPABILITY makes a lesser processor of this one.
+
+    On processors with matrix units torch's fused attention fails there in bfloat16; and Inductor
+    takes programs of the real processor from its cache, which the lesser one's headers refuse.
+    """
+    if played := os.environ.get("ATEN_CPU_CAPABILITY"):
+        own_cache = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{played}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache))
+    plays_another = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if plays_another and torch.cpu._is_amx_tile_supported():
+        torch.backends.cuda.enable_flash_sdp(False)  # torch's switch for CPUs too
+
+
 def _work(setup: _Setup, pipe: Connection) -> None:
     """The life of one rank: jobs until the parent hangs up."""
     torch.set_num_threads(1)
+    avoid_broken_kernels()
     os.environ.update(
         RANK=str(setup.rank), LOCAL_RANK=str(setup.rank), WORLD_SIZE=str(setup.world_size)
     )

@@ -269,12 +269,22 @@ def _backward_type(x: Tensor) -> Tensor:
 
 @functools.cache
 def _has_matrix_units() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+    return _runs_avx512() and bool(torch.cpu._is_amx_tile_supported())
 
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    return _has_matrix_units() or bool(torch.cpu._is_avx512_bf16_supported())
+    found = _has_matrix_units() or bool(torch.cpu._is_avx512_bf16_supported())
+    return found and _runs_avx512()
+
+
+def _runs_avx512() -> bool:
+    """Whether torch's kernels use what the processor has: ATEN_CPU_CAPABILITY may forbid it.
+
+    There torch's own fused kernel fails in bfloat16 on a processor with matrix units ("pack_vnni2
+    is only supported when avx512 is supported"): it asks the processor and not the setting.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _cpu_forward(

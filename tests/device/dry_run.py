@@ -1,0 +1,210 @@
+"""Programs of the corpus on fake CUDA tensors: ``python -m tests.device.dry_run``.
+
+Needs a CUDA build of torch, and no GPU. Each model is captured with weights and inputs that claim
+to be on a GPU, rewritten for 8 ranks, and the program of one rank runs forward and backward. What
+is asserted of every operator that runs:
+
+- its tensors are on the CUDA device (``ON_HOST`` names what is not),
+- it copies nothing between devices and reads no value on the host,
+
+and of every attention that torch's shape functions take the calls of the kernel that was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ringfx.dynamo import for_ringfx, prepare_tracing
+from ringfx.errors import RingfxError
+from ringfx.passes.capture.trace import keep_value
+from ringfx.ops.kernels import Scores, choose
+from ringfx.passes.values import AttentionSite
+from ringfx.passes.verify.check import _fake_inputs
+from ringfx.pipeline import Lowered, lower
+from ringfx.settings import Settings
+from ringfx.world import World
+from tests.corpus.build import build
+from tests.corpus.row import Variant
+from tests.corpus.table import VARIANTS
+from tests.device.walk import backward
+
+__all__ = ["check", "chosen", "main"]
+
+RANKS = 8
+CUDA = torch.device("cuda:0")
+aten = torch.ops.aten
+
+READS = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
+    aten.unique_consecutive, aten.equal, aten.is_nonzero, aten.item, aten.repeat_interleave,
+}  # fmt: skip
+"""Operators that wait for the device because their result is read, or its size depends on it."""
+
+ON_HOST = {"the number of the call": lambda x: x.ndim == 0 and x.dtype == torch.int64}
+"""Tensors that are on the CPU on purpose, and how they are known."""
+
+
+NO_CONSTANTS = mock.patch.object(proxy_tensor, "CONSTANT_NUMEL_LIMIT", -1)
+"""While it traces, torch copies small constants to the device in earnest, to know their values."""
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every operator that reads on the host, leaves the device or crosses to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = _tensors((args, kwargs))
+        packet = getattr(func, "overloadpacket", func)
+        if packet in READS or (packet is aten.index and _has_mask(args[1])):
+            self.problems[f"{func}: reads a value on the host"] += 1
+        devices = {x.device.type for x in (*given, *_tensors(results)) if not _on_host(x)}
+        if devices - {"cuda"}:
+            self.problems[f"{func}: tensors on {', '.join(sorted(devices))}"] += 1
+        return results
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def _on_host(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and any(known(x) for known in ON_HOST.values())
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def chosen(part: int, parts: int) -> list[Variant]:
+    """A varied part of the corpus: every ``parts``-th variant."""
+    return list(VARIANTS)[part - 1 :: parts]
+
+
+def check(variant: Variant) -> list[str]:
+    """What is wrong with the variant's programs on a GPU."""
+    found: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        program = lower(gm, example_inputs, Settings.of({}), World(RANKS, 0, "ringfx"))
+        found.extend(_problems(program))
+        return gm.forward
+
+    mode = FakeTensorMode()
+    model, inputs = _claimed(mode, build(variant), variant)
+    torch._dynamo.reset()
+    prepare_tracing()
+    try:
+        with mode, NO_CONSTANTS:
+            torch.compile(model, backend=for_ringfx(backend), dynamic=False)(
+                **inputs, **variant.row.calls
+            )
+    except torch._dynamo.exc.BackendCompilerFailed as failure:
+        raise failure.inner_exception from None
+    finally:
+        torch._dynamo.reset()
+    return found
+
+
+def _claimed(mode: FakeTensorMode, model: nn.Module, variant: Variant) -> tuple[nn.Module, Any]:
+    """Model and inputs as fakes that claim to be on the GPU."""
+
+    def fake(x: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = fake(tensor)
+        keep_value(twin, tensor)
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    given = pytree.tree_map_only(torch.Tensor, fake, variant.row.inputs())
+    return copy.deepcopy(model, memo), given
+
+
+def _problems(program: Lowered) -> Iterator[str]:
+    mode, inputs = _fake_inputs(program.captured, program.local)
+    watch = _Watch()
+    with mode, watch, torch.enable_grad():
+        results = program.local.graph_module(*inputs)
+        backward([x for x in _tensors(results) if x.is_floating_point()])
+    yield from (f"{text} ({count} times)" for text, count in watch.problems.items())
+    for layer in program.plan.layers:
+        yield from _refused(layer.site, mode)
+
+
+def _refused(site: AttentionSite, mode: FakeTensorMode) -> Iterator[str]:
+    """The chosen kernel's calls on one rank's tokens."""
+    dtype = getattr(torch, site.dtype)
+    if site.device != "cuda":
+        yield f"{site.name}: attention is on {site.device}"
+        return
+    with mode:
+        queries, keys = (max(1, n // RANKS) for n in (site.spec.q_len, site.spec.kv_len))
+        kernel = choose(CUDA, dtype, soft_cap=site.spec.soft_cap is not None)
+        q, k, v, dout = (
+            torch.empty(site.batch, heads, length, width, dtype=dtype, device=CUDA)
+            for heads, length, width in (
+                (site.heads, queries, site.head_dim),
+                (site.kv_heads, keys, site.head_dim),
+                (site.kv_heads, keys, site.v_head_dim),
+                (site.heads, queries, site.v_head_dim),
+            )
+        )
+        scores = Scores(scale=site.spec.scale, soft_cap=site.spec.soft_cap)
+        out, lse = kernel.forward(q, k, v, scores)
+        gradients = kernel.backward(dout, q, k, v, out, lse, scores)
+    shapes = [tuple(x.shape) for x in (out, *gradients)]
+    if shapes != [tuple(x.shape) for x in (dout, q, k, v)]:
+        yield f"{site.name}: {kernel.name} gives {shapes}"
+    if any(x.device != CUDA for x in (out, lse, *gradients)):
+        yield f"{site.name}: {kernel.name} leaves the device"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.device.dry_run")
+    parser.add_argument("--part", type=int, nargs=2, default=(1, 4), metavar=("I", "N"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    variants = chosen(*options.part)
+    if options.only:
+        variants = [v for v in VARIANTS if v.name in options.only]
+    bad: list[str] = []
+    for number, variant in enumerate(variants, 1):
+        try:
+            problems = check(variant)
+        except RingfxError as error:
+            print(f"[{number}/{len(variants)}] {variant.name}: refused: {str(error)[:150]}")
+            continue
+        except Exception as error:
+            problems = ["".join(traceback.format_exception(error)[-4:])]
+        verdict = "\n    ".join(["", *problems]) if problems else " on the device throughout"
+        print(f"[{number}/{len(variants)}] {variant.name}:{verdict}", flush=True)
+        bad += [variant.name] if problems else []
+    print(f"{len(variants)} variants, {len(bad)} with problems: {' '.join(bad)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
