@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from tests.passes.composed import COMPOSED, DRAWS
-from tests.passes.fuzz_operators import TOGETHER, Trial, check, functions, trials
+from tests.passes.fuzz_operators import TOGETHER, Trial, check, trials
 
 PARTS = 20
-SAMPLED = random.Random(0).sample(list(functions()), 12)
+SAMPLED = ("repeat_interleave", "linear", "arctan2", "roll", "renorm", "log", "logsumexp")
 
 
 def of_composed(names: list[str]) -> list[Trial]:
@@ -29,7 +27,7 @@ def wrong(some: list[Trial], *, ranks: int, after: bool) -> dict[str, str]:
 
 @pytest.mark.parametrize(("ranks", "after"), [(2, False), (3, True)])
 def test_a_sample_of_functions_is_equal_or_refused(ranks: int, after: bool) -> None:
-    some = [t for _, name in SAMPLED for t in trials(only=name, ways=6) if t.numbers == "numbers"]
+    some = [t for name in SAMPLED for t in trials(only=name, ways=5) if t.numbers == "numbers"]
     assert wrong(some, ranks=ranks, after=after) == {}
 
 
