@@ -24,6 +24,7 @@ import torch
 
 from ringfx import messages
 from ringfx.gradients import NOT_REACHED
+from ringfx.picks import nothing
 from ringfx.uncompiled import Function
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "leave",
     "mask_tokens",
     "pick_token",
+    "repeat_token",
     "share",
     "slice_tokens",
     "sum_partials",
@@ -73,6 +75,22 @@ def choose_tokens(
     row = valid.view(1, tokens, 1).expand(outer, tokens, inner).reshape(outer * tokens * inner)
     row = row.view(-1, *(1,) * (x.dim() - dim - 1))
     return torch.where(row, x, other)
+
+
+def repeat_token(
+    x: torch.Tensor, valid: torch.Tensor, dim: int, outer: int, inner: int
+) -> torch.Tensor:
+    """x with this rank's first token where one is padding; ``valid`` is bool [tokens].
+
+    Padding has no gradient; but where an operator's derivative is infinite, its product with that
+    0 is NaN, and so is the gradient of every weight before.
+    """
+    shape, tokens = x.shape, valid.shape[0]
+    opened = x.reshape(*shape[:dim], outer, tokens, inner, *shape[dim + 1 :])
+    first = valid.to(torch.int8).argmax(0, keepdim=True)
+    row = opened.detach().index_select(dim + 1, first)
+    here = valid.view(tokens, *(1,) * (len(shape) - dim))
+    return torch.where(here, opened, row).reshape(shape)
 
 
 def fill_padding(
@@ -130,14 +148,14 @@ def scatter_sum(
 def pick_token(
     x: torch.Tensor, own: torch.Tensor, element: int, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
-    """The row of one token where this rank has it, zeros elsewhere; ``dim`` is removed.
+    """The row of one token where this rank has it, nothing elsewhere; ``dim`` is removed.
 
     ``own`` is int64 [local tokens]: the element that each local token is.
     """
     assert outer == inner == 1, "a token that is picked stands alone in its dimension"
     here = own == element
     row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
-    return torch.where(here.any(), row, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(here.any(), row, nothing(x))
 
 
 def take_plain(

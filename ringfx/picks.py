@@ -1,14 +1,14 @@
 """Single tokens of a split value: each comes from the rank that has it.
 
-Every rank reads the same numbers, takes what it has and puts zeros elsewhere; the sum over ranks is
-the result. Its transpose puts each gradient back where the token came from.
+Every rank reads the same numbers, takes what it has and puts nothing elsewhere; the sum over ranks
+is the result. Its transpose puts each gradient back where the token came from.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["join_pieces", "local_rows", "mask_rows", "take_range"]
+__all__ = ["join_pieces", "local_rows", "mask_rows", "nothing", "take_range"]
 
 
 def local_rows(
@@ -34,16 +34,22 @@ def local_rows(
     return torch.where(slot >= 0, row, -1)
 
 
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    """What adds nothing to numbers of x's type: -0.0, since 0.0 would make 0.0 of a -0.0."""
+    zero = complex(-0.0, -0.0) if x.is_complex() else -0.0 if x.is_floating_point() else 0
+    return torch.full((), zero, dtype=x.dtype, device=x.device)
+
+
 def mask_rows(x: torch.Tensor, rows: torch.Tensor, trailing: int) -> torch.Tensor:
-    """x where the rows are this rank's, zero elsewhere; ``trailing`` dimensions follow theirs."""
+    """x where rows are this rank's, nothing elsewhere; ``trailing`` dimensions follow theirs."""
     here = (rows >= 0).reshape(*rows.shape, *(1,) * trailing)
-    return torch.where(here, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(here, x, nothing(x))
 
 
 def take_range(
     x: torch.Tensor, own: torch.Tensor, start: int, count: int, length: int, dim: int
 ) -> torch.Tensor:
-    """Tokens ``start`` to ``start + count`` of dimension ``dim``, zeros where others have them."""
+    """Tokens from ``start`` of dimension ``dim``, ``count``; nothing where others have them."""
     index = torch.arange(start, start + count, device=own.device)
     rows = local_rows(index, own, length, 1, 1)
     return mask_rows(x.index_select(dim, rows.clamp_min(0)), rows, x.dim() - dim - 1)

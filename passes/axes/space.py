@@ -131,7 +131,7 @@ class AxisSpace:
 
     def _cut(self, axis: int, slow: int) -> None:
         size = self._size[axis]
-        if slow == 1 or size % slow:
+        if slow <= 1 or size % slow:  # nothing is cut into none
             raise AxisClash(f"an axis of {size} does not divide into {slow}")
         first, second = self.fresh(slow)[0], self.fresh(size // slow)[0]
         self._parts[axis] = (first, second)

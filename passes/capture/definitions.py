@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ringfx.errors import CaptureRefused
+
 __all__ = ["DEFINITIONS"]
 
 aten = torch.ops.aten
@@ -161,6 +163,18 @@ def expanded_as(x: Tensor, other: Tensor) -> Tensor:
     return x.expand(other.shape)
 
 
+def drawn_between(x: Tensor, low: int, high: int | None, *, generator: Any = None) -> Tensor:
+    """x.random_(low, high), whose overload is named ``from``, which no code can say."""
+    if high is None or generator is not None:
+        raise CaptureRefused(
+            f"x.random_({low}, {high}) on a tensor of shape {tuple(x.shape)} with "
+            f"{'no upper end' if high is None else 'a generator of its own'}: it has no "
+            "counterpart that draws the same numbers without writing in place. Do: give both ends "
+            "and no generator, or use torch.randint."
+        )
+    return x.copy_(torch.randint_like(x, low, high))
+
+
 DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
@@ -174,4 +188,5 @@ DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.expand_as.default: expanded_as,
     aten.type_as.default: as_type,
     aten.to.other: as_type,
+    getattr(aten.random_, "from"): drawn_between,
 }

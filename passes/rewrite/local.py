@@ -13,6 +13,7 @@ from ringfx import collectives, tiles
 from ringfx.layout import LayoutKind
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
+from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import Carried, Placement
 from ringfx.passes.place.modes import Form, Split
@@ -20,6 +21,7 @@ from ringfx.passes.place.windows import along_the_line
 from ringfx.passes.rewrite.calls import local_call, shifted
 from ringfx.passes.rewrite.crossings import Crossings, save_messages
 from ringfx.passes.rewrite.parameters import share_parameters
+from ringfx.passes.rewrite.singular import without_padding
 from ringfx.passes.values import Captured, Resharding
 from ringfx.spec import AttentionSpec
 from ringfx.strategies import STRATEGIES
@@ -106,6 +108,7 @@ class _Rewriter:
         for node, name in zip(self.inputs, self.captured.input_names, strict=True):
             node.meta["ringfx_input"] = name
             self.natural[node] = self.graph.node_copy(node)
+        self.trains = any(map(needs_grad, nodes))
         self.crossings.add_line_inputs()
         share_parameters(self.graph, self.captured, self.placement, self.crossings)
         outputs: tuple[SplitOutput | None, ...] = ()
@@ -138,6 +141,9 @@ class _Rewriter:
             operands = shifted(self.graph, self.placement, node, mode, operands, self.crossings)
         if mode is not None and mode.identity:
             return operands[0]
+        if mode is not None and self.trains:
+            here = (self.graph, self.placement, node, mode)
+            operands = without_padding(*here, operands, self.crossings)
         if node.target is attention:
             new = self._attention(node, operands, mode)
         else:

@@ -90,6 +90,17 @@ def drawn_in_place(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + torch.empty_like(x).uniform_(-1, 1) + torch.zeros_like(x).normal_()
 
 
+def drawn_whole_numbers(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``random_(from, to)`` is an overload that is named like a keyword of Python."""
+    small = torch.empty_like(x).random_(-2, 3) + torch.empty_like(x).random_(4)
+    return x + small + torch.empty_like(x).geometric_(0.4) * torch.empty_like(x).cauchy_().sign()
+
+
+def drawn_by_probability(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    keep = torch.empty_like(x).bernoulli_(x.detach().sigmoid())
+    return x * keep * x.new_empty(x.shape).log_normal_(0, 0.3)
+
+
 def one_path_a_sample(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Stochastic depth: the mask has no tokens."""
     return x + torch.tanh(x) * (torch.rand(x.shape[0], 1, 1) < 0.5)
@@ -113,6 +124,7 @@ DRAWS: Mapping[str, Draws] = {
     f.__name__: f
     for f in (
         dropout, dropout_in_other_layouts, noise, noise_by_shape, masked_tokens, drawn_in_place,
+        drawn_whole_numbers, drawn_by_probability,
         one_path_a_sample, whole_channels, never_read, all_dropped, dropout_recomputed,
     )
 }  # fmt: skip

@@ -212,6 +212,9 @@ def _products(a: int, b: int, c: int, d: int) -> list[Sample]:
     return [
         Sample(aten.linear.default, (x, real(d, c))),
         Sample(aten.linear.default, (x, real(d, c), real(d))),
+        Sample(aten.linear.default, (x, real(c))),
+        Sample(aten.linear.default, (real(c), real(c))),
+        Sample(aten.linear.default, (x, real(c), real())),
         Sample(aten.matmul.default, (x, real(c, d))),
         Sample(aten.matmul.default, (real(a, 1, b, c), real(d, c, b))),
         Sample(aten.matmul.default, (x, real(c))),
@@ -402,6 +405,8 @@ def _made(a: int, b: int, c: int) -> list[Sample]:
         Sample(aten.cauchy.default, (x,)),
         Sample(aten.geometric.default, (x, 0.3)),
         Sample(aten.log_normal.default, (x,)),
+        Sample(aten.random.default, (x,)),
+        Sample(aten.random.to, (x, 9)),
         Sample(aten.randint.default, (9, [a, b])),
         Sample(aten.randint.low, (1, 9, [a, b])),
         Sample(aten.randperm.default, (a,)),

@@ -148,8 +148,9 @@ def _all_whole(shape: torch.Size, prefix: object) -> Labels:
 def linear(call: Call) -> OpAxes:
     """A bias is added once, so a contraction over tokens may be partial only without one."""
     contracted = "whole" if call["bias"] is not None else "sum"
+    rows = "n " if len(call.shape("weight")) == 2 else ""
     return axes(
-        input="... m", weight="n m", bias="n", out="... n", fill={"input": 0},
+        input="... m", weight=f"{rows}m", bias=rows, out=f"... {rows}", fill={"input": 0},
         **{contracted: "m"},  # type: ignore[arg-type]
         reason="it contracts the axis and adds a bias",
     )(call)  # fmt: skip

@@ -103,7 +103,7 @@ RULES: dict[torch._ops.OpOverload, AxisRule] = {
             aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,
             aten.randint_like.low_dtype, aten.bernoulli.p, aten.uniform.default,
             aten.normal_functional.default, aten.exponential.default, aten.cauchy.default,
-            aten.geometric.default, aten.log_normal.default,
+            aten.geometric.default, aten.log_normal.default, aten.random.default, aten.random.to,
         ),
         drawn,
     ),

@@ -99,6 +99,8 @@ def expand(call: Call) -> OpAxes:
 def repeat(call: Call) -> OpAxes:
     """A repeated dimension is (copy, element): each copy holds the whole axis."""
     shape, times = call.shapes[0], call["repeats"]
+    if 0 in times:
+        return _anew(call, "it keeps nothing")
     skipped = len(times) - len(shape)
     given = numbered(shape)
     result: list[tuple[str, ...]] = []
@@ -112,17 +114,22 @@ def _needed(dims: Sequence[tuple[str, ...]], prefix: str) -> dict[str, Share]:
     return shares(whole=[label for dim in dims for label in dim if label.startswith(prefix)])
 
 
+def _anew(call: Call, reason: str) -> OpAxes:
+    """Its axes are none of its operands'."""
+    out = tuple((f"out{i}",) if s != 1 else () for i, s in enumerate(call.result_shape))
+    return OpAxes(
+        operands=(None,) * len(call.operands), results=(out,),
+        share=shares(whole=[x for dim in out for x in dim]), reason=reason,
+    )  # fmt: skip
+
+
 def repeat_interleave(call: Call) -> OpAxes:
     shape = call.shapes[0]
     labels = numbered(shape)
     if call["dim"] is None or not isinstance(call["repeats"], int):
-        out = tuple((f"out{i}",) if s != 1 else () for i, s in enumerate(call.result_shape))
-        return OpAxes(
-            operands=(None,) * len(call.operands),
-            results=(out,),
-            share=shares(whole=[x for dim in out for x in dim]),
-            reason="it flattens or repeats by a tensor of counts",
-        )
+        return _anew(call, "it flattens or repeats by a tensor of counts")
+    if call["repeats"] == 0:
+        return _anew(call, "it keeps nothing")
     at = call.dim("dim", len(shape))
     result = list(labels)
     result[at] = (*labels[at], "copy") if call["repeats"] != 1 else labels[at]
