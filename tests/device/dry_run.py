@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringfx.dynamo import for_ringfx, prepare_tracing
 from ringfx.errors import RingfxError
-from ringfx.passes.capture.trace import keep_value
 from ringfx.ops.kernels import Scores, choose
+from ringfx.passes.capture.trace import keep_value
 from ringfx.passes.values import AttentionSite
 from ringfx.passes.verify.check import _fake_inputs
 from ringfx.pipeline import Lowered, lower
