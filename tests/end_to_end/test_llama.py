@@ -7,6 +7,7 @@ float32 1e-6 for the loss and 1e-4 for gradients, float64 1e-10 (tests/harness.p
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -44,21 +45,34 @@ def check(pool: RankPool, cases: list[Case]) -> None:
             assert set(found.strategies) == {strategy}, found.ranks[0].plan
 
 
-def uneven_lengths_and_batches(strategy: str) -> list[Case]:
+EVEN_AND_UNEVEN = ((256, 1), (251, 2))
+OTHERS = ((256, 2), (251, 1))
+
+
+def lengths_and_batches(strategy: str, chosen: Sequence[tuple[int, int]]) -> list[Case]:
     return [
         case(strategy, llama(), tokens_and_labels(seq_len, batch), f"S={seq_len} B={batch}")
-        for seq_len, batch in itertools.product((256, 251), (1, 2))
+        for seq_len, batch in chosen
     ]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_on_two_ranks_at_even_and_uneven_lengths(ranks2: RankPool, strategy: str) -> None:
-    check(ranks2, uneven_lengths_and_batches(strategy))
+    check(ranks2, lengths_and_batches(strategy, EVEN_AND_UNEVEN))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_on_three_ranks_at_even_and_uneven_lengths(ranks3: RankPool, strategy: str) -> None:
-    check(ranks3, uneven_lengths_and_batches(strategy))
+    check(ranks3, lengths_and_batches(strategy, EVEN_AND_UNEVEN))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_at_the_other_lengths_and_batches(
+    ranks2: RankPool, ranks3: RankPool, strategy: str
+) -> None:
+    check(ranks2, lengths_and_batches(strategy, OTHERS))
+    check(ranks3, lengths_and_batches(strategy, OTHERS))
 
 
 def test_on_four_ranks(ranks4: RankPool) -> None:
@@ -88,12 +102,17 @@ def equal_sizes(strategy: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_when_the_length_equals_another_size(
-    ranks2: RankPool, ranks3: RankPool, strategy: str
+def test_when_the_length_equals_another_size(ranks2: RankPool, ranks3: RankPool) -> None:
+    check(ranks2, equal_sizes("auto"))
+    check(ranks3, [equal_sizes(strategy)[-1] for strategy in STRATEGIES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+def test_when_the_length_equals_another_size_in_a_strategy_by_name(
+    ranks2: RankPool, strategy: str
 ) -> None:
     check(ranks2, equal_sizes(strategy))
-    check(ranks3, equal_sizes(strategy)[-1:])
 
 
 def test_when_the_local_length_batch_and_heads_equal_other_sizes(ranks2: RankPool) -> None:
