@@ -100,7 +100,9 @@ def attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    out, _ = torch.ops.ringfx.attention(q, k, v, list(inputs), spec, strategy, layout, group, name)
+    # A model may keep an index table or a mask on the CPU, and read it from another device.
+    captured = [x.to(q.device) for x in inputs]
+    out, _ = torch.ops.ringfx.attention(q, k, v, captured, spec, strategy, layout, group, name)
     result: Tensor = out
     return result
 
