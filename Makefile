@@ -16,7 +16,12 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := ringfx passes cost_model tests examples benchmarks
 
-.PHONY: install demo test check test-all format lint types corpus bench-memory fuzz clean
+# Another release of torch, for test-torch and fake-cuda: make test-torch TORCH=2.11.0
+TORCH ?= 2.11.0
+OTHER := .venv-torch-$(TORCH)
+
+.PHONY: install demo test check test-all test-torch fake-cuda format lint types corpus bench-memory \
+  fuzz clean
 
 install: $(INSTALLED)
 
@@ -40,6 +45,26 @@ check: test
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+
+# The tests on another release of torch, in a virtual environment of its own. The other packages are
+# those of constraints.txt.
+test-torch: $(OTHER)/.installed
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+
+# A quarter of the corpus on fake CUDA tensors, for 8 ranks: needs a CUDA build of torch (gigabytes;
+# those of PyPI for Linux are), and neither a GPU nor a driver.
+fake-cuda: $(OTHER)/.installed
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m tests.device.dry_run $(FAKE_CUDA_ARGS)
+
+$(OTHER)/.installed: pyproject.toml constraints.txt
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -v '^torch==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_INDEX_ARGS) \
+	  --constraint $(OTHER)/constraints.txt setuptools 'torch==$(TORCH)'
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_INDEX_ARGS) \
+	  --constraint $(OTHER)/constraints.txt --no-build-isolation --editable '.[dev]' \
+	  'torch==$(TORCH)'
+	@touch $@
 
 format: $(INSTALLED)
 	$(BIN)/ruff format $(SOURCES)
@@ -74,4 +99,4 @@ bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

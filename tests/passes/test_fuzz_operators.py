@@ -25,13 +25,17 @@ def wrong(some: list[Trial], *, ranks: int, after: bool) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "after"), [(2, False), (3, True)])
+OFTEN = pytest.param(3, True, id="3 ranks")
+RARELY = pytest.param(2, False, id="2 ranks", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "after"), [RARELY, OFTEN])
 def test_a_sample_of_functions_is_equal_or_refused(ranks: int, after: bool) -> None:
     some = [t for name in SAMPLED for t in trials(only=name, ways=5) if t.numbers == "numbers"]
     assert wrong(some, ranks=ranks, after=after) == {}
 
 
-@pytest.mark.parametrize(("ranks", "after"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("ranks", "after"), [RARELY, OFTEN])
 def test_singular_values_in_padding_reach_no_weight(ranks: int, after: bool) -> None:
     said = list(check(of_composed(list(COMPOSED)), ranks=ranks, after=after))
     assert dict(zip(COMPOSED, said, strict=True)) == dict.fromkeys(COMPOSED, "equal")
