@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.pieces import Piece, Run, Tiling, pieces, runs_of
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import conjunction, inputs_used, terms
 
-__all__ = ["MASKED_TILE", "Work", "gathered_work", "ring_work", "whole_work"]
+__all__ = ["MASKED_TILE", "RingWork", "Work", "gathered_work", "ring_work", "whole_work"]
 
 MASKED_TILE = 512
 """Side of a tile whose mask is evaluated, as ``ringfx.ops.attention`` cuts it."""
@@ -72,21 +73,38 @@ class Work:
         )
 
 
+@dataclass(frozen=True)
+class RingWork:
+    """The work of each hop of a ring, for a few ranks and hops that stand for all."""
+
+    times: tuple[int, ...]
+    """How many hops, one after the other, each counted one stands for."""
+    rows: tuple[tuple[Work, ...], ...]
+    """For each counted rank the work of each counted hop."""
+
+    @property
+    def hops(self) -> int:
+        return sum(self.times)
+
+
 @lru_cache(maxsize=256)
 def ring_work(
     spec: AttentionSpec, layout: LayoutKind, world_size: int, tile: int = MASKED_TILE
-) -> tuple[tuple[Work, ...], ...]:
+) -> RingWork:
     """For some ranks the work of each hop; hops after the last that any of them needs are left out.
 
     Hop t of rank r meets the keys of rank r - t. ``tile`` is the side of a tile whose mask is
-    evaluated.
+    evaluated. However many ranks there are, a bounded number of them and of hops is looked at.
     """
     counted, full_like = _positional(spec)
-    table = [
-        _row(counted, full_like, tile, layout, world_size, rank) for rank in _some_ranks(world_size)
+    starts = _counted_hops(world_size)
+    rows = [
+        tuple(_hop(counted, full_like, tile, layout, world_size, rank, hop) for hop in starts)
+        for rank in _some_ranks(world_size)
     ]
-    last = max((i for row in table for i, work in enumerate(row) if work.pairs), default=0)
-    return tuple(row[: last + 1] for row in table)
+    last = max((i for row in rows for i, work in enumerate(row) if work.pairs), default=0)
+    times = (stop - start for start, stop in pairwise((*starts, world_size)))
+    return RingWork(tuple(times)[: last + 1], tuple(row[: last + 1] for row in rows))
 
 
 def gathered_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> tuple[Work, ...]:
@@ -117,21 +135,10 @@ def _some_ranks(world_size: int) -> Sequence[int]:
     return 0, 1, middle - 1, middle, world_size - 2, world_size - 1
 
 
-def _all_hops(world_size: int) -> Sequence[int]:
-    """Every hop, or for many ranks the counted hop that stands for each."""
+def _counted_hops(world_size: int) -> Sequence[int]:
+    """Every hop, or for many ranks some, each of which stands for those up to the next."""
     far = max(1, -(-(world_size - NEAR_HOPS) // FAR_HOPS))
-    return [h if h < NEAR_HOPS else h - (h - NEAR_HOPS) % far for h in range(world_size)]
-
-
-def _row(
-    spec: AttentionSpec, masked: bool, tile: int, layout: LayoutKind, world_size: int, rank: int
-) -> tuple[Work, ...]:
-    """Each counted hop is counted once, and stands for those after it up to the next."""
-    hops = _all_hops(world_size)
-    counted = {
-        hop: _hop(spec, masked, tile, layout, world_size, rank, hop) for hop in dict.fromkeys(hops)
-    }
-    return tuple(map(counted.__getitem__, hops))
+    return *range(min(NEAR_HOPS, world_size)), *range(NEAR_HOPS, world_size, far)
 
 
 @lru_cache(maxsize=65_536)

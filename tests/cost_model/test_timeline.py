@@ -63,6 +63,10 @@ def test_parameters_alone_are_refused_before_the_model_is_traced(
         _fresh(1024, 2, gpu_memory=2**10)
 
 
-def test_so_many_ranks_as_there_may_be_are_counted_by_a_few_hops() -> None:
-    changed = replan(_fresh(4096, 2), Change(world_size=10**6), CPU)
-    assert changed.world_size == 10**6
+@pytest.mark.parametrize("ranks", [10**6, 100_003])
+def test_any_number_of_ranks_is_planned_in_steps_that_do_not_grow_with_it(ranks: int) -> None:
+    """More ranks than tokens among them, and a prime."""
+    fresh = _fresh(4096, ranks)
+    changed = replan(_fresh(4096, 2), Change(world_size=ranks), CPU)
+    assert fresh.world_size == changed.world_size == ranks
+    assert [x.strategy for x in fresh.layers] == [x.strategy for x in changed.layers]
