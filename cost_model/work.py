@@ -22,8 +22,8 @@ __all__ = ["MASKED_TILE", "RingWork", "Work", "gathered_work", "ring_work", "who
 MASKED_TILE = 512
 """Side of a tile whose mask is evaluated, as ``ringfx.ops.attention`` cuts it."""
 
-MAX_BANDS = 256
-"""Bands of queries in which a mask is looked at; longer runs are looked at more coarsely."""
+MOST_BANDS = 24
+"""Bands of queries that are counted in a run whose mask is evaluated; they stand for all."""
 
 FEW_RANKS = 8
 """Up to so many ranks all are counted; of more, the first, middle and last stand for the others."""
@@ -171,8 +171,7 @@ def _count(
     keys: Sequence[Run],
     tile: int = MASKED_TILE,
 ) -> Work:
-    longest = max((run.length for run in queries), default=1)
-    tiling = Tiling(masked=max(tile, -(-longest // MAX_BANDS)))
+    tiling = Tiling(masked=tile, bands=MOST_BANDS)
     found = pieces(spec, queries, keys, tiling, b=(0, 1), h=(0, 1), inputs=None)
     return sum((_work(piece, masked) for piece in found), Work())
 
@@ -184,14 +183,15 @@ def _work(piece: Piece, masked: bool) -> Work:
     pairs = q * (k + 1) / 2 if piece.causal else area
     is_masked = masked or piece.keep is not None
     most_queries, most_keys = (min(x, MASKED_TILE) if is_masked else x for x in (q, k))
+    times = piece.times
     return Work(
-        calls=max(1.0, area / MASKED_TILE**2) if masked else 1.0,
-        pairs=pairs,
-        masked_pairs=pairs if is_masked else 0.0,
-        diagonals=1.0 if piece.causal else 0.0,
-        causal_rows=q if piece.causal else 0.0,
-        q_rows=q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
-        k_rows=k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
+        calls=times * (max(1.0, area / MASKED_TILE**2) if masked else 1.0),
+        pairs=times * pairs,
+        masked_pairs=times * pairs if is_masked else 0.0,
+        diagonals=times if piece.causal else 0.0,
+        causal_rows=times * q if piece.causal else 0.0,
+        q_rows=times * q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
+        k_rows=times * k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
         most_queries=most_queries,
         most_keys=most_keys,
         most_masked=most_queries * most_keys if is_masked else 0,

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from ringfx import tiles
 from ringfx.cost_model.formulas import FORMULAS, Prediction, predict
 from ringfx.cost_model.profile import Profile
-from ringfx.cost_model.work import ring_work
+from ringfx.cost_model.work import _gathered as gathered_counts
+from ringfx.cost_model.work import ring_work, whole_work
 from ringfx.spec import AttentionSpec
+from ringfx.tiles import Expr
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -166,6 +168,26 @@ def test_hops_that_are_counted_do_not_grow_with_the_ranks() -> None:
     tables = [ring_work(spec, "zigzag", ranks) for ranks in (33, 1000, 10**5, 10**6 + 3)]
     assert [table.hops for table in tables] == [33, 1000, 10**5, 10**6 + 3]
     assert all(len(table.times) <= 32 for table in tables)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        ("and", tiles.CAUSAL, ("lt", ("sub", tiles.Q, tiles.K), ("const", 4096))),
+        ("le", tiles.K, ("add", tiles.Q, ("const", 1000))),
+        ("or", tiles.CAUSAL, ("lt", tiles.K, ("const", 30_000))),
+    ],
+)
+def test_few_bands_of_a_mask_stand_for_all(keep: Expr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window, a shifted diagonal, a prefix: what is computed over all bands, from a few."""
+    spec = AttentionSpec(scale=0.1, q_len=2**17, kv_len=2**17, keep=keep)
+    few = whole_work(spec)
+    gathered_counts.cache_clear()
+    monkeypatch.setattr("ringfx.cost_model.work.MOST_BANDS", None)
+    every = whole_work(spec)
+    gathered_counts.cache_clear()
+    for field in fields(every):
+        assert getattr(few, field.name) == pytest.approx(getattr(every, field.name), rel=0.03)
 
 
 def test_a_hop_that_stands_for_several_takes_their_time() -> None:
