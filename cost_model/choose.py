@@ -17,7 +17,12 @@ from typing import TypeAlias
 from ringfx.cost_model.budget import Menu
 from ringfx.cost_model.candidates import Candidates, all_candidates
 from ringfx.cost_model.formulas import Prediction
-from ringfx.cost_model.infeasible import Problem, excess, explain_infeasible, refuse_hopeless
+from ringfx.cost_model.infeasible import (
+    Problem,
+    explain_infeasible,
+    longest_that_fits,
+    refuse_hopeless,
+)
 from ringfx.cost_model.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.profile import Profile
 from ringfx.cost_model.timeline import flat
@@ -27,7 +32,7 @@ from ringfx.plan import LayerPlan, MemoryTimeline
 from ringfx.quantities import format_bytes, format_ms
 from ringfx.strategies import REPLICATED, STRATEGIES, Strategy
 
-__all__ = ["choose", "least_excess"]
+__all__ = ["choose", "longest_fitting"]
 
 
 def choose(
@@ -126,29 +131,30 @@ def _problem(
 
     return Problem(
         sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
-        memory=flat(sites) if memory is None else memory,
+        memory=flat(sites) if memory is None else memory, replicated=frozenset(replicated),
     )  # fmt: skip
 
 
-def least_excess(
+def longest_fitting(
     sites: Sequence[AttentionSite],
     *,
     world_size: int,
     profile: Profile,
     gpu_memory: int,
+    limit: int,
     strategy: StrategyChoice = AUTO,
     memory: MemoryTimeline | None = None,
-    scale: float = 1.0,
     replicated: Collection[int] = (),
-) -> float:
-    """Bytes beyond the budget that ``choose`` would need at least, with the sequences scaled."""
+) -> int:
+    """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
+    0: none."""
     overrides = resolve_overrides(strategy, sites, tuple(STRATEGIES))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
         return _offers(sites, world_size, profile, STRATEGIES, replicated)
 
     problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
-    return excess(problem, world_size, scale)
+    return longest_that_fits(problem, limit, world_size)
 
 
 # --- what may be chosen -----------------------------------------------------------------------

@@ -178,12 +178,12 @@ def _hops(local: Local, direction: Direction) -> int:
     may_lose_rows = spec.keep is not None and not spec.is_causal
     if direction == "backward" and spec.fully_masked == "absorbed" and may_lose_rows:
         return local.world_size
-    return len(ring_work(spec, local.layout, local.world_size)[0])
+    return ring_work(spec, local.layout, local.world_size).hops
 
 
 def _ring(local: Local) -> Iterator[Work]:
     table = ring_work(local.site.spec, local.layout, local.world_size)
-    return (work for row in table for work in row)
+    return (work for row in table.rows for work in row)
 
 
 def _collective_forward(local: Local, calls: _Calls) -> Iterator[int]:

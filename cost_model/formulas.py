@@ -8,9 +8,10 @@ moving a byte takes some of a core's time, whatever the link.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import lcm
 from typing import TypeAlias
 
@@ -101,11 +102,11 @@ def simple(local: Local, profile: Profile, direction: Direction) -> Phase:
     backward    sum t_h + (p-1) m(KV) + p m(dKV)     gradients go all the way round, home
     """
     p = local.world_size
-    hops = _hop_seconds(local, profile, "simple", direction, all_hops=True)
+    hops = _hop_seconds(local, profile, "simple", direction)
     messages_s = (p - 1) * _kv(local, profile)
     if direction == "backward":
         messages_s += p * _kv_gradients(local, profile)
-    return Phase(compute_s=sum(hops), communication_s=messages_s, exposed_s=messages_s)
+    return Phase(compute_s=_sum(hops), communication_s=messages_s, exposed_s=messages_s)
 
 
 def production(local: Local, profile: Profile, direction: Direction) -> Phase:
@@ -118,25 +119,42 @@ def production(local: Local, profile: Profile, direction: Direction) -> Phase:
                 hop before travel then; the last group's go home exposed, m(dKV) / N
     """
     groups = local.ring_groups
-    hops = _hop_seconds(local, profile, "production", direction, all_hops=False, groups=groups)
+    hops = _last_alone(_hop_seconds(local, profile, "production", direction, groups=groups))
     num = len(hops)
+    starts = accumulate((times for _, times in hops), initial=0)
     kv_bytes, gradient_bytes = _kv_bytes(local), _gradient_bytes(local)
     sent = [kv_bytes] * (num - 1) + [0]
     beside = [_kv(local, profile, groups)] * (num - 1) + [0.0]
     home_s = 0.0
     if direction == "backward" and num > 1:
         gradients_s = _kv_gradients(local, profile, groups)
-        beside = [m + (gradients_s if h >= 2 else 0.0) for h, m in enumerate(beside)]
-        sent = [x + (gradient_bytes if h >= 2 else 0) for h, x in enumerate(sent)]
+        has_gradients = [start >= 2 for start, _ in zip(starts, hops, strict=False)]
+        beside = [m + gradients_s * more for m, more in zip(beside, has_gradients, strict=True)]
+        sent = [x + gradient_bytes * more for x, more in zip(sent, has_gradients, strict=True)]
         beside[-1] += gradients_s * (groups - 1) / groups
         sent[-1] += gradient_bytes * (groups - 1) // groups
         home_s = gradients_s / groups
-    exposed = sum(map(partial(_exposed, profile), hops, beside, sent))
+    each = [times for _, times in hops]
+    exposed = map(partial(_exposed, profile), (hop_s for hop_s, _ in hops), beside, sent)
     return Phase(
-        compute_s=sum(hops),
-        communication_s=sum(beside) + home_s,
-        exposed_s=exposed + home_s,
+        compute_s=_sum(hops),
+        communication_s=_sum(zip(beside, each, strict=True)) + home_s,
+        exposed_s=_sum(zip(exposed, each, strict=True)) + home_s,
     )
+
+
+Hops: TypeAlias = list[tuple[float, int]]
+"""Seconds of a hop, and how many hops, one after the other, take so long."""
+
+
+def _sum(hops: Iterable[tuple[float, int]]) -> float:
+    return sum(hop_s * times for hop_s, times in hops)
+
+
+def _last_alone(hops: Hops) -> Hops:
+    """The last hop is sent nothing: it is told from those that take as long."""
+    last_s, times = hops[-1]
+    return [*hops[:-1], *([(last_s, times - 1)] if times > 1 else []), (last_s, 1)]
 
 
 def collective(local: Local, profile: Profile, direction: Direction) -> Phase:
@@ -214,18 +232,17 @@ def _hop_seconds(
     strategy: str,
     direction: Direction,
     *,
-    all_hops: bool,
     groups: int = 1,
-) -> list[float]:
-    """The slowest rank's kernel time of each hop."""
+) -> Hops:
+    """The slowest rank's kernel time of each hop that the mask leaves."""
     kernel = kernel_name(local.site, strategy, profile)
     tile = stored_tile(local.site) if kernel == "math" else MASKED_TILE
     table = ring_work(local.site.spec, local.layout, local.world_size, tile)
-    hops = [
+    slowest = (
         max(_seconds(profile, kernel, local.site, work, direction, groups) for work in column)
-        for column in zip(*table, strict=True)
-    ]
-    return hops + [0.0] * (local.world_size - len(hops)) if all_hops else hops
+        for column in zip(*table.rows, strict=True)
+    )
+    return list(zip(slowest, table.times, strict=True))
 
 
 def _seconds(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
 from ringfx.cost_model.budget import Menu
 from ringfx.cost_model.fitting import Fitting, last_that_fits, longest
-from ringfx.cost_model.timeline import Peak, never_below, outside_peak, whole_bytes
+from ringfx.cost_model.local import local_share
+from ringfx.cost_model.optimizers import state_bytes
+from ringfx.cost_model.timeline import Peak, in_order, outside_peak, peak, whole_bytes
 from ringfx.errors import OutOfMemory, RingfxError
 from ringfx.passes.values import AttentionSite
 from ringfx.plan import MemoryTimeline
 from ringfx.quantities import format_bytes
+from ringfx.strategies import REPLICATED
 
 __all__ = [
-    "MAX_WORLD_SIZE", "Problem", "excess", "explain_infeasible", "refuse_hopeless",
+    "MAX_WORLD_SIZE", "Problem", "explain_infeasible", "longest_that_fits", "refuse_hopeless",
     "refuse_parameters", "scaled_site",
 ]  # fmt: skip
 
@@ -37,6 +41,8 @@ class Problem:
     world_size: int
     budget: int | None
     memory: MemoryTimeline
+    replicated: frozenset[int] = frozenset()
+    """Sites (by their number) that run whole on every rank."""
 
     def at(self, world_size: int, scale: float = 1.0) -> Fitting:
         """The options over so many ranks, with the sequences scaled."""
@@ -45,21 +51,54 @@ class Problem:
         return Fitting(sites=sites, menus=menus, world_size=world_size, memory=self.memory)
 
 
-def refuse_parameters(parameters: Iterable[torch.Tensor], budget: int | None) -> None:
-    """Before the model is traced: its parameters, which each rank holds, are too much alone.
+def refuse_parameters(
+    parameters: Iterable[torch.Tensor],
+    budget: int | None,
+    optimizer: str | int = "none",
+    trained: Callable[[], Collection[torch.Tensor]] = tuple,
+) -> None:
+    """Before the model is traced: what each rank holds of its parameters is too much alone.
+
+    Parameters
+    ----------
+    trained
+        Finds the parameters that get gradients; asked only where that may decide.
 
     Raises
     ------
     OutOfMemory
-        They are.
+        The parameters are, or they and their gradients and optimiser state.
     """
-    size = sum(x.numel() * x.element_size() for x in parameters)
-    if budget is not None and size > budget:
-        raise OutOfMemory(
-            f"no choice of strategies fits: parameters alone take {format_bytes(size)} on each"
-            f" rank, the budget is {format_bytes(budget)}.\n"
-            "  Do: give more memory, or use a smaller dtype; more ranks do not help."
-        )
+    if budget is None:
+        return
+    parameters = list(parameters)
+    size = _bytes(parameters)
+    if size > budget:
+        raise OutOfMemory(_hopeless("parameters", size, budget))
+    if size + _trained_bytes([x for x in parameters if x.requires_grad], optimizer) <= budget:
+        return
+    more = _trained_bytes(trained(), optimizer)
+    if size + more > budget:
+        state = "" if optimizer in ("none", 0) else " and optimiser state"
+        raise OutOfMemory(_hopeless(f"parameters, gradients{state}", size + more, budget))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _trained_bytes(tensors: Collection[torch.Tensor], optimizer: str | int) -> int:
+    """Their gradients, all of which are there when the backward ends, and optimiser state."""
+    state = (state_bytes(optimizer, x.numel(), x.element_size()) for x in tensors)
+    return _bytes(tensors) + sum(state)
+
+
+def _hopeless(what: str, size: int, budget: int) -> str:
+    return (
+        f"no choice of strategies fits: {what} alone take {format_bytes(size)} on each"
+        f" rank, the budget is {format_bytes(budget)}.\n"
+        "  Do: give more memory, or use a smaller dtype; more ranks do not help."
+    )
 
 
 def refuse_hopeless(problem: Problem) -> None:
@@ -99,31 +138,65 @@ def _text(problem: Problem, found: Peak, what: str = "") -> str:
 
 def _remedies(problem: Problem) -> str:
     whole = whole_bytes(problem.memory)
-    too_much = sum(whole.values())
     remedies = []
-    if problem.budget is not None and too_much <= problem.budget:
+    if problem.budget is not None and sum(whole.values()) <= problem.budget:
         world_size = _smallest_world_size(problem)
-        length = _longest_sequence(problem)
+        length = longest_that_fits(problem, longest(problem.sites))
         if world_size is not None:
             remedies.append(f"use {world_size} ranks or more")
         if length:
             remedies.append(f"shorten the sequence to {length:,} tokens or fewer")
     return ", or ".join(remedies) or (
-        f"give more memory: parameters and the like alone take {format_bytes(too_much)}"
+        f"give more memory: {' and '.join(whole) or 'nothing'} alone"
+        f" take {format_bytes(sum(whole.values()))}"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What a layer keeps under any strategy, and nothing of what it works with."""
+
+    strategy: str
+    saved_bytes: int
+    result_bytes: int
+    workspace_bytes: int = 0
+
+
+def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:
+    """Bytes beyond the budget without any workspace of attention: ``excess`` is never below.
+
+    No mask is looked at, so it takes no time to speak of.
+    """
+    assert problem.budget is not None
+    sites = [scaled_site(site, scale) for site in problem.sites]
+    kept: list[Any] = []
+    for i, site in enumerate(sites):
+        is_whole = i in problem.replicated
+        local = local_share(site, 1 if is_whole else world_size)
+        kept.append(
+            _Kept(
+                strategy=REPLICATED if is_whole else "",
+                saved_bytes=local.saved_bytes,
+                result_bytes=local.result_bytes,
+            )
+        )
+    found = peak(
+        problem.memory, in_order(problem.memory, sites, kept), world_size=world_size,
+        seq_len=longest(sites),
+    )  # fmt: skip
+    return found.bytes - problem.budget
 
 
 def excess(problem: Problem, world_size: int, scale: float = 1.0) -> float:
     """Bytes beyond the budget that the choice that needs least takes over so many ranks, with the
     sequences scaled; infinite where no strategy can run.
 
-    Where it is too much outside attention alone, nothing else is counted.
+    Where it is too much without attention's workspace, no strategy is looked at.
     """
     assert problem.budget is not None
-    seq_len = max(1, round(longest(problem.sites) * scale))
-    outside = never_below(problem.memory, world_size=world_size, seq_len=seq_len)
-    if outside > problem.budget:
-        return outside - problem.budget
+    at_least = bound(problem, world_size, scale)
+    if at_least > 0:
+        return at_least
     try:
         fitting = problem.at(world_size, scale)
     except RingfxError:
@@ -132,26 +205,45 @@ def excess(problem: Problem, world_size: int, scale: float = 1.0) -> float:
 
 
 def _smallest_world_size(problem: Problem) -> int | None:
-    """By doubling, then halving the interval between what failed and what fits."""
-    if excess(problem, MAX_WORLD_SIZE) > 0:
+    """From the first that the bound allows in growing steps, then back by halves."""
+    if problem.world_size >= MAX_WORLD_SIZE or excess(problem, MAX_WORLD_SIZE) > 0:
         return None
-    low, high = problem.world_size, min(2 * problem.world_size, MAX_WORLD_SIZE)
+    low = _halved(partial(bound, problem), problem.world_size, MAX_WORLD_SIZE) - 1
+    high, step = max(low, problem.world_size) + 1, 1
     while excess(problem, high) > 0:
-        low, high = high, min(2 * high, MAX_WORLD_SIZE)
+        low, high, step = high, min(high + step, MAX_WORLD_SIZE), 2 * step
+    return _halved(partial(excess, problem), max(low, problem.world_size), high)
+
+
+def _halved(excess: Callable[[int], float], low: int, high: int) -> int:
+    """The first number that fits, between one that does not and one that does."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if excess(problem, middle) <= 0 else (middle, high)
+        low, high = (low, middle) if excess(middle) <= 0 else (middle, high)
     return high
 
 
-def _longest_sequence(problem: Problem) -> int:
-    """The longest first sequence that fits at this world size, others scaled alike; 0: none."""
+def longest_that_fits(problem: Problem, limit: int, step: int = 1) -> int:
+    """The longest sequence up to ``limit`` that fits at this world size, others scaled alike.
+
+    It is found to within ``step`` tokens; 0: none.
+    """
     length = longest(problem.sites)
 
     def over(seq_len: int) -> float:
         return excess(problem, problem.world_size, seq_len / length)
 
-    return last_that_fits(over, 1, length) if length > 1 and over(1) <= 0 else 0
+    def at_least(seq_len: int) -> float:
+        return bound(problem, problem.world_size, seq_len / length)
+
+    if over(step) > 0:
+        return 0
+    low, high = step, min(2 * step, limit)
+    while high < limit and at_least(high) <= 0:
+        low, high = high, min(2 * high, limit)
+    if high > low and at_least(high) > 0:
+        high = last_that_fits(at_least, low, high, step)
+    return high if over(high) <= 0 else last_that_fits(over, step, high, step)
 
 
 def scaled_site(site: AttentionSite, scale: float) -> AttentionSite:

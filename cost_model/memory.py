@@ -132,11 +132,12 @@ def alive_in(
         *(Held(cause="optimiser state", node=n, bytes=_state_bytes(optimizer, n)) for n in trained),
     ]
     last = len(values.nodes) - 1
+    by_reads = _powers_by_reads(graph)
     return _alive_at_moments(
         values,
         [*held, *(replace(x, last=last) for x in always)],
         readers,
-        Growth(power=power, is_split=carries_tokens),
+        Growth(power=lambda n: max(power(n), by_reads.get(n, 0)), is_split=carries_tokens),
         world_size=world_size,
         reuses=compiler == "inductor",
         unknown=("optimiser state",) if trained and optimizer == "none" else (),
@@ -300,6 +301,31 @@ def _given_masks(graph: Graph, parameters: Sequence[Node]) -> Collection[Node]:
     """Inputs and buffers that attention reads as they stand, or cut: whole on every rank."""
     found = (given_input(x) for call in _attentions(graph) for x in _read(call))
     return {x for x in found if x is not None and x not in parameters}
+
+
+def _powers_by_reads(graph: Graph) -> Mapping[Node, int]:
+    """The power of the length that what attention reads grows with: the dims that are indexed by
+    queries or keys. A mask that is given has no other tie to the tokens."""
+    found: dict[Node, int] = {}
+    for call in _attentions(graph):
+        spec = _spec(call)
+        exprs = (e for e in (spec.keep, spec.bias) if e is not None)
+        for at in (e for expr in exprs for e in tiles.walk(expr) if e[0] == "at"):
+            value = _read(call)[at[1]]
+            power = sum(size > 1 and _by_tokens(e) for size, e in _dims(value, at[2:]))
+            given = given_input(value)
+            whole = given if given is not None and num_bytes(given) == num_bytes(value) else value
+            for node in (value, whole):
+                found[node] = max(found.get(node, 0), power)
+    return found
+
+
+def _dims(value: Node, index: Sequence[tiles.Expr]) -> Iterable[tuple[int, tiles.Expr]]:
+    return zip(value.meta["val"].shape, index, strict=False)
+
+
+def _by_tokens(index: tiles.Expr) -> bool:
+    return any(e in (tiles.Q, tiles.K) for e in tiles.walk(index))
 
 
 def _readers(graph: Graph, carries_tokens: Callable[[Node], bool]) -> Mapping[Node, Sequence[Node]]:

@@ -148,14 +148,17 @@ def never_below(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> i
 
 
 def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
-    """What is there at every moment, of any length and number of ranks, by cause."""
-    fixed = [i for i, t in enumerate(timeline.terms) if not t.tokens and not t.is_split]
+    """The most that is there at one moment whatever the length and number of ranks, by cause."""
+    fixed = [
+        i for i, t in enumerate(timeline.terms)
+        if not t.tokens and not t.is_split and t.cause != MESSAGES
+    ]  # fmt: skip
+    moment = max(timeline.moments, key=lambda moment: sum(moment.bytes[i] for i in fixed))
     found: dict[str, int] = {}
     for i in fixed:
-        if timeline.terms[i].cause != MESSAGES:
-            least = min(moment.bytes[i] for moment in timeline.moments)
-            found[timeline.terms[i].cause] = found.get(timeline.terms[i].cause, 0) + least
-    return {cause: size for cause, size in found.items() if size}
+        cause = timeline.terms[i].cause
+        found[cause] = found.get(cause, 0) + moment.bytes[i]
+    return {cause: found[cause] for cause in CAUSES if found.get(cause)}
 
 
 class _At:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ringfx.cost_model.choose import choose, least_excess
-from ringfx.cost_model.fitting import last_that_fits
+from ringfx.cost_model.choose import choose, longest_fitting
 from ringfx.cost_model.infeasible import scaled_site
 from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import AUTO, StrategyChoice
@@ -246,17 +245,8 @@ def longest_sequence(
         raise InvalidArgument(
             "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
         )
-
-    sites = [layer.site for layer in plan.layers]
-
-    def over(seq_len: int) -> float:
-        return least_excess(
-            sites, world_size=plan.world_size, profile=profile, gpu_memory=budget,
-            strategy=strategy, memory=plan.memory.timeline, scale=seq_len / tokens(plan),
-        )  # fmt: skip
-
-    budget = plan.gpu_memory
-    low, high = 0, plan.world_size
-    while high < limit and over(high) <= 0:
-        low, high = high, 2 * high
-    return last_that_fits(over, low, high, plan.world_size)
+    return longest_fitting(
+        [layer.site for layer in plan.layers], world_size=plan.world_size, profile=profile,
+        gpu_memory=plan.gpu_memory, limit=limit, strategy=strategy, memory=plan.memory.timeline,
+        replicated=replicated_layers(plan),
+    )  # fmt: skip

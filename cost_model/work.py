@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from ringfx.layout import Layout, LayoutKind
 from ringfx.ops.pieces import Piece, Run, Tiling, pieces, runs_of
 from ringfx.spec import AttentionSpec
 from ringfx.tiles import conjunction, inputs_used, terms
 
-__all__ = ["MASKED_TILE", "Work", "gathered_work", "ring_work", "whole_work"]
+__all__ = ["MASKED_TILE", "RingWork", "Work", "gathered_work", "ring_work", "whole_work"]
 
 MASKED_TILE = 512
 """Side of a tile whose mask is evaluated, as ``ringfx.ops.attention`` cuts it."""
 
-MAX_BANDS = 256
-"""Bands of queries in which a mask is looked at; longer runs are looked at more coarsely."""
+MOST_BANDS = 24
+"""Bands of queries that are counted in a run whose mask is evaluated; they stand for all."""
 
 FEW_RANKS = 8
 """Up to so many ranks all are counted; of more, the first, middle and last stand for the others."""
@@ -72,21 +73,38 @@ class Work:
         )
 
 
+@dataclass(frozen=True)
+class RingWork:
+    """The work of each hop of a ring, for a few ranks and hops that stand for all."""
+
+    times: tuple[int, ...]
+    """How many hops, one after the other, each counted one stands for."""
+    rows: tuple[tuple[Work, ...], ...]
+    """For each counted rank the work of each counted hop."""
+
+    @property
+    def hops(self) -> int:
+        return sum(self.times)
+
+
 @lru_cache(maxsize=256)
 def ring_work(
     spec: AttentionSpec, layout: LayoutKind, world_size: int, tile: int = MASKED_TILE
-) -> tuple[tuple[Work, ...], ...]:
+) -> RingWork:
     """For some ranks the work of each hop; hops after the last that any of them needs are left out.
 
     Hop t of rank r meets the keys of rank r - t. ``tile`` is the side of a tile whose mask is
-    evaluated.
+    evaluated. However many ranks there are, a bounded number of them and of hops is looked at.
     """
     counted, full_like = _positional(spec)
-    table = [
-        _row(counted, full_like, tile, layout, world_size, rank) for rank in _some_ranks(world_size)
+    starts = _counted_hops(world_size)
+    rows = [
+        tuple(_hop(counted, full_like, tile, layout, world_size, rank, hop) for hop in starts)
+        for rank in _some_ranks(world_size)
     ]
-    last = max((i for row in table for i, work in enumerate(row) if work.pairs), default=0)
-    return tuple(row[: last + 1] for row in table)
+    last = max((i for row in rows for i, work in enumerate(row) if work.pairs), default=0)
+    times = (stop - start for start, stop in pairwise((*starts, world_size)))
+    return RingWork(tuple(times)[: last + 1], tuple(row[: last + 1] for row in rows))
 
 
 def gathered_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> tuple[Work, ...]:
@@ -117,21 +135,10 @@ def _some_ranks(world_size: int) -> Sequence[int]:
     return 0, 1, middle - 1, middle, world_size - 2, world_size - 1
 
 
-def _all_hops(world_size: int) -> Sequence[int]:
-    """Every hop, or for many ranks the counted hop that stands for each."""
+def _counted_hops(world_size: int) -> Sequence[int]:
+    """Every hop, or for many ranks some, each of which stands for those up to the next."""
     far = max(1, -(-(world_size - NEAR_HOPS) // FAR_HOPS))
-    return [h if h < NEAR_HOPS else h - (h - NEAR_HOPS) % far for h in range(world_size)]
-
-
-def _row(
-    spec: AttentionSpec, masked: bool, tile: int, layout: LayoutKind, world_size: int, rank: int
-) -> tuple[Work, ...]:
-    """Each counted hop is counted once, and stands for those after it up to the next."""
-    hops = _all_hops(world_size)
-    counted = {
-        hop: _hop(spec, masked, tile, layout, world_size, rank, hop) for hop in dict.fromkeys(hops)
-    }
-    return tuple(map(counted.__getitem__, hops))
+    return *range(min(NEAR_HOPS, world_size)), *range(NEAR_HOPS, world_size, far)
 
 
 @lru_cache(maxsize=65_536)
@@ -164,8 +171,7 @@ def _count(
     keys: Sequence[Run],
     tile: int = MASKED_TILE,
 ) -> Work:
-    longest = max((run.length for run in queries), default=1)
-    tiling = Tiling(masked=max(tile, -(-longest // MAX_BANDS)))
+    tiling = Tiling(masked=tile, bands=MOST_BANDS)
     found = pieces(spec, queries, keys, tiling, b=(0, 1), h=(0, 1), inputs=None)
     return sum((_work(piece, masked) for piece in found), Work())
 
@@ -177,14 +183,15 @@ def _work(piece: Piece, masked: bool) -> Work:
     pairs = q * (k + 1) / 2 if piece.causal else area
     is_masked = masked or piece.keep is not None
     most_queries, most_keys = (min(x, MASKED_TILE) if is_masked else x for x in (q, k))
+    times = piece.times
     return Work(
-        calls=max(1.0, area / MASKED_TILE**2) if masked else 1.0,
-        pairs=pairs,
-        masked_pairs=pairs if is_masked else 0.0,
-        diagonals=1.0 if piece.causal else 0.0,
-        causal_rows=q if piece.causal else 0.0,
-        q_rows=q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
-        k_rows=k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
+        calls=times * (max(1.0, area / MASKED_TILE**2) if masked else 1.0),
+        pairs=times * pairs,
+        masked_pairs=times * pairs if is_masked else 0.0,
+        diagonals=times if piece.causal else 0.0,
+        causal_rows=times * q if piece.causal else 0.0,
+        q_rows=times * q * (max(1.0, k / MASKED_TILE) if masked else 1.0),
+        k_rows=times * k * (max(1.0, q / MASKED_TILE) if masked else 1.0),
         most_queries=most_queries,
         most_keys=most_keys,
         most_masked=most_queries * most_keys if is_masked else 0,

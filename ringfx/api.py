@@ -35,6 +35,7 @@ from ringfx.pipeline import lower
 from ringfx.plan import Plan, joined
 from ringfx.planned_arrivals import arrived, leave_split
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
+from ringfx.trained import leaves_of_graph
 from ringfx.world import World
 
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
@@ -200,7 +201,10 @@ def plan(
             "strict": strict,
         }
     )
-    refuse_parameters(model.parameters(), settings.gpu_memory)
+    refuse_parameters(
+        model.parameters(), settings.gpu_memory, settings.optimizer,
+        trained=lambda: _trained(model, args, dict(kwargs or {})),
+    )  # fmt: skip
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
     plans: list[Plan] = []
 
@@ -311,6 +315,26 @@ def _refuse_untraceable(
         ) from failure
     except Exception:  # of the model's own code: what failed first is said
         return
+
+
+def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The parameters that a call gives gradients to, by the graph of a run on fake tensors.
+
+    Where that run cannot be made, none: tracing then says what there is to say.
+    """
+    model = model._ringfx_inner if isinstance(model, Optimized) else model
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    if not all(x is None or isinstance(x, torch.Tensor | int | float | str) for x in leaves):
+        return []  # an object, such as a cache, that the run would change
+    mode = _mode_of(model, args, kwargs)
+    fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
+    try:
+        with mode:
+            results = fake_model(*fake_args, **fake_kwargs)
+    except Exception:  # of the model's own code, or a value that it reads
+        return []
+    own = {id(x) for x in fake_model.parameters()}
+    return [x for x in leaves_of_graph(results) if id(x) in own]
 
 
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:

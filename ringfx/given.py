@@ -8,6 +8,7 @@ Otherwise it assumes an ordinary value, and says which and where.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["GivenMode"]
 
 aten = torch.ops.aten
+
+CHOICES = frozenset([aten.topk.default, aten.max.dim, aten.argmax.default])
+"""Their last result says which of the last dim's elements were chosen."""
 
 MOST_ELEMENTS = 2**24
 """Of all values that may be computed to answer one question."""
@@ -148,6 +152,21 @@ class GivenMode(FakeTensorMode):
                     elements=x.numel(), sources=value.sources,
                 )  # fmt: skip
                 self._values[x] = value_of
+        if value is None and func in CHOICES:
+            self._assume_choice(func, args[0], results[-1])
+
+    def _assume_choice(self, func: Any, source: torch.Tensor, chosen: FakeTensor) -> None:
+        """A choice by unknown scores, as a router's of experts: each is chosen as often."""
+        if chosen.dim() not in (source.dim(), source.dim() - 1) or not source.dim():
+            return
+        if chosen.shape[: source.dim() - 1] != source.shape[:-1]:
+            return  # not along the last dim
+        num, shape = source.shape[-1], tuple(chosen.shape)
+        self._values[chosen] = _Value(
+            elements=chosen.numel(),
+            assumed=f"{func._schema.name.removeprefix('aten::')} to choose each of {num} as often",
+            make=lambda: (torch.arange(math.prod(shape)) % num).reshape(shape),
+        )
 
     def _value(self, x: torch.Tensor) -> _Value | None:
         known: _Value | None = self._values.get(x)

@@ -90,5 +90,12 @@ class Layout:
 
     def order(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Index that sorts the ranks' concatenated tokens by position, int64 [length]."""
-        everyone = torch.cat([self.positions(r, device) for r in range(self.world_size)])
-        return torch.argsort(everyone)[: self.length]
+        positions = torch.arange(self.length, device=device)
+        if self.kind == "contiguous":
+            return positions
+        # Chunk c of 2p is the first of rank c, or the second of rank 2p-1-c.
+        size, ranks = self.chunk_length, self.world_size
+        chunk = positions // size
+        is_second = chunk >= ranks
+        rank = torch.where(is_second, 2 * ranks - 1 - chunk, chunk)
+        return rank * self.local_length + is_second * size + positions % size

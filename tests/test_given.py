@@ -105,3 +105,33 @@ class Untraceable(nn.Module):
 def test_a_model_that_dynamo_cannot_trace_is_told_so() -> None:
     with pytest.raises(CaptureRefused, match="cannot trace this model, with or without ringfx"):
         ringfx.plan(Untraceable(), (torch.randn(4, 4),), world_size=2)
+
+
+class Routed(nn.Module):
+    """Experts that take the tokens that a router sends them: sizes and indices are read."""
+
+    def __init__(self, by_sizes: bool) -> None:
+        super().__init__()
+        self.by_sizes, self.inner = by_sizes, Reads()
+        self.router, self.experts = nn.Linear(16, 3), nn.Parameter(torch.randn(3, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner.attend(x)
+        flat = x.flatten(0, 1)
+        chosen = self.router(flat).topk(2, dim=-1).indices
+        hit = F.one_hot(chosen, num_classes=4).sum(1)
+        if self.by_sizes:
+            rows = flat.repeat_interleave(2, 0).split(hit.sum(0)[:3].tolist())
+            flat = torch.cat([y @ w for y, w in zip(rows, self.experts, strict=True)])
+            return self.inner.attend(flat.view(x.shape[0], -1, 16))
+        for expert in (hit.sum(0) > 0).nonzero():
+            flat = flat + flat @ self.experts[expert[0]]
+        return self.inner.attend(flat.view_as(x))
+
+
+@pytest.mark.parametrize("by_sizes", [False, True])
+def test_a_router_is_assumed_to_choose_each_expert_as_often(by_sizes: bool) -> None:
+    plan = ringfx.plan(Routed(by_sizes), (torch.randn(1, 12, 16),), world_size=2)
+    assert len(plan.layers) == 2
+    (note,) = (note for note in plan.notes if "assumed" in note)
+    assert "topk to choose each of 3 as often" in note

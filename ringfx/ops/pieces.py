@@ -56,6 +56,8 @@ class Piece:
 
     ``q`` and ``k`` then say places, not positions: nothing in such a piece reads a position.
     """
+    times: int = 1
+    """How many like it there are, of which this one stands for the others (``Tiling.bands``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,9 @@ class Tiling:
 
     masked: int
     plain: int | None = None
+    bands: int | None = None
+    """To count and not to compute: of the bands of queries of a mask that is evaluated, so many
+    are looked at, and stand for the others."""
 
     def halved(self) -> Tiling | None:
         """Half the size, or None if it is the smallest already."""
@@ -193,9 +198,10 @@ class _Cut:
 
     def _masked(self, q: Run, k: Run, keep: tuple[Expr, ...]) -> Iterator[Piece]:
         """Bands of queries; in each, keys are halved until a part is decided or small enough."""
-        for band in _split(q, self.tiling.masked):
+        for band, times in _bands(q, self.tiling):
             parts = self._band(band, k, keep)
-            yield from _joined(parts) if self.tiling.plain is None else parts
+            for part in _joined(parts) if self.tiling.plain is None else parts:
+                yield part if times == 1 else replace(part, times=times)
 
     def _band(self, q: Run, k: Run, keep: tuple[Expr, ...]) -> Iterator[Piece]:
         left = self._undecided(q, k, keep)
@@ -252,6 +258,28 @@ def _split(run: Run, size: int | None) -> Iterator[Run]:
         stop = min((start // size + 1) * size, run.stop)
         yield run.part(start, stop)
         start = stop
+
+
+ENDS = 2
+"""Bands at each end of a run that stand for themselves alone."""
+
+
+def _bands(run: Run, tiling: Tiling) -> Iterator[tuple[Run, int]]:
+    """The bands that are looked at, and how many each stands for: it is the middle one of them.
+
+    What a band computes is about even or grows about evenly from band to band.
+    """
+    size = tiling.masked
+    first, stop = run.position // size, -(-run.stop // size)
+    num = stop - first
+    step = 1
+    if tiling.bands is not None and num > tiling.bands:
+        step = -(-(num - 2 * ENDS) // (tiling.bands - 2 * ENDS))
+    starts = [*range(min(ENDS, num)), *range(ENDS, num - ENDS, step)]
+    starts += range(max(ENDS, num - ENDS), num)
+    for i, after in itertools.pairwise((*starts, num)):
+        at = (first + i + (after - i) // 2) * size
+        yield run.part(max(at, run.position), min(at + size, run.stop)), after - i
 
 
 def _joined(parts: Iterable[Piece]) -> Iterator[Piece]:

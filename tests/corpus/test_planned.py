@@ -10,17 +10,15 @@ from tests.harness import RankPool
 
 pytestmark = pytest.mark.ranks
 
-NAMES = ("llama/sdpa", "openai_gpt/eager", "xlm/eager", "fsmt/eager")
+NAMES = ("llama/sdpa", "openai_gpt/eager", "xlm/eager", "fsmt/eager", "wav2vec2/sdpa")
 """One program; a mask in a buffer; an item() or a branch on values before the first attention."""
 
-
-@pytest.fixture(scope="module")
-def runs(ranks2: RankPool) -> list[dict[str, Plan | str]]:
-    return ranks2.run(ran, list(NAMES))
+MORE = ("hubert/sdpa", "data2vec_audio/sdpa")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_plan_is_what_runs(runs: list[dict[str, Plan | str]], name: str) -> None:
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
+def test_the_plan_is_what_runs(ranks2: RankPool, name: str) -> None:
+    runs = ranks2.run(ran, [name])
     plan = planned(name)
     assert isinstance(plan, Plan), plan
     assert plan.layers

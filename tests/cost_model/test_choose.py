@@ -219,5 +219,5 @@ def test_when_parameters_alone_are_too_large_nothing_is_promised() -> None:
     with pytest.raises(OutOfMemory) as caught:
         _choose(causal_site(), gpu_memory=2**30, memory=flat([causal_site()], whole=2**31))
     assert str(caught.value).endswith(
-        "  Do: give more memory: parameters and the like alone take 2.00 GiB."
+        "  Do: give more memory: outside attention alone take 2.00 GiB."
     )

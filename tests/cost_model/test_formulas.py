@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from ringfx import tiles
 from ringfx.cost_model.formulas import FORMULAS, Prediction, predict
 from ringfx.cost_model.profile import Profile
-from ringfx.cost_model.work import ring_work
+from ringfx.cost_model.work import _gathered as gathered_counts
+from ringfx.cost_model.work import ring_work, whole_work
 from ringfx.spec import AttentionSpec
+from ringfx.tiles import Expr
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -140,10 +142,10 @@ def test_a_mask_that_depends_on_data_counts_wherever_positions_allow_it() -> Non
 def test_causal_work_is_balanced_in_zigzag_and_not_in_runs() -> None:
     spec = causal_site(tokens=8192).spec
     zigzag, runs = (ring_work(spec, kind, 4) for kind in ("zigzag", "contiguous"))
-    per_rank = [sum(work.pairs for work in row) for row in zigzag]
+    per_rank = [sum(work.pairs for work in row) for row in zigzag.rows]
     assert max(per_rank) == pytest.approx(min(per_rank), rel=1e-3)
     assert sum(per_rank) == pytest.approx(8192 * 8193 / 2)
-    per_rank = [sum(work.pairs for work in row) for row in runs]
+    per_rank = [sum(work.pairs for work in row) for row in runs.rows]
     assert max(per_rank) > 5 * min(per_rank)
     assert sum(per_rank) == pytest.approx(8192 * 8193 / 2)
 
@@ -152,9 +154,49 @@ def test_few_ranks_stand_for_many() -> None:
     """The total work of 1024 ranks, from the few that are counted."""
     tokens = 2**20
     table = ring_work(causal_site(tokens=tokens).spec, "zigzag", 1024)
-    assert len(table) < 10
-    per_rank = [sum(work.pairs for work in row) for row in table]
-    assert per_rank == pytest.approx([tokens * (tokens + 1) / 2 / 1024] * len(table), rel=0.01)
+    assert len(table.rows) < 10
+    assert table.hops == 1024
+    per_rank = [
+        sum(work.pairs * times for work, times in zip(row, table.times, strict=True))
+        for row in table.rows
+    ]
+    assert per_rank == pytest.approx([tokens * (tokens + 1) / 2 / 1024] * len(per_rank), rel=0.01)
+
+
+def test_hops_that_are_counted_do_not_grow_with_the_ranks() -> None:
+    spec = causal_site(tokens=2**20).spec
+    tables = [ring_work(spec, "zigzag", ranks) for ranks in (33, 1000, 10**5, 10**6 + 3)]
+    assert [table.hops for table in tables] == [33, 1000, 10**5, 10**6 + 3]
+    assert all(len(table.times) <= 32 for table in tables)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        ("and", tiles.CAUSAL, ("lt", ("sub", tiles.Q, tiles.K), ("const", 4096))),
+        ("le", tiles.K, ("add", tiles.Q, ("const", 1000))),
+        ("or", tiles.CAUSAL, ("lt", tiles.K, ("const", 30_000))),
+    ],
+)
+def test_few_bands_of_a_mask_stand_for_all(keep: Expr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window, a shifted diagonal, a prefix: what is computed over all bands, from a few."""
+    spec = AttentionSpec(scale=0.1, q_len=2**17, kv_len=2**17, keep=keep)
+    few = whole_work(spec)
+    gathered_counts.cache_clear()
+    monkeypatch.setattr("ringfx.cost_model.work.MOST_BANDS", None)
+    every = whole_work(spec)
+    gathered_counts.cache_clear()
+    for field in fields(every):
+        assert getattr(few, field.name) == pytest.approx(getattr(every, field.name), rel=0.03)
+
+
+def test_a_hop_that_stands_for_several_takes_their_time() -> None:
+    """A ring of 40 hops counts some twice; without a mask all are alike."""
+    p = 40
+    site, small = full_site(tokens=p * 4096), full_site(tokens=30 * 4096)
+    long, short = (predict(x, "production", n, H100) for x, n in ((site, p), (small, 30)))
+    a_hop = short.forward.compute_s / 30
+    assert long.forward.compute_s == pytest.approx(p * a_hop, rel=1e-2)
 
 
 def test_saved_memory_falls_with_the_ranks() -> None:

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 import ringfx
+from ringfx import tiles
 from ringfx.api import offline
+from ringfx.cost_model import choose
+from ringfx.cost_model.formulas import predict
+from ringfx.cost_model.timeline import flat
 from ringfx.cost_model.whatif import Change, longest_sequence, replan, sweep
 from ringfx.errors import OutOfMemory
 from ringfx.plan import Plan
-from tests.cost_model.sites import shipped
+from ringfx.spec import AttentionSpec
+from ringfx.tiles import Expr
+from tests.cost_model.sites import causal_site, shipped
 from tests.cost_model.test_memory import Small
 
 CPU = shipped("cpu-default")
@@ -63,6 +69,58 @@ def test_parameters_alone_are_refused_before_the_model_is_traced(
         _fresh(1024, 2, gpu_memory=2**10)
 
 
-def test_so_many_ranks_as_there_may_be_are_counted_by_a_few_hops() -> None:
-    changed = replan(_fresh(4096, 2), Change(world_size=10**6), CPU)
-    assert changed.world_size == 10**6
+def test_parameters_and_gradients_are_refused_before_the_model_is_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Budgets that hold the parameters, and not what training adds to them."""
+    with offline():
+        size = sum(x.numel() * x.element_size() for x in Small(64, 3, 512, False).parameters())
+    monkeypatch.setattr("ringfx.api.trace", None)
+    with pytest.raises(OutOfMemory, match=r"parameters, gradients alone take .* on each rank"):
+        _fresh(1024, 2, gpu_memory=2 * size - 1)
+    with pytest.raises(OutOfMemory, match=r"gradients and optimiser state alone take"):
+        _fresh(1024, 2, gpu_memory=4 * size - 1, optimizer="adamw")
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_what_gets_no_gradient_is_not_counted_before_the_model_is_traced(unused: bool) -> None:
+    """A part that the call does not use, or that is frozen, costs its parameters alone."""
+    with offline():
+        model = Small(64, 3, 512, False)
+        model.extra = torch.nn.Linear(2048, 2048)
+        model.extra.requires_grad_(unused)
+        ids = torch.empty(1, 256, dtype=torch.int64)
+    size = sum(x.numel() * x.element_size() for x in model.parameters())
+    budget = size + 3 * 2**22  # under twice the parameters, and enough
+    assert budget < 2 * size
+    plan = ringfx.plan(model, (ids, ids), world_size=2, profile=CPU.name, gpu_memory=budget)
+    assert plan.memory.peak_bytes <= budget
+
+
+def test_a_search_for_what_fits_looks_at_few_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer keeps bounds the number of ranks and the length, without a look at its mask."""
+    window: Expr = ("lt", ("sub", tiles.Q, tiles.K), ("const", 4096))
+    spec = AttentionSpec(scale=0.1, q_len=2**20, kv_len=2**20, keep=("and", tiles.CAUSAL, window))
+    sites = [causal_site(i, spec=spec) for i in range(32)]
+    looked_at: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        looked_at.append(1)
+        return predict(*args)
+
+    monkeypatch.setattr("ringfx.cost_model.candidates.predict", counted)
+    with pytest.raises(OutOfMemory, match="use 3 ranks or more, or shorten the sequence to "):
+        choose(
+            sites, world_size=2, profile=shipped("h100-sxm-published"), gpu_memory=600 * 2**30,
+            memory=flat(sites, whole=2**30, split=2**40, world_size=1),
+        )  # fmt: skip
+    assert len(looked_at) <= 10 * 4  # of four strategies each; by halves alone, 17 * 4
+
+
+@pytest.mark.parametrize("ranks", [10**6, 100_003])
+def test_any_number_of_ranks_is_planned_in_steps_that_do_not_grow_with_it(ranks: int) -> None:
+    """More ranks than tokens among them, and a prime."""
+    fresh = _fresh(4096, ranks)
+    changed = replan(_fresh(4096, 2), Change(world_size=ranks), CPU)
+    assert fresh.world_size == changed.world_size == ranks
+    assert [x.strategy for x in fresh.layers] == [x.strategy for x in changed.layers]

@@ -46,6 +46,16 @@ def test_one_rank_without_process_group(layout: LayoutKind) -> None:
     torch.testing.assert_close(ops.gather(local, -2, layout=layout, length=7), x)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("length", "ranks"), [(1, 1), (12, 3), (13, 3), (5, 4), (3, 7), (64, 4)])
+def test_the_order_sorts_what_ranks_hold_by_position(
+    kind: LayoutKind, length: int, ranks: int
+) -> None:
+    layout = Layout(kind, length, ranks)
+    everyone = torch.cat([layout.positions(rank) for rank in range(ranks)])
+    assert torch.equal(everyone[layout.order()], torch.arange(length))
+
+
 def test_a_length_that_does_not_fit_is_an_error() -> None:
     text = "gather: 7 tokens on each of 1 ranks cannot be 9 in all"
     with pytest.raises(InvalidArgument, match=text):
