@@ -20,7 +20,6 @@ from ringfx.layout import LayoutKind
 from ringfx.ops import heads, production
 from ringfx.ops.attention import attention
 from ringfx.ops.buffers import POOL
-from ringfx.ops.kernels import computed_in
 from ringfx.passes.values import AttentionSite
 from tests.ranks import RankPool
 
@@ -35,8 +34,15 @@ SITES = {
 }
 
 
+SMALL = 2**16
+"""Bytes beyond the 10%: offsets, flags and the like, which count where a layer holds 2 MB."""
+
+
 def _held(site: AttentionSite, strategy: str) -> tuple[int, int]:
-    """Bytes that a forward and a backward held at most, results included; the worst rank's."""
+    """Bytes that a forward and a backward held at most, results included; the worst rank's.
+
+    As in a step of training: the pool has the buffers of the layer before, and keeps them.
+    """
     torch.set_num_threads(1)
     size = dist.get_world_size()
     layout = local_share(site, size).layout
@@ -57,8 +63,11 @@ def _held(site: AttentionSite, strategy: str) -> tuple[int, int]:
     for step in (forward, backward):
         forward()
         POOL.clear()
+        step()
+        forward()
+        pooled = POOL.free_bytes
         dist.barrier()
-        held.append(peak_bytes(step))
+        held.append(pooled + peak_bytes(step))
     worst = torch.tensor(held)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst[0]), int(worst[1])
@@ -82,17 +91,14 @@ def _assert_predicted(ranks: RankPool, names: Iterable[str]) -> None:
     off = {}
     for (name, strategy, direction), seen in measured.items():
         expected = held_bytes(local_share(SITES[name], ranks.world_size), strategy, direction)
-        if abs(expected / seen - 1) > 0.1:
+        if abs(expected - seen) > 0.1 * seen + SMALL:
             off[name, strategy, direction] = (expected, seen, round(expected / seen - 1, 3))
     assert not off
 
 
 @pytest.mark.ranks
 def test_what_two_ranks_hold_is_predicted_within_10_percent(ranks2: RankPool) -> None:
-    """In bfloat16 on processors with instructions for it: what torch's kernels and their casts hold
-    without them is not predicted to 10%."""
-    in_half = computed_in(torch.bfloat16, "cpu", backward=True) == torch.bfloat16
-    _assert_predicted(ranks2, ["grouped", "window", *(["bfloat16"] if in_half else [])])
+    _assert_predicted(ranks2, ["grouped", "window", "bfloat16"])
 
 
 @pytest.mark.ranks
