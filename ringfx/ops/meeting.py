@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.errors import AgreementError, CommunicationError
-from ringfx.ops.channel import Channel, plain, settled
+from ringfx.ops.channel import Channel, settled
 from ringfx.ops.ranks import Ranks
+from ringfx.ops.where import plain
 
 __all__ = ["Absent", "meet", "tell"]
 
@@ -93,6 +94,7 @@ def _send_and_take(
 ) -> None:
     """Everyone's tensor into ``found``; ``came`` lists the ranks whose own has arrived."""
     twin = channel.twin()
+    channel.counts.meetings += 1
     others = [(channel.rank + d) % channel.size for d in range(1, channel.size)]
     sending = [twin.send([mine], r, tag) for r in others]
     taking = [twin.recv([found[r]], r, tag) for r in others]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Heard:
     text: str = ""
     seconds: float = 0.0
     answered: bool = True
+    log: str = ""
+    """What it wrote to stderr."""
 
 
 class Placed(nn.Module):
@@ -60,8 +62,8 @@ class Placed(nn.Module):
         return self.model((ids + shift) % 96)
 
 
-def optimized(model: nn.Module | None = None, compiler: str = "eager") -> Any:
-    return ringfx.optimize(model or plain()(), compiler=compiler)  # type: ignore[arg-type]
+def optimized(model: nn.Module | None = None, compiler: str = "eager", **options: Any) -> Any:
+    return ringfx.optimize(model or plain()(), compiler=compiler, **options)  # type: ignore[arg-type]
 
 
 def is_victim() -> bool:
@@ -218,13 +220,17 @@ def goes_on_after_an_error_of_one(compiler: str) -> None:
 
 def _rank(
     rank: int, size: int, folder: str, case: Callable[[str], None], compiler: str, pipe: Any,
-    timeout_s: float,
+    timeout_s: float, victim: int, store: str,
 ) -> None:  # fmt: skip
+    global VICTIM
+    VICTIM = victim
+    with open(f"{folder}/stderr{rank}", "w") as log:
+        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=store.format(folder=folder),
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -246,7 +252,7 @@ def _rank(
 
 def run(
     case: Callable[[str], None], *, size: int = 2, compiler: str = "eager",
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S, victim: int = VICTIM, store: str = "file://{folder}/store",
 ) -> list[Heard]:  # fmt: skip
     """What each rank heard."""
     found = []
@@ -255,8 +261,8 @@ def run(
         ranks = []
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            arguments = (rank, size, folder, case, compiler, theirs, timeout_s)
-            process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+            arguments = (rank, size, folder, case, compiler, theirs, timeout_s, victim, store)
+            process = _CONTEXT.Process(target=_rank, args=arguments)
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -269,6 +275,9 @@ def run(
             except EOFError:
                 text, seconds = "ended without an answer", 0.0
             found.append(Heard(rank=rank, text=text, seconds=seconds))
+        found = [
+            replace(heard, log=Path(f"{folder}/stderr{heard.rank}").read_text()) for heard in found
+        ]
         for process, pipe in ranks:
             pipe.close()
             process.kill()
