@@ -70,6 +70,10 @@ class Failure:
     is_error: bool = True
     """Otherwise a rank has ended as it should, and concerns those that it should meet."""
 
+    def is_of(self, rank: int) -> bool:
+        """Whether that rank has failed, and did not only find out that all have."""
+        return self.rank == rank and self.call != EVERY_CALL
+
     def ends(self, wait: Wait) -> bool:
         return self.is_error or wait.is_meeting
 
@@ -119,7 +123,6 @@ class Channel:
         default: Any = dist.distributed_c10d._get_default_store()
         self._given_store = default
         self.store = self._prefixed(default)
-        weakref.finalize(group, _group_ended, self.store, self.rank).atexit = False
 
     def clone_of_store(self) -> Any:
         """For another thread: a store answers one at a time."""
@@ -186,7 +189,7 @@ class Channel:
             for r in range(self.size):
                 if r not in self._processes and store.check([f"process{r}"]):
                     self._processes[r] = Process(**json.loads(store.get(f"process{r}")))
-        return next((r for r, process in self._processes.items() if process.is_dead()), None)
+        return next((r for r, p in list(self._processes.items()) if p.is_dead()), None)
 
     # --- calls, waits, failures
 
@@ -294,7 +297,7 @@ class Channel:
         failure, why = self._cause()
         if failure is None:
             return why
-        return failure.text if failure.rank != self.rank and failure.is_error else ""
+        return failure.text if failure.is_error and not failure.is_of(self.rank) else ""
 
     def raised(self, error: BaseException) -> None:
         """An error leaves a call of the model: on this rank only, as far as it knows."""
@@ -405,15 +408,7 @@ def is_settled(error: BaseException | None) -> bool:
 
 
 def _ended(rank: int) -> str:
-    return f"the process of rank {rank} has ended without a word (killed?)"
-
-
-def _group_ended(store: Any, rank: int) -> None:
-    """The group was destroyed: others may still wait for this rank."""
-    text = f"rank {rank} has destroyed its process group and does not come back"
-    failure = Failure(epoch=GONE, call=0, rank=rank, text=text, is_error=False)
-    with contextlib.suppress(RuntimeError):
-        store.compare_set("gone", "", json.dumps(asdict(failure)))
+    return f"the process of rank {rank} has ended without a word (killed? or after destroy_process_group)"
 
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:

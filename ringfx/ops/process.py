@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-import socket
+import uuid
 from dataclasses import dataclass
 
 __all__ = ["Process"]
@@ -11,16 +13,16 @@ __all__ = ["Process"]
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    host: str
+    machine: str
     pid: int
 
     @staticmethod
     def this() -> Process:
-        return Process(host=socket.gethostname(), pid=os.getpid())
+        return Process(machine=_machine(), pid=os.getpid())
 
     def is_dead(self) -> bool:
         """Whether it has ended; False where that cannot be known from here."""
-        if self.host != socket.gethostname():
+        if self.machine != _machine():
             return False
         try:
             with open(f"/proc/{self.pid}/stat") as stat:
@@ -29,3 +31,12 @@ class Process:
             return os.path.isdir("/proc/self")
         except OSError:
             return False
+
+
+@functools.cache
+def _machine() -> str:
+    """Where numbers of processes mean the same: containers may share a name, but not these."""
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return str(uuid.uuid4())

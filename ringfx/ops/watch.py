@@ -39,6 +39,11 @@ not seconds: a process that the machine lets not run has not waited."""
 PATIENT_TICKS = 20
 """After so many looks at the same places of all ranks, what was on its way has come."""
 
+_WHY = (
+    "One of them has caught an error that the others did not meet (in backward, say), or has left "
+    "out a call, a backward or a touch of an output, or made one more. Do: do the same on all ranks."
+)
+
 ABORT_TICKS = {True: 8, False: 40}
 """So long the main thread stands at one instruction before its device's messages are ended: where
 the rank that failed does not come back, and where it may."""
@@ -178,7 +183,7 @@ def _compare(channel: Channel, known: _Watched) -> None:
     stands = {r: Stand.read(text) for r, text in enumerate(now) if text}
     if in_vain(stands, patient=known.seen_ticks >= PATIENT_TICKS):
         listed = "; ".join(f"rank {r} waits in {stand.what}" for r, stand in stands.items())
-        text = f"the ranks wait for each other: {listed}"
+        text = f"the ranks wait for each other: {listed}. {_WHY}"
         channel.post(text, of_all=True, store=known.store)
         channel.close()
 
@@ -186,7 +191,7 @@ def _compare(channel: Channel, known: _Watched) -> None:
 def _tell_user(channel: Channel, known: _Watched, where: str) -> None:
     """Write once to the log what has failed on another rank, while this one cannot be ended."""
     failure = channel.failure(known.store)
-    if failure is None or failure == known.told or failure.rank == channel.rank:
+    if failure is None or failure == known.told or failure.is_of(channel.rank):
         return
     known.told = failure
     level = logging.ERROR if failure.is_error else logging.WARNING
@@ -201,7 +206,7 @@ def _look_at_device(channel: Channel, known: _Watched) -> None:
     if known.aborted or not known.at_ticks or known.at_ticks % DEVICE_TICKS:
         return
     failure = channel.failure(known.store)
-    if failure is None or failure.rank == channel.rank or not failure.is_error:
+    if failure is None or failure.is_of(channel.rank) or not failure.is_error:
         return
     _tell_user(channel, known, "messages of its device")
     if known.at_ticks >= ABORT_TICKS[failure.epoch == GONE]:

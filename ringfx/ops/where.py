@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["describe_error", "plain"]
+__all__ = ["call_site", "describe_error", "plain"]
 
 LONGEST = 500
 
@@ -30,6 +30,21 @@ def plain(error: BaseException) -> str:
     return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", said[0]) if said else ""
 
 
+def call_site() -> str:
+    """Where the user calls what runs of ringfx: ``train.py:12, in main``."""
+    frame: FrameType | None = sys._getframe()
+    site, is_inside = None, False
+    while frame is not None:
+        if _module(frame) == "ringfx":
+            site, is_inside = None, True
+        elif is_inside and site is None and _is_users(frame):
+            site = frame
+        frame = frame.f_back
+    if site is None:
+        return ""
+    return f"{Path(site.f_code.co_filename).name}:{site.f_lineno}, in {site.f_code.co_name}"
+
+
 def _caller() -> tuple[FrameType | None, int]:
     """The innermost frame of the user's that runs."""
     frame: FrameType | None = sys._getframe()
@@ -39,6 +54,10 @@ def _caller() -> tuple[FrameType | None, int]:
 
 
 def _is_users(frame: FrameType) -> bool:
-    module = frame.f_globals.get("__name__", "").partition(".")[0]
     name = frame.f_code.co_filename
-    return not name.startswith("<") and module not in ("torch", "ringfx", "contextlib")
+    return not name.startswith("<") and _module(frame) not in ("torch", "ringfx", "contextlib")
+
+
+def _module(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -1,6 +1,6 @@
 """Real ranks of which one fails, stays away or ends; what the others hear, and how soon.
 
-Ranks are forked from a server that has torch loaded. The group's timeout is far longer than
+Ranks are forked from a server that has compiled a model before, so they start in little time. The group's timeout is far longer than
 anything here may take.
 """
 
@@ -30,8 +30,9 @@ from tests.end_to_end.models import plain, tokens
 __all__ = ["TIMEOUT_S", "Heard", "run"]
 
 TIMEOUT_S = 400.0
+EXIT_S = 30.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.end_to_end.faults"])
+_CONTEXT.set_forkserver_preload(["tests.end_to_end.warm"])
 
 VICTIM = 1
 
@@ -275,6 +276,9 @@ def run(
             except EOFError:
                 text, seconds = "ended without an answer", 0.0
             found.append(Heard(rank=rank, text=text, seconds=seconds))
+        for (process, _), heard in zip(ranks, found, strict=True):
+            if heard.text:  # it ends by itself, and says why
+                process.join(timeout=EXIT_S)
         found = [
             replace(heard, log=Path(f"{folder}/stderr{heard.rank}").read_text()) for heard in found
         ]
