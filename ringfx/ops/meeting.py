@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ringfx.errors import AgreementError, CommunicationError
 from ringfx.ops.channel import Channel, settled
 from ringfx.ops.ranks import Ranks
-from ringfx.ops.where import plain
+from ringfx.ops.where import call_site, plain
 
 __all__ = ["Absent", "meet", "tell"]
 
@@ -49,7 +49,8 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
     padding = [0] * (MOST_NUMBERS - len(numbers))  # gloo ends a process whose sizes do not match
     said = _together(ranks, what, [label, *numbers, *padding])
     if any(row[0] != label for row in said):
-        raise settled(AgreementError(_different(ranks, tell(ranks, what, what.encode()))))
+        here = f"{what}, from {call_site()}"
+        raise settled(AgreementError(_different(ranks, tell(ranks, what, here.encode()))))
     ranks.channel.has_met = True
     return [row[1 : 1 + len(numbers)] for row in said]
 

@@ -41,7 +41,7 @@ def call_site() -> str:
             site = frame
         frame = frame.f_back
     if site is None:
-        return ""
+        return "a frame that is not Python"
     return f"{Path(site.f_code.co_filename).name}:{site.f_lineno}, in {site.f_code.co_name}"
 
 
