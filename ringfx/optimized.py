@@ -178,7 +178,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
 
 
 def _attend(mesh: Any) -> None:
-    """Refuse another thing than ranks at once; where there are some, look after them from now on."""
+    """Look after the ranks from now on, where there are some; refuse what are none at once."""
     if mesh is not None or (dist.is_available() and dist.is_initialized()):
         world = World.of(mesh)
         if world.size > 1:

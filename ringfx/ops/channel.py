@@ -408,7 +408,8 @@ def is_settled(error: BaseException | None) -> bool:
 
 
 def _ended(rank: int) -> str:
-    return f"the process of rank {rank} has ended without a word (killed? or after destroy_process_group)"
+    ended = f"the process of rank {rank} has ended without a word"
+    return f"{ended} (killed? or after destroy_process_group)"
 
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:

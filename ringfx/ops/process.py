@@ -36,7 +36,6 @@ class Process:
 @functools.cache
 def _machine() -> str:
     """Where numbers of processes mean the same: containers may share a name, but not these."""
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as boot:
-            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as boot:
+        return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     return str(uuid.uuid4())

@@ -41,7 +41,8 @@ PATIENT_TICKS = 20
 
 _WHY = (
     "One of them has caught an error that the others did not meet (in backward, say), or has left "
-    "out a call, a backward or a touch of an output, or made one more. Do: do the same on all ranks."
+    "out a call, a backward or a touch of an output, or made one more. Do: do the same on every "
+    "rank."
 )
 
 ABORT_TICKS = {True: 8, False: 40}

@@ -1,7 +1,7 @@
 """Real ranks of which one fails, stays away or ends; what the others hear, and how soon.
 
-Ranks are forked from a server that has compiled a model before, so they start in little time. The group's timeout is far longer than
-anything here may take.
+Ranks are forked from a server that has compiled a model before, so they start in little time.
+The group's timeout is far longer than anything here may take.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ class Script:
         self.at("before the first call")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         self.compiles()
-        for self.step, batch in enumerate(self.batches()):
+        for step, batch in enumerate(self.batches()):
+            self.step = step
             self.train(model, optimizer, batch)
 
     def compiles(self) -> None:

@@ -134,8 +134,7 @@ APART: dict[Callable[[str], None], str] = {
     situations.keeps_no_gradients: "rank 1 runs this call under torch.no_grad()",
     situations.has_frozen_a_parameter: "requires a gradient on rank 0 and not on rank 1",
     situations.calls_two_models_in_another_order: "has the same shape but other values",
-    situations.calls_another_model_first: "the agreement on a profile before the model's first call, "
-    "from situations.py:",
+    situations.calls_another_model_first: "before the model's first call, from situations.py:",
 }
 
 APART_OFTEN = {
