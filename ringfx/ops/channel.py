@@ -266,13 +266,17 @@ class Channel:
 
     def give_up(self, error: BaseException, doing: str) -> str:
         """Why a message has not come; the error's own text where no rank says more."""
+        return self.given_up(error, doing)[1]
+
+    def given_up(self, error: BaseException, doing: str) -> tuple[bool, str]:
+        """The same, and whether a rank has said it."""
         failure, why = self._cause()
         if failure is not None:
             self._next_epoch(max(self.epoch, failure.epoch % GONE) + 1)
-            return failure.text
+            return True, failure.text
         text = why or plain(error) or type(error).__name__
         self.fail(f"rank {self.rank} gave up {doing}: {text}")
-        return text
+        return False, text
 
     def _cause(self) -> tuple[Failure | None, str]:
         deadline, why = time.monotonic() + GRACE_S, ""
@@ -289,8 +293,14 @@ class Channel:
             why = "the store cannot be reached: the process that serves it has ended"
         if why and self.heard is not None and self.heard.epoch >= self.epoch:
             return self.heard, ""
-        dead = self.dead_rank() if why else None
-        return None, why if dead is None else _ended(dead)
+        return None, (self.known_cause() or why) if why else ""
+
+    def known_cause(self) -> str:
+        """What is known of other ranks without the store, which may have ended; "" for nothing."""
+        if self.heard is not None and self.heard.is_error and not self.heard.is_of(self.rank):
+            return self.heard.text
+        dead = next((r for r, p in list(self._processes.items()) if p.is_dead()), None)
+        return "" if dead is None else _ended(dead)
 
     def cause_elsewhere(self) -> str:
         """What has ended the ranks' common work on another rank than this; "" for nothing known."""

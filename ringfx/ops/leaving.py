@@ -75,21 +75,24 @@ def _tell(error: BaseException | None) -> None:
 
 
 def _tell_one(channel: Channel, error: BaseException | None) -> None:
-    if not _is_served(channel.store):
-        return
-    cause = _cause_elsewhere(channel, error)
+    is_served = _is_served(channel.store)
+    cause = _cause_elsewhere(channel, error, is_served)
     if cause:
         log.error("rank %d ends after another one: %s", channel.rank, cause)
+    if not is_served:
+        return
     text, is_error = _said(error)
     channel.post(cause or f"rank {channel.rank} {text}", gone=True, is_error=is_error)
     if is_error and _serves(channel):
         time.sleep(LINGER_S)
 
 
-def _cause_elsewhere(channel: Channel, error: BaseException | None) -> str:
+def _cause_elsewhere(channel: Channel, error: BaseException | None, is_served: bool) -> str:
     """Why another rank has ended, where this one fails of it in a message of the user's own."""
     is_message = isinstance(error, RuntimeError) and not is_settled(error)
-    return channel.cause_elsewhere() if is_message else ""
+    if not is_message:
+        return ""
+    return channel.cause_elsewhere() if is_served else channel.known_cause()
 
 
 def _serves(channel: Channel) -> bool:

@@ -110,8 +110,7 @@ def _absent(
     channel: Channel, what: str, came: Sequence[int], error: RuntimeError
 ) -> CommunicationError:
     waits = channel.said_to_wait()
-    known = channel.failure() is not None
-    why = channel.give_up(error, what)
+    known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
         return CommunicationError(f"{what}: rank {channel.rank} of {channel.size} has come: {why}")
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}

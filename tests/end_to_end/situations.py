@@ -92,15 +92,18 @@ class Script:
     phase: str
     cause: Callable[[], None]
     step: int = 0
+    is_victim: bool = False
+    """For a worker of the loader, which is no rank."""
 
     def at(self, phase: str, step: int = AT) -> None:
-        if phase == self.phase and step == AT and is_victim():
+        if phase == self.phase and step == AT and self.is_victim:
             self.cause()
 
     def in_step(self, phase: str) -> None:
         self.at(phase, self.step)
 
     def __call__(self, compiler: str) -> None:
+        self.is_victim = is_victim()
         self.at("before optimize")
         model = optimized(self.made(), compiler)
         self.at("before the first call")

@@ -39,11 +39,11 @@ ENDS = [
     ("before the first call", situations.is_killed),
     ("compilation", situations.runs_out_of_memory),
     ("compilation", situations.is_killed),
-    ("the first block", situations.looks_beyond_a_table),
+    ("the first block", situations.raises),
     ("the first block", situations.is_interrupted),
-    ("the second block", situations.exits),
     ("the second block", situations.is_terminated),
-    ("after forward", situations.raises),
+    ("after forward", situations.exits),
+    ("after forward", situations.looks_beyond_a_table),
     ("after forward", situations.ends_at_once),
     ("backward", situations.runs_out_of_memory),
     ("backward", situations.exits_with_a_code),
@@ -71,6 +71,8 @@ OFTEN = {
 
 
 def _expected(phase: str, cause: Callable[[], None]) -> str:
+    if phase == "a worker of the loader" and cause is situations.raises:
+        return "raised KeyError: Caught KeyError in DataLoader worker"
     killed_worker = phase == "a worker of the loader" and cause is situations.is_killed
     return IN_A_WORKER if killed_worker else CAUSES[cause]
 
