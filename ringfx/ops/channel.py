@@ -153,6 +153,7 @@ class Channel:
                 raise RuntimeError(_ended(dead))
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
+        self.dead_rank()  # reads which process each is, while there is a store
         self.call = max(self.call, *(place.call for place in self.others))
         store = PrefixStore(f"epoch{self.epoch}", self.store)
         self._twin = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
@@ -293,6 +294,8 @@ class Channel:
             why = "the store cannot be reached: the process that serves it has ended"
         if why and self.heard is not None and self.heard.epoch >= self.epoch:
             return self.heard, ""
+        while why and not self.known_cause() and time.monotonic() < deadline:
+            time.sleep(0.05)  # its connections end before it does
         return None, (self.known_cause() or why) if why else ""
 
     def known_cause(self) -> str:
