@@ -2,7 +2,10 @@
 
 from ringfx.api import optimize, plan, stats
 from ringfx.errors import RingfxError
+from ringfx.ops.leaving import tell_when_leaving
 from ringfx.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
 __all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats"]
+
+tell_when_leaving()  # also of what ends this process before it has optimized a model

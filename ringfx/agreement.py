@@ -26,6 +26,7 @@ from ringfx.errors import AgreementError
 from ringfx.ops.channel import settled
 from ringfx.ops.meeting import meet, tell
 from ringfx.ops.ranks import Ranks
+from ringfx.ops.where import call_site
 from ringfx.world import World
 
 __all__ = ["Agreement", "Turns", "checksum", "raw_bytes"]
@@ -129,7 +130,7 @@ class Agreement:
             self._turns.number = max(row[2] for row in said)
             said = [[*row[:2], 0, row[3], 0] for row in said]
         if any(row != said[0] for row in said):
-            self._explain(sums, inputs)
+            self._explain(sums, inputs, number)
         self._first = False
 
     def _meet(
@@ -189,12 +190,28 @@ class Agreement:
     def _ranks(self) -> Ranks:
         return Ranks.named(self._world.group, "before the call")
 
-    def _explain(self, sums: _Sums, inputs: Sequence[Any]) -> None:
+    def _explain(self, sums: _Sums, inputs: Sequence[Any], number: int) -> None:
         shapes = [_shape(v) for v in inputs]
         modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
         mine = (self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn)
-        said = tell(self._ranks(), WHAT, json.dumps(mine).encode())
-        raise settled(AgreementError(_difference([json.loads(text) for text in said])))
+        told = tell(self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode())
+        said, numbers, sites = zip(*map(json.loads, told), strict=True)
+        raise settled(AgreementError(_difference(said) + _different_calls(numbers, sites)))
+
+
+def _different_calls(numbers: Sequence[int], sites: Sequence[str]) -> str:
+    """What ranks are given differs because they are not in the same call."""
+    if len(set(numbers)) == 1 and len(set(sites)) == 1:
+        return ""
+    listed = ", ".join(
+        f"rank {r} at {site} (its call {n} of this model)"
+        for r, (n, site) in enumerate(zip(numbers, sites, strict=True))
+    )
+    return (
+        f" The ranks are in different calls: {listed}. One of them makes a call that others do not "
+        "(`if rank == 0: model(...)`), or an error took one from it. Do: make the same calls on "
+        "every rank."
+    )
 
 
 def _difference(said: Sequence[Any]) -> str:

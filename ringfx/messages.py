@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ringfx.errors import CommunicationError
 from ringfx.gradients import parts_to_send
@@ -78,7 +77,7 @@ class _Pending:
         work = ranks.guarded(
             operation,
             "all ranks",
-            lambda: dist.all_reduce(flat, group=ranks.wire, async_op=True),
+            lambda: ranks.start_sum(flat, async_op=True),
         )
         self.waits[_place(flat)] = partial(ranks.collective, operation, work.wait)
 

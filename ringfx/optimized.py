@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ from ringfx.backend import Backend
 from ringfx.dynamo import compiled_call, has_hooks
 from ringfx.errors import RingfxError
 from ringfx.fully_sharded import carry_state
-from ringfx.ops.leaving import tell_when_leaving
+from ringfx.ops.watch import attend
 from ringfx.plan import Plan
 from ringfx.settings import Settings
 from ringfx.uncompiled import uncompiled
@@ -166,9 +167,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     """A face of the model, of the same parameters; the model is not changed."""
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
-    if mesh is not None:
-        World.of(mesh)  # refused at once
-    tell_when_leaving()
+    _attend(mesh)
     inner, faces = _twin(type(model), dict(model.__dict__)), _Faces(settings, mesh)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
@@ -176,6 +175,14 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
         carry_state(inner.module, inside)
         inner.__dict__["_modules"] = {**inner._modules, "module": _face(inside, faces)}
     return _face(inner, faces)
+
+
+def _attend(mesh: Any) -> None:
+    """Look after the ranks from now on, where there are some; refuse what are none at once."""
+    if mesh is not None or (dist.is_available() and dist.is_initialized()):
+        world = World.of(mesh)
+        if world.size > 1:
+            attend(world.group)
 
 
 def _face(inner: M, faces: _Faces, *, is_part: bool = False) -> M:

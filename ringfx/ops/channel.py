@@ -9,7 +9,7 @@ are made together; a failure ends the epoch for the rank that failed and for all
 it, and the next message is sent over new ones. A failure in a call of the model that a rank has
 left behind without an error is no concern of its next call: it moves up to the new epoch.
 
-The number of keys is constant: ``failed``, ``gone``, and two for each rank.
+The number of keys is constant: ``failed``, ``gone``, and three for each rank.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import re
-import socket
 import threading
 import time
 import weakref
@@ -31,7 +28,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
-from ringfx.ops.where import describe_error, first_line
+from ringfx.ops.process import Process
+from ringfx.ops.standing import Counts, Stand
+from ringfx.ops.where import describe_error, plain
 
 __all__ = [
     "Channel",
@@ -41,7 +40,6 @@ __all__ = [
     "channels",
     "is_settled",
     "next_number",
-    "plain",
     "settled",
     "shared_call",
 ]
@@ -72,6 +70,10 @@ class Failure:
     is_error: bool = True
     """Otherwise a rank has ended as it should, and concerns those that it should meet."""
 
+    def is_of(self, rank: int) -> bool:
+        """Whether that rank has failed, and did not only find out that all have."""
+        return self.rank == rank and self.call != EVERY_CALL
+
     def ends(self, wait: Wait) -> bool:
         return self.is_error or wait.is_meeting
 
@@ -92,20 +94,6 @@ class _Place:
 
     epoch: int
     call: int
-    host: str
-    pid: int
-
-    def is_dead(self) -> bool:
-        """Whether its process has ended; False where that cannot be known from here."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            with open(f"/proc/{self.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] in "ZX"
-        except FileNotFoundError:
-            return os.path.isdir("/proc/self")
-        except OSError:
-            return False
 
 
 class Channel:
@@ -126,7 +114,11 @@ class Channel:
         """Connections that were given up, and when."""
         self.has_met = False
         """Whether a message of this call has come."""
+        self.counts = Counts.none(self.size)
+        self.heard: Failure | None = None
+        """The last failure that was read: the store may end with the rank that serves it."""
         self._waits = 0
+        self._processes: dict[int, Process] = {}
         self._twin: Any = None
         default: Any = dist.distributed_c10d._get_default_store()
         self._given_store = default
@@ -157,8 +149,11 @@ class Channel:
         while not self._all_here():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"it did not come within {self.timeout.total_seconds():.0f} s")
+            if (dead := self.dead_rank()) is not None:
+                raise RuntimeError(_ended(dead))
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
+        self.dead_rank()  # reads which process each is, while there is a store
         self.call = max(self.call, *(place.call for place in self.others))
         store = PrefixStore(f"epoch{self.epoch}", self.store)
         self._twin = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
@@ -177,9 +172,25 @@ class Channel:
         return all(place.epoch >= self.epoch for place in self.others)
 
     def _say(self) -> None:
-        here = _Place(epoch=self.epoch, call=self.call, host=socket.gethostname(), pid=os.getpid())
+        here = _Place(epoch=self.epoch, call=self.call)
+        self.introduce()
         self.store.set(f"waits{self.rank}", "")
         self.store.set(f"place{self.rank}", json.dumps(asdict(here)))
+
+    def introduce(self) -> None:
+        """Say which process this rank is: another one may look whether it lives."""
+        if self.rank not in self._processes:
+            self._processes[self.rank] = Process.this()
+            self.store.set(f"process{self.rank}", json.dumps(asdict(Process.this())))
+
+    def dead_rank(self, store: Any = None) -> int | None:
+        """A rank whose process has ended, as far as that can be seen from here."""
+        store = store or self.store
+        with contextlib.suppress(RuntimeError):
+            for r in range(self.size):
+                if r not in self._processes and store.check([f"process{r}"]):
+                    self._processes[r] = Process(**json.loads(store.get(f"process{r}")))
+        return next((r for r, p in list(self._processes.items()) if p.is_dead()), None)
 
     # --- calls, waits, failures
 
@@ -207,6 +218,7 @@ class Channel:
             if store.check([key]):
                 found = Failure(**json.loads(store.get(key)))
                 if found.epoch >= self.epoch:
+                    self.heard = found
                     return found
         return None
 
@@ -255,27 +267,50 @@ class Channel:
 
     def give_up(self, error: BaseException, doing: str) -> str:
         """Why a message has not come; the error's own text where no rank says more."""
+        return self.given_up(error, doing)[1]
+
+    def given_up(self, error: BaseException, doing: str) -> tuple[bool, str]:
+        """The same, and whether a rank has said it."""
         failure, why = self._cause()
         if failure is not None:
             self._next_epoch(max(self.epoch, failure.epoch % GONE) + 1)
-            return failure.text
-        text = why or plain(error)
+            return True, failure.text
+        text = why or plain(error) or type(error).__name__
         self.fail(f"rank {self.rank} gave up {doing}: {text}")
-        return text
+        return False, text
 
     def _cause(self) -> tuple[Failure | None, str]:
-        deadline = time.monotonic() + GRACE_S
-        with contextlib.suppress(RuntimeError):
+        deadline, why = time.monotonic() + GRACE_S, ""
+        try:
             while time.monotonic() < deadline:
                 failure = self.failure()
                 if failure is not None:
                     return failure, ""
-                dead = [r for r, place in enumerate(self.others) if place.is_dead()]
-                if dead and time.monotonic() > deadline - GRACE_S / 2:
-                    return None, f"the process of rank {dead[0]} has ended without a word (killed?)"
+                dead = self.dead_rank()
+                if dead is not None and time.monotonic() > deadline - GRACE_S / 2:
+                    return None, _ended(dead)
                 time.sleep(0.05)
-            return None, ""
-        return None, "the store cannot be reached: the process that serves it has ended"
+        except RuntimeError:
+            why = "the store cannot be reached: the process that serves it has ended"
+        if why and self.heard is not None and self.heard.epoch >= self.epoch:
+            return self.heard, ""
+        while why and not self.known_cause() and time.monotonic() < deadline:
+            time.sleep(0.05)  # its connections end before it does
+        return None, (self.known_cause() or why) if why else ""
+
+    def known_cause(self) -> str:
+        """What is known of other ranks without the store, which may have ended; "" for nothing."""
+        if self.heard is not None and self.heard.is_error and not self.heard.is_of(self.rank):
+            return self.heard.text
+        dead = next((r for r, p in list(self._processes.items()) if p.is_dead()), None)
+        return "" if dead is None else _ended(dead)
+
+    def cause_elsewhere(self) -> str:
+        """What has ended the ranks' common work on another rank than this; "" for nothing known."""
+        failure, why = self._cause()
+        if failure is None:
+            return why
+        return failure.text if failure.is_error and not failure.is_of(self.rank) else ""
 
     def raised(self, error: BaseException) -> None:
         """An error leaves a call of the model: on this rank only, as far as it knows."""
@@ -285,6 +320,7 @@ class Channel:
 
     def _next_epoch(self, epoch: int) -> None:
         self.epoch, self.made = epoch, 0
+        self.counts = Counts.none(self.size)
         self.agreed.clear()
         twin, self._twin = self._twin, None
         if twin is not None:
@@ -308,7 +344,7 @@ class Channel:
             for r in range(self.size):
                 text = self.store.get(f"waits{r}") if self.store.check([f"waits{r}"]) else b""
                 if text and r != self.rank:
-                    said[r] = str(json.loads(text)[1])
+                    said[r] = Stand.read(text).what
         return said
 
     def neighbour(self) -> int:
@@ -384,9 +420,9 @@ def is_settled(error: BaseException | None) -> bool:
     return False
 
 
-def plain(error: BaseException) -> str:
-    """An error's text, without the place in gloo's own sources that it starts with."""
-    return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", first_line(error) or type(error).__name__)
+def _ended(rank: int) -> str:
+    ended = f"the process of rank {rank} has ended without a word"
+    return f"{ended} (killed? or after destroy_process_group)"
 
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.errors import AgreementError, CommunicationError
-from ringfx.ops.channel import Channel, plain, settled
+from ringfx.ops.channel import Channel, settled
 from ringfx.ops.ranks import Ranks
+from ringfx.ops.where import call_site, plain
 
 __all__ = ["Absent", "meet", "tell"]
 
@@ -48,7 +49,8 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
     padding = [0] * (MOST_NUMBERS - len(numbers))  # gloo ends a process whose sizes do not match
     said = _together(ranks, what, [label, *numbers, *padding])
     if any(row[0] != label for row in said):
-        raise settled(AgreementError(_different(ranks, tell(ranks, what, what.encode()))))
+        here = f"{what}, from {call_site()}"
+        raise settled(AgreementError(_different(ranks, tell(ranks, what, here.encode()))))
     ranks.channel.has_met = True
     return [row[1 : 1 + len(numbers)] for row in said]
 
@@ -93,6 +95,7 @@ def _send_and_take(
 ) -> None:
     """Everyone's tensor into ``found``; ``came`` lists the ranks whose own has arrived."""
     twin = channel.twin()
+    channel.counts.meetings += 1
     others = [(channel.rank + d) % channel.size for d in range(1, channel.size)]
     sending = [twin.send([mine], r, tag) for r in others]
     taking = [twin.recv([found[r]], r, tag) for r in others]
@@ -107,8 +110,7 @@ def _absent(
     channel: Channel, what: str, came: Sequence[int], error: RuntimeError
 ) -> CommunicationError:
     waits = channel.said_to_wait()
-    known = channel.failure() is not None
-    why = channel.give_up(error, what)
+    known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
         return CommunicationError(f"{what}: rank {channel.rank} of {channel.size} has come: {why}")
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}

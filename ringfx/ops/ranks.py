@@ -94,7 +94,7 @@ class Ranks:
             self.guarded(
                 "agreement on threads",
                 "all ranks",
-                lambda: dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=self.wire),
+                lambda: self.start_sum(fewest, op=dist.ReduceOp.MIN),
             )
             agreed["threads"] = int(fewest)
         found: int = agreed["threads"]
@@ -103,7 +103,9 @@ class Ranks:
     def start(self, transfers: Sequence[Transfer]) -> list[Any]:
         """Starts messages that are under way together."""
         if self._sends_one_by_one:
-            wire = self.wire
+            wire, counts = self.wire, self.channel.counts
+            for t in transfers:
+                (counts.sent if t.sends else counts.taken)[t.peer] += 1
             return [
                 (wire.send if t.sends else wire.recv)([t.buffer], t.peer, t.tag) for t in transfers
             ]
@@ -116,6 +118,12 @@ class Ranks:
                 for t in transfers
             ]
         )  # fmt: skip
+
+    def start_sum(self, flat: torch.Tensor, **options: Any) -> Any:
+        """``dist.all_reduce`` over the ranks."""
+        wire = self.wire
+        self.channel.counts.sums += 1
+        return dist.all_reduce(flat, group=wire, **options)
 
     def exchange(
         self,
@@ -188,7 +196,7 @@ class Ranks:
     def all_reduce(self, operation: str, partial: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.group is not None:
-            self.collective(operation, lambda: dist.all_reduce(partial, group=self.wire))
+            self.collective(operation, lambda: self.start_sum(partial))
         return partial
 
     def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["describe_error", "first_line"]
+__all__ = ["call_site", "describe_error", "plain"]
 
 LONGEST = 500
 
@@ -15,7 +16,7 @@ LONGEST = 500
 def describe_error(error: BaseException) -> str:
     """``IndexError: index out of range in self at model.py:12, in forward``."""
     error = getattr(error, "inner_exception", None) or error
-    text = f"{type(error).__name__}: {first_line(error)}"[:LONGEST].rstrip(": ")
+    text = f"{type(error).__name__}: {plain(error)}"[:LONGEST].rstrip(": ")
     inside = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if _is_users(f)]
     frame, line = inside[-1] if inside else _caller()
     if frame is None:
@@ -23,9 +24,25 @@ def describe_error(error: BaseException) -> str:
     return f"{text} at {Path(frame.f_code.co_filename).name}:{line}, in {frame.f_code.co_name}"
 
 
-def first_line(error: BaseException) -> str:
+def plain(error: BaseException) -> str:
+    """Its first line, without the place in gloo's own sources that it may start with."""
     said = str(error).strip().splitlines()
-    return said[0] if said else ""
+    return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", said[0]) if said else ""
+
+
+def call_site() -> str:
+    """Where the user calls what runs of ringfx: ``train.py:12, in main``."""
+    frame: FrameType | None = sys._getframe()
+    site, is_inside = None, False
+    while frame is not None:
+        if _module(frame) == "ringfx":
+            site, is_inside = None, True
+        elif is_inside and site is None and _is_users(frame):
+            site = frame
+        frame = frame.f_back
+    if site is None:
+        return "a frame that is not Python"
+    return f"{Path(site.f_code.co_filename).name}:{site.f_lineno}, in {site.f_code.co_name}"
 
 
 def _caller() -> tuple[FrameType | None, int]:
@@ -37,6 +54,10 @@ def _caller() -> tuple[FrameType | None, int]:
 
 
 def _is_users(frame: FrameType) -> bool:
-    module = frame.f_globals.get("__name__", "").partition(".")[0]
     name = frame.f_code.co_filename
-    return not name.startswith("<") and module not in ("torch", "ringfx", "contextlib")
+    return not name.startswith("<") and _module(frame) not in ("torch", "ringfx", "contextlib")
+
+
+def _module(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -1,7 +1,7 @@
 """Real ranks of which one fails, stays away or ends; what the others hear, and how soon.
 
-Ranks are forked from a server that has torch loaded. The group's timeout is far longer than
-anything here may take.
+Ranks are forked from a server that has compiled a model before, so they start in little time.
+The group's timeout is far longer than anything here may take.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from tests.end_to_end.models import plain, tokens
 __all__ = ["TIMEOUT_S", "Heard", "run"]
 
 TIMEOUT_S = 400.0
+EXIT_S = 30.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.end_to_end.faults"])
+_CONTEXT.set_forkserver_preload(["tests.end_to_end.warm"])
 
 VICTIM = 1
 
@@ -44,6 +45,8 @@ class Heard:
     text: str = ""
     seconds: float = 0.0
     answered: bool = True
+    log: str = ""
+    """What it wrote to stderr."""
 
 
 class Placed(nn.Module):
@@ -60,8 +63,8 @@ class Placed(nn.Module):
         return self.model((ids + shift) % 96)
 
 
-def optimized(model: nn.Module | None = None, compiler: str = "eager") -> Any:
-    return ringfx.optimize(model or plain()(), compiler=compiler)  # type: ignore[arg-type]
+def optimized(model: nn.Module | None = None, compiler: str = "eager", **options: Any) -> Any:
+    return ringfx.optimize(model or plain()(), compiler=compiler, **options)  # type: ignore[arg-type]
 
 
 def is_victim() -> bool:
@@ -218,13 +221,17 @@ def goes_on_after_an_error_of_one(compiler: str) -> None:
 
 def _rank(
     rank: int, size: int, folder: str, case: Callable[[str], None], compiler: str, pipe: Any,
-    timeout_s: float,
+    timeout_s: float, victim: int, store: str,
 ) -> None:  # fmt: skip
+    global VICTIM
+    VICTIM = victim
+    with open(f"{folder}/stderr{rank}", "w") as log:
+        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=store.format(folder=folder),
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -246,7 +253,7 @@ def _rank(
 
 def run(
     case: Callable[[str], None], *, size: int = 2, compiler: str = "eager",
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S, victim: int = VICTIM, store: str = "file://{folder}/store",
 ) -> list[Heard]:  # fmt: skip
     """What each rank heard."""
     found = []
@@ -255,8 +262,8 @@ def run(
         ranks = []
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            arguments = (rank, size, folder, case, compiler, theirs, timeout_s)
-            process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+            arguments = (rank, size, folder, case, compiler, theirs, timeout_s, victim, store)
+            process = _CONTEXT.Process(target=_rank, args=arguments)
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -269,6 +276,12 @@ def run(
             except EOFError:
                 text, seconds = "ended without an answer", 0.0
             found.append(Heard(rank=rank, text=text, seconds=seconds))
+        for (process, _), heard in zip(ranks, found, strict=True):
+            if heard.text:  # it ends by itself, and says why
+                process.join(timeout=EXIT_S)
+        found = [
+            replace(heard, log=Path(f"{folder}/stderr{heard.rank}").read_text()) for heard in found
+        ]
         for process, pipe in ranks:
             pipe.close()
             process.kill()

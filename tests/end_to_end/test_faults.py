@@ -43,7 +43,7 @@ CAUSES: dict[Callable[[str], None], str] = {
     faults.backward_raises: "rank 1 raised ArithmeticError: a gradient of the victim's at",
     faults.ends_early: "rank 1 has ended and does not come back",
     faults.ends_before_the_first_call: "rank 1 has ended and does not come back",
-    faults.killed: "the process of rank 1 has ended without a word (killed?)",
+    faults.killed: "the process of rank 1 has ended without a word (killed?",
     faults.backward_raises_and_goes_on: "rank 1 waits in a call of the model",
 }
 
