@@ -61,7 +61,7 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	grep -E '^($(PINNED))==' constraints.txt > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_INDEX_ARGS) \
-	  --constraint $(OTHER)/constraints.txt setuptools 'torch==$(TORCH)'
+	  --constraint $(OTHER)/constraints.txt 'setuptools>=77' 'torch==$(TORCH)'
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_INDEX_ARGS) \
 	  --constraint $(OTHER)/constraints.txt --no-build-isolation --editable '.[dev]' \
 	  'torch==$(TORCH)'

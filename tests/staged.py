@@ -56,7 +56,11 @@ def _on_host(x: Tensor) -> Tensor:
     return host.copy_(x.detach())
 
 
-class StagedGroup(dist.ProcessGroup):
+_Untyped: Any = dist.ProcessGroup
+"""torch gives these methods several signatures each; the dispatcher uses one."""
+
+
+class StagedGroup(_Untyped):  # type: ignore[misc]
     """All that ringfx and torch's wrappers ask of a group, by both of torch's names for it."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
