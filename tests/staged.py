@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 __all__ = ["BACKEND", "StagedGroup", "register"]
 
@@ -67,7 +67,7 @@ class StagedGroup(_Untyped):  # type: ignore[misc]
         super().__init__(rank, size)
         self._rank, self._size = rank, size
         self._gloo: Any = dist.ProcessGroupGloo(
-            dist.PrefixStore("staged", store), rank, size, timeout
+            PrefixStore("staged", store), rank, size, timeout
         )
         for device in ("cpu", "cuda"):  # who keeps the group's name
             kind = dist.ProcessGroup.BackendType.CUSTOM
