@@ -21,7 +21,7 @@ TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 PINNED := accelerate|transformers|pydantic|rich|typer|hypothesis|pytest|scipy|numpy
 
-.PHONY: install demo test check test-all test-torch fake-cuda format lint types corpus bench-memory \
+.PHONY: install demo test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
   fuzz clean
 
 install: $(INSTALLED)
@@ -85,7 +85,8 @@ types: $(INSTALLED)
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
 	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) \
-	  benchmarks/memory.py benchmarks/attention_schedule.py $(wildcard benchmarks/prediction/*.py)
+	  benchmarks/memory.py benchmarks/attention_schedule.py \
+	  $(wildcard benchmarks/prediction/*.py benchmarks/gpu/*.py)
 
 # Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.
 corpus: $(INSTALLED)
@@ -95,6 +96,11 @@ corpus: $(INSTALLED)
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.fuzz_attention 0 2000 \
 	  --record tests/passes/fuzz_record.json
+
+# What one GPU can show, in stages of at most 8 minutes; without a GPU, whether every stage runs:
+#   make gpu DEVICE=cpu SMALL=1
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(SMALL),--small) $(GPU_ARGS)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
