@@ -24,7 +24,7 @@ from ringfx.arguments import whole_number
 from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.infeasible import refuse_parameters
-from ringfx.dynamo import ISOLATED, compiled
+from ringfx.dynamo import compiled
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.given import GivenMode
 from ringfx.ops.stats import LayerStats, snapshot
@@ -34,6 +34,7 @@ from ringfx.passes.capture.trace import keep_value
 from ringfx.pipeline import lower
 from ringfx.plan import Plan, joined
 from ringfx.planned_arrivals import arrived, leave_split
+from ringfx.releases import ISOLATED
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.trained import leaves_of_graph
 from ringfx.world import World

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch._dynamo.convert_frame import CatchErrorsWrapper
 
 from ringfx.passes.capture.logs import absorb_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
+from ringfx.releases import ISOLATED
 
-__all__ = ["ISOLATED", "compiled", "compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
+__all__ = ["compiled", "compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
 
 NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
@@ -25,15 +25,6 @@ NEVER_UNSPLIT: Mapping[str, object] = {
 """Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
 each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
 DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
-
-
-ISOLATED: Mapping[str, Any] = (
-    {"isolate_recompiles": True}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    else {}
-)
-"""torch 2.13 keeps programs apart by the call of torch.compile that made them; before, all that are
-made of one function stand in one list."""
 
 
 def prepare_tracing() -> None:

@@ -66,9 +66,7 @@ class StagedGroup(_Untyped):  # type: ignore[misc]
     def __init__(self, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
         super().__init__(rank, size)
         self._rank, self._size = rank, size
-        self._gloo: Any = dist.ProcessGroupGloo(
-            PrefixStore("staged", store), rank, size, timeout
-        )
+        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("staged", store), rank, size, timeout)
         for device in ("cpu", "cuda"):  # who keeps the group's name
             kind = dist.ProcessGroup.BackendType.CUSTOM
             self._register_backend(torch.device(device), kind, self._gloo)

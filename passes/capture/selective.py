@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
     CheckpointPolicy,
-    SelectiveCheckpointContext,
     _CachingTorchDispatchMode,
 )
+
+from ringfx.releases import asked_by_policy
 
 __all__ = ["Asked", "policy_of"]
 
@@ -55,8 +56,7 @@ class Asked(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in SAC_IGNORED_OPS:
             return result
-        context = SelectiveCheckpointContext(is_recompute=False, op_output=result)
-        wish = self._policy(context, func, *args, **kwargs)
+        wish = self._policy(asked_by_policy(result), func, *args, **kwargs)
         if isinstance(wish, bool):
             wish = CheckpointPolicy.MUST_SAVE if wish else CheckpointPolicy.PREFER_RECOMPUTE
         call = next(iter(reversed(self._graph.nodes)))

@@ -18,14 +18,11 @@ from torch._C._distributed_c10d import _resolve_process_group
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.ops import stats
 from ringfx.ops.channel import Channel, channel_of, is_settled, settled
+from ringfx.releases import all_gather_single, reduce_scatter_single
 
 __all__ = ["Exchange", "Ranks", "Transfer"]
 
 T = TypeVar("T")
-
-# torch 2.13 renamed both; earlier releases know the old names only.
-_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 PIECE_BYTES, MOST_PIECES = 1 << 18, 256
 """gloo sends a large message in one go while nothing is read, so two that cross take turns on the
@@ -175,7 +172,7 @@ class Ranks:
             self._count(local)
             self.collective(
                 operation,
-                lambda: _gather_single(
+                lambda: all_gather_single(
                     whole.view(-1), local.contiguous().view(-1), group=self.wire
                 ),
             )
@@ -189,7 +186,9 @@ class Ranks:
         self._count(parts[1:])
         self.collective(
             operation,
-            lambda: _scatter_single(mine.view(-1), parts.contiguous().view(-1), group=self.wire),
+            lambda: reduce_scatter_single(
+                mine.view(-1), parts.contiguous().view(-1), group=self.wire
+            ),
         )
         return mine
 

@@ -1,0 +1,36 @@
+"""What differs between the releases of torch that ringfx runs on, a line on each difference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import SelectiveCheckpointContext
+
+__all__ = ["ISOLATED", "all_gather_single", "asked_by_policy", "reduce_scatter_single"]
+
+
+def _takes(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+# 2.13 gave both new names; earlier releases know the old ones only, which are deprecated since.
+all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+ISOLATED: Mapping[str, Any] = (
+    {"isolate_recompiles": True} if _takes(torch.compile, "isolate_recompiles") else {}
+)
+"""2.13 keeps programs apart by the call of torch.compile that made them; before, all that are made
+of one function stand in one list, and planning has to clear it."""
+
+_SHOWS_OUTPUT = _takes(SelectiveCheckpointContext, "op_output")
+
+
+def asked_by_policy(result: Any) -> SelectiveCheckpointContext:
+    """What a policy of selective checkpointing is shown; since 2.13 the operator's result too."""
+    shown = {"op_output": result} if _SHOWS_OUTPUT else {}
+    return SelectiveCheckpointContext(is_recompute=False, **shown)
