@@ -98,8 +98,8 @@ def phimoe() -> nn.Module:
         input_jitter_noise=0.01, router_jitter_noise=0.01, max_position_embeddings=64,
         use_cache=False,
     )  # fmt: skip
-    model: nn.Module = PhimoeForCausalLM(config).eval()
-    return model
+    model: nn.Module = PhimoeForCausalLM(config)
+    return model.eval()
 
 
 def phimoe_inputs() -> dict[str, Any]:
