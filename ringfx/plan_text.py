@@ -74,8 +74,9 @@ def fold(layers: Sequence[LayerPlan]) -> tuple[FoldedLayers, ...]:
     return tuple(sorted(groups, key=lambda group: position[id(group.layers[0])]))
 
 
-def _template(name: str) -> str:
-    return re.sub(r"\d+", "{}", name)
+def _template(name: str) -> tuple[str, ...]:
+    """What stands around the numbers of a name."""
+    return tuple(re.split(r"\d+", name))
 
 
 def _numbers(name: str) -> tuple[int, ...]:
@@ -106,7 +107,7 @@ def fold_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
     >>> list(fold_names(["a.0", "a.1", "b"]))
     [('a.{0,1}', [0, 1]), ('b', [2])]
     """
-    alike: dict[str, list[int]] = {}
+    alike: dict[tuple[str, ...], list[int]] = {}
     for i, name in enumerate(names):
         alike.setdefault(_template(name), []).append(i)
     for places in alike.values():
@@ -262,7 +263,7 @@ def _moves_title(plan: Plan) -> str:
 
 def _moves(moves: Sequence[Resharding]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
-    groups: dict[tuple[str, str, str, int], list[Resharding]] = {}
+    groups: dict[tuple[object, ...], list[Resharding]] = {}
     for move in sorted(moves, key=lambda m: (m.kind != "gather", -m.bytes_moved)):
         key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
         groups.setdefault(key, []).append(move)
@@ -296,7 +297,7 @@ MOST_BLOCKS = 12
 
 def _block_lines(memory: MemoryPlan) -> list[str]:
     """Equal blocks together, the largest first; the smallest of many as one line."""
-    alike: dict[tuple[str, int], list[str]] = {}
+    alike: dict[tuple[tuple[str, ...], int], list[str]] = {}
     for name, size in memory.by_block:
         alike.setdefault((_template(name), size), []).append(name)
     groups = sorted(alike.items(), key=lambda item: -item[0][1] * len(item[1]))

@@ -38,12 +38,19 @@ def batch_norm(
     else:
         assert running_mean is not None and running_var is not None  # noqa: PT018
         mean, var = running_mean, running_var
-    y = (wide - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    y = (wide - mean.view(shape)) * _inverse_deviation(var, eps).view(shape)
     if weight is not None:
         y = y * weight.view(shape)
     if bias is not None:
         y = y + bias.view(shape)
     return y.to(x.dtype)
+
+
+def _inverse_deviation(var: Tensor, eps: float) -> Tensor:
+    """As the operators have it: 0 where both are 0, with a gradient of 0."""
+    if eps == 0:
+        var = torch.where(var == 0, torch.inf, var)
+    return torch.rsqrt(var + eps)
 
 
 def _move(running: Tensor | None, new: Tensor, momentum: float) -> None:
@@ -68,7 +75,7 @@ def instance_norm(
     count = math.prod(x.shape[2:])
     _move(running_mean, mean.flatten(1).mean(0), momentum)
     _move(running_var, var.flatten(1).mean(0) * (count / max(count - 1, 1)), momentum)
-    y = (x - mean) * torch.rsqrt(var + eps)
+    y = (x - mean) * _inverse_deviation(var, eps)
     if weight is not None:
         y = y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)

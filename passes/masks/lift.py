@@ -22,12 +22,24 @@ from ringfx.passes.masks.constants import fold_constant
 from ringfx.passes.masks.elements import ELEMENT_RULES, Index
 from ringfx.passes.masks.ranged import Ranges
 from ringfx.passes.masks.simplify import const
-from ringfx.tiles import Box, Expr, inputs_used, walk
+from ringfx.tiles import Box, Expr, depth, inputs_used, walk
 
 __all__ = ["Index", "Lifter", "Lifters", "renumbered"]
 
 LARGEST = 400
 """Parts of an expression; a value that would take more is captured."""
+DEEPEST = 60
+"""Parts inside each other, at most; every pass over expressions calls itself for each."""
+FAR = 40
+"""Operators in a row that are lifted by calls inside each other, each some frames of Python."""
+
+
+class _TooFar(Exception):
+    """No error: an element is asked for at the end of a long way, which is gone in stretches."""
+
+    def __init__(self, key: tuple[Node, Index]) -> None:
+        super().__init__(key)
+        self.key = key
 
 
 class Lifter:
@@ -58,6 +70,7 @@ class Lifter:
         self._leaves = leaves or {}
         self._buffers = buffers or Buffers({})
         self._memo: dict[tuple[Node, Index], Expr] = {}
+        self._way = 0
 
     def element(self, value: Any, index: Index) -> Expr:
         """``value[index]``; a Python number is itself."""
@@ -67,8 +80,29 @@ class Lifter:
             return self._leaves[value]
         key = (self.same.get(value, value), index)
         if key not in self._memo:
-            self._memo[key] = self._lift(*key)
+            if self._way == FAR:
+                raise _TooFar(key)
+            self._memo[key] = self._stepped(key) if self._way else self._from_the_end(key)
         return self._memo[key]
+
+    def _stepped(self, key: tuple[Node, Index]) -> Expr:
+        self._way += 1
+        try:
+            return self._lift(*key)
+        finally:
+            self._way -= 1
+
+    def _from_the_end(self, key: tuple[Node, Index]) -> Expr:
+        """A chain of hundreds of operators is lifted in stretches, the last one first."""
+        waiting = [key]
+        while True:
+            try:
+                made = self._memo[waiting[-1]] = self._stepped(waiting[-1])
+            except _TooFar as far:
+                waiting.append(far.key)
+                continue
+            if waiting.pop() == key:
+                return made
 
     def aligned(self, value: Any, index: Index) -> Expr:
         """The element of an operand that broadcasts to a result of this index."""
@@ -155,7 +189,8 @@ class Lifters:
 
 
 def _is_large(expr: Expr) -> bool:
-    return any(i >= LARGEST for i, _ in enumerate(walk(expr)))
+    """In parts, or in parts that stand inside each other."""
+    return any(i >= LARGEST for i, _ in enumerate(walk(expr))) or depth(expr) > DEEPEST
 
 
 def renumbered(

@@ -32,6 +32,7 @@ __all__ = [
     "Expr",
     "TileIndex",
     "conjunction",
+    "depth",
     "dumps",
     "evaluate",
     "inputs_used",
@@ -192,10 +193,23 @@ def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> A
 def walk(expr: Expr) -> Iterator[Expr]:
     """The expression and everything inside it, outermost first."""
     yield expr
-    if expr[0] == "const" or expr[0] in INDICES:
-        return
-    for part in expr[2:] if expr[0] == "at" else expr[1:]:
+    for part in _parts(expr):
         yield from walk(part)
+
+
+def depth(expr: Expr) -> int:
+    """How many parts stand inside each other."""
+    deepest, level = 0, [expr]
+    while level:
+        deepest += 1
+        level = [part for e in level for part in _parts(e)]
+    return deepest
+
+
+def _parts(expr: Expr) -> tuple[Expr, ...]:
+    if expr[0] == "const" or expr[0] in INDICES:
+        return ()
+    return tuple(expr[2:] if expr[0] == "at" else expr[1:])
 
 
 def inputs_used(expr: Expr | None) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ the whole result. Padded tokens are given the row's fill where it names one, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial as partial_of
 from typing import Any
 
 import pytest
@@ -198,6 +200,50 @@ def test_a_row_does_on_parts_what_it_says(sample: Sample) -> None:
     trial = tried(sample)
     labels = checked_labels(trial)
     assert bool(labels) == (sample.splits and sample.op not in NEVER_SPLIT), str(sample)
+
+
+EDGES = {
+    "zeros": [0.0, -0.0],
+    "ties": [1.0, 1.0, 2.0],
+    "equal": [1.0],
+    "subnormal": [5e-324, -5e-324, 0.0, 1.0],
+    "infinite": [1.0, torch.inf, -2.0, 0.0, 0.5, -torch.inf, 3.0],
+    "NaN": [1.0, torch.nan, -2.0, 0.0, 0.5, 3.0, 0.25],
+}
+
+
+def edged(value: Any, numbers: Sequence[float]) -> Any:
+    """The same call of other numbers."""
+    if isinstance(value, list):
+        return [edged(v, numbers) for v in value]
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float64:
+        return value
+    found = torch.tensor(numbers, dtype=torch.float64)
+    return found.repeat(value.numel() // len(numbers) + 1)[: value.numel()].view(value.shape)
+
+
+REJECTS_EDGES = {
+    aten.bernoulli.default, aten.bernoulli.Tensor, aten.binary_cross_entropy.default,
+    aten.multinomial.default, aten.poisson.default, aten.normal.float_Tensor,
+    aten.normal.Tensor_Tensor,
+}  # fmt: skip
+"""The operator itself raises where numbers are no probabilities, rates or deviations."""
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_row_does_on_parts_what_it_says_at_edges(
+    edge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = partial_of(torch.testing.assert_close, equal_nan=True)
+    monkeypatch.setattr(torch.testing, "assert_close", exact)
+    for sample in samples(*SIZES["different"]):
+        args = tuple(edged(a, EDGES[edge]) for a in sample.args)
+        try:
+            trial = tried(replace(sample, args=args))
+        except RuntimeError:
+            assert sample.op in REJECTS_EDGES, str(sample)
+            continue
+        checked_labels(trial)
 
 
 def test_every_row_has_a_sample_or_a_reason() -> None:

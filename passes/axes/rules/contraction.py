@@ -150,7 +150,8 @@ def linear(call: Call) -> OpAxes:
     contracted = "whole" if call["bias"] is not None else "sum"
     rows = "n " if len(call.shape("weight")) == 2 else ""
     return axes(
-        input="... m", weight=f"{rows}m", bias=rows, out=f"... {rows}", fill={"input": 0},
+        input="... m", weight=f"{rows}m", bias=rows, out=f"... {rows}",
+        fill={"input": 0, "weight": 0},
         **{contracted: "m"},  # type: ignore[arg-type]
         reason="it contracts the axis and adds a bias",
     )(call)  # fmt: skip
