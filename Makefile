@@ -84,7 +84,7 @@ types: $(INSTALLED)
 	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
-	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py examples/*.py) \
+	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py tests/device/*.py examples/*.py) \
 	  benchmarks/memory.py benchmarks/attention_schedule.py \
 	  $(wildcard benchmarks/prediction/*.py benchmarks/gpu/*.py)
 

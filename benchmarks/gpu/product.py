@@ -27,7 +27,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 import ringfx
-from benchmarks.gpu.stage import Report, Setting, relative_error
+from benchmarks.gpu.stage import Report, Setting, attempted, relative_error
 from ringfx.outputs import SplitTensor
 from tests import staged
 from tests.end_to_end.models import llama, plain, tokens
@@ -108,18 +108,12 @@ def rank_main(device: str, small: bool, folder: Path) -> None:
             for compiler in compilers:
                 for strategy in strategies if compiler == "eager" else ("auto",):
                     label = f"{name}, {recipe}, {compiler}, {strategy}"
-                    found[label] = _tried(partial(_step, name, recipe, compiler, strategy, device))
+                    found[label] = attempted(
+                        partial(_step, name, recipe, compiler, strategy, device)
+                    )
                     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _tried(attempt: Any) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = attempt()
-    except Exception as error:  # the next case is tried all the same
-        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-    return found
 
 
 def _step(name: str, recipe: str, compiler: Any, strategy: Any, device: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ links reaches. ``gap`` is the share of the time in which the GPU runs no kernel.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -123,9 +122,10 @@ def _gap(work: Callable[[], object]) -> float:
         for e in profile.events() or ()
         if e.device_type == DeviceType.CUDA
     )
-    busy, until = 0.0, spans[0][0] if spans else 0.0
+    if not spans:
+        raise RuntimeError("the profiler saw no kernel: the gap is not known")
+    busy, until = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    length = until - spans[0][0] if spans else time.monotonic()
-    return round(1 - busy / max(length, 1e-9), 4)
+    return float(round(1 - busy / (until - spans[0][0]), 4))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Report", "Setting", "median_ms", "relative_error"]
+__all__ = ["Report", "Setting", "attempted", "median_ms", "relative_error"]
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "xformers", "nvidia-cudnn-cu13")
 
@@ -32,6 +32,14 @@ class Setting:
     @property
     def is_cuda(self) -> bool:
         return self.device == "cuda"
+
+
+def attempted(attempt: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What it found, or what it raised."""
+    try:
+        return {"ok": True, **attempt()}
+    except Exception as error:  # a stage goes on after whatever fails, and says so
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
 
 
 @dataclass(kw_only=True)
@@ -51,10 +59,7 @@ class Report:
     def tried(self, name: str, attempt: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Runs one attempt; what it raises is its row, and the next is tried."""
         began = time.monotonic()
-        try:
-            found: Mapping[str, Any] = {"ok": True, **attempt()}
-        except Exception as error:  # a stage goes on after whatever fails, and says so
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        found = attempted(attempt)
         self.add({"name": name, **found, "seconds": round(time.monotonic() - began, 2)})
         return self.rows[-1]
 

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import Node
 
 __all__ = ["backward"]
 
 
 def backward(outputs: Sequence[torch.Tensor]) -> int:
     """Runs every node behind the outputs on gradients of ones; returns how many ran."""
-    roots = [x for x in outputs if x.grad_fn is not None]
+    roots: list[Any] = [x for x in outputs if x.grad_fn is not None]
     waits = _uses([x.grad_fn for x in roots])
     slots: dict[Any, dict[int, torch.Tensor]] = {}
     for x in roots:
         _add(slots, x.grad_fn, x.output_nr, torch.ones_like(x))
-    ready = [node for node in dict.fromkeys(x.grad_fn for x in roots) if not waits[node]]
+    starts = dict.fromkeys(x.grad_fn for x in roots)
+    ready = [node for node in starts if not waits[node]]
     ran = 0
     while ready:
         node = ready.pop()
@@ -37,13 +37,16 @@ def backward(outputs: Sequence[torch.Tensor]) -> int:
             waits[after] -= 1
             if not waits[after] and after.next_functions:
                 ready.append(after)
+    missed = {n for n in (*starts, *waits) if n.next_functions and waits[n]}
+    assert not missed, f"{len(missed)} nodes never ran, such as {missed.pop().name()}"
     return ran
 
 
 def _uses(roots: Sequence[Any]) -> Counter[Any]:
     """How many edges lead to each node."""
     found: Counter[Any] = Counter()
-    seen, todo = set(roots), list(seen_once(roots))
+    seen = set(roots)
+    todo = list(seen)
     while todo:
         for after, _ in todo.pop().next_functions:
             if after is None:
@@ -55,16 +58,12 @@ def _uses(roots: Sequence[Any]) -> Counter[Any]:
     return found
 
 
-def seen_once(roots: Sequence[Any]) -> list[Any]:
-    return list(dict.fromkeys(roots))
-
-
 def _add(slots: dict[Any, dict[int, torch.Tensor]], node: Any, slot: int, x: torch.Tensor) -> None:
     held = slots.setdefault(node, {})
     held[slot] = held[slot] + x if slot in held else x
 
 
-def _call(node: Node, given: dict[int, torch.Tensor]) -> tuple[Any, ...]:
+def _call(node: Any, given: dict[int, torch.Tensor]) -> tuple[Any, ...]:
     width = len(node._input_metadata)
     gradients = [given.get(i) for i in range(width)]
     apply = getattr(node, "apply", None)
