@@ -42,15 +42,16 @@ from torch.nn import functional as F
 
 from benchmarks.peers import PEERS
 from ringfx import ops
-from ringfx.layout import Layout
-from ringfx.ops import kernels, stats
-from ringfx.ops.buffers import POOL
-from ringfx.ops.local import Output, Sums, attend, attend_backward
-from ringfx.ops.pieces import Run, Tiling
-from ringfx.ops.problem import Problem
-from ringfx.ops.ranks import Ranks
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL
+from ringfx.comm import stats
+from ringfx.comm.process_group import Ranks
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout
+from ringfx.ir.tiles import CAUSAL
+from ringfx.ops.kernels import kernel
+from ringfx.ops.strategies.buffer_pool import POOL
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.merge import Output, Sums, attend, attend_backward
+from ringfx.ops.tiling.pieces import Run, Tiling
 
 Tensor = torch.Tensor
 STRATEGIES = ("production", "ulysses", "collective", "simple")
@@ -172,7 +173,7 @@ def _rows(case: Case, rank: int, size: int) -> Callable[[], None]:
         inputs=(),
         ranks=Ranks(rank, size, None, "rows"),
         layout="zigzag",
-        kernel=kernels.CPU_FLASH,
+        kernel=kernel.CPU_FLASH,
         tiling=Tiling(masked=512),
         stats=stats.LayerStats(),
     )

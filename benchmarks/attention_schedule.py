@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ringfx.layout import Layout
-from ringfx.ops import kernels, stats
-from ringfx.ops.local import Output, Sums, attend, attend_backward
-from ringfx.ops.pieces import Tiling
-from ringfx.ops.problem import Problem
-from ringfx.ops.ranks import Ranks
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL, Expr
+from ringfx.comm import stats
+from ringfx.comm.process_group import Ranks
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout
+from ringfx.ir.tiles import CAUSAL, Expr
+from ringfx.ops.kernels import kernel
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.merge import Output, Sums, attend, attend_backward
+from ringfx.ops.tiling.pieces import Tiling
 
 __all__ = ["Ring", "simulate"]
 
@@ -51,7 +52,7 @@ class Ring:
             inputs=(),
             ranks=Ranks(rank, self.size, None, "simulated"),
             layout="zigzag",
-            kernel=kernels.choose(q.device, q.dtype),
+            kernel=kernel.choose(q.device, q.dtype),
             tiling=Tiling(masked=512),
             stats=stats.LayerStats(),
         )

@@ -1,6 +1,6 @@
 """What ringfx's own passes cost: ``python -m benchmarks.passes``.
 
-Two questions, both asked of the whole journey in ``ringfx/pipeline.py``:
+Two questions, both asked of the whole journey in ``ringfx/compile/pipeline.py``:
 
 - planning a Llama (the 8B model's shapes) of 4 to 80 layers at a million tokens for 1,024 ranks on
   fake tensors, sdpa and eager: seconds of each pass, whether they grow linearly with layers, and
@@ -33,8 +33,8 @@ from rich.table import Table
 
 import ringfx
 from benchmarks.memory import _origin as origin
-from ringfx import pipeline
 from ringfx.api import offline
+from ringfx.compile import pipeline
 
 Clock = Callable[[], float]
 RESULTS = Path(__file__).parent / "results" / "passes.json"
@@ -53,7 +53,7 @@ PASSES = {
     "choose": "choose", "predict_memory": "memory", "rewrite": "rewrite", "verify": "verify",
     "_digest": "digest",
 }  # fmt: skip
-"""Functions of ``ringfx.pipeline`` -> the name of the pass."""
+"""Functions of ``ringfx.compile.pipeline`` -> the name of the pass."""
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.experimental._context_parallel import _attention as template
 
-from ringfx.layout import Layout
+from ringfx.ir.layout import Layout
 
 __all__ = ["PEERS"]
 

@@ -26,14 +26,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringfx
 from benchmarks.memory import _origin as origin
+from ringfx.comm.process_group import Ranks
 from ringfx.cost_model import load_profile, predict
-from ringfx.cost_model.bench import admitted, bench_site, tensors_of
-from ringfx.cost_model.local import local_share
-from ringfx.cost_model.on_ranks import Progress, on_ranks
+from ringfx.cost_model.calibration.bench import admitted, bench_site, tensors_of
+from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
+from ringfx.cost_model.prediction.rank_share import local_share
+from ringfx.ir.values import AttentionSite
 from ringfx.ops.attention import attention
-from ringfx.ops.buffers import POOL
-from ringfx.ops.ranks import Ranks
-from ringfx.passes.values import AttentionSite
+from ringfx.ops.strategies.buffer_pool import POOL
 
 RESULTS = Path(__file__).parent / "results" / "prediction_memory.json"
 LIMITS = {"layer": 0.10, "model": 0.15}

@@ -29,13 +29,14 @@ import torch
 import torch.distributed as dist
 
 from ringfx import ops
-from ringfx.ops import kernels, stats
-from ringfx.ops.local import Output, Sums, attend, attend_backward
-from ringfx.ops.pieces import Tiling
-from ringfx.ops.problem import Problem
-from ringfx.ops.ranks import Ranks
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL
+from ringfx.comm import stats
+from ringfx.comm.process_group import Ranks
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.tiles import CAUSAL
+from ringfx.ops.kernels import kernel
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.merge import Output, Sums, attend, attend_backward
+from ringfx.ops.tiling.pieces import Tiling
 
 Tensor = torch.Tensor
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -93,7 +94,7 @@ def _terms(length: int, heads: int, head_dim: int, rounds: int) -> dict[str, flo
         inputs=(),
         ranks=Ranks(rank, NUM_RANKS, dist.group.WORLD, "slow link"),
         layout="zigzag",
-        kernel=kernels.CPU_FLASH,
+        kernel=kernel.CPU_FLASH,
         tiling=Tiling(masked=512),
         stats=stats.LayerStats(),
     )

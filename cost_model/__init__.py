@@ -4,13 +4,13 @@ profile (constants with their origins) -> formulas (time and memory of one layer
 -> overrides (the user's word) -> budget (the exact choice) -> choose (one LayerPlan a layer)
 """
 
-from ringfx.cost_model.choose import choose
-from ringfx.cost_model.formulas import Prediction, predict
-from ringfx.cost_model.memory import alive_in, predict_memory
-from ringfx.cost_model.outside import outside_ms
-from ringfx.cost_model.overrides import StrategyChoice
-from ringfx.cost_model.profile import Profile, available_profiles, load_profile
-from ringfx.cost_model.quantities import parse_bytes, parse_tokens
+from ringfx.cost_model.choice.choose import choose
+from ringfx.cost_model.choice.overrides import StrategyChoice
+from ringfx.cost_model.peak_memory.peak import alive_in, predict_memory
+from ringfx.cost_model.prediction.formulas import Prediction, predict
+from ringfx.cost_model.prediction.outside_attention import outside_ms
+from ringfx.cost_model.prediction.profile import Profile, available_profiles, load_profile
+from ringfx.units.parse import parse_bytes, parse_tokens
 
 __all__ = [
     "Prediction",

@@ -2,8 +2,8 @@
 
 from ringfx.api import optimize, plan, stats
 from ringfx.errors import RingfxError
-from ringfx.ops.leaving import tell_when_leaving
-from ringfx.plan import LayerPlan, Plan
+from ringfx.failures.process_exit import tell_when_leaving
+from ringfx.ir.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
 __all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats"]

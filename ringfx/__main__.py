@@ -1,6 +1,6 @@
 """``python -m ringfx``: the command, where its script is not on the path (torchrun -m ringfx)."""
 
-from ringfx.cli import main
+from ringfx.cli.main import main
 
 __all__: list[str] = []
 

@@ -20,24 +20,24 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from ringfx.arguments import whole_number
-from ringfx.backend import no_attention_text
+from ringfx.comm.stats import LayerStats, snapshot
+from ringfx.comm.world import World
+from ringfx.compile.backend import no_attention_text
+from ringfx.compile.dynamo import compiled
+from ringfx.compile.given_values import GivenMode
+from ringfx.compile.optimized import Optimized, optimized
+from ringfx.compile.pipeline import lower
+from ringfx.compile.planned_arrivals import arrived, leave_split
+from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
+from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
-from ringfx.cost_model.infeasible import refuse_parameters
-from ringfx.dynamo import compiled
+from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
-from ringfx.given import GivenMode
-from ringfx.ops.stats import LayerStats, snapshot
-from ringfx.optimized import Optimized, optimized
+from ringfx.ir.plan import Plan, joined
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
-from ringfx.pipeline import lower
-from ringfx.plan import Plan, joined
-from ringfx.planned_arrivals import arrived, leave_split
-from ringfx.releases import ISOLATED
-from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
-from ringfx.trained import leaves_of_graph
-from ringfx.world import World
+from ringfx.torch_compat.releases import ISOLATED
+from ringfx.validation.arguments import whole_number
 
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 

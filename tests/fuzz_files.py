@@ -21,15 +21,20 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from ringfx.cli import app
+from ringfx.cli.main import app
 from ringfx.cost_model import choose, load_profile, predict
-from ringfx.cost_model.from_records import fit_kernels, fit_links, fit_memory, observed_profile
-from ringfx.cost_model.profile import profile_json, read_profile
-from ringfx.cost_model.records import AttentionRecord, MessageRecord, read_records
+from ringfx.cost_model.calibration.from_records import (
+    fit_kernels,
+    fit_links,
+    fit_memory,
+    observed_profile,
+)
+from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
+from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
-from ringfx.passes.values import Declined, Resharding, TokenAxis
-from ringfx.plan import MemoryPart, MemoryPlan, Plan
-from ringfx.strategies import STRATEGIES
+from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.ir.values import Declined, Resharding, TokenAxis
 from tests.cost_model.sites import causal_site, full_site, shipped
 from tests.damage import corrupted
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ringfx.outputs import SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from tests.ranks import RankError, RankPool, error_text, raises
 
 __all__ = [

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ringfx.ops import ranks
+from ringfx.comm import process_group
 
 __all__ = ["Message", "recorded"]
 
@@ -44,7 +44,7 @@ def recorded() -> Iterator[list[Message]]:
         return call
 
     def carrying(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: ranks.Ranks, operation: str, sent: torch.Tensor) -> Any:
+        def call(self: process_group.Ranks, operation: str, sent: torch.Tensor) -> Any:
             note(name, sent)
             inside.append(name)
             try:
@@ -59,7 +59,7 @@ def recorded() -> Iterator[list[Message]]:
             note("finish_sum", None)
         collective(self, operation, call)
 
-    collective = ranks.Ranks.collective
+    collective = process_group.Ranks.collective
     with contextlib.ExitStack() as stack:
         for attribute, name in (
             ("all_reduce", "all_reduce"),
@@ -67,12 +67,12 @@ def recorded() -> Iterator[list[Message]]:
         ):
             replacement = noting(name, getattr(dist, attribute))
             stack.enter_context(mock.patch.object(dist, attribute, replacement))
-        hops = noting("hop", ranks.Ranks.start, 1)
-        stack.enter_context(mock.patch.object(ranks.Ranks, "start", hops))
+        hops = noting("hop", process_group.Ranks.start, 1)
+        stack.enter_context(mock.patch.object(process_group.Ranks, "start", hops))
         for name in ("all_gather", "reduce_scatter", "all_to_all"):
-            replacement = carrying(name, getattr(ranks.Ranks, name))
-            stack.enter_context(mock.patch.object(ranks.Ranks, name, replacement))
-        stack.enter_context(mock.patch.object(ranks.Ranks, "collective", waiting))
+            replacement = carrying(name, getattr(process_group.Ranks, name))
+            stack.enter_context(mock.patch.object(process_group.Ranks, name, replacement))
+        stack.enter_context(mock.patch.object(process_group.Ranks, "collective", waiting))
         yield found
 
 

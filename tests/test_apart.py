@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional as F
 
 import ringfx
-from ringfx.apart import unfused
+from ringfx.compile.inductor_no_fusion import unfused
 
 Tensor = torch.Tensor
 SIZE = 4
@@ -58,7 +58,7 @@ def error(patches: dict[str, Any]) -> float:
 
 
 def test_inductor_takes_a_product_without_transpose_for_attention() -> None:
-    """The defect that makes this necessary; once it is gone, so can be ringfx/apart.py."""
+    """The defect that makes this necessary; once it is gone, delete ringfx/compile/inductor_no_fusion.py."""
     assert error({}) > 0.1
     assert counters["inductor"]["fuse_attention"] == 1
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import ringfx
-from ringfx.backend import ringfx_backend
-from ringfx.explain import explain
+from ringfx.compile.backend import ringfx_backend
 from ringfx.passes.detect.substitute import for_ringfx
-from ringfx.releases import ISOLATED
+from ringfx.report.explanation import explain
+from ringfx.torch_compat.releases import ISOLATED
 
 LENGTHS = range(4, 16)
 """More than Dynamo's own limit of recompilations (8), after which it runs a model as it is."""

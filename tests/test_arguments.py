@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import ringfx
 from ringfx.cost_model import load_profile
 from ringfx.errors import RingfxError
-from ringfx.explain import explain
+from ringfx.report.explanation import explain
 
 
 class Attend(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import PEERS
-from ringfx.layout import Layout, LayoutKind
+from ringfx.ir.layout import Layout, LayoutKind
 from tests.ranks import RankPool
 
 LENGTH, HEADS, HEAD_DIM = 48, 4, 16

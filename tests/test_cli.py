@@ -16,10 +16,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from typer.testing import CliRunner, Result
 
-from ringfx.cli import app
+from ringfx.cli.main import app
 from ringfx.cost_model import choose
 from ringfx.errors import AttentionNotFound
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 from tests.cost_model.sites import causal_site, shipped
 
 FACTORIES = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 
 LLAMA = {
     "model_type": "llama",

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from ringfx.cli import app
-from ringfx.explain import Explanation
-from ringfx.explain_text import formula, tile_text
+from ringfx.cli.main import app
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.plan_text import to_text
+from ringfx.ir.tiles import CAUSAL
+from ringfx.ir.values import Declined
 from ringfx.passes.detect import Detected
-from ringfx.passes.values import Declined
-from ringfx.plan_text import to_text
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL
+from ringfx.report.explanation import Explanation
+from ringfx.report.explanation_text import formula, tile_text
 
 MODEL = """
 import torch

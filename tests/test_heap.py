@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from ringfx.heap import left_alone
+from ringfx.compile.gc_freeze import left_alone
 
 
 def test_what_existed_is_left_alone_until_the_end() -> None:

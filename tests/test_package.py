@@ -70,7 +70,7 @@ def test_the_wheel_has_the_license_the_command_and_the_dynamo_backend(wheel: Pat
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
         text = archive.read(entry_points).decode()
-    assert "[torch_dynamo_backends]\nringfx = ringfx.backend:" in text
+    assert "[torch_dynamo_backends]\nringfx = ringfx.compile.backend:" in text
     assert "[console_scripts]\nringfx = ringfx.cli:" in text
 
 
@@ -78,7 +78,7 @@ def test_an_installed_wheel_imports_from_where_it_was_installed(
     wheel: Path, tmp_path: Path
 ) -> None:
     _pip("install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel))
-    program = "import ringfx, ringfx.passes.values as v, ringfx.cost_model as c; " + (
+    program = "import ringfx, ringfx.ir.values as v, ringfx.cost_model as c; " + (
         "print(ringfx.__file__, v.__file__, c.__file__, sep='\\n')"
     )
     done = subprocess.run(

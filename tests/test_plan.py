@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from ringfx.errors import InvalidArgument
-from ringfx.passes.values import Declined, Resharding, TokenAxis
-from ringfx.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
-from ringfx.plan_text import fold
-from ringfx.quantities import format_bytes, index_set
+from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
+from ringfx.ir.plan_text import fold
+from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
 

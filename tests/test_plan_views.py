@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from ringfx.cli import app
+from ringfx.cli.main import app
 from ringfx.cost_model import choose
-from ringfx.cost_model.whatif import Change, parse_sweep, replan, sweep
+from ringfx.cost_model.choice.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
-from ringfx.passes.values import Declined
-from ringfx.plan import MemoryPart, MemoryPlan, Plan
-from ringfx.plan_html import to_html
-from ringfx.plan_views import diff_text, explain_text, sweep_text
+from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.ir.values import Declined
+from ringfx.report.plan_html import to_html
+from ringfx.report.plan_views import diff_text, explain_text, sweep_text
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")

@@ -6,12 +6,12 @@ import statistics
 from typing import Any
 
 from benchmarks.gpu.stage import Report, Setting
-from ringfx.cost_model.calibrate import calibrate, make_profile
-from ringfx.cost_model.from_records import fit_kernels
-from ringfx.cost_model.measure import Effort
-from ringfx.cost_model.profile import KernelRow, Profile, profile_json
-from ringfx.cost_model.records import AttentionRecord
-from ringfx.cost_model.terms import flops_per_pair
+from ringfx.cost_model.calibration.calibrate import calibrate, make_profile
+from ringfx.cost_model.calibration.from_records import fit_kernels
+from ringfx.cost_model.calibration.measure import Effort
+from ringfx.cost_model.calibration.records import AttentionRecord
+from ringfx.cost_model.prediction.profile import KernelRow, Profile, profile_json
+from ringfx.cost_model.prediction.terms import flops_per_pair
 
 __all__ = ["run"]
 

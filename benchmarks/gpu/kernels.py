@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.stage import Report, Setting, relative_error
-from ringfx.ops.kernels import CPU_FLASH, MATH, Kernel, Scores
+from ringfx.ops.kernels.kernel import CPU_FLASH, MATH, Kernel, Scores
 
 __all__ = ["available", "run"]
 
@@ -47,7 +47,7 @@ def available(setting: Setting) -> dict[str, tuple[Kernel, tuple[torch.dtype, ..
     every = (*HALVES, torch.float32, torch.float64)
     if not setting.is_cuda:
         return {"cpu_flash": (CPU_FLASH, every), "math": (MATH, every)}
-    from ringfx.ops import cuda
+    from ringfx.ops.kernels import cuda
 
     device = torch.device("cuda")
     return {

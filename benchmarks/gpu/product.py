@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import HashStore
 
 import ringfx
 from benchmarks.gpu.stage import Report, Setting, attempted, relative_error
-from ringfx.outputs import SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from tests import staged
 from tests.end_to_end.models import llama, plain, tokens
 

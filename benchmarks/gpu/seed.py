@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.stage import Report, Setting, median_ms
 from ringfx import ops
 from ringfx.errors import RingfxError
-from ringfx.strategies import STRATEGIES
+from ringfx.ir.strategies import STRATEGIES
 
 __all__ = ["run"]
 

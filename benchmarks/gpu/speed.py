@@ -18,9 +18,9 @@ from torch._C._autograd import DeviceType
 from benchmarks.attention_schedule import Ring, simulate
 from benchmarks.gpu.kernels import available
 from benchmarks.gpu.stage import Report, Setting, median_ms
-from ringfx.ops import kernels
-from ringfx.ops.kernels import Kernel, Scores
-from ringfx.tiles import CAUSAL
+from ringfx.ir.tiles import CAUSAL
+from ringfx.ops.kernels import kernel as kernels
+from ringfx.ops.kernels.kernel import Kernel, Scores
 
 __all__ = ["run"]
 

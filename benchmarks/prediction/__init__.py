@@ -5,10 +5,10 @@
     python -m benchmarks.prediction report --tell-profile
 
 ``measure`` runs every strategy at every case that has no result yet, at p = 2, one thread a rank,
-and appends records (``ringfx.cost_model.records``); it stops in time and goes on where it stopped.
-``report`` predicts the same cases with a profile and writes what differs; with ``--tell-profile``
-also into the profile itself (``held_out``), where every plan made with it says so. A calibration
-cannot know it and leaves it empty: report again after each.
+and appends records (``ringfx.cost_model.calibration.records``); it stops in time and goes on where
+it stopped. ``report`` predicts the same cases with a profile and writes what differs; with
+``--tell-profile`` also into the profile itself (``held_out``), where every plan made with it says
+so. A calibration cannot know it and leaves it empty: report again after each.
 
 The cases are held out: no length, head count and head dim of theirs is one of those that
 ``ringfx calibrate`` fits (``kernel_cases``), and nothing is fitted to them. Links other than

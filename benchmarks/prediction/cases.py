@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfx.cost_model.bench import bench_site
-from ringfx.cost_model.records import AttentionRecord
-from ringfx.passes.values import AttentionSite
+from ringfx.cost_model.calibration.bench import bench_site
+from ringfx.cost_model.calibration.records import AttentionRecord
+from ringfx.ir.values import AttentionSite
 
 __all__ = ["CASES", "NUM_RANKS", "Case", "case_of"]
 

@@ -16,20 +16,25 @@ import torch.distributed as dist
 
 from benchmarks.prediction.cases import CASES, NUM_RANKS, Case, case_of
 from benchmarks.slow_link import ADDRESSES, PORT, _link
-from ringfx.cost_model.bench import BenchTask, Sample, admitted, measure
-from ringfx.cost_model.devices import device_name
-from ringfx.cost_model.measure import Effort, software
-from ringfx.cost_model.measure_links import (
+from ringfx.comm.process_group import Ranks
+from ringfx.cost_model.calibration.bench import BenchTask, Sample, admitted, measure
+from ringfx.cost_model.calibration.measure import Effort, software
+from ringfx.cost_model.calibration.measure_links import (
     OPERATIONS,
     agreed_count,
     measure_message,
     message_sizes,
 )
-from ringfx.cost_model.on_ranks import Progress, on_ranks
-from ringfx.cost_model.profile import Direction
-from ringfx.cost_model.records import AttentionRecord, MessageRecord, Record, read_records
-from ringfx.cost_model.records import write_records as write
-from ringfx.ops.ranks import Ranks
+from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
+from ringfx.cost_model.calibration.records import (
+    AttentionRecord,
+    MessageRecord,
+    Record,
+    read_records,
+)
+from ringfx.cost_model.calibration.records import write_records as write
+from ringfx.cost_model.prediction.devices import device_name
+from ringfx.cost_model.prediction.profile import Direction
 
 __all__ = ["measure_command"]
 

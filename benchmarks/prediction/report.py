@@ -17,11 +17,16 @@ from scipy.stats import spearmanr
 from benchmarks.memory import _origin as origin
 from benchmarks.prediction.cases import NUM_RANKS, Case, case_of
 from ringfx.cost_model import Prediction, Profile, load_profile, predict
-from ringfx.cost_model.bench import Sample, Timing, regret, timing
-from ringfx.cost_model.from_records import fit_links
-from ringfx.cost_model.profile import Direction, profile_json, read_profile
-from ringfx.cost_model.records import AttentionRecord, MessageRecord, Record, read_records
-from ringfx.files import read_text, write_text
+from ringfx.cost_model.calibration.bench import Sample, Timing, regret, timing
+from ringfx.cost_model.calibration.from_records import fit_links
+from ringfx.cost_model.calibration.records import (
+    AttentionRecord,
+    MessageRecord,
+    Record,
+    read_records,
+)
+from ringfx.cost_model.prediction.profile import Direction, profile_json, read_profile
+from ringfx.validation.text_files import read_text, write_text
 
 __all__ = ["report_command"]
 

@@ -77,7 +77,7 @@ class OpAxes:
     """The call divides by the number of elements that it sums."""
     draws: bool = False
     """Random numbers for the whole tensor, by its first operand's shape alone: a rank that has a
-    part draws them all and keeps its own (see ``ringfx.randomness``)."""
+    part draws them all and keeps its own (see ``ringfx.comm.random_draws``)."""
     reason: str = ""
     """Why a label needs all tokens, in words."""
 

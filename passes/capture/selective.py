@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
     _CachingTorchDispatchMode,
 )
 
-from ringfx.releases import asked_by_policy
+from ringfx.torch_compat.releases import asked_by_policy
 
 __all__ = ["Asked", "policy_of"]
 

@@ -57,7 +57,7 @@ def eliminate_dead(graph: torch.fx.Graph) -> None:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return True
         home = getattr(node.target, "__module__", None) or ""
-        if home == "ringfx.randomness":
+        if home == "ringfx.comm.random_draws":
             return True
         ours = home.startswith("ringfx") or node.target is operator.getitem
         is_op = isinstance(node.target, torch._ops.OpOverload)

@@ -11,6 +11,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringfx.ir.values import Captured
 from ringfx.passes.capture import constructs
 from ringfx.passes.capture.breaks import graph_break, uncompiled_caller
 from ringfx.passes.capture.definitions import DEFINITIONS
@@ -24,7 +25,6 @@ from ringfx.passes.capture.precision import Autocast, autocast_off, enters_autoc
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
-from ringfx.passes.values import Captured
 
 __all__ = ["capture", "input_name", "keep_value"]
 

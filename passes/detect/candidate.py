@@ -8,12 +8,12 @@ from typing import Literal
 
 from torch.fx import Node
 
+from ringfx.ir.tiles import Expr
+from ringfx.ir.values import Declined
+from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.space import Dim
-from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.names import Factor
 from ringfx.passes.detect.products import Product
-from ringfx.passes.values import Declined
-from ringfx.tiles import Expr
 
 __all__ = ["Candidate", "Detected", "Near", "Operand", "Region", "decline", "score"]
 

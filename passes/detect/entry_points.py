@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringfx.ir.tiles import CAUSAL, Expr
 from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.origin import spelled_as
 from ringfx.passes.detect.candidate import Candidate, Near, score
+from ringfx.passes.detect.inline_kernels import KernelCall
 from ringfx.passes.detect.kernel_calls import KERNEL_CALLS, folded, is_plain
 from ringfx.passes.detect.names import Factor, Names
 from ringfx.passes.detect.program import Program
-from ringfx.passes.detect.respell import KernelCall
 from ringfx.passes.detect.roles import Refused, Roles
-from ringfx.tiles import CAUSAL, Expr
 
 __all__ = ["ENTRY_POINTS", "other_form"]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from ringfx.ir.values import Captured
 from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
 from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
+from ringfx.passes.detect.inline_kernels import respell
 from ringfx.passes.detect.normalise import merge_exponentials
 from ringfx.passes.detect.pairs import contract_in_pairs
 from ringfx.passes.detect.program import Program
-from ringfx.passes.detect.respell import respell
-from ringfx.passes.values import Captured
 
 __all__ = ["detect"]
 

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ringfx.ir.tiles import Expr, TileIndex, evaluate
+from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.space import Dim
-from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Operand, Region
 from ringfx.passes.detect.names import BROADCASTS, VIEWS, Factor
 from ringfx.passes.detect.products import Product
-from ringfx.tiles import Expr, TileIndex, evaluate
 
 __all__ = ["Claim", "difference", "structure"]
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ringfx.ir.tiles import Expr
+from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.space import Dim
-from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Operand
 from ringfx.passes.detect.names import Factor, Names
 from ringfx.passes.detect.program import Program
-from ringfx.tiles import Expr
 
 __all__ = ["Pair", "Refused", "Roles", "assign"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringfx.ir.tiles import Expr, walk
 from ringfx.passes.axes.call import Call
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
@@ -18,10 +19,9 @@ from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.region import Named
 from ringfx.passes.detect.roles import Refused, Roles
 from ringfx.passes.detect.walk import SHIFTS, short
-from ringfx.passes.masks.elements import ELEMENT_RULES, ElementRule, Index
-from ringfx.passes.masks.lift import Lifter
-from ringfx.passes.masks.simplify import const, simplify
-from ringfx.tiles import Expr, walk
+from ringfx.passes.exprs.elements import ELEMENT_RULES, ElementRule, Index
+from ringfx.passes.exprs.lift import Lifter
+from ringfx.passes.exprs.simplify import const, simplify
 
 __all__ = ["SHIFT", "ScoreReader"]
 

@@ -14,11 +14,11 @@ from typing import TypeAlias
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import tiles
+from ringfx.ir import tiles
+from ringfx.ir.tiles import Expr, K, Q
 from ringfx.passes.capture.gradients import needs_grad
-from ringfx.passes.masks.emit import Emitter
-from ringfx.passes.masks.simplify import const
-from ringfx.tiles import Expr, K, Q
+from ringfx.passes.exprs.emitter import Emitter
+from ringfx.passes.exprs.simplify import const
 
 __all__ = ["Cuts", "cut_to_rows"]
 

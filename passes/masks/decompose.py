@@ -17,7 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ringfx.passes.masks.additive import FAR_BELOW, Term, keeps_a_key, peeled, summands, total
+from ringfx.ir.tiles import Expr
+from ringfx.passes.exprs.additive import FAR_BELOW, Term, keeps_a_key, peeled, summands, total
+from ringfx.passes.exprs.lift import Lifter
+from ringfx.passes.exprs.simplify import TRUE
 from ringfx.passes.masks.documents import in_positions
 from ringfx.passes.masks.forms import (
     UNREAD,
@@ -28,9 +31,6 @@ from ringfx.passes.masks.forms import (
     absorbs,
     constants,
 )
-from ringfx.passes.masks.lift import Lifter
-from ringfx.passes.masks.simplify import TRUE
-from ringfx.tiles import Expr
 
 __all__ = ["Scores", "decompose"]
 

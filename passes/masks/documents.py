@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.fx import Node
 
+from ringfx.ir.tiles import Box, Expr, K, Q, terms, walk
 from ringfx.passes.axes.call import Call
-from ringfx.passes.masks.lift import Lifter
-from ringfx.passes.masks.ranged import ONE, linear
-from ringfx.passes.masks.simplify import COMPARISONS, const, simplify
-from ringfx.tiles import Box, Expr, K, Q, terms, walk
+from ringfx.passes.exprs.lift import Lifter
+from ringfx.passes.exprs.ranged import ONE, linear
+from ringfx.passes.exprs.simplify import COMPARISONS, const, simplify
 
 __all__ = ["in_positions"]
 

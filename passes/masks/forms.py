@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ringfx.passes.masks.additive import ABSORBS, Term, peeled, summands
-from ringfx.passes.masks.lift import Lifter
-from ringfx.passes.masks.simplify import FALSE, TRUE, const, is_boolean, simplify
-from ringfx.tiles import Expr
+from ringfx.ir.tiles import Expr
+from ringfx.passes.exprs.additive import ABSORBS, Term, peeled, summands
+from ringfx.passes.exprs.lift import Lifter
+from ringfx.passes.exprs.simplify import FALSE, TRUE, const, is_boolean, simplify
 
 __all__ = [
     "UNREAD", "Added", "Form", "Reader", "Unrepresentable", "absorbs", "constants", "has_threshold",

@@ -10,26 +10,26 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from ringfx import tiles
 from ringfx.errors import InvalidArgument
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.tiles import Box, Expr
+from ringfx.ir.values import AttentionSite, Captured, Declined, Sites
 from ringfx.ops import attention
+from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.simplify import eliminate_dead
-from ringfx.passes.detect.arrange import Arrangement
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
-from ringfx.passes.masks.buffers import Buffers
+from ringfx.passes.exprs.buffers import Buffers
+from ringfx.passes.exprs.emitter import Emitter
+from ringfx.passes.exprs.lift import Lifter, Lifters, renumbered
+from ringfx.passes.exprs.structure import first_of_equals
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
 from ringfx.passes.masks.decompose import Scores, decompose
-from ringfx.passes.masks.emit import Emitter
 from ringfx.passes.masks.forms import Unrepresentable, has_threshold, lifted
-from ringfx.passes.masks.lift import Lifter, Lifters, renumbered
-from ringfx.passes.masks.structure import first_of_equals
-from ringfx.passes.values import AttentionSite, Captured, Declined, Sites
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import Box, Expr
 
 __all__ = ["recover"]
 

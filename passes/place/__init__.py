@@ -8,17 +8,10 @@ costs p times the work and memory; what an operator cannot do costs infinity:
 
 One auxiliary vertex a value stands for its gather and one for its slice, so that one transfer
 serves all users. Partial sums are derived, never chosen. An input that an earlier program left
-split is split, whatever that costs (``arrivals.py``).
+split is split, whatever that costs (``ringfx.passes.token_axes.arrivals``).
 """
 
-from ringfx.passes.place.cut import Placement, place
-from ringfx.passes.place.lines import Carried, Lines, TokenLine, find_lines
-from ringfx.passes.place.pairs import part_columns
-from ringfx.passes.place.relays import insert_relays
-from ringfx.passes.place.respell import respell
-from ringfx.passes.place.whole import why_whole
+from ringfx.passes.place.min_cut import Placement, place
+from ringfx.passes.place.why_replicated import why_whole
 
-__all__ = [
-    "Carried", "Lines", "Placement", "TokenLine", "find_lines", "insert_relays", "part_columns",
-    "place", "respell", "why_whole",
-]  # fmt: skip
+__all__ = ["Placement", "place", "why_whole"]

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives, exchange, halo, picks, randomness
+from ringfx.comm import conjugate, halo, random_draws, redistribute, token_lookup
 from ringfx.passes.axes.call import Call, OpAxes
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
-from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Lookup, Reach, Split, Turn
+from ringfx.passes.place import Placement
+from ringfx.passes.place.split_modes import Form, Lookup, Reach, Split, Turn
 from ringfx.passes.rewrite.crossings import Crossings, is_narrow
+from ringfx.passes.token_axes import Carried
 
 __all__ = ["local_call", "local_shape", "shifted"]
 
@@ -32,7 +33,7 @@ def local_call(
     if mode is None or node not in placement.lines.axes.ops:
         return _copy(graph, node, operands)
     axes = placement.lines.axes.ops[node].axes
-    if node.target is exchange.relay:
+    if node.target is redistribute.relay:
         return _relay(graph, placement, node, mode, operands[0], crossings)
     if axes.regroup:
         shape = local_shape(placement, node)
@@ -72,9 +73,9 @@ def _draw(
     index = crossings.index(carried)
     where = (list(like.shape), list(like.stride()), carried.dim, carried.outer, carried.inner)
     if node.target is aten.dropout.default:
-        return graph.call_function(randomness.dropout, (operand, index, call["p"], *where))
+        return graph.call_function(random_draws.dropout, (operand, index, call["p"], *where))
     settings: tuple[Any, ...] = (node.target, list(node.args[1:]), dict(node.kwargs))
-    return graph.call_function(randomness.draw, (operand, index, *settings, *where))
+    return graph.call_function(random_draws.draw, (operand, index, *settings, *where))
 
 
 def local_shape(placement: Placement, node: Node, index: int = 0) -> tuple[int, ...]:
@@ -123,7 +124,7 @@ def _filled(
             where = (carried.dim, carried.outer, carried.inner)
             valid = crossings.valid(carried)
             args = (operands[i], valid, axes.fill[i], *where)
-            result[i] = graph.call_function(collectives.mask_tokens, args)
+            result[i] = graph.call_function(conjugate.mask_tokens, args)
     return result
 
 
@@ -188,7 +189,7 @@ def _convolve(
     x, weight, *bias = operands
     if line.has_padding(carried.member):
         where = (0, carried.dim, carried.outer, carried.inner)
-        x = graph.call_function(collectives.mask_tokens, (x, crossings.valid(carried), *where))
+        x = graph.call_function(conjugate.mask_tokens, (x, crossings.valid(carried), *where))
     if reach.before or reach.after:
         tokens = reach.before + reach.after
         _report_borders(placement, node, call.operands[0], carried, tokens, crossings)
@@ -236,13 +237,13 @@ def _relay(
     valid = crossings.valid(result) if line.has_padding(result.member) else None
     spreads = [_spread(placement, place) for place in (carried, result)]
     args = (operand, *spreads, valid, result.dim, crossings.group, describe_node(node))
-    return graph.call_function(exchange.move_tokens, args)
+    return graph.call_function(redistribute.move_tokens, args)
 
 
 def _spread(placement: Placement, place: Carried) -> list[int]:
     layout, member = placement.lines.lines[place.line].layout, place.member
-    spread = exchange.Spread(
-        kind=exchange.KINDS.index(layout.kind), line=layout.length, ranks=layout.world_size,
+    spread = redistribute.Spread(
+        kind=redistribute.KINDS.index(layout.kind), line=layout.length, ranks=layout.world_size,
         offset=member.offset, length=member.length, outer=place.outer, inner=place.inner,
     )  # fmt: skip
     return spread.numbers()
@@ -285,16 +286,20 @@ def _look_up(
     own, length = crossings.own(carried), carried.member.length
     if chosen.by is None:
         where = (own, chosen.start, chosen.length, length, carried.dim)
-        row = graph.call_function(picks.take_range, (operands[0], *where))
+        row = graph.call_function(token_lookup.take_range, (operands[0], *where))
         if len(call.result_shape) != len(call.shapes[0]):
             row = graph.call_function(aten.squeeze.dim, (row, carried.dim))
         return crossings.reduce(node, row)
     index = operands[chosen.by]
-    rows = graph.call_function(picks.local_rows, (index, own, length, carried.outer, carried.inner))
+    rows = graph.call_function(
+        token_lookup.local_rows, (index, own, length, carried.outer, carried.inner)
+    )
     safe = graph.call_function(aten.clamp_min.default, (rows, 0))
     taken = _copy(graph, node, [safe if i == chosen.by else n for i, n in enumerate(operands)])
     trailing = _trailing(call, chosen.by, carried.dim)
-    return crossings.reduce(node, graph.call_function(picks.mask_rows, (taken, rows, trailing)))
+    return crossings.reduce(
+        node, graph.call_function(token_lookup.mask_rows, (taken, rows, trailing))
+    )
 
 
 def _trailing(call: Call, by: int, dim: int) -> int:
@@ -325,7 +330,7 @@ def _join(
     assert isinstance(carried, Carried)
     is_local = [form is Form.SPLIT for form in mode.operands]
     args = (operands, list(mode.pieces), is_local, crossings.own(carried), carried.dim)
-    return graph.call_function(picks.join_pieces, args)
+    return graph.call_function(token_lookup.join_pieces, args)
 
 
 def _mean(

@@ -12,15 +12,16 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx import collectives, exchange, halo
+from ringfx.comm import conjugate, halo, redistribute
+from ringfx.ir.values import Resharding
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
-from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.lines import Tangle
-from ringfx.passes.place.member import Member
-from ringfx.passes.place.modes import Form
-from ringfx.passes.values import Resharding
+from ringfx.passes.place import Placement
+from ringfx.passes.place.split_modes import Form
+from ringfx.passes.token_axes import Carried
+from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.find_token_lines import Tangle
 
 __all__ = ["Crossings", "is_narrow", "save_messages"]
 
@@ -28,8 +29,8 @@ aten = torch.ops.aten
 _GRADIENT = "completes a gradient"
 _SENDS = frozenset(
     {
-        attention, collectives.gather_shared, collectives.gather_tokens, collectives.sum_partials,
-        exchange.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
+        attention, conjugate.gather_shared, conjugate.gather_tokens, conjugate.sum_partials,
+        redistribute.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
     }
 )  # fmt: skip
 
@@ -60,7 +61,7 @@ class Crossings:
     def add_line_inputs(self) -> None:
         """Placeholders for each line: this rank's positions and the order of all ranks' tokens.
 
-        One more stands for the call, see ``ringfx.gradients``.
+        One more stands for the call, see ``ringfx.comm.grad_accumulation``.
         """
         for line in self.placement.lines.lines:
             if line.layout.world_size > 1:
@@ -151,7 +152,7 @@ class Crossings:
             self.report(node, "gather_gradient", _bytes(node), _GRADIENT, in_backward=True)
         index, order = (self._member_node(carried, kind) for kind in ("index", "order"))
         args = (whole, index, order, *self._where(carried, node))
-        return self.graph.call_function(collectives.slice_tokens, args)
+        return self.graph.call_function(conjugate.slice_tokens, args)
 
     def reduce(self, node: Node, partial: Node) -> Node:
         """The sum of all ranks' parts, in the type that the value has."""
@@ -164,7 +165,7 @@ class Crossings:
         size = _bytes(node) * (2 if is_narrow(node) else 1)
         self.report(node, "all_reduce", size, "sums over tokens")
         args = (partial, self.group, _words(node))
-        return self.graph.call_function(collectives.sum_partials, args)
+        return self.graph.call_function(conjugate.sum_partials, args)
 
     def narrowed(self, node: Node, total: Node) -> Node:
         if not is_narrow(node):
@@ -210,7 +211,7 @@ class Crossings:
         if not split and form is Form.SHARED:
             self.report(value, "all_reduce", _bytes(value), _GRADIENT, in_backward=True)
             args: tuple[Any, ...] = (natural, self.group, _words(value))
-            return self.graph.call_function(collectives.share, args)
+            return self.graph.call_function(conjugate.share, args)
         assert isinstance(carried, Carried), f"{value.name} carries no token axis"
         where = self._where(carried, value)
         index, order, valid = (self._member_node(carried, k) for k in ("index", "order", "valid"))
@@ -218,16 +219,16 @@ class Crossings:
             if needs_grad(value):
                 self.report(value, "gather_gradient", _bytes(value), _GRADIENT, in_backward=True)
             args = (natural, index, order, *where)
-            return self.graph.call_function(collectives.slice_tokens, args)
+            return self.graph.call_function(conjugate.slice_tokens, args)
         reason = self.placement.reasons.get(user, "it is wanted whole")
         self.report(value, "gather", _bytes(value), f"{_name(user)}: {reason}")
         if form is Form.SHARED:
             size = _bytes(value) // where[0]
             self.report(value, "reduce_scatter", size, _GRADIENT, in_backward=True)
             args = (natural, order, *where)
-            return self.graph.call_function(collectives.gather_shared, args)
+            return self.graph.call_function(conjugate.gather_shared, args)
         args = (natural, index, order, valid, *where)
-        return self.graph.call_function(collectives.gather_tokens, args)
+        return self.graph.call_function(conjugate.gather_tokens, args)
 
     def _where(self, carried: Carried, value: Node) -> tuple[Any, ...]:
         ranks = self.placement.lines.lines[carried.line].layout.world_size

@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ringfx import collectives, tiles
-from ringfx.layout import LayoutKind
+from ringfx.comm import conjugate
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import LayoutKind
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.ir.values import Captured, Resharding
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
-from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Split
-from ringfx.passes.place.windows import along_the_line
+from ringfx.passes.place import Placement
+from ringfx.passes.place.split_modes import Form, Split
 from ringfx.passes.rewrite.calls import local_call, shifted
 from ringfx.passes.rewrite.crossings import Crossings, save_messages
 from ringfx.passes.rewrite.parameters import share_parameters
 from ringfx.passes.rewrite.singular import without_padding
-from ringfx.passes.values import Captured, Resharding
-from ringfx.spec import AttentionSpec
-from ringfx.strategies import STRATEGIES
+from ringfx.passes.token_axes import Carried
+from ringfx.passes.token_axes.windows import along_the_line
 
 __all__ = ["LocalProgram", "SplitOutput", "rewrite"]
 
@@ -229,7 +231,7 @@ class _Rewriter:
         if carried.inner != 1:
             each = (valid, carried.inner)
             valid = self.graph.call_function(aten.repeat_interleave.self_int, each)
-        return self.graph.call_function(collectives.fill_padding, (new, v, valid))
+        return self.graph.call_function(conjugate.fill_padding, (new, v, valid))
 
     def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:
         split: list[SplitOutput | None] = []

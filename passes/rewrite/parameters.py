@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives
+from ringfx.comm import conjugate
+from ringfx.ir.values import Captured
 from ringfx.passes.capture.gradients import receives_grad
 from ringfx.passes.place import Placement
-from ringfx.passes.place.modes import Form
+from ringfx.passes.place.split_modes import Form
 from ringfx.passes.rewrite.crossings import Crossings
-from ringfx.passes.values import Captured
 
 __all__ = ["buckets", "share_parameters"]
 
@@ -95,12 +95,12 @@ def _enter(graph: Graph, bucket: Sequence[Node], crossings: Crossings, members: 
     size = sum(map(_bytes, bucket))
     crossings.report(bucket[0], "all_reduce", size, f"completes {what}", in_backward=True)
     natural = [crossings.natural_of(n) for n in bucket]
-    entered = graph.call_function(collectives.enter, (natural,))
+    entered = graph.call_function(conjugate.enter, (natural,))
     entered.meta["ringfx_crossing"] = True
 
     def leave() -> None:
         args = (entered, crossings.call, members, crossings.group, what)
-        shared = graph.call_function(collectives.leave, args)
+        shared = graph.call_function(conjugate.leave, args)
         for i, value in enumerate(bucket):
             with graph.inserting_after(shared):
                 item = graph.call_function(operator.getitem, (shared, i))

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx import collectives
+from ringfx.comm import conjugate
 from ringfx.passes.axes.call import Call
-from ringfx.passes.place import Carried, Placement
-from ringfx.passes.place.modes import Form, Split
+from ringfx.passes.place import Placement
+from ringfx.passes.place.split_modes import Form, Split
 from ringfx.passes.rewrite.crossings import Crossings
+from ringfx.passes.token_axes import Carried
 
 __all__ = ["SINGULAR", "without_padding"]
 
@@ -109,7 +110,7 @@ def without_padding(
             carried, member_of = where
             place = (carried.dim, carried.outer, carried.inner)
             args: tuple[Any, ...] = (operands[i], crossings.valid(member_of), *place)
-            result[i] = graph.call_function(collectives.repeat_token, args)
+            result[i] = graph.call_function(conjugate.repeat_token, args)
     return result
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch.fx import Node
 
 from ringfx.errors import VerificationError
-from ringfx.passes.place import Carried
+from ringfx.ir.values import Captured, Sites
 from ringfx.passes.rewrite import LocalProgram
-from ringfx.passes.values import Captured, Sites
+from ringfx.passes.token_axes import Carried
 
 __all__ = ["split_along"]
 

@@ -8,14 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
+from ringfx.comm.grad_accumulation import NO_CALL
 from ringfx.errors import VerificationError
-from ringfx.gradients import NO_CALL
+from ringfx.ir.values import Captured, Sites
 from ringfx.ops import attention
 from ringfx.passes.capture.origin import describe_node
-from ringfx.passes.place.lines import Lines
 from ringfx.passes.rewrite import LocalProgram
 from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.values import Captured, Sites
+from ringfx.passes.token_axes.find_token_lines import Lines
 
 __all__ = ["line_inputs", "verify"]
 

@@ -16,9 +16,18 @@ from typing import Any
 
 import torch
 
-from ringfx import tiles
-from ringfx.ops import checks, collective, production, simple, stats, ulysses
-from ringfx.ops.finish import (
+from ringfx.comm import stats
+from ringfx.comm.autograd_function import register_autograd
+from ringfx.comm.double_backward import once_differentiable
+from ringfx.comm.process_group import Ranks
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ops import checks
+from ringfx.ops.kernels.kernel import choose
+from ringfx.ops.kernels.logsumexp import logsumexp_dtype
+from ringfx.ops.strategies import collective, production, simple, ulysses
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.empty_rows import (
     add_sinks,
     fill_mean,
     fill_nan,
@@ -29,14 +38,7 @@ from ringfx.ops.finish import (
     sink_gradient,
     warn_of_lost_digits,
 )
-from ringfx.ops.kernels import choose
-from ringfx.ops.logsumexp import logsumexp_dtype
-from ringfx.ops.pieces import Tiling
-from ringfx.ops.problem import Problem
-from ringfx.ops.ranks import Ranks
-from ringfx.second import once_differentiable
-from ringfx.spec import AttentionSpec
-from ringfx.uncompiled import register_autograd
+from ringfx.ops.tiling.pieces import Tiling
 
 __all__ = ["attention"]
 
@@ -83,7 +85,7 @@ def attention(
     spec
         ``AttentionSpec.to_json()``.
     strategy
-        A name of ``ringfx.strategies.STRATEGIES``.
+        A name of ``ringfx.ir.strategies.STRATEGIES``.
     layout
         ``contiguous`` or ``zigzag``.
     group

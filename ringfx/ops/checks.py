@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ringfx.comm.process_group import Ranks
 from ringfx.errors import InvalidArgument, StrategyRefused
-from ringfx.layout import Layout, LayoutKind
-from ringfx.ops import bias_gradients as bias_gradient_rules
-from ringfx.ops.ranks import Ranks
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import own_rows
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ir.tiles import own_rows
+from ringfx.ops.tiling import bias_gradients as bias_gradient_rules
 
 __all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name", "tensors"]
 

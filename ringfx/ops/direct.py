@@ -9,17 +9,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ringfx.arguments import choice, number, switch, tensor, text, whole_number
+from ringfx.comm.group_argument import Group, name_and_size
 from ringfx.errors import InvalidArgument
-from ringfx.layout import LayoutKind
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import LayoutKind
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction
+from ringfx.ir.tiles.checked import checked_expr
+from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
 from ringfx.ops.attention import attention
-from ringfx.ops.groups import Group, name_and_size
-from ringfx.spec import AttentionSpec
-from ringfx.strategies import STRATEGIES
-from ringfx.tiles import CAUSAL, Expr, K, Q, conjunction
-from ringfx.tiles.checked import checked_expr
-from ringfx.tiles.expr import inputs_used
+from ringfx.validation.arguments import choice, number, switch, tensor, text, whole_number
 
 __all__ = ["ring_attention"]
 

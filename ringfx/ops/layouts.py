@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ringfx.arguments import choice, tensor, whole_number
+from ringfx.comm.autograd_function import register_autograd
+from ringfx.comm.group_argument import Group, name_and_size
+from ringfx.comm.process_group import Ranks
 from ringfx.errors import InvalidArgument
-from ringfx.layout import Layout, LayoutKind
-from ringfx.ops.groups import Group, name_and_size
-from ringfx.ops.ranks import Ranks
-from ringfx.uncompiled import register_autograd
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.validation.arguments import choice, tensor, whole_number
 
 __all__ = ["gather", "shard"]
 

@@ -24,9 +24,9 @@ from typing import Never
 import torch
 import torch.distributed as dist
 
-from ringfx.backend import Backend
-from ringfx.gradients import Accumulation
-from ringfx.world import World
+from ringfx.comm.grad_accumulation import Accumulation
+from ringfx.comm.world import World
+from ringfx.compile.backend import Backend
 from tests.corpus.measure import Outcome, measure
 
 __all__ = ["outcomes", "warm_up"]

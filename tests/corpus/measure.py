@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import ringfx
 from ringfx.errors import VerificationError
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 from tests.corpus.build import build, hidden_size, tensors, total
 from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excesses, excused
 from tests.corpus.row import Variant

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import ringfx
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 from tests.corpus.build import build
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS

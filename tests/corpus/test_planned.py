@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 from tests.corpus.planned import difference, planned, ran
 from tests.harness import RankPool
 

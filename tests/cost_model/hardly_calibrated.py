@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ringfx import calibrate_command
-from ringfx.cli import main
-from ringfx.cost_model.measure import Effort
+from ringfx.cli import calibrate
+from ringfx.cli.main import main
+from ringfx.cost_model.calibration.measure import Effort
 
 HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=128, max_message_bytes=2**12)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    calibrate_command.QUICK = HARDLY
+    calibrate.QUICK = HARDLY
     main()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfx import tiles
-from ringfx.cost_model.profile import Profile, available_profiles
-from ringfx.passes.values import AttentionSite
-from ringfx.spec import AttentionSpec
+from ringfx.cost_model.prediction.profile import Profile, available_profiles
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.values import AttentionSite
 
 
 def causal_site(layer: int = 0, tokens: int = 8192, **changes: Any) -> AttentionSite:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ringfx
-from ringfx.cost_model.profile import profile_json
+from ringfx.cost_model.prediction.profile import profile_json
 from tests.cost_model.sites import shipped
 from tests.ranks import RankPool, raises
 

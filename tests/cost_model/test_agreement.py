@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import ringfx
 from ringfx.api import offline
-from ringfx.cli import app
-from ringfx.cost_model.whatif import Change, longest_sequence, replan, sweep
+from ringfx.cli.main import app
+from ringfx.cost_model.choice.whatif import Change, longest_sequence, replan, sweep
 from ringfx.errors import OutOfMemory
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
 from tests.cost_model.sites import shipped
 
 CPU = shipped("cpu-default")

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from ringfx.cli import app
-from ringfx.cost_model.bench import Sample, Timing, regret
-from ringfx.cost_model.formulas import Phase, Prediction
+from ringfx.cli.main import app
+from ringfx.cost_model.calibration.bench import Sample, Timing, regret
+from ringfx.cost_model.prediction.formulas import Phase, Prediction
 
 
 def _timing(name: str, predicted: float, measured: float, spread: float = 0.0) -> Timing:
@@ -71,7 +71,7 @@ def test_the_command_measures_every_strategy_that_can_run() -> None:
 def test_what_cannot_be_measured_is_refused_before_ranks_start(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringfx.bench_command.bench", lambda *args, **options: pytest.fail("began"))
+    monkeypatch.setattr("ringfx.cli.bench.bench", lambda *args, **options: pytest.fail("began"))
     result = CliRunner().invoke(app, ["bench", *words])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"ringfx: {message}")

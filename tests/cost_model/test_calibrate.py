@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ringfx.cli import app
+from ringfx.cli.main import app
 from ringfx.cost_model import load_profile, predict
-from ringfx.cost_model.bench import Sample, admitted
-from ringfx.cost_model.calibrate import Measurements, calibrate, make_profile
-from ringfx.cost_model.from_records import fit_kernels, fit_links
-from ringfx.cost_model.layers import fit_layers, layer_records, layer_sites
-from ringfx.cost_model.measure import Effort, kernel_cases, spread
-from ringfx.cost_model.profile import (
+from ringfx.cost_model.calibration.bench import Sample, admitted
+from ringfx.cost_model.calibration.calibrate import Measurements, calibrate, make_profile
+from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
+from ringfx.cost_model.calibration.layers import fit_layers, layer_records, layer_sites
+from ringfx.cost_model.calibration.measure import Effort, kernel_cases, spread
+from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
+from ringfx.cost_model.prediction.profile import (
     Direction,
     KernelRow,
     own_profiles,
     profile_json,
     read_profile,
 )
-from ringfx.cost_model.records import AttentionRecord, MessageRecord, read_records
 from ringfx.errors import CommunicationError, ProfileError
 from tests.cost_model.sites import causal_site, shipped
 
@@ -88,7 +88,7 @@ def test_progress_counts_every_step_once(
 def test_the_command_writes_a_profile_that_plans_find_by_device(
     measured: Measurements, profiles_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ringfx.calibrate_command.calibrate", lambda *args, **options: measured)
+    monkeypatch.setattr("ringfx.cli.calibrate.calibrate", lambda *args, **options: measured)
     records = tmp_path / "all.jsonl"
     result = CliRunner().invoke(app, ["calibrate", "--name", "mine", "--records", str(records)])
     assert result.exit_code == 0, result.output
@@ -143,7 +143,7 @@ def test_a_damaged_own_profile_is_left_out_with_one_warning_that_names_it(
 def test_calibrate_looks_whether_it_can_write_before_it_measures(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringfx.calibrate_command._measured", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("ringfx.cli.calibrate._measured", lambda *args: pytest.fail("measured"))
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file" / "below.json", tmp_path):
         result = CliRunner().invoke(app, ["calibrate", option, str(path)])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ringfx.cost_model.fit import fit_nonnegative, leave_one_out
+from ringfx.cost_model.calibration.least_squares import fit_nonnegative, leave_one_out
 
 
 def _sizes(seed: int = 0) -> np.ndarray:

@@ -12,15 +12,16 @@ import torch.distributed as dist
 
 from benchmarks.prediction_memory import peak_bytes
 from ringfx import ops
-from ringfx.cost_model.bench import admitted, bench_site, tensors_of
-from ringfx.cost_model.footprint import _ring_buffers, held_bytes
-from ringfx.cost_model.local import local_share
-from ringfx.cost_model.profile import Direction
-from ringfx.layout import LayoutKind
-from ringfx.ops import heads, production
+from ringfx.cost_model.calibration.bench import admitted, bench_site, tensors_of
+from ringfx.cost_model.prediction.footprint import _ring_buffers, held_bytes
+from ringfx.cost_model.prediction.profile import Direction
+from ringfx.cost_model.prediction.rank_share import local_share
+from ringfx.ir.layout import LayoutKind
+from ringfx.ir.values import AttentionSite
 from ringfx.ops.attention import attention
-from ringfx.ops.buffers import POOL
-from ringfx.passes.values import AttentionSite
+from ringfx.ops.strategies import production
+from ringfx.ops.strategies.buffer_pool import POOL
+from ringfx.ops.tiling import head_groups
 from tests.ranks import RankPool
 
 SITES = {
@@ -112,7 +113,7 @@ def test_what_three_ranks_hold_is_predicted_within_10_percent(ranks3: RankPool) 
 
 def _pooled(cases: list[tuple[int, str, int | None]]) -> list[tuple[int, int]]:
     """Bytes in the pool after a forward, and after a backward, with heads in so many groups."""
-    with mock.patch.object(heads, "GROUP_BYTES", {"cpu": (1, 1)}):
+    with mock.patch.object(head_groups, "GROUP_BYTES", {"cpu": (1, 1)}):
         return [_pool_of(*case) for case in cases]
 
 
@@ -135,9 +136,9 @@ def test_the_rings_buffers_are_those_of_its_schedule(
 ) -> None:
     cases = list(itertools.product((1, 2, 3, 4), ("float32", "bfloat16"), (None, 20)))
     seen = request.getfixturevalue(f"ranks{size}").run(_pooled, cases)[0]
-    monkeypatch.setattr("ringfx.ops.heads.GROUP_BYTES", {"cpu": (1, 1)})
+    monkeypatch.setattr("ringfx.ops.tiling.head_groups.GROUP_BYTES", {"cpu": (1, 1)})
     for (groups, dtype, window), found in zip(cases, seen, strict=True):
-        monkeypatch.setattr("ringfx.cost_model.local.RING_GROUPS", groups)
+        monkeypatch.setattr("ringfx.cost_model.prediction.rank_share.RING_GROUPS", groups)
         site = bench_site(tokens=64 * size, heads=12, head_dim=16, dtype=dtype, window=window)
         local = local_share(site, size)
         assert local.ring_groups == groups

@@ -5,13 +5,13 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ringfx import tiles
-from ringfx.cost_model.formulas import FORMULAS, Prediction, predict
-from ringfx.cost_model.profile import Profile
-from ringfx.cost_model.work import _gathered as gathered_counts
-from ringfx.cost_model.work import ring_work, whole_work
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import Expr
+from ringfx.cost_model.prediction.formulas import FORMULAS, Prediction, predict
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.work import _gathered as gathered_counts
+from ringfx.cost_model.prediction.work import ring_work, whole_work
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.tiles import Expr
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -183,7 +183,7 @@ def test_few_bands_of_a_mask_stand_for_all(keep: Expr, monkeypatch: pytest.Monke
     spec = AttentionSpec(scale=0.1, q_len=2**17, kv_len=2**17, keep=keep)
     few = whole_work(spec)
     gathered_counts.cache_clear()
-    monkeypatch.setattr("ringfx.cost_model.work.MOST_BANDS", None)
+    monkeypatch.setattr("ringfx.cost_model.prediction.work.MOST_BANDS", None)
     every = whole_work(spec)
     gathered_counts.cache_clear()
     for field in fields(every):

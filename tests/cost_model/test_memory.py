@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import ringfx
 from benchmarks.prediction_memory import peak_bytes
-from ringfx import pipeline
 from ringfx.api import offline
-from ringfx.cost_model.liveness import kept_values, values_of
-from ringfx.cost_model.memory import predict_memory
+from ringfx.compile import pipeline
+from ringfx.cost_model.peak_memory.liveness import kept_values, values_of
+from ringfx.cost_model.peak_memory.peak import predict_memory
 from ringfx.errors import InvalidArgument, OutOfMemory
-from ringfx.passes.values import Captured
-from ringfx.plan import MemoryPlan
+from ringfx.ir.plan import MemoryPlan
+from ringfx.ir.values import Captured
 
 MIB = 2**20
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ringfx.cost_model.outside import outside_ms
-from ringfx.passes.values import Resharding
+from ringfx.cost_model.prediction.outside_attention import outside_ms
+from ringfx.ir.values import Resharding
 from tests.cost_model.sites import shipped
 
 H100 = shipped("h100-sxm-published")

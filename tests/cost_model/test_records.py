@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ringfx.cost_model.records import (
+from ringfx.cost_model.calibration.records import (
     AttentionRecord,
     MessageRecord,
     read_records,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from ringfx.cost_model import choose, load_profile, predict
-from ringfx.cost_model.from_records import fit_kernels, fit_memory, observed_profile
-from ringfx.cost_model.profile import profile_json, read_profile
-from ringfx.cost_model.records import AttentionRecord, read_records
+from ringfx.cost_model.calibration.from_records import fit_kernels, fit_memory, observed_profile
+from ringfx.cost_model.calibration.records import AttentionRecord, read_records
+from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import OutOfMemory, ProfileError
-from ringfx.passes.values import AttentionSite
-from ringfx.strategies import STRATEGIES
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.ir.values import AttentionSite
 from tests.cost_model.sites import full_site, shipped
 
 SEED = shipped("gtx-1080-seed")
@@ -131,7 +131,7 @@ def test_its_error_is_reported_beside_its_noise() -> None:
 
 def test_it_is_kept_apart_from_every_local_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "ringfx.cost_model.devices.device_name", lambda device: "NVIDIA GeForce GTX 1080"
+        "ringfx.cost_model.prediction.devices.device_name", lambda device: "NVIDIA GeForce GTX 1080"
     )
     assert load_profile(None, device="cuda").name != "gtx-1080-seed"
     notes = load_profile("gtx-1080-seed", device="cuda").notes

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import ringfx
-from ringfx import tiles
 from ringfx.api import offline
 from ringfx.cost_model import choose
-from ringfx.cost_model.formulas import predict
-from ringfx.cost_model.timeline import flat
-from ringfx.cost_model.whatif import Change, longest_sequence, replan, sweep
+from ringfx.cost_model.choice.whatif import Change, longest_sequence, replan, sweep
+from ringfx.cost_model.prediction.formulas import predict
 from ringfx.errors import OutOfMemory
-from ringfx.plan import Plan
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import Expr
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.memory_timeline import flat
+from ringfx.ir.plan import Plan
+from ringfx.ir.tiles import Expr
 from tests.cost_model.sites import causal_site, shipped
 from tests.cost_model.test_memory import Small
 
@@ -108,7 +108,7 @@ def test_a_search_for_what_fits_looks_at_few_choices(monkeypatch: pytest.MonkeyP
         looked_at.append(1)
         return predict(*args)
 
-    monkeypatch.setattr("ringfx.cost_model.candidates.predict", counted)
+    monkeypatch.setattr("ringfx.cost_model.choice.candidates.predict", counted)
     with pytest.raises(OutOfMemory, match="use 3 ranks or more, or shorten the sequence to "):
         choose(
             sites, world_size=2, profile=shipped("h100-sxm-published"), gpu_memory=600 * 2**30,

@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ringfx.cost_model import choose
-from ringfx.cost_model.quantities import parse_rate
-from ringfx.cost_model.timeline import flat, memory_parts, peak
-from ringfx.cost_model.whatif import (
+from ringfx.cost_model.choice.whatif import (
     NOT_DERIVED,
     Change,
     longest_sequence,
@@ -17,8 +15,10 @@ from ringfx.cost_model.whatif import (
     sweep,
 )
 from ringfx.errors import InvalidArgument, OutOfMemory
-from ringfx.passes.values import TokenAxis
-from ringfx.plan import MemoryPlan, Plan
+from ringfx.ir.memory_timeline import flat, memory_parts, peak
+from ringfx.ir.plan import MemoryPlan, Plan
+from ringfx.ir.values import TokenAxis
+from ringfx.units.parse import parse_rate
 from tests.cost_model.sites import causal_site, shipped
 
 H100 = shipped("h100-sxm-published")

@@ -36,15 +36,15 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringfx.dynamo import for_ringfx, prepare_tracing
+from ringfx.comm.world import World
+from ringfx.compile.dynamo import for_ringfx, prepare_tracing
+from ringfx.compile.pipeline import Lowered, lower
+from ringfx.compile.settings import Settings
 from ringfx.errors import RingfxError
-from ringfx.ops.kernels import Scores, choose
+from ringfx.ir.values import AttentionSite
+from ringfx.ops.kernels.kernel import Scores, choose
 from ringfx.passes.capture.trace import keep_value
-from ringfx.passes.values import AttentionSite
 from ringfx.passes.verify.check import _fake_inputs
-from ringfx.pipeline import Lowered, lower
-from ringfx.settings import Settings
-from ringfx.world import World
 from tests.corpus.build import build
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS

@@ -137,7 +137,7 @@ def killed(compiler: str) -> None:
 
 def fails_to_compile(compiler: str) -> None:
     if is_victim():
-        from ringfx import backend
+        from ringfx.compile import backend
 
         def broken(*_: Any) -> Any:
             raise MemoryError("no room to compile")

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import ringfx
-from ringfx.outputs import SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from tests.ranks import RankPool
 
 __all__ = ["Mixed", "ambient", "check", "excesses", "leave_as_is"]

@@ -115,7 +115,7 @@ class Script:
 
     def compiles(self) -> None:
         if self.phase == "compilation" and is_victim():
-            from ringfx import backend
+            from ringfx.compile import backend
 
             backend.hand_over = lambda *_: self.cause()  # type: ignore[assignment, misc, return-value]
 

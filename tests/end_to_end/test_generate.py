@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import ringfx
-from ringfx.outputs import SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from tests.harness import RankPool
 from tests.recorded import recorded
 

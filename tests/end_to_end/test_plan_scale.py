@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
-from ringfx.passes.values import AttentionSite
-from ringfx.plan import Plan
+from ringfx.ir.plan import Plan
+from ringfx.ir.values import AttentionSite
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

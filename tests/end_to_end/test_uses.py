@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import ringfx
+from ringfx.compile.settings import Compiler
 from ringfx.errors import VerificationError
-from ringfx.settings import Compiler
 from tests.end_to_end.models import plain, tokens
 from tests.harness import Case, RankPool, compare_all, raises
 
@@ -128,7 +128,7 @@ def a_defect() -> None:
     def lower(*args: Any) -> Any:
         raise KeyError("something of ours")
 
-    with mock.patch("ringfx.backend.lower", lower):
+    with mock.patch("ringfx.compile.backend.lower", lower):
         ringfx.optimize(plain()(), compiler="eager")(tokens(13))
 
 

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 import ringfx
+from ringfx.comm.world import World
 from ringfx.errors import InvalidArgument
-from ringfx.outputs import SplitTensor
-from ringfx.world import World
+from ringfx.split_tensor.tensor import SplitTensor
 from tests.end_to_end.models import PlainTransformer, llama, plain, shifted_loss, tokens
 from tests.harness import RankPool, gradient_differences, raises
 

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import torch
 
-from ringfx.layout import LayoutKind
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL, B, Expr, H, K, Q, conjunction
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import LayoutKind
+from ringfx.ir.tiles import CAUSAL, B, Expr, H, K, Q, conjunction
 from tests.ops.oracle import Example
 
 STRATEGIES = ("simple", "collective", "production", "ulysses")

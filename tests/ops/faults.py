@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ringfx import ops
-from ringfx.ops.ranks import Ranks
+from ringfx.comm.process_group import Ranks
 
 __all__ = ["Survivor", "survivors"]
 

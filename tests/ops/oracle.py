@@ -13,10 +13,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ringfx.layout import Layout, LayoutKind
-from ringfx.ops import attention, collective, heads
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import TileIndex, evaluate
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ir.tiles import TileIndex, evaluate
+from ringfx.ops import attention
+from ringfx.ops.strategies import collective
+from ringfx.ops.tiling import head_groups as heads
 
 Tensor = torch.Tensor
 LOWEST = torch.finfo(torch.float64).min

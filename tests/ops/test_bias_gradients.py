@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ringfx.ops.bias_gradients import PULL_RULES
-from ringfx.tiles.expr import TILE_OPS
+from ringfx.ir.tiles.expr import TILE_OPS
+from ringfx.ops.tiling.bias_gradients import PULL_RULES
 
 NUM_OPERANDS = {"add": 2, "sub": 2, "mul": 2, "div": 2}
 

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.errors import RingfxError
-from ringfx.ops import cuda
-from ringfx.ops.cuda import cudnn, efficient, flash, xformers
-from ringfx.ops.kernels import MATH, Kernel, Scores, choose
+from ringfx.ops.kernels import cuda
+from ringfx.ops.kernels.cuda import cudnn, efficient, flash, xformers
+from ringfx.ops.kernels.kernel import MATH, Kernel, Scores, choose
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ringfx.exchange import Spread, _routes
+from ringfx.comm.redistribute import Spread, _routes
 
 LENGTH = 24
 

@@ -7,7 +7,7 @@ import torch
 
 from ringfx import ops
 from ringfx.errors import InvalidArgument
-from ringfx.layout import Layout, LayoutKind
+from ringfx.ir.layout import Layout, LayoutKind
 from tests.ranks import RankPool
 
 

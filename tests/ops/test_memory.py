@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from ringfx import ops
+from ringfx.comm import stats
 from ringfx.errors import OutOfMemory
-from ringfx.ops import kernels, stats
-from ringfx.ops.buffers import BufferPool
-from ringfx.ops.kernels import CPU_FLASH, MATH
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL, Expr, K
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.tiles import CAUSAL, Expr, K
+from ringfx.ops.kernels import kernel as kernels
+from ringfx.ops.kernels.kernel import CPU_FLASH, MATH
+from ringfx.ops.strategies.buffer_pool import BufferPool
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.ranks import RankPool
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringfx.ops import ranks as messages
-from ringfx.ops.ranks import PIECE_BYTES, Ranks
+from ringfx.comm import process_group as messages
+from ringfx.comm.process_group import PIECE_BYTES, Ranks
 from tests.ranks import RankPool
 
 Tensor = torch.Tensor

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from benchmarks.attention_schedule import Ring, simulate
 from ringfx import ops
 from ringfx.errors import InvalidArgument
-from ringfx.layout import Layout
-from ringfx.ops import finish
-from ringfx.tiles import CAUSAL, Expr, K, Q, TileIndex, evaluate
+from ringfx.ir.layout import Layout
+from ringfx.ir.tiles import CAUSAL, Expr, K, Q, TileIndex, evaluate
+from ringfx.ops.tiling import empty_rows
 from tests.ranks import RankPool
 
 Tensor = torch.Tensor
@@ -82,18 +82,18 @@ def _held_rows(length: int) -> int:
     """Rows of the longest key or value tensor that any kernel call of this rank sees."""
     from unittest import mock
 
-    from ringfx.ops import kernels
+    from ringfx.ops.kernels import kernel
 
     seen = []
-    forward = kernels.CPU_FLASH.forward
+    forward = kernel.CPU_FLASH.forward
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, scores: kernels.Scores) -> tuple[Tensor, Tensor]:
+    def watched(q: Tensor, k: Tensor, v: Tensor, scores: kernel.Scores) -> tuple[Tensor, Tensor]:
         seen.append(k.shape[2])
         return forward(q, k, v, scores)
 
     from dataclasses import replace
 
-    with mock.patch.object(kernels, "CPU_FLASH", replace(kernels.CPU_FLASH, forward=watched)):
+    with mock.patch.object(kernel, "CPU_FLASH", replace(kernel.CPU_FLASH, forward=watched)):
         size = torch.distributed.get_world_size()
         q = torch.randn(1, 2, Layout("zigzag", length, size).local_length, 8)
         ops.ring_attention(q, q, q, causal=True, layout="zigzag", length=length)
@@ -183,7 +183,7 @@ def test_rows_that_a_bias_hides_wholly_are_the_unsplit_models(
 def test_rows_of_float64_whose_scores_keep_few_digits_are_said_and_refused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    finish._WARNED.clear()
+    empty_rows._WARNED.clear()
     q = torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True)
     bias = ("where", ("gt", Q, ("const", 3)), ("const", 0.0), ("const", -1e13))
     out = ops.ring_attention(q, q, q, bias=bias)

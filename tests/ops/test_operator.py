@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringfx import ops
 from ringfx.errors import InvalidArgument, RingfxError, StrategyRefused
-from ringfx.layout import Layout
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout
+from ringfx.ir.tiles import CAUSAL
 from tests.ops.cases import KINDS, examples, spec
 from tests.ops.oracle import data, split
 from tests.ranks import RankPool

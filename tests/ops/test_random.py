@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ringfx.layout import LayoutKind
-from ringfx.ops.kernels import MATH, Scores, accumulation_dtype
-from ringfx.tiles import CAUSAL, H, K, Q, TileIndex, conjunction, evaluate
+from ringfx.ir.layout import LayoutKind
+from ringfx.ir.tiles import CAUSAL, H, K, Q, TileIndex, conjunction, evaluate
+from ringfx.ops.kernels.kernel import MATH, Scores, accumulation_dtype
 from tests.ops.cases import spec
 from tests.ops.oracle import Data, Example, Result, assemble, data, reference, run_all
 from tests.ranks import RankPool

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import ringfx
-from ringfx.outputs import SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from tests import staged
 from tests.end_to_end.models import plain, tokens
 from tests.harness import gradient_differences

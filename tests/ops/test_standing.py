@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfx.ops.standing import Counts, Stand, in_vain
+from ringfx.failures.wait_graph import Counts, Stand, in_vain
 
 
 def stand(*, meeting: bool = False, **counts: Any) -> Stand:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ringfx import ops
-from ringfx.ops import stats
+from ringfx.comm import stats
 from tests.ranks import RankPool
 
 

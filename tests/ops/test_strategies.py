@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.ir.values import AttentionSite
 from ringfx.ops.attention import IMPLEMENTATIONS
-from ringfx.passes.values import AttentionSite
-from ringfx.strategies import STRATEGIES
 from tests.ops.cases import spec
 
 
@@ -67,8 +67,8 @@ def test_the_table_loads_neither_cost_model_nor_operators() -> None:
         "import sys, types; sys.modules['ringfx'] = m = types.ModuleType('ringfx');"
         "import importlib.util as u;"
         "p = u.find_spec('tests').submodule_search_locations[0] + '/../ringfx';"
-        "m.__path__ = [p]; import ringfx.strategies;"
+        "m.__path__ = [p]; import ringfx.ir.strategies;"
         "print(sorted(n for n in sys.modules if n.startswith(('ringfx.', 'torch'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['ringfx.strategies']"
+    assert done.stdout.strip() == "['ringfx.ir.strategies']"

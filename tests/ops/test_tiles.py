@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringfx import tiles
-from ringfx.layout import Layout
-from ringfx.ops.pieces import Tiling, pieces, runs_of
-from ringfx.spec import AttentionSpec
-from ringfx.tiles import CAUSAL, B, Box, Expr, K, Q, TileIndex
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout
+from ringfx.ir.tiles import CAUSAL, B, Box, Expr, K, Q, TileIndex
+from ringfx.ops.tiling.pieces import Tiling, pieces, runs_of
 
 LENGTH = 24
 WINDOW: Expr = ("gt", K, ("sub", Q, ("const", 5)))

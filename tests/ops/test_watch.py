@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ringfx.ops import watch
-from ringfx.ops.abort import abort, may_be_aborted
-from ringfx.ops.channel import GONE, Channel, Failure
+from ringfx.failures import watchdog
+from ringfx.failures.abort import abort, may_be_aborted
+from ringfx.failures.channel import GONE, Channel, Failure
 
 
 class Backend:
@@ -77,8 +77,8 @@ def failure(*, epoch: int = 1, rank: int = 1, is_error: bool = True) -> Failure:
 @pytest.mark.parametrize(
     ("found", "moves", "first"),
     [
-        (failure(epoch=GONE), False, watch.ABORT_TICKS[True]),
-        (failure(), False, watch.ABORT_TICKS[False]),
+        (failure(epoch=GONE), False, watchdog.ABORT_TICKS[True]),
+        (failure(), False, watchdog.ABORT_TICKS[False]),
         (failure(), True, None),
         (failure(rank=0), False, None),
         (failure(is_error=False), False, None),
@@ -90,8 +90,10 @@ def test_a_rank_that_stands_still_after_a_failure_is_ended(
 ) -> None:
     group, looks = New(), 100
     steps = iter(range(1, looks + 1))
-    monkeypatch.setattr(watch, "main_thread_at", lambda: (1, next(steps) if moves else 0))
-    monkeypatch.setattr(watch, "_group", lambda channel: group)
-    known, channel = watch._Watched(store=None, is_device=True), cast(Channel, Told(found))
-    aborted = [watch._look_at_device(channel, known) or group.backend.aborts for _ in range(looks)]
+    monkeypatch.setattr(watchdog, "main_thread_at", lambda: (1, next(steps) if moves else 0))
+    monkeypatch.setattr(watchdog, "_group", lambda channel: group)
+    known, channel = watchdog._Watched(store=None, is_device=True), cast(Channel, Told(found))
+    aborted = [
+        watchdog._look_at_device(channel, known) or group.backend.aborts for _ in range(looks)
+    ]
     assert aborted == [int(first is not None and i >= first) for i in range(looks)]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringfx.ir.values import Captured, Sites
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
-from ringfx.passes.values import Captured, Sites
 
 Tensor = torch.Tensor
 

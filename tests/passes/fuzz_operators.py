@@ -27,12 +27,12 @@ from torch.overrides import get_overridable_functions
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ringfx.comm.world import World
+from ringfx.compile.pipeline import lower
+from ringfx.compile.settings import Settings
 from ringfx.errors import RingfxError
 from ringfx.passes.capture.definitions import DEFINITIONS
 from ringfx.passes.verify.check import line_inputs
-from ringfx.pipeline import lower
-from ringfx.settings import Settings
-from ringfx.world import World
 from tests.passes.composed import COMPOSED, DRAWS
 from tests.passes.direct import called
 from tests.passes.virtual_ranks import run_on_ranks

@@ -10,10 +10,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfx import tiles
-from ringfx.passes.masks.lift import Lifter
-from ringfx.passes.masks.structure import first_of_equals
-from ringfx.tiles import Box, Expr
+from ringfx.ir import tiles
+from ringfx.ir.tiles import Box, Expr
+from ringfx.passes.exprs.lift import Lifter
+from ringfx.passes.exprs.structure import first_of_equals
 
 Tensor = torch.Tensor
 VARIABLES: Sequence[Expr] = (tiles.B, tiles.H, tiles.Q, tiles.K)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringfx.dynamo import for_ringfx, prepare_tracing
+from ringfx.comm.world import World
+from ringfx.compile.dynamo import for_ringfx, prepare_tracing
+from ringfx.compile.pipeline import Lowered, lower
+from ringfx.compile.settings import Settings
+from ringfx.ir.values import Captured
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
-from ringfx.passes.values import Captured
-from ringfx.pipeline import Lowered, lower
-from ringfx.settings import Settings
-from ringfx.world import World
 
 __all__ = ["Attend", "captured", "captured_with_inputs", "lowered", "program_text", "traced"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from ringfx.passes.place import alike, cut
+from ringfx.passes.place import min_cut, repeated_layers
 from tests.passes import hugging_face, models
 from tests.passes.programs import lowered
 
@@ -73,9 +73,9 @@ def test_layers_decided_together_are_decided_as_one_by_one(
         costs.append(result[0])
         return result
 
-    monkeypatch.setattr(cut, "nx", SimpleNamespace(DiGraph=nx.DiGraph, minimum_cut=minimum_cut))
+    monkeypatch.setattr(min_cut, "nx", SimpleNamespace(DiGraph=nx.DiGraph, minimum_cut=minimum_cut))
     together = decided(model)
-    monkeypatch.setattr(cut, "alike", one_by_one)
+    monkeypatch.setattr(min_cut, "alike", one_by_one)
     assert together == decided(model)
     assert costs[0] == costs[1]
 
@@ -84,12 +84,12 @@ def decisions(layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
     found: list[int] = []
 
     def counted(graph: Graph, describe: Callable[[Node], Hashable]) -> Mapping[Node, str]:
-        result = alike.alike(graph, describe)
+        result = repeated_layers.alike(graph, describe)
         found.append(len(set(result.values())))
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(cut, "alike", counted)
+        patch.setattr(min_cut, "alike", counted)
         lowered(Stack(layers), ids())
     return found[0]
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ringfx import exchange, halo
-from ringfx.columns import every_token
+from ringfx.comm import halo, redistribute
+from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Share
 from ringfx.passes.axes.rules import AXIS_RULES
@@ -32,7 +32,7 @@ NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
     every_token: "all of an axis, another one from there on: tests/end_to_end/test_matrices.py",
     halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
-    exchange.relay: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
+    redistribute.relay: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
     **dict.fromkeys(KERNELS, "whole: left as they stand only where detection declined them"),

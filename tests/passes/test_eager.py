@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ringfx.passes.detect.arrange import Arrangement, Steps
-from ringfx.passes.detect.estimate import missed
-from ringfx.tiles import CAUSAL
+from ringfx.ir.tiles import CAUSAL
+from ringfx.passes.axes.arrangement import Arrangement, Steps
+from ringfx.passes.detect.count_attention import missed
 from tests.passes.direct import canonical, program_of, results, worst
 from tests.passes.spellings_combined import COMBINED, COMBINED_DECOYS
 from tests.passes.spellings_eager import DECOYS as PLAIN_DECOYS

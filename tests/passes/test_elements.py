@@ -8,7 +8,7 @@ import operator
 import pytest
 import torch
 
-from ringfx.passes.masks.elements import ELEMENT_RULES
+from ringfx.passes.exprs.elements import ELEMENT_RULES
 from tests.passes.element_samples import SAMPLES, Sample
 from tests.passes.lifting import Lifted, lifted
 

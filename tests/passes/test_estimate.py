@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ringfx.errors import AttentionMissed
+from ringfx.ir.values import Declined, Sites
 from ringfx.passes.detect import detect
-from ringfx.passes.detect.estimate import estimate, missed, refuse_missed
+from ringfx.passes.detect.count_attention import estimate, missed, refuse_missed
 from ringfx.passes.masks import recover
-from ringfx.passes.values import Declined, Sites
 from tests.passes.calls import by_heads
 from tests.passes.programs import captured
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringfx.errors import OutOfMemory
-from ringfx.explain import explain
+from ringfx.report.explanation import explain
 from tests.passes.programs import lowered
 
 Tensor = torch.Tensor

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from ringfx.ir.values import Sites
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
-from ringfx.passes.values import Sites
 from tests.harness import Case, RankPool, compare_all, compare_here
 from tests.passes import hugging_face as models
 from tests.passes.programs import captured

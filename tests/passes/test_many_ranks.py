@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.fx import Node
 
-from ringfx.layout import Layout
-from ringfx.passes.place.lines import Carried
+from ringfx.compile.pipeline import Lowered
+from ringfx.ir.layout import Layout
 from ringfx.passes.rewrite.calls import local_shape
-from ringfx.pipeline import Lowered
+from ringfx.passes.token_axes.find_token_lines import Carried
 from tests.passes import hugging_face
 from tests.passes.programs import lowered
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import ringfx
-from ringfx import tiles
-from ringfx.agreement import checksum
+from ringfx.compile.mask_buffer_guard import Kept
+from ringfx.compile.rank_agreement import checksum
 from ringfx.errors import BufferChanged
-from ringfx.held import Kept
-from ringfx.passes.masks.matrices import Matrix, formula_of
+from ringfx.ir import tiles
+from ringfx.passes.exprs.matrices import Matrix, formula_of
 from tests.passes import mask_grammar
 from tests.passes.test_masks import Recovered, added, recovered
 
@@ -166,7 +166,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {
         name: formula_of(Matrix(mask.reshape(-1, N, N))) for name, (mask, _) in BUFFERS.items()
     }
-    monkeypatch.setattr("ringfx.passes.masks.matrices.BLOCK", 5 * N)
+    monkeypatch.setattr("ringfx.passes.exprs.matrices.BLOCK", 5 * N)
     for name, (mask, _) in BUFFERS.items():
         assert formula_of(Matrix(mask.reshape(-1, N, N))) == whole[name], name
 
@@ -181,7 +181,7 @@ def test_equal_buffers_of_many_layers_share_one_formula(monkeypatch: pytest.Monk
             return self.second(q, k, self.first(q, k, v))
 
     looked: list[Any] = []
-    module = __import__("ringfx.passes.masks.buffers", fromlist=["formula_of"])
+    module = __import__("ringfx.passes.exprs.buffers", fromlist=["formula_of"])
     right = module.formula_of
     monkeypatch.setattr(module, "formula_of", lambda m: looked.append(m) or right(m))
     recovered(Two(), *operands(N, N))

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ringfx import tiles
+from ringfx.ir import tiles
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.masks.decompose import decompose
 from ringfx.passes.masks.forms import Unrepresentable

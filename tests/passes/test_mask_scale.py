@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringfx.ir.values import AttentionSite, Captured
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.detect import detect
-from ringfx.passes.masks import constants, recover
-from ringfx.passes.values import AttentionSite, Captured
+from ringfx.passes.exprs import constants
+from ringfx.passes.masks import recover
 from tests.passes.programs import Attend
 from tests.passes.spellings import BATCH, HEADS, SPELLINGS
 

@@ -15,12 +15,12 @@ from torch import nn
 from torch.fx import Node
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from ringfx import tiles
+from ringfx.ir import tiles
+from ringfx.ir.values import AttentionSite, Captured
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.detect import detect
+from ringfx.passes.exprs.simplify import assuming, const, simplify
 from ringfx.passes.masks import recover
-from ringfx.passes.masks.simplify import assuming, const, simplify
-from ringfx.passes.values import AttentionSite, Captured
 from tests.passes.programs import Attend, captured_with_inputs
 from tests.passes.spellings import BATCH, HEADS, SPELLINGS, Spelling
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringfx.pipeline import Lowered
+from ringfx.compile.pipeline import Lowered
 from tests.passes import models, token_axes
 from tests.passes.programs import lowered
 from tests.passes.token_axes import Around

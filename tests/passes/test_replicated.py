@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import ringfx
 from ringfx.cost_model import load_profile
-from ringfx.cost_model.whatif import Change, replan
+from ringfx.cost_model.choice.whatif import Change, replan
 from ringfx.errors import AttentionReplicated
-from ringfx.plan import Plan
-from ringfx.plan_html import to_html
+from ringfx.ir.plan import Plan
+from ringfx.report.plan_html import to_html
 from tests.harness import RankPool
 
 SHAPE = (1, 6, 5, 16)

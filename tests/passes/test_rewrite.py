@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ringfx import collectives
+from ringfx.comm import conjugate
+from ringfx.compile.pipeline import Lowered
 from ringfx.ops import attention
-from ringfx.pipeline import Lowered
 from tests.passes import models
 from tests.passes.programs import lowered, program_text
 
 MOVES = frozenset(
     {
-        collectives.gather_tokens, collectives.gather_shared, collectives.slice_tokens,
-        collectives.share, collectives.leave, collectives.sum_partials,
+        conjugate.gather_tokens, conjugate.gather_shared, conjugate.slice_tokens,
+        conjugate.share, conjugate.leave, conjugate.sum_partials,
     }
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_a_split_model_sends_parameters_gradients_and_nothing_else() -> None:
     program = lowered(models.Causal(), ids())
     assert set(moves(program)) == {"leave", "slice_tokens"}
     (sliced,) = (
-        n for n in program.local.graph_module.graph.nodes if n.target is collectives.slice_tokens
+        n for n in program.local.graph_module.graph.nodes if n.target is conjugate.slice_tokens
     )
     assert sliced.args[0].op == "placeholder", "only the token ids are cut"
 

@@ -86,7 +86,7 @@ def test_two_compilers_in_one_process_each_see_their_own() -> None:
 
 def test_nothing_is_imported_for_it() -> None:
     code = (
-        "import sys, ringfx, ringfx.backend\n"
+        "import sys, ringfx, ringfx.compile.backend\n"
         "print([m for m in sys.modules if m.split('.')[0] in"
         " ('flash_attn', 'flash_attn_interface', 'xformers')])"
     )

@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 import torch
 
+from ringfx.compile.pipeline import Lowered
 from ringfx.errors import VerificationError
+from ringfx.ir.values import Sites
 from ringfx.passes.axes import propagate
 from ringfx.passes.axes.call import AxisRule, Call, OpAxes
 from ringfx.passes.axes.rules import find_rule
-from ringfx.passes.values import Sites
 from ringfx.passes.verify import verify
-from ringfx.pipeline import Lowered
 from tests.harness import RankDifference, RankPool, compare_here
 from tests.passes import models
 from tests.passes.programs import lowered

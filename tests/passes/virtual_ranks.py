@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from ringfx import messages
-from ringfx.ops.ranks import Ranks, Transfer
+from ringfx.comm import collective_ops
+from ringfx.comm.process_group import Ranks, Transfer
 
 __all__ = ["run_on_ranks"]
 
@@ -174,6 +174,6 @@ def run_on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
     """``work(rank)`` on every rank; each begins with the random numbers that the caller has."""
     with (
         mock.patch.object(Ranks, "named", staticmethod(_named)),
-        mock.patch.object(messages._Pending, "begin", _begin),
+        mock.patch.object(collective_ops._Pending, "begin", _begin),
     ):
         return _Room(size).run(work)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ringfx import tiles
+from ringfx.ir import tiles
+from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ops import attention
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, given_input
 from ringfx.passes.axes.rules.pattern import labels_like, leading, shares
-from ringfx.spec import AttentionSpec
 
 __all__ = ["RULES"]
 

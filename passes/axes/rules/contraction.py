@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ringfx import halo
+from ringfx.comm import halo
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
 from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
 
@@ -171,7 +171,7 @@ def biased(product: AxisRule, out: str) -> AxisRule:
 
 
 def near_convolution(call: Call) -> OpAxes:
-    """``ringfx.halo.convolution``: tokens stay tokens, and each looks at a few neighbours.
+    """``ringfx.comm.halo.convolution``: tokens stay tokens, and each looks at a few neighbours.
 
     Stride 1 keeps the axis, or a window of it; a stride that divides the length makes a token of as
     many elements as it steps over.

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ringfx import columns, exchange
+from ringfx.comm import redistribute
+from ringfx.ir import markers
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
 from ringfx.passes.axes.rules.pattern import shares
 
@@ -31,7 +32,7 @@ def regroup(call: Call) -> OpAxes:
 
 
 def every_token(call: Call) -> OpAxes:
-    """``ringfx.columns.every_token``: all of some dimensions, axes of their own from here on."""
+    """``ringfx.ir.markers.every_token``: all of some dimensions, axes of their own from here on."""
     labels = numbered(call.shapes[0])
     dims: Any = call.node.args[1]
     parted = {name for d in dims for name in labels[d]}
@@ -387,7 +388,7 @@ def _with_pair(shape: Sequence[int], before: Sequence[int], after: Sequence[int]
 
 
 def relayed(call: Call) -> OpAxes:
-    """``ringfx.exchange.relay``: from one axis to another with the same elements."""
+    """``ringfx.comm.redistribute.relay``: from one axis to another with the same elements."""
     labels = list(numbered(call.shapes[0]))
     at = call.node.args[1]
     assert isinstance(at, int)
@@ -399,8 +400,8 @@ def relayed(call: Call) -> OpAxes:
 
 
 RULES: dict[object, AxisRule] = {
-    columns.every_token: every_token,
-    exchange.relay: relayed,
+    markers.every_token: every_token,
+    redistribute.relay: relayed,
     aten.view_as_complex.default: pairs,
     aten.view_as_real.default: pairs,
     **dict.fromkeys(

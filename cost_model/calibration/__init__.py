@@ -1,0 +1,1 @@
+"""Measurements, and the profiles that are fitted to them."""

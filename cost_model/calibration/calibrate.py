@@ -1,0 +1,264 @@
+"""Measure this machine and write its profile: kernels, memory, masks, links, contention.
+
+All ranks measure at once, as they will run at once: a core that is alone is faster than one beside
+a busy neighbour. Ranks are started here on one machine, or found in the environment under torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+
+from ringfx.comm.process_group import Ranks
+from ringfx.cost_model.calibration.bench import BenchTask, admitted, measure
+from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
+from ringfx.cost_model.calibration.layers import fit_layers, is_small, layer_records, layer_sites
+from ringfx.cost_model.calibration.measure import (
+    Effort,
+    KernelCase,
+    kernel_cases,
+    mask_costs,
+    masked_ns_per_pair,
+    measure_kernel,
+    memory_gbytes_per_s,
+    software,
+)
+from ringfx.cost_model.calibration.measure_links import (
+    OPERATIONS,
+    measure_contention,
+    measure_message,
+    message_sizes,
+)
+from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
+from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
+from ringfx.cost_model.prediction.devices import device_name
+from ringfx.cost_model.prediction.profile import Collective, Direction, KernelRow, Profile, Scope
+
+__all__ = ["Measurements", "calibrate", "make_profile", "measure_layers"]
+
+T = TypeVar("T")
+
+NOISE_BLOCKS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """All that one calibration measured."""
+
+    device: str
+    device_name: str
+    software: str
+    date: str
+    num_ranks: int
+    scope: Scope
+    ranks_per_node: int
+    kernels: tuple[AttentionRecord, ...]
+    messages: tuple[MessageRecord, ...]
+    layers: tuple[AttentionRecord, ...]
+    """Layers of each strategy: what any layer, any call and any byte of buffers costs."""
+    memory_gbytes_per_s: float
+    mask_us_per_tile: float
+    mask_ns_per_pair: float
+    masked_ns_per_pair: Mapping[tuple[str, Direction], float]
+    """By kernel and direction."""
+    contention_ns_per_byte: float
+    noise: float
+
+
+def calibrate(
+    device: str, *, num_ranks: int, effort: Effort, progress: Progress
+) -> Measurements | None:
+    """Measure; None on all ranks but the first of a torchrun job.
+
+    Parameters
+    ----------
+    num_ranks
+        Ranks to start on this machine; under torchrun its ranks are taken instead.
+
+    Raises
+    ------
+    CommunicationError
+        A rank failed; the text holds its last words.
+    """
+    return on_ranks(_measure, effort, device=device, num_ranks=num_ranks, progress=progress)
+
+
+# --- what every rank does -----------------------------------------------------------------------
+
+
+def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> Measurements:
+    link, scope, per_node = _link(ranks)
+    steps = _Steps(progress, len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + 5)
+    kernels = tuple(
+        measure_kernel(device, case, effort)
+        for case in steps.each(kernel_cases(device, effort), _kernel_words)
+    )
+    messages = tuple(
+        measure_message(ranks, operation, size, device, link, effort)
+        for operation, size in steps.each(_messages(ranks, effort), lambda m: f"{m[0]}, {m[1]} B")
+    )
+    steps.next("whole layers")
+    layers = tuple(measure_layers(ranks, device, link, effort))
+    steps.next("memory")
+    memory = memory_gbytes_per_s(device, effort)
+    steps.next("masks")
+    mask_us_per_tile, mask_ns_per_pair = mask_costs(device, effort)
+    masked = {
+        (kernel, direction): masked_ns_per_pair(device, kernel, direction, effort)
+        for kernel in dict.fromkeys(case.kernel for case in kernel_cases(device, effort))
+        for direction in get_args(Direction)
+    }
+    steps.next("compute beside messages")
+    contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
+    steps.next("noise: the same thing again")
+    return Measurements(
+        device=device,
+        device_name=device_name(device) or device,
+        software=software(),
+        date=datetime.date.today().isoformat(),
+        num_ranks=ranks.size,
+        scope=scope,
+        ranks_per_node=per_node,
+        kernels=kernels,
+        messages=messages,
+        layers=layers,
+        memory_gbytes_per_s=memory,
+        mask_us_per_tile=mask_us_per_tile,
+        mask_ns_per_pair=mask_ns_per_pair,
+        masked_ns_per_pair=masked,
+        contention_ns_per_byte=contention,
+        noise=_noise(device, effort),
+    )
+
+
+def _messages(ranks: Ranks, effort: Effort) -> list[tuple[Collective, int]]:
+    if ranks.size == 1:
+        return []
+    return [(operation, size) for operation in OPERATIONS for size in message_sizes(effort)]
+
+
+def _link(ranks: Ranks) -> tuple[str, Scope, int]:
+    """The link's name, whether ranks share a machine, and how many may."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    if per_node < ranks.size:
+        return "network", "network", per_node
+    return ("NVLink or PCIe" if torch.cuda.is_available() else "loopback"), "node", per_node
+
+
+class _Steps:
+    """Counts what is done, and keeps all ranks at the same step."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def next(self, what: str) -> None:
+        dist.barrier()
+        self.progress(what, self.done, self.total)
+        self.done += 1
+
+    def each(self, items: Iterable[T], words: Callable[[T], str]) -> Iterator[T]:
+        for item in items:
+            self.next(words(item))
+            yield item
+
+
+def measure_layers(
+    ranks: Ranks, device: str, link: str, effort: Effort
+) -> Iterator[AttentionRecord]:
+    """A few layers under every strategy, and on one rank."""
+    alone = dataclasses.replace(ranks, rank=0, size=1)
+    for site in layer_sites(ranks.size, device, effort.max_tokens):
+        share = effort.seconds_per_case / 0.4
+        rounds = max(effort.min_repeats, round(share * (SMALL_ROUNDS if is_small(site) else 6)))
+        if ranks.size > 1:
+            names = admitted(site, ranks.size)
+            task = BenchTask(site=site, strategies=names, rounds=rounds)
+            for name, samples in measure(ranks, device, _quiet, task).items():
+                yield from layer_records(site, name, samples, ranks.size, link)
+        task = BenchTask(site=site, strategies=("production",), rounds=rounds)
+        samples = measure(alone, device, _quiet, task)["production"]
+        yield from layer_records(site, "local", samples, 1, "")
+
+
+SMALL_ROUNDS = 30
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    """The step as a whole is shown, not its rounds."""
+
+
+def _kernel_words(case: KernelCase) -> str:
+    return (
+        f"{case.kernel} {case.direction}, {case.dtype}, {case.heads} heads of {case.head_dim},"
+        f" {case.tokens} tokens"
+    )
+
+
+def _noise(device: str, effort: Effort) -> float:
+    """A/A: the largest over the smallest median of the same case, measured again and again."""
+    ratios = []
+    for case in kernel_cases(device, effort)[3::40]:
+        medians = [measure_kernel(device, case, effort).median_ms or 0 for _ in range(NOISE_BLOCKS)]
+        ratios.append(max(medians) / min(medians))
+    return statistics.median(ratios)
+
+
+# --- the profile ----------------------------------------------------------------------------------
+
+
+def make_profile(measured: Measurements, name: str | None = None) -> Profile:
+    """The profile that the measurements fit, with the quality of the fit."""
+    fitted, kernel_quality = fit_kernels(measured.kernels)
+    masked = measured.masked_ns_per_pair
+    kernels = tuple(
+        dataclasses.replace(
+            row, masked_ns_per_pair=round(masked.get((row.kernel, row.direction), 0.0), 4)
+        )
+        for row in fitted
+    )
+    scopes: dict[str, Scope] = {r.link: measured.scope for r in measured.messages}
+    links, link_quality = fit_links(measured.messages, scopes)
+    words = [kernel_quality.words()] + ([link_quality.words()] if links else [])
+    link_names = ", ".join(dict.fromkeys(r.link for r in measured.messages)) or "no link"
+    bare = Profile(
+        name=name or _slug(measured),
+        device=measured.device,
+        device_name=measured.device_name,
+        kind="measured",
+        origin=(
+            f"measured {measured.date} on {measured.device_name} with {measured.num_ranks} ranks"
+            f" at once over {link_names}, {measured.software} a rank"
+        ),
+        ranks_per_node=measured.ranks_per_node,
+        memory_gbytes_per_s=round(measured.memory_gbytes_per_s, 3),
+        memory_origin="adding two arrays of 64 MiB",
+        fused_kernel=_fused(kernels),
+        kernels=kernels,
+        links=links,
+        mask_ns_per_pair=round(measured.mask_ns_per_pair, 4),
+        mask_us_per_tile=round(measured.mask_us_per_tile, 2),
+        contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
+        noise=round(measured.noise, 3),
+        date=measured.date,
+        torch=torch.__version__.split("+")[0],
+    )
+    profile, layer_quality = fit_layers(measured.layers, bare)
+    return dataclasses.replace(profile, quality="; ".join([*words, layer_quality.words()]))
+
+
+def _fused(kernels: Iterable[KernelRow]) -> str:
+    return min({row.kernel for row in kernels} - {"math"}, default="math")
+
+
+def _slug(measured: Measurements) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", measured.device_name.lower()).strip("-")
+    return f"{name}-{measured.num_ranks}-ranks"

@@ -1,0 +1,1 @@
+"""Which strategy each layer takes, given what each costs and what fits."""

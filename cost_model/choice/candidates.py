@@ -1,0 +1,61 @@
+"""The strategies of one attention: what each would cost, or why it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ringfx.cost_model.prediction.formulas import Prediction, predict
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.ir.strategies import Refusal, Strategy
+from ringfx.ir.values import AttentionSite
+
+__all__ = ["Candidates", "all_candidates", "candidates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The strategies that could run at one site with their costs, and the others with why not."""
+
+    site: AttentionSite
+    options: tuple[Prediction, ...]
+    """Fastest first; ties in the order of the table."""
+    refused: Mapping[str, Refusal]
+    local_only: bool = False
+    """One rank: no strategy has anything to split, all are a local kernel."""
+    noise: float = 1.0
+    """Options whose times differ by less than this ratio are ties."""
+
+
+def all_candidates(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    profile: Profile,
+    table: Mapping[str, Strategy],
+) -> list[Candidates]:
+    """The candidates of every site; sites that are equal but for their names are costed once."""
+    known: dict[AttentionSite, Candidates] = {}
+    found = []
+    for site in sites:
+        kind = replace(site, node="", name="", source="")
+        if kind not in known:
+            known[kind] = candidates(site, world_size, profile, table)
+        found.append(replace(known[kind], site=site))
+    return found
+
+
+def candidates(
+    site: AttentionSite, world_size: int, profile: Profile, table: Mapping[str, Strategy]
+) -> Candidates:
+    """What each strategy of the table would cost at this site, or why it cannot run."""
+    answers = {name: row.admits(site, world_size) for name, row in table.items()}
+    options = [predict(site, n, world_size, profile) for n, no in answers.items() if no is None]
+    refused = {name: no for name, no in answers.items() if no is not None}
+    ordered = tuple(sorted(options, key=lambda option: option.total_ms))
+    return Candidates(
+        site=site,
+        options=ordered,
+        refused=refused,
+        local_only=world_size == 1 and profile.kind != "observed",
+        noise=profile.noise,
+    )

@@ -1,0 +1,43 @@
+"""Attention inside the user's checkpointed regions keeps its output, and no q, k and v.
+
+Attention itself is not run again, since its messages would be sent again; what leads to its inputs
+is. They are then alive together with those of its neighbours in the region, while the backward of
+any of them runs: they count like workspace, which is reused from region to region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ringfx.cost_model.choice.budget import Menu
+from ringfx.ir.values import AttentionSite
+
+__all__ = ["as_held"]
+
+
+def as_held(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> list[Menu]:
+    """The menus with the bytes that each option adds to the peak."""
+    regions = _again_by_region(sites, menus)
+    return [
+        tuple(
+            replace(
+                option,
+                saved_bytes=option.result_bytes,
+                workspace_bytes=option.workspace_bytes + regions[site.checkpoint],
+            )
+            for option in menu
+        )
+        if site.checkpoint
+        else menu
+        for site, menu in zip(sites, menus, strict=True)
+    ]
+
+
+def _again_by_region(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> Mapping[int, int]:
+    """What a layer saves does not depend on its strategy; where it did, the most would count."""
+    regions: dict[int, int] = {}
+    for site, menu in zip(sites, menus, strict=True):
+        most = max((o.saved_bytes - o.result_bytes for o in menu), default=0)
+        regions[site.checkpoint] = regions.get(site.checkpoint, 0) + most
+    return regions

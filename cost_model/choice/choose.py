@@ -1,0 +1,273 @@
+"""Choose a strategy for every layer at once: the fastest assignment whose memory fits.
+
+With t(l, s) the time of layer l under strategy s, and the peak over the moments of the program
+(``timeline.py``) of all that is alive, saved tensors and workspaces of the layers among it:
+
+    minimise    sum over l of t(l, s_l)
+    subject to  peak(s) <= budget
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TypeAlias
+
+from ringfx.cost_model.choice.budget import Menu
+from ringfx.cost_model.choice.candidates import Candidates, all_candidates
+from ringfx.cost_model.choice.infeasible import (
+    Problem,
+    explain_infeasible,
+    longest_that_fits,
+    refuse_hopeless,
+)
+from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
+from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.errors import OutOfMemory, StrategyRefused
+from ringfx.ir.memory_timeline import flat
+from ringfx.ir.plan import LayerPlan, MemoryTimeline
+from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy
+from ringfx.ir.values import AttentionSite
+from ringfx.units.format import format_bytes, format_ms
+
+__all__ = ["choose", "longest_fitting"]
+
+
+def choose(
+    sites: Sequence[AttentionSite],
+    *,
+    world_size: int,
+    profile: Profile,
+    gpu_memory: int | None = None,
+    strategy: StrategyChoice = AUTO,
+    memory: MemoryTimeline | None = None,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
+    replicated: Mapping[int, str] = MappingProxyType({}),
+) -> tuple[LayerPlan, ...]:
+    """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
+
+    Parameters
+    ----------
+    gpu_memory
+        Budget of one rank in bytes; None: no limit.
+    strategy
+        ``"auto"``, a name, or a mapping from globs on module paths to names.
+    memory
+        What is alive when outside attention, and with it which layers' tensors; None: nothing, and
+        all layers' at once.
+    strategies
+        The table to choose from.
+    replicated
+        Sites (by their number) that no rank has a part of, and why: each runs whole on every rank,
+        and takes the time and memory that it takes on one.
+
+    Raises
+    ------
+    InvalidArgument
+        An unknown strategy, or a glob that matches no layer.
+    StrategyRefused
+        A strategy was asked for where it cannot run, or no strategy can.
+    OutOfMemory
+        No assignment fits; the text names the world size and the length that would.
+    """
+    overrides = resolve_overrides(strategy, sites, tuple(strategies))
+
+    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
+        return _offers(sites, world_size, profile, strategies, replicated)
+
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
+    refuse_hopeless(problem)
+    fitting = problem.at(world_size)
+    picked = fitting.fastest(gpu_memory)
+    if picked is None:
+        raise OutOfMemory(explain_infeasible(problem))
+    offers = offers_at(sites, world_size)
+    layers = [
+        _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
+        for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
+    ]
+    for i, why in replicated.items():
+        asked = overrides[i]
+        more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
+        layers[i] = replace(layers[i], strategy=REPLICATED, reason=f"not split: {why}{more}")
+    return tuple(layers)
+
+
+def _offers(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    profile: Profile,
+    strategies: Mapping[str, Strategy],
+    replicated: Collection[int],
+) -> list[Candidates]:
+    """What each site is offered: one that is replicated, what it takes on one rank."""
+    split = all_candidates(sites, world_size, profile, strategies)
+    if not replicated:
+        return split
+    whole = all_candidates(sites, 1, profile, strategies)
+    return [whole[i] if i in replicated else offer for i, offer in enumerate(split)]
+
+
+Offers: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Candidates]]
+
+
+def _problem(
+    sites: Sequence[AttentionSite],
+    world_size: int,
+    gpu_memory: int | None,
+    memory: MemoryTimeline | None,
+    overrides: Sequence[Override | None],
+    offers_at: Offers,
+    replicated: Collection[int],
+) -> Problem:
+    def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
+        pairs = zip(offers_at(sites, world_size), overrides, strict=True)
+        return [
+            _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
+            for i, (offer, override) in enumerate(pairs)
+        ]
+
+    return Problem(
+        sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
+        memory=flat(sites) if memory is None else memory, replicated=frozenset(replicated),
+    )  # fmt: skip
+
+
+def longest_fitting(
+    sites: Sequence[AttentionSite],
+    *,
+    world_size: int,
+    profile: Profile,
+    gpu_memory: int,
+    limit: int,
+    strategy: StrategyChoice = AUTO,
+    memory: MemoryTimeline | None = None,
+    replicated: Collection[int] = (),
+) -> int:
+    """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
+    0: none."""
+    overrides = resolve_overrides(strategy, sites, tuple(STRATEGIES))
+
+    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
+        return _offers(sites, world_size, profile, STRATEGIES, replicated)
+
+    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
+    return longest_that_fits(problem, limit, world_size)
+
+
+# --- what may be chosen -----------------------------------------------------------------------
+
+
+def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu:
+    """The options that the user's word leaves; at one rank there is just the local kernel."""
+    if override is not None:
+        if override.strategy in offer.refused:
+            raise StrategyRefused(_refusal(offer, override))
+        return tuple(o for o in offer.options if o.strategy == override.strategy)
+    if not offer.options:
+        raise StrategyRefused(_no_strategy(offer, world_size))
+    if offer.local_only:
+        local = tuple(o for o in offer.options if o.strategy == "production")
+        return local or offer.options[:1]
+    return offer.options
+
+
+def _named_option(offer: Candidates, strategy: str) -> Prediction:
+    return next(option for option in offer.options if option.strategy == strategy)
+
+
+def _refusal(offer: Candidates, override: Override) -> str:
+    refusal = offer.refused[override.strategy]
+    names = ", ".join(sorted(option.strategy for option in offer.options)) or "none"
+    cheapest = ""
+    if offer.options:
+        best = offer.options[0]
+        cheapest = f" Cheapest: {best.strategy}, predicted {format_ms(best.total_ms)}."
+    drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
+    return (
+        f"{_where(offer.site)}: {_named(override.strategy, refusal.reason)}.\n"
+        f"  Admissible: {names}.{cheapest}\n"
+        f"  Do: {drop}, or {refusal.remedy}."
+    )
+
+
+def _no_strategy(offer: Candidates, world_size: int) -> str:
+    lines = [f"  {_named(n, no.reason)}. Do: {no.remedy}." for n, no in offer.refused.items()]
+    head = f"{_where(offer.site)}: no strategy can split it over {world_size} ranks."
+    return "\n".join([head, *lines])
+
+
+def _named(strategy: str, reason: str) -> str:
+    """The reason as a sentence that says which strategy it is about."""
+    return reason if f'"{strategy}"' in reason else f'"{strategy}" cannot run here: {reason}'
+
+
+def _where(site: AttentionSite) -> str:
+    return f'{site.name} ({site.source}, found as "{site.found_by}")'
+
+
+# --- the plan of a layer ------------------------------------------------------------------------
+
+
+def _layer_plan(
+    offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
+) -> LayerPlan:
+    return LayerPlan(
+        site=offer.site,
+        strategy=chosen.strategy,
+        reason=_reason(offer, chosen, override, gpu_memory),
+        kernel=chosen.kernel,
+        forward_ms=chosen.forward_ms,
+        backward_ms=chosen.backward_ms,
+        compute_ms=chosen.compute_ms,
+        communication_ms=chosen.communication_ms,
+        exposed_ms=chosen.exposed_ms,
+        saved_bytes=chosen.saved_bytes,
+        result_bytes=chosen.result_bytes,
+        workspace_bytes=chosen.workspace_bytes,
+    )
+
+
+def _reason(
+    offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
+) -> str:
+    if offer.local_only and override is None:
+        return "one rank: the local kernel"
+    others = [o for o in offer.options if o.strategy != chosen.strategy]
+    if override is not None:
+        return f"asked for by {override.words}{_if_slower(chosen, others)}"
+    if not others:
+        return "the only one that can run here"
+    best = others[0]
+    if best.total_ms >= chosen.total_ms:
+        fastest = f"fastest of {len(offer.options)}"
+        tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
+        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower{tie}"
+    assert gpu_memory is not None, "without a budget the fastest is chosen"
+    return (
+        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy} would be"
+        f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
+    )
+
+
+def _if_slower(chosen: Prediction, others: Sequence[Prediction]) -> str:
+    if not others or others[0].total_ms >= chosen.total_ms:
+        return ""
+    return f"; {others[0].strategy} is predicted {_percent(chosen, others[0])} faster"
+
+
+def _percent(slow: Prediction, fast: Prediction) -> str:
+    """How much longer the slow one takes, as a share of the fast one's time."""
+    ratio = slow.total_ms / fast.total_ms
+    if ratio >= 2:
+        return f"{ratio:.1f} times"
+    return f"{100 * (ratio - 1):.0f}%" if ratio >= 1.01 else "under 1%"
+
+
+def _more_memory(large: Prediction, small: Prediction) -> str:
+    def total(p: Prediction) -> int:
+        return p.saved_bytes + p.workspace_bytes
+
+    return format_bytes(max(0, total(large) - total(small)))

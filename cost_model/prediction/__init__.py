@@ -1,0 +1,1 @@
+"""Time and memory of one attention under each strategy, from a profile."""

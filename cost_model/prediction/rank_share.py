@@ -1,0 +1,108 @@
+"""One rank's share of an attention: tokens, elements, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ringfx.cost_model.prediction import terms
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ir.values import AttentionSite
+from ringfx.ops.strategies.collective import GATHERED_BYTES
+from ringfx.ops.tiling.head_groups import MOST_GROUPS, RING_GROUPS, head_groups, ring_bytes
+
+__all__ = ["Local", "local_share"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Sizes of one rank's tensors, padding included."""
+
+    site: AttentionSite
+    world_size: int
+    layout: LayoutKind
+    q_len: int
+    kv_len: int
+
+    @property
+    def itemsize(self) -> int:
+        return terms.itemsize(self.site)
+
+    @property
+    def accumulator_bytes(self) -> int:
+        return terms.accumulator_bytes(self.site)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the output over batch and heads: one logsumexp each."""
+        return self.site.batch * self.site.heads * self.q_len
+
+    @property
+    def q_items(self) -> int:
+        return self.rows * self.site.head_dim
+
+    @property
+    def out_items(self) -> int:
+        return self.rows * self.site.v_head_dim
+
+    @property
+    def k_items(self) -> int:
+        return self.site.batch * self.site.kv_heads * self.kv_len * self.site.head_dim
+
+    @property
+    def v_items(self) -> int:
+        return self.site.batch * self.site.kv_heads * self.kv_len * self.site.v_head_dim
+
+    @property
+    def kv_items(self) -> int:
+        return self.k_items + self.v_items
+
+    @property
+    def saved_bytes(self) -> int:
+        """q, k, v and the output in their dtype and the logsumexp, kept for backward."""
+        items = self.q_items + self.kv_items + self.out_items
+        saved = items * self.itemsize + self.rows * self.accumulator_bytes
+        return saved if self.site.trains else 0
+
+    @property
+    def result_bytes(self) -> int:
+        """The output and the logsumexp, kept for backward even where the rest is computed again."""
+        kept = self.out_items * self.itemsize + self.rows * self.accumulator_bytes
+        return kept if self.site.trains else 0
+
+    def groups(self, least_bytes: int, most: int = MOST_GROUPS) -> int:
+        """Groups of heads that are sent one by one, each of at least so many bytes of K and V."""
+        site, dtype = self.site, getattr(torch, self.site.dtype)
+        q, k, v = (
+            torch.empty(site.batch, heads, tokens, dim, dtype=dtype, device="meta")
+            for heads, tokens, dim in (
+                (site.heads, self.q_len, site.head_dim),
+                (site.kv_heads, self.kv_len, site.head_dim),
+                (site.kv_heads, self.kv_len, site.v_head_dim),
+            )
+        )
+        return len(head_groups(q, k, v, least_bytes=least_bytes, most=most))
+
+    @property
+    def ring_groups(self) -> int:
+        """Groups of ``production``."""
+        least = ring_bytes(torch.device(self.site.device), self.world_size)
+        return self.groups(least, RING_GROUPS)
+
+    @property
+    def gathered_groups(self) -> int:
+        """Groups of ``collective``."""
+        return self.groups(GATHERED_BYTES // self.world_size)
+
+
+def local_share(site: AttentionSite, world_size: int) -> Local:
+    """The tokens of one rank: zigzag where rows keep different numbers of keys."""
+    layout: LayoutKind = "contiguous" if site.balanced else "zigzag"
+    return Local(
+        site=site,
+        world_size=world_size,
+        layout=layout,
+        q_len=Layout(layout, site.q_len, world_size).local_length,
+        kv_len=Layout(layout, site.kv_len, world_size).local_length,
+    )

@@ -1,0 +1,1 @@
+"""Graph values as expressions of their indices: lifted, simplified, emitted."""

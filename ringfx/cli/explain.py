@@ -1,0 +1,45 @@
+"""``ringfx explain``: build the model on fake tensors and print what detection makes of it."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from ringfx import api
+from ringfx.cli.model_target import Inputs, build, find_target
+from ringfx.cost_model import parse_tokens
+from ringfx.report.explanation import explain
+
+__all__ = ["run"]
+
+
+def run(
+    target: str,
+    *,
+    seq_len: str,
+    batch_size: int,
+    train: bool,
+    dtype: str | None,
+    hf: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Print the explanation.
+
+    Raises
+    ------
+    RingfxError
+        Whatever is wrong with the request or the model; with ``strict``, a missed attention.
+    """
+    inputs = Inputs(seq_len=parse_tokens(seq_len), batch_size=batch_size, labels=train)
+    with Console(stderr=True).status(f"reading {target}"):
+        factory = find_target(target, hf=hf, dtype=dtype)
+        with api.offline():
+            made = build(factory, inputs, target)
+            made.model.train(train)
+        with torch.set_grad_enabled(train):
+            found = explain(made.model, made.args, dict(made.kwargs), strict=strict)
+    if as_json:
+        print(found.to_json())
+    else:
+        Console().print(found)

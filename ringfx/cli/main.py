@@ -1,0 +1,311 @@
+"""The command ``ringfx``: see what would happen to a model, before any device is rented."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringfx.errors import RingfxError
+
+__all__ = ["app", "main"]
+
+USER_MISTAKE = 2
+"""Exit code of everything that the user can put right."""
+
+app = typer.Typer(
+    name="ringfx",
+    help="Split the sequence of any PyTorch model over many devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MAKING, SHOWING = "The plan", "What of it is shown (default: the plan)"
+
+
+@app.callback()
+def _ringfx() -> None:
+    """Split the sequence of any PyTorch model over many devices."""
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="MODULE:FACTORY, file.py:FACTORY, a Hugging Face config.json, with --hf the name"
+            " of a configuration class, or a plan saved with --json.",
+        ),
+    ],
+    seq_len: Annotated[
+        str | None,
+        typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.", rich_help_panel=MAKING),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks over which the sequence is split.", min=1, rich_help_panel=MAKING),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences in the batch.", min=1, rich_help_panel=MAKING)
+    ] = 1,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            help='Memory of one rank, such as "80GiB"; default: no limit.', rich_help_panel=MAKING
+        ),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A strategy\'s name, or "GLOB=NAME" (may be repeated); default: auto.',
+            rich_help_panel=MAKING,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Profile name or file; default: the one of this device.", rich_help_panel=MAKING
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="Whose state counts: adamw, momentum, sgd, ..., or bytes for each parameter.",
+            rich_help_panel=MAKING,
+        ),
+    ] = "none",
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train/--infer", help="With a backward pass, or forward only.", rich_help_panel=MAKING
+        ),
+    ] = True,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            help="Pass labels where forward takes them (when training).", rich_help_panel=MAKING
+        ),
+    ] = True,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Floating type of the parameters, such as bfloat16.", rich_help_panel=MAKING
+        ),
+    ] = None,
+    hf: Annotated[
+        bool,
+        typer.Option(
+            "--hf", help="TARGET is a transformers configuration class.", rich_help_panel=MAKING
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail if something looks like attention and was not recognised.",
+            rich_help_panel=MAKING,
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one page with charts to this file.", rich_help_panel=SHOWING),
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER",
+            help="Every strategy of the layers that this glob names.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        typer.Option(
+            help="The same model elsewhere: world-size=16,link=50GB/s,seq-len=1M.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="Many plans: seq-len=8k..1M, or world-size=2,4,8.", rich_help_panel=SHOWING
+        ),
+    ] = None,
+    max_seq_len: Annotated[
+        bool,
+        typer.Option(
+            "--max-seq-len",
+            help="The longest sequence that fits --gpu-memory.",
+            rich_help_panel=SHOWING,
+        ),
+    ] = False,
+    diff: Annotated[
+        Path | None,
+        typer.Option(help="What differs from this saved plan.", rich_help_panel=SHOWING),
+    ] = None,
+) -> None:
+    """Print which strategy each attention layer gets, what it costs, and why.
+
+    Runs on fake tensors: no device, no process group and no memory for the model are needed.
+    """
+    with _one_line_errors():
+        from ringfx.cli.plan import Request, View, run
+
+        request = Request(
+            target=target,
+            seq_len=seq_len,
+            world_size=world_size,
+            batch_size=batch_size,
+            gpu_memory=gpu_memory,
+            strategy=strategy or [],
+            profile=profile,
+            optimizer=optimizer,
+            train=train,
+            labels=labels,
+            dtype=dtype,
+            hf=hf,
+            strict=strict,
+        )
+        view = View(
+            as_json=as_json,
+            html=html,
+            explain=explain,
+            what_if=what_if,
+            sweep=sweep,
+            max_seq_len=max_seq_len,
+            diff=diff,
+        )
+        run(request, view)
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="MODULE:FACTORY, file.py:FACTORY, a Hugging Face config.json, or with --hf the"
+            " name of a configuration class.",
+        ),
+    ],
+    seq_len: Annotated[str, typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.")] = "4k",
+    batch_size: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 1,
+    train: Annotated[
+        bool,
+        typer.Option("--train/--infer", help="In training mode, or in eval without gradients."),
+    ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="Floating type of the parameters, such as bfloat16.")
+    ] = None,
+    hf: Annotated[
+        bool, typer.Option("--hf", help="MODEL is a transformers configuration class.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Fail if something looks like attention and was not recognised."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print each attention of a model, what it computes and how it was found; and each near miss.
+
+    Runs on fake tensors, without choosing a strategy: it answers even where no plan can be made.
+    """
+    with _one_line_errors():
+        from ringfx.cli.explain import run
+
+        run(
+            target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
+            strict=strict, as_json=as_json,
+        )  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    ranks: Annotated[
+        int, typer.Option(help="Ranks to start on this machine (not under torchrun).", min=1)
+    ] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the time: a rough profile.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Profile file; default: where plans look for it.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Also write every measurement, as JSON lines.")
+    ] = None,
+) -> None:
+    """Measure this machine in a few minutes, and write the profile that plans predict with.
+
+    Under torchrun every rank takes part, and the links between the machines are measured.
+    """
+    with _one_line_errors():
+        from ringfx.cli.calibrate import run
+
+        run(ranks=ranks, device=device, quick=quick, name=name, out=out, records=records)
+
+
+@app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Tokens of the whole sequence.")] = "4k",
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Default: as many as heads.", min=1)] = None,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
+    causal: Annotated[bool, typer.Option("--causal/--full")] = True,
+    window: Annotated[int | None, typer.Option(help="Keys that a query sees.", min=1)] = None,
+    train: Annotated[bool, typer.Option("--train/--infer")] = True,
+    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    profile: Annotated[str | None, typer.Option(help="Profile to predict with.")] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each strategy is run.", min=1)] = 7,
+) -> None:
+    """Measure every strategy at one attention, beside what was predicted."""
+    with _one_line_errors():
+        from ringfx.cli.bench import Attention, run
+
+        asked = Attention(
+            tokens=tokens,
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            causal=causal,
+            window=window,
+            train=train,
+            device=device,
+        )
+        run(asked, ranks=ranks, profile=profile, rounds=rounds)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A mistake of the user gives its text and exit code 2, never a traceback."""
+    try:
+        yield
+    except RingfxError as error:
+        print(f"ringfx: {error}", file=sys.stderr)
+        raise typer.Exit(USER_MISTAKE) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""``ringfx plan``: make or read a plan, then show it the way that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ringfx import api
+from ringfx.cli.model_target import Inputs, build, find_target
+from ringfx.cost_model import (
+    Profile,
+    StrategyChoice,
+    load_profile,
+    parse_bytes,
+    parse_tokens,
+)
+from ringfx.cost_model.choice.whatif import (
+    Change,
+    longest_sequence,
+    parse_change,
+    parse_sweep,
+    replan,
+    sweep,
+    tokens,
+)
+from ringfx.errors import InvalidArgument
+from ringfx.ir.plan import Plan
+from ringfx.passes.detect.count_attention import refuse_missed
+from ringfx.report.plan_html import to_html
+from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.validation.json_reader import Source, parse_json
+from ringfx.validation.text_files import read_text, write_text
+
+__all__ = ["Request", "View", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is planned."""
+
+    target: str
+    seq_len: str | None
+    world_size: int | None
+    batch_size: int
+    gpu_memory: str | None
+    strategy: Sequence[str]
+    profile: str | None
+    optimizer: str
+    train: bool
+    labels: bool
+    dtype: str | None
+    hf: bool
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What of it is shown; with nothing asked for, the plan."""
+
+    as_json: bool = False
+    html: Path | None = None
+    explain: str | None = None
+    what_if: str | None = None
+    sweep: str | None = None
+    max_seq_len: bool = False
+    diff: Path | None = None
+
+
+def run(request: Request, view: View) -> None:
+    """Print what was asked for.
+
+    Raises
+    ------
+    RingfxError
+        Whatever is wrong with the request, the model or the profile.
+    """
+    saved = _saved(request)
+    if saved is None:
+        _show(_made(request), request, view)
+    elif request.gpu_memory is None or _asks(view):
+        _show(saved, request, view)
+    else:
+        _show(_chosen_again(saved, request), request, view)
+
+
+# --- making -----------------------------------------------------------------------------------
+
+
+def _saved(request: Request) -> Plan | None:
+    """The plan in the file that the target names, if it is a saved plan."""
+    path = Path(request.target)
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    text = read_text(path)
+    if not _is_plan(text, path):
+        return None
+    if request.seq_len is not None or request.world_size is not None:
+        raise InvalidArgument(
+            f"{path} is a saved plan: its length and ranks are fixed. Do: leave --seq-len and"
+            " --world-size out, or ask --what-if world-size=16,seq-len=1M."
+        )
+    if fixed := [name for name, is_given in _of_the_model(request).items() if is_given]:
+        raise InvalidArgument(
+            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
+            f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
+        )
+    plan = Plan.from_json(text, str(path))
+    if request.strict and plan.missed:
+        refuse_missed(plan.missed)
+    if request.gpu_memory is not None:
+        plan = replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
+    return _chosen_again(plan, request) if request.profile or request.strategy else plan
+
+
+def _is_plan(text: str, path: Path) -> bool:
+    """Whether it says so, damaged or not; a Hugging Face configuration has a model type."""
+    source = Source(where=str(path), damaged=str(path), error=InvalidArgument)
+    fields = parse_json(text, source)
+    if not isinstance(fields, dict) or "model_type" in fields:
+        return False
+    return "schema" in fields or {"layers", "world_size"} <= fields.keys()
+
+
+def _of_the_model(request: Request) -> Mapping[str, bool]:
+    """Options that say what is planned, and whether they were given."""
+    return {
+        "--batch-size": request.batch_size != 1,
+        "--optimizer": request.optimizer != "none",
+        "--infer": not request.train,
+        "--dtype": request.dtype is not None,
+    }
+
+
+def _chosen_again(plan: Plan, request: Request) -> Plan:
+    """A saved plan with the strategies that another profile, word or budget gives."""
+    return replan(plan, Change(), _profile(plan, request), strategy_choice(request.strategy))
+
+
+def _asks(view: View) -> bool:
+    """Whether a view that chooses again by itself, or that compares, is asked for."""
+    return any((view.explain, view.what_if, view.sweep, view.max_seq_len, view.diff))
+
+
+def _made(request: Request) -> Plan:
+    if request.seq_len is None or request.world_size is None:
+        raise InvalidArgument(
+            f"planning {request.target} needs --seq-len and --world-size;"
+            " just a saved plan goes without."
+        )
+    inputs = Inputs(
+        seq_len=parse_tokens(request.seq_len),
+        batch_size=request.batch_size,
+        labels=request.labels and request.train,
+    )
+    budget = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
+    chosen = strategy_choice(request.strategy)
+    with Console(stderr=True).status(f"importing {request.target}") as status:
+        factory = find_target(request.target, hf=request.hf, dtype=request.dtype)
+        status.update(f"building {request.target} on fake tensors")
+        with api.offline():
+            made = build(factory, inputs, request.target)
+            made.model.train(request.train)
+        status.update(f"planning {inputs.seq_len:,} tokens over {request.world_size} ranks")
+        with torch.set_grad_enabled(request.train):
+            plan = api.plan(
+                made.model,
+                made.args,
+                dict(made.kwargs),
+                world_size=request.world_size,
+                gpu_memory=budget,
+                profile=request.profile,
+                strategy=chosen,
+                optimizer=int(request.optimizer)
+                if request.optimizer.isdigit()
+                else request.optimizer,
+                strict=request.strict,
+            )
+    if not made.has_own_length:
+        return plan
+    note = f"--seq-len was not used: {request.target} takes no seq_len and gives inputs of its own"
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:
+    """``NAME`` for the whole model, or ``GLOB=NAME`` rules in the order given.
+
+    Raises
+    ------
+    InvalidArgument
+        Several names without globs.
+    """
+    if not words:
+        return "auto"
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    rules = [word.rpartition("=") for word in words]
+    for word, (glob, _, name) in zip(words, rules, strict=True):
+        if not glob or not name:
+            raise InvalidArgument(
+                f"--strategy {word!r}: several rules need the form GLOB=NAME,"
+                ' such as "model.layers.0.*=collective".'
+            )
+    return {glob: name for glob, _, name in rules}
+
+
+# --- showing ----------------------------------------------------------------------------------
+
+
+def _show(plan: Plan, request: Request, view: View) -> None:
+    """Views that stand alone, in the order of the help; the plan itself where none is asked for."""
+    if view.html is not None:
+        write_html(plan, view.html, _profile(plan, request), strategy_choice(request.strategy))
+        print(f"written to {view.html}")
+        return
+    texts = _views(plan, request, view)
+    for text in texts:
+        print(text)
+    if texts:
+        return
+    if view.as_json:
+        print(plan.to_json())
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(plan)
+    else:
+        print(plan)
+
+
+def _views(plan: Plan, request: Request, view: View) -> list[str]:
+    texts = []
+    chosen: StrategyChoice = strategy_choice(request.strategy)
+    if view.explain is not None:
+        texts.append(explain_text(plan, view.explain, _profile(plan, request)))
+    if view.what_if is not None:
+        change = parse_change(view.what_if)
+        changed = replan(plan, change, _profile(plan, request), chosen)
+        both = f"{changed}\n\n{diff_text(plan, changed)}"
+        texts.append(changed.to_json() if view.as_json else both)
+    if view.sweep is not None:
+        name, changes = parse_sweep(view.sweep)
+        results = sweep(plan, changes, _profile(plan, request), chosen)
+        texts.append(sweep_text(name, changes, results))
+        if name == "seq-len" and plan.gpu_memory is not None:
+            texts.append(_longest_text(plan, request, chosen))
+    if view.max_seq_len:
+        texts.append(_longest_text(plan, request, chosen))
+    if view.diff is not None:
+        texts.append(diff_text(Plan.from_json(read_text(view.diff), str(view.diff)), plan))
+    return texts
+
+
+def _longest_text(plan: Plan, request: Request, chosen: StrategyChoice) -> str:
+    longest = longest_sequence(plan, _profile(plan, request), chosen)
+    return f"longest sequence that fits: {longest:,} tokens"
+
+
+def write_html(plan: Plan, path: Path, profile: Profile, strategy: StrategyChoice) -> None:
+    """The page of a plan, with the same model from an eighth to eight times as long and split."""
+    lengths, ranks = _around(tokens(plan)), _around(plan.world_size)
+    by_length = sweep(plan, [Change(seq_len=n) for n in lengths], profile, strategy)
+    by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], profile, strategy)
+    curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
+    write_text(path, to_html(plan, *curves))
+
+
+def _around(number: int) -> list[int]:
+    """From an eighth to eight times, by twos."""
+    return list(dict.fromkeys(max(1, round(number * 2.0**i)) for i in range(-3, 4)))
+
+
+def _profile(plan: Plan, request: Request) -> Profile:
+    """The profile that made the plan: by the name given, else by the plan's."""
+    return load_profile(request.profile or plan.profile, device=plan.device)

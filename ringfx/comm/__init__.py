@@ -1,0 +1,1 @@
+"""Communication: the ranks of a sequence, collectives outside attention, their gradients."""

@@ -1,0 +1,71 @@
+"""Derivatives of derivatives: not carried, and said so by name under every compiler.
+
+Autograd records what backward runs when it is asked to (``create_graph=True``). The operators of
+``ringfx`` give their backward no backward of its own, and what AOTAutograd compiles has none
+either; both would answer in torch's own words for a missing formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ringfx.comm.autograd_function import Function, register_autograd
+from ringfx.errors import RingfxError
+
+__all__ = ["once_differentiable", "refuse_in_compiled"]
+
+TEXT = (
+    "second derivatives are not supported: the backward of a model that ringfx has split cannot be "
+    "differentiated again (create_graph=True: gradient penalties, Hessian-vector products). Do: "
+    "take them of the model that was given to ringfx.optimize, which runs whole; or take a "
+    "Hessian-vector product as a difference of two gradients."
+)
+
+
+def once_differentiable(operator: Any) -> None:
+    """What runs in backward: its result has a gradient function, which refuses."""
+    register_autograd(operator, _refuse)
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise RingfxError(TEXT)
+
+
+class _Once(Function):
+    """Identity; its backward refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RingfxError(TEXT)
+
+
+def refuse_in_compiled(results: Sequence[Any]) -> None:
+    """Marks the gradients that a compiled program gives where autograd records them."""
+    nodes = {node for x in results if (node := _compiled_node(x)) is not None}
+    for node in nodes:
+        node.register_hook(_mark)
+
+
+def _compiled_node(result: Any) -> Any:
+    """The backward of a program that AOTAutograd compiled; a result may be a view of its own."""
+    node = result.grad_fn if isinstance(result, torch.Tensor) else None
+    while node is not None and not type(node).__name__.startswith("CompiledFunction"):
+        before = node.next_functions
+        node = before[0][0] if len(before) == 1 else None
+    return node
+
+
+def _mark(gradients: Sequence[Any], _incoming: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return None
+    return tuple(
+        _Once.apply(x) if isinstance(x, torch.Tensor) and x.requires_grad else x  # type: ignore[no-untyped-call]
+        for x in gradients
+    )

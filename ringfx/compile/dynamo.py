@@ -1,0 +1,95 @@
+"""What is asked of Dynamo wherever it traces for ringfx, and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._dynamo import trace_rules
+from torch._dynamo.convert_frame import CatchErrorsWrapper
+
+from ringfx.passes.capture.logs import absorb_logs
+from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
+from ringfx.torch_compat.releases import ISOLATED
+
+__all__ = ["compiled", "compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
+
+NEVER_UNSPLIT: Mapping[str, object] = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 4096,
+    "fail_on_recompile_limit_hit": True,
+    "optimize_ddp": False,
+}
+"""Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
+each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
+DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
+
+
+def prepare_tracing() -> None:
+    """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
+    keep_substituting()
+    absorb_logs(is_for_ringfx)
+    _keep_compiling()
+
+
+def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
+    """A module's call, compiled for ringfx.
+
+    Dynamo starts from the frame of the user's ``forward``. It starts from none in files that it
+    skips: a root such as nn.TransformerEncoder is given a frame around it. So is one with hooks,
+    which would be programs of their own.
+    """
+    call: Callable[..., Any] = fn._call_impl
+    if trace_rules.check(fn.forward) or has_hooks(fn):
+        call = _framed(fn)
+    return compiled(call, backend)
+
+
+def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """A function compiled by a backend of ringfx, beside what the process has compiled of it.
+
+    Others' programs of the same code stay, and their number counts for neither: a function that
+    torch.compile gave up after too many recompilations would run unsplit here too.
+    """
+    prepare_tracing()
+    made: Callable[..., Any] = torch.compile(
+        function, backend=for_ringfx(backend), dynamic=False, **ISOLATED
+    )
+    return made
+
+
+def has_hooks(fn: torch.nn.Module) -> bool:
+    """Whether something runs before or after its forward."""
+    return bool(fn._forward_hooks or fn._forward_pre_hooks)
+
+
+def _framed(fn: torch.nn.Module) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    # Programs are kept with the code object, which all functions made here would share.
+    run.__code__ = run.__code__.replace(co_varnames=run.__code__.co_varnames)
+    return run
+
+
+def _keep_compiling() -> None:
+    """Every frame that is compiled for ringfx is compiled under ``NEVER_UNSPLIT``.
+
+    Where the user calls ``torch.compile(model, backend="ringfx")`` no call of ours stands around
+    the model's, so it is asked where Dynamo takes the frame.
+    """
+    usual = CatchErrorsWrapper.__call__
+    if hasattr(usual, "ringfx"):
+        return
+
+    @functools.wraps(usual)
+    def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_for_ringfx(self):
+            return usual(self, *args, **kwargs)
+        with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
+            return usual(self, *args, **kwargs)
+
+    convert.ringfx = True  # type: ignore[attr-defined]
+    CatchErrorsWrapper.__call__ = convert  # type: ignore[method-assign]

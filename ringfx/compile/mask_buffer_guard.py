@@ -1,0 +1,79 @@
+"""Masks that modules keep: does a buffer still hold what it held when the program was made?
+
+A mask buffer becomes a function of positions when the program is made. A write into the buffer
+since then would leave the program computing with the old mask, and neither its version nor its
+address tells of every write (through ``.data``, or numpy). So every call compares all of it with a
+copy: at the speed of memory, which a hash is not. What has not changed needs no checksum for the
+other ranks either (``agreement.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ringfx.compile.rank_agreement import raw_bytes
+from ringfx.errors import BufferChanged
+from ringfx.ir.values import Captured
+
+__all__ = ["Kept", "counted_on", "refuse_changed"]
+
+Tensor = torch.Tensor
+
+
+class Kept:
+    """What modules' buffers held when a program was made: one copy of those that are equal."""
+
+    def __init__(self, buffers: Mapping[int, Tensor]) -> None:
+        self._copies: dict[int, Tensor] = {}
+        different: list[Tensor] = []
+        for i, buffer in buffers.items():
+            bits = _bits(buffer)
+            same = next((copy for copy in different if torch.equal(copy, bits)), None)
+            if same is None:
+                same = bits.clone()
+                different.append(same)
+            self._copies[i] = same
+
+    def unchanged(self, inputs: Sequence[Any]) -> frozenset[int]:
+        """The numbers of those that hold the same still; each place in memory is looked at once."""
+        found: dict[tuple[int, torch.Size, int], bool] = {}
+        same = set()
+        for i, copy in self._copies.items():
+            place = (inputs[i].data_ptr(), inputs[i].shape, id(copy))
+            if place not in found:
+                found[place] = torch.equal(copy, _bits(inputs[i]))
+            if found[place]:
+                same.add(i)
+        return frozenset(same)
+
+
+def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
+    """Buffers to keep a copy of: those that masks count on, and all that are summed in every call,
+    which numbers with a fraction are not."""
+    return {
+        i: value
+        for i, value in captured.buffers.items()
+        if i in held or not (value.is_floating_point() or value.is_complex())
+    }
+
+
+def refuse_changed(names: Sequence[str], held: Collection[int], unchanged: Collection[int]) -> None:
+    """Raises ``BufferChanged``, naming the first of ``held`` that is not unchanged."""
+    for i in held:
+        if i not in unchanged:
+            raise BufferChanged(
+                f"{names[i]} holds other values than when the model was compiled, and "
+                "its attention masks were compiled as functions of positions. Do: call "
+                "torch._dynamo.reset() after changing it, or, if it changes in every call, "
+                "pass it to forward as an argument."
+            )
+
+
+def _bits(value: Tensor) -> Tensor:
+    """A tensor's bytes, in words of 8 where they fill words: NaN equals itself so."""
+    raw = raw_bytes(value)
+    words = raw.numel() % 8 == 0 and raw.storage_offset() % 8 == 0
+    return raw.view(torch.int64) if words else raw

@@ -1,0 +1,392 @@
+"""Do all ranks run the same program on the same inputs? Asked before the first collective.
+
+A rank that was fed other data (a DistributedSampler left in place), started from other weights or
+compiled another program would give wrong numbers or a hang. One small message a call finds out:
+a digest of graph and plan, and a checksum of the inputs. Parameters and float buffers are summed
+whole on a program's first call, and from then on in turn: 1/N of their bytes on each call that
+keeps gradients, so that ranks that come apart (another learning rate, a step that one rank skips)
+are found within N calls. A sum reads memory once, where a training step computes with every word
+for each token: at N = 100 that is far below 1% of a step.
+
+Sums are made where the tensors are and fetched together, once a call; that waits for what the
+device has been given before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ringfx.comm.process_group import Ranks
+from ringfx.comm.rendezvous import meet, tell
+from ringfx.comm.world import World
+from ringfx.errors import AgreementError
+from ringfx.failures.channel import settled
+from ringfx.failures.describe import call_site
+
+__all__ = ["Agreement", "Turns", "checksum", "raw_bytes"]
+
+_GENERATOR = "the random generator"
+WORDS = 1 << 20
+"""Words of 8 bytes that a checksum reads at a time."""
+
+EVERY = 100
+"""Calls in which all parameters are compared once."""
+
+WHAT = "a call of the model: comparison of inputs"
+
+
+class Turns:
+    """Whose turn it is: in call number n the part n mod ``every`` of all parameters is compared."""
+
+    def __init__(self, check_inputs: bool | int) -> None:
+        self.every = EVERY if check_inputs is True else int(check_inputs)
+        self.number = 0
+
+    def parts(self, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(tensor, first byte, end) of this call, where tensors of these sizes lie in a row."""
+        total = sum(sizes)
+        turn = self.number % self.every
+        start, end = (_aligned(total * t // self.every) for t in (turn, turn + 1))
+        end = max(total, end) if turn == self.every - 1 else end
+        found, place = [], 0
+        for i, size in enumerate(sizes):
+            first, last = max(start, place), min(end, place + size)
+            if first < last:
+                found.append((i, first - place, last - place))
+            place += size
+        return found
+
+
+def _aligned(size: int) -> int:
+    return size // 4096 * 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """What one rank says of its inputs; None: not compared in this call."""
+
+    inputs: Sequence[int | None]
+    turn: Sequence[tuple[int, int]]
+    """(input, sum) of the parts whose turn it is."""
+
+
+class Agreement:
+    """The checks of one program on one rank."""
+
+    def __init__(
+        self,
+        world: World,
+        digest: str,
+        names: Sequence[str],
+        summary: str,
+        generators: Sequence[torch.device] = (),
+        evaluating: Callable[[], Sequence[str]] = tuple,
+        turns: Turns | None = None,
+        buffers: Collection[int] = (),
+    ) -> None:
+        """``generators``: devices whose default generator the program draws from.
+
+        ``evaluating``: names of the model's modules in evaluation mode, asked to explain an error.
+        ``buffers``: inputs that are the model's, as its parameters are.
+        """
+        self._world = world
+        self._digest = digest
+        self._names = (*names, *(f"{_GENERATOR} of {device}" for device in generators))
+        self._generators = tuple(generators)
+        self._summary = summary
+        self._evaluating = evaluating
+        self._turns = turns or Turns(True)
+        self._buffers = frozenset(buffers)
+        self._first = True
+        self._known: dict[int, int] = {}
+        """Sums of inputs that have not changed, by their number."""
+
+    def check(self, inputs: Sequence[Any], unchanged: Collection[int] = ()) -> None:
+        """Compare with the other ranks; collective.
+
+        ``unchanged``: inputs that hold what they always did, whose sums are known.
+
+        Raises
+        ------
+        AgreementError
+            On every rank, naming what differs and both sides.
+        """
+        if self._world.size == 1:
+            return
+        inputs = [*inputs, *map(_generator_state, self._generators)]
+        first, number = self._first, self._turns.number
+        sums = self._sums(inputs, unchanged, all_of_them=first)
+        said = self._meet(sums, inputs, first, number)
+        if any(row[3] for row in said) and not all(row[3] for row in said):
+            sums = self._sums(inputs, unchanged, all_of_them=True)  # another rank is at its first
+            said = self._meet(sums, inputs, True, number)
+        if len({row[2] for row in said}) > 1:  # a rank has lost a call: compare turns from the next
+            self._turns.number = max(row[2] for row in said)
+            said = [[*row[:2], 0, row[3], 0] for row in said]
+        if any(row != said[0] for row in said):
+            self._explain(sums, inputs, number)
+        self._first = False
+
+    def _meet(
+        self, sums: _Sums, inputs: Sequence[Any], first: bool, number: int
+    ) -> list[list[int]]:
+        combined = _digest((sums.inputs, _recorded(inputs)))
+        mine = (_int(bytes.fromhex(self._digest)), combined, number, int(first), _digest(sums.turn))
+        return meet(self._ranks(), WHAT, mine)
+
+    def _sums(
+        self, inputs: Sequence[Any], unchanged: Collection[int], *, all_of_them: bool
+    ) -> _Sums:
+        """Sums of everything that is compared in this call, fetched together."""
+        steady = [i for i, value in enumerate(inputs) if self._is_steady(i, value)]
+        wanted = [
+            i
+            for i, value in enumerate(inputs)
+            if isinstance(value, torch.Tensor)
+            and (all_of_them or i not in steady)
+            and not (i in unchanged and i in self._known)
+        ]
+        turn = self._parts(inputs, steady)
+        found = _fetched(
+            [*(_sum(raw_bytes(inputs[i])) for i in wanted), *(_sum(raw) for _, raw in turn)]
+        )
+        new = dict(zip(wanted, found, strict=False))
+        self._known |= {i: value for i, value in new.items() if i in unchanged}
+        known = {
+            i: self._known[i]
+            for i in unchanged
+            if i in self._known and (all_of_them or i not in steady)
+        }
+        sums = {**known, **new}
+        return _Sums(
+            inputs=[sums.get(i, _number(value)) for i, value in enumerate(inputs)],
+            turn=[(i, s) for (i, _), s in zip(turn, found[len(wanted) :], strict=True)],
+        )
+
+    def _is_steady(self, index: int, value: Any) -> bool:
+        """Whether it is a weight: what a call is given may be another thing each time."""
+        if not isinstance(value, torch.Tensor):
+            return False
+        numbers = value.is_floating_point() or value.is_complex()
+        return numbers and (isinstance(value, torch.nn.Parameter) or index in self._buffers)
+
+    def _parts(self, inputs: Sequence[Any], steady: Sequence[int]) -> list[tuple[int, Any]]:
+        """The bytes whose turn it is; none in a call that keeps no gradients."""
+        if not torch.is_grad_enabled():
+            return []
+        local = [_local(inputs[i]) for i in steady]
+        sizes = [x.numel() * x.element_size() for x in local]
+        return [
+            (steady[i], raw_bytes(local[i])[start:end])
+            for i, start, end in self._turns.parts(sizes)
+        ]
+
+    def _ranks(self) -> Ranks:
+        return Ranks.named(self._world.group, "before the call")
+
+    def _explain(self, sums: _Sums, inputs: Sequence[Any], number: int) -> None:
+        shapes = [_shape(v) for v in inputs]
+        modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
+        mine = (self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn)
+        told = tell(self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode())
+        said, numbers, sites = zip(*map(json.loads, told), strict=True)
+        raise settled(AgreementError(_difference(said) + _different_calls(numbers, sites)))
+
+
+def _different_calls(numbers: Sequence[int], sites: Sequence[str]) -> str:
+    """What ranks are given differs because they are not in the same call."""
+    if len(set(numbers)) == 1 and len(set(sites)) == 1:
+        return ""
+    listed = ", ".join(
+        f"rank {r} at {site} (its call {n} of this model)"
+        for r, (n, site) in enumerate(zip(numbers, sites, strict=True))
+    )
+    return (
+        f" The ranks are in different calls: {listed}. One of them makes a call that others do not "
+        "(`if rank == 0: model(...)`), or an error took one from it. Do: make the same calls on "
+        "every rank."
+    )
+
+
+def _difference(said: Sequence[Any]) -> str:
+    digest, summary, names, shapes, sums, modes, turn = said[0]
+    for rank, other in enumerate(said[1:], 1):
+        other_mode = _different_modes(rank, names, modes, other[2], other[5])
+        if other_mode:
+            return other_mode
+        if other[2] != names or other[3] != shapes:
+            return _different_shapes(rank, said[0], other)
+        if other[0] != digest:
+            return (
+                f"rank 0 and rank {rank} made different plans from the same shapes.\n"
+                f"  rank 0: {summary}\n  rank {rank}: {other[1]}\n"
+                "Do: give every rank the same options, code and profile."
+            )
+        for name, mine, theirs in zip(names, sums, other[4], strict=True):
+            if mine != theirs and name.startswith(_GENERATOR):
+                return (
+                    f"{name} is in another state on rank 0 than on rank {rank}, and the model "
+                    "draws from it: every rank must draw the same numbers. Do: call "
+                    "torch.manual_seed(seed) with one seed on all ranks before training, and draw "
+                    "what differs between ranks from a torch.Generator of its own."
+                )
+            if mine != theirs:
+                return (
+                    f"{name} has the same shape but other values on rank 0 (checksum {mine}) and "
+                    f"rank {rank} (checksum {theirs}). Ringfx splits one sequence over the ranks, "
+                    "so all of them must be given the same inputs and weights. Do: remove a "
+                    "DistributedSampler over these ranks, seed before building the model, or "
+                    "broadcast parameters from rank 0."
+                )
+        for (i, mine), (j, theirs) in zip(turn, other[6], strict=False):
+            if i == j and mine != theirs:
+                return (
+                    f"{names[i]} has come apart: it held the same on all ranks at the first call, "
+                    f"and now other values on rank 0 (checksum {mine}) than on rank {rank} "
+                    f"(checksum {theirs}). Every rank must make the same optimizer steps with the "
+                    "same learning rate. Do: step and scale on every rank alike (a scheduler, a "
+                    "gradient scaler or a skipped step of one rank only), or broadcast parameters "
+                    "from rank 0."
+                )
+    return "the ranks disagree, and agree when asked again: inputs changed between two looks."
+
+
+def _different_modes(
+    rank: int, names: Sequence[str], mine: Any, other_names: Sequence[str], theirs: Any
+) -> str | None:
+    """One rank trains and the other evaluates, or keeps no gradients, or for other tensors."""
+    (recording, wanted, evaluating), (their_recording, their_wanted, their_evaluating) = (
+        mine,
+        theirs,
+    )
+    if recording != their_recording:
+        off = rank if recording else 0
+        return (
+            f"rank {off} runs this call under torch.no_grad() or inference_mode() and rank "
+            f"{rank - off} does not: they would wait for each other in backward. Do: enter it on "
+            "every rank or on none."
+        )
+    if evaluating != their_evaluating:
+        differ = sorted(set(evaluating) ^ set(their_evaluating))
+        side = 0 if differ[0] in evaluating else rank
+        return (
+            f"{differ[0] or 'the model'} is in evaluation mode on rank {side} and in training mode "
+            f"on rank {rank - side}{_more(differ)}, and the ranks would run different programs. "
+            "Do: call model.train() or model.eval() on every rank alike."
+        )
+    first = {n for n, w in zip(names, wanted, strict=False) if w}
+    second = {n for n, w in zip(other_names, their_wanted, strict=False) if w}
+    differ = sorted((first ^ second) & set(names) & set(other_names))
+    if differ:
+        side = 0 if differ[0] in first else rank
+        return (
+            f"{differ[0]} requires a gradient on rank {side} and not on rank {rank - side}"
+            f"{_more(differ)}. Do: freeze the same parameters on every rank."
+        )
+    return None
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+
+
+def _different_shapes(rank: int, first: Any, other: Any) -> str:
+    mine = dict(zip(first[2], first[3], strict=True))
+    theirs = dict(zip(other[2], other[3], strict=True))
+    names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+    lines = [
+        f"  {n}: rank 0 {mine.get(n, 'absent')}, rank {rank} {theirs.get(n, 'absent')}"
+        for n in names[:8]
+    ]
+    return (
+        f"rank 0 and rank {rank} were given inputs of different shapes:\n" + "\n".join(lines) + "\n"
+        "Do: give every rank the whole, identical batch; ringfx splits it along the tokens."
+    )
+
+
+def _recorded(inputs: Sequence[Any]) -> list[bool]:
+    """Which inputs this call keeps gradients for."""
+    recording = torch.is_grad_enabled()
+    return [recording and isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
+
+
+def _generator_state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return repr(value)
+
+
+def _int(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def checksum(value: torch.Tensor) -> int:
+    """A hash of a tensor's bytes and their places, 64 bits."""
+    return int(_sum(raw_bytes(value)).item())
+
+
+@torch.no_grad()
+def _sum(raw: torch.Tensor) -> torch.Tensor:
+    """``checksum`` of these bytes, where they are: int64 []."""
+    whole = raw.numel() // 8 * 8
+    raw = raw.clone() if raw.storage_offset() % 8 else raw
+    words = raw[:whole].view(torch.int64)
+    rest = torch.nn.functional.pad(raw[whole:], (0, whole + 8 - raw.numel())).view(torch.int64)
+    total = _mixed(rest, -1)
+    for start in range(0, words.numel(), WORDS):
+        total = total + _mixed(words[start : start + WORDS], start)
+    return total
+
+
+def _fetched(sums: Sequence[torch.Tensor]) -> list[int]:
+    """Their values, one transfer for each device."""
+    found: list[int] = [0] * len(sums)
+    for device in {x.device for x in sums}:
+        there = [i for i, x in enumerate(sums) if x.device == device]
+        for i, value in zip(there, torch.stack([sums[i] for i in there]).tolist(), strict=True):
+            found[i] = value
+    return found
+
+
+def _number(value: Any) -> int | None:
+    return hash(value) if isinstance(value, (int, float, bool)) else None
+
+
+def _digest(value: Any) -> int:
+    return _int(hashlib.sha256(repr(value).encode()).digest())
+
+
+@torch.no_grad()
+def raw_bytes(value: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes in order, uint8 [bytes]."""
+    plain = _local(value).detach().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    """A parameter's part on this rank, where it is a DTensor."""
+    given: Any = value
+    part: torch.Tensor = given.to_local() if hasattr(given, "device_mesh") else given
+    return part
+
+
+def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:
+    """The sum of SplitMix64's finaliser over each word and its place."""
+    place = torch.arange(start, start + words.numel(), device=words.device)
+    mixed = words + place * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ (mixed >> 31)).sum()

@@ -1,0 +1,99 @@
+"""What a user may ask of ringfx, checked once where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from ringfx.comm.world import several_processes
+from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
+from ringfx.cost_model.peak_memory.optimizers import check_optimizer
+from ringfx.cost_model.prediction.profile import check_profile, check_profile_type
+from ringfx.errors import InvalidArgument
+
+__all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
+Outputs = Literal["global", "local"]
+OnUnsupported = Literal["error", "gather"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of ``ringfx.optimize`` and of the ``ringfx`` backend."""
+
+    strategy: StrategyChoice = "auto"
+    gpu_memory: int | None = None
+    profile: str | Profile | None = None
+    optimizer: str | int = "none"
+    """Whose state counts against ``gpu_memory``."""
+    compiler: Compiler = "inductor"
+    outputs: Outputs = "global"
+    on_unsupported: OnUnsupported = "error"
+    check_inputs: bool | int = True
+    """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
+    strict: bool = False
+    """Refuse a model in which something looks like attention and is neither found nor explained."""
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Settings:
+        """From keyword options, each checked.
+
+        Raises
+        ------
+        InvalidArgument
+            For an unknown option or value; the text lists the choices.
+        """
+        known = [f.name for f in fields(Settings)]
+        for name in options:
+            if name not in known:
+                raise InvalidArgument(
+                    f"unknown option {name!r}. Options: mesh, {', '.join(known)}."
+                )
+        given = dict(options)
+        if given.get("gpu_memory") is not None:
+            given["gpu_memory"] = parse_bytes(given["gpu_memory"])
+        settings = Settings(**given)
+        _check_choice("compiler", settings.compiler, get_args(Compiler))
+        _check_choice("outputs", settings.outputs, get_args(Outputs))
+        _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
+        check_profile_type(settings.profile)
+        if not several_processes():  # of several ranks only rank 0 must have it: all are told
+            check_profile(settings.profile)
+        _check_interval(settings.check_inputs)
+        if not isinstance(settings.strict, bool):
+            raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
+        _check_strategy(settings.strategy)
+        check_optimizer(settings.optimizer)
+        return settings
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise InvalidArgument(f"{name}={value!r} is not one of {listed}.")
+
+
+def _check_interval(value: object) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise InvalidArgument(
+            f"check_inputs={value!r} must be True, False, or the number of calls in which all "
+            "parameters are compared once."
+        )
+
+
+def _check_strategy(strategy: object) -> None:
+    """Unknown names are refused at once, not when the model first runs."""
+    from ringfx.ir.strategies import STRATEGIES
+
+    names = ("auto", *STRATEGIES)
+    if isinstance(strategy, Mapping) and not all(isinstance(glob, str) for glob in strategy):
+        raise InvalidArgument("strategy: a mapping must have texts as keys, globs of module paths.")
+    asked = strategy.values() if isinstance(strategy, Mapping) else (strategy,)
+    for name in asked:
+        if name not in names:
+            raise InvalidArgument(
+                f"unknown strategy {name!r}. Strategies: {', '.join(names)}; or a mapping from "
+                "globs of module paths to these names."
+            )

@@ -1,0 +1,1 @@
+"""Which rank failed, where and why, told to the ranks that wait for it."""

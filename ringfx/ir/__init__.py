@@ -1,0 +1,1 @@
+"""The values that passes hand on: attention, layout, tile expressions, the plan."""

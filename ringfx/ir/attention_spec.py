@@ -1,0 +1,87 @@
+"""What one attention computes: the fields of the canonical operator, shared by all rooms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, PlainValidator
+
+from ringfx.errors import InvalidArgument
+from ringfx.ir import tiles
+from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles.checked import checked_expr
+from ringfx.validation.fields import STRICT, Finite, Tokens
+from ringfx.validation.json_reader import Source, parse_json, validated
+
+__all__ = ["AttentionSpec"]
+
+TileFunction: TypeAlias = Annotated[Expr, PlainValidator(checked_expr)]
+"""Read from a file, its form is checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """softmax(cap(scale * q @ k^T) + bias, where keep) @ v, over whole sequences.
+
+    With scores s = scale * q k^T, s <- soft_cap * tanh(s / soft_cap) if a cap is given,
+    s <- s + bias, s <- -inf where keep is false. ``keep`` and ``bias`` are tile functions
+    (see ringfx.tiles) of global positions over captured tensors, the operator's ``inputs``.
+    Where the bias hides all keys of a row, a score whose ``slope`` is 0 counts as 0 beside it.
+    Lengths are the true global ones: a layout may pad beyond them.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    scale: Finite
+    q_len: Tokens
+    kv_len: Tokens
+    keep: TileFunction | None = None
+    bias: TileFunction | None = None
+    soft_cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sinks: bool = False
+    """The last captured tensor holds a logit for each head that joins the softmax alone."""
+    fully_masked: Literal["zero", "mean", "absorbed", "nan"] = "zero"
+    """What a row with no key kept gives: 0, as SDPA does; the mean of v, where scores were replaced
+    by one low number (mean) or where a number was added to them that is so low that they are
+    rounded away, though their gradient is not (absorbed: finfo.min masks); NaN, as a plain softmax
+    of -inf does."""
+    slope: TileFunction | None = None
+    """The derivative of a score by its product where the bias hides all keys of its row: 0 where
+    the bias stands for the score (masked_fill), 1/2 where torch.maximum met its equal."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.keep == tiles.CAUSAL
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> AttentionSpec:
+        """Read what ``to_json`` wrote.
+
+        Raises
+        ------
+        InvalidArgument
+            A field is missing or unknown, or has a value that cannot be.
+        """
+        return _read(text)
+
+
+_SOURCE = Source(
+    where="this is not the text of an attention",
+    damaged="this attention cannot be",
+    error=InvalidArgument,
+    remedy="pass what AttentionSpec.to_json() wrote",
+)
+
+
+@lru_cache(maxsize=512)
+def _read(text: str) -> AttentionSpec:
+    """The operators read theirs on every call."""
+    return validated(AttentionSpec, parse_json(text, _SOURCE), _SOURCE)

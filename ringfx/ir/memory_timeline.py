@@ -1,0 +1,315 @@
+"""The peak of memory, taken again for any length, number of ranks and choice of strategies.
+
+With S and S0 the length and the one that the bytes were counted for, p ranks, and at moment m of
+the program b(m, i) bytes of a term i that grows with the d(i)-th power of the length:
+
+    peak = max over m of  sum over i of b(m, i) (S / S0)^d(i) / (p if i is split else 1)
+                          + what the layers before m keep + the workspace of the layer at m
+                          + rows of masks, or masks
+
+So a plan that keeps b answers for all of them alike, and moments that never are the largest are
+left out (``pruned``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+
+from ringfx.ir.plan import (
+    MemoryLayer,
+    MemoryMask,
+    MemoryMoment,
+    MemoryPart,
+    MemoryTerm,
+    MemoryTimeline,
+)
+from ringfx.ir.strategies import REPLICATED, STRATEGIES
+from ringfx.ir.values import AttentionSite
+
+__all__ = [
+    "AGAIN_FOR_ATTENTION", "CAUSES", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES", "REUSE",
+    "ROWS", "WORKSPACE", "Peak", "flat", "in_order", "memory_parts", "never_below", "outside_peak",
+    "peak", "pruned", "whole_bytes",
+]  # fmt: skip
+
+GIVEN = "masks given whole"
+KEPT = "activations kept for backward"
+KEPT_BY_ATTENTION = "kept by attention"
+AGAIN_FOR_ATTENTION = "computed again for attention"
+WORKSPACE = "attention's workspace"
+ROWS = "rows of whole masks"
+MESSAGES = "gradients joined and summed"
+"""Only where there is more than one rank."""
+REUSE = "held by Inductor for reuse"
+
+Kind = Literal["whole", "replicated", "split", "attention"]
+
+CAUSES: Mapping[str, Kind] = {
+    "parameters": "whole",
+    GIVEN: "whole",
+    ROWS: "split",
+    "optimiser state": "whole",
+    "parameter gradients": "whole",
+    MESSAGES: "whole",
+    KEPT: "split",
+    "computed again for a checkpoint": "split",
+    KEPT_BY_ATTENTION: "attention",
+    AGAIN_FOR_ATTENTION: "attention",
+    "gradients of activations": "split",
+    "temporaries": "split",
+    REUSE: "split",
+    WORKSPACE: "attention",
+    "outside attention": "split",
+}
+"""What memory is held for, in the order in which plans are told."""
+
+
+T = TypeVar("T")
+
+
+class Held(Protocol):
+    """Bytes of a layer under one strategy: a ``LayerPlan``, a ``Prediction``."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def saved_bytes(self) -> int: ...
+    @property
+    def result_bytes(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The largest moment and its bytes by cause."""
+
+    moment: MemoryMoment
+    causes: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.causes.values())
+
+
+def peak(
+    timeline: MemoryTimeline, layers: Sequence[Held | None], *, world_size: int, seq_len: int
+) -> Peak:
+    """The largest moment.
+
+    Parameters
+    ----------
+    layers
+        What each layer of the timeline holds, in its order; None: nothing.
+    """
+    at = _At(timeline, layers, world_size, seq_len)
+    largest = max(range(len(timeline.moments)), key=at.total)
+    return Peak(moment=timeline.moments[largest], causes=at.causes(largest))
+
+
+def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
+    """A peak as a plan tells it."""
+    where = found.moment.where
+    details = {"temporaries": f"{found.moment.operator} of {where}", WORKSPACE: where}
+    named: Mapping[str, tuple[str, Kind]] = {
+        name: (cause, kind)
+        for cause, usual in CAUSES.items()
+        for name, kind in ((cause, usual), (f"{cause}, replicated", "replicated"))
+    }
+    return tuple(
+        MemoryPart(cause=name, bytes=size, kind=kind, detail=details.get(cause, ""))
+        for name, (cause, kind) in named.items()
+        if (size := found.causes.get(name, 0))
+    )
+
+
+def in_order(
+    timeline: MemoryTimeline, sites: Sequence[AttentionSite], held: Sequence[T]
+) -> list[T | None]:
+    """What belongs to the sites, in the order of the timeline's layers."""
+    by_node = {site.node: x for site, x in zip(sites, held, strict=True)}
+    return [by_node.get(layer.node) for layer in timeline.layers]
+
+
+def outside_peak(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> Peak:
+    """The peak of what is there outside attention."""
+    nothing = [None] * len(timeline.layers)
+    return peak(timeline, nothing, world_size=world_size, seq_len=seq_len)
+
+
+def never_below(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> int:
+    """A bound that no choice of strategies goes below."""
+    return outside_peak(timeline, world_size=world_size, seq_len=seq_len).bytes
+
+
+def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
+    """The most that is there at one moment whatever the length and number of ranks, by cause."""
+    fixed = [
+        i for i, t in enumerate(timeline.terms)
+        if not t.tokens and not t.is_split and t.cause != MESSAGES
+    ]  # fmt: skip
+    moment = max(timeline.moments, key=lambda moment: sum(moment.bytes[i] for i in fixed))
+    found: dict[str, int] = {}
+    for i in fixed:
+        cause = timeline.terms[i].cause
+        found[cause] = found.get(cause, 0) + moment.bytes[i]
+    return {cause: found[cause] for cause in CAUSES if found.get(cause)}
+
+
+class _At:
+    """A timeline at one length, number of ranks and choice."""
+
+    def __init__(
+        self,
+        timeline: MemoryTimeline,
+        layers: Sequence[Held | None],
+        world_size: int,
+        seq_len: int,
+    ) -> None:
+        self._timeline, self._layers = timeline, layers
+        self._world_size, self._seq_len = world_size, seq_len
+        self._factors = [self._factor(term) for term in timeline.terms]
+        kept = (self._kept(x, held) for x, held in zip(timeline.layers, layers, strict=True))
+        self._kept_so_far = [0, *accumulate(kept)]
+        takes = [world_size > 1 and self._takes_rows(mask) for mask in timeline.masks]
+        pairs = list(zip(timeline.masks, takes, strict=True))
+        self._rows = sum(self._scaled(m.bytes, m.tokens, split=True) for m, rows in pairs if rows)
+        whole = (
+            0 if rows or not m.is_kept else self._scaled(m.bytes, m.tokens, split=False)
+            for m, rows in pairs
+        )
+        self._masks_so_far = [0, *accumulate(whole)]
+
+    def _factor(self, term: MemoryTerm) -> tuple[int, int]:
+        if term.cause == MESSAGES and self._world_size == 1:
+            return 0, 1
+        ranks = self._world_size if term.is_split else 1
+        return self._seq_len**term.tokens, self._timeline.seq_len**term.tokens * ranks
+
+    def _name(self, term: MemoryTerm) -> str:
+        """Of what is split in general, what every rank has whole goes by a name of its own."""
+        whole = self._world_size > 1 and term.tokens > 0 and not term.is_split
+        whole = whole and CAUSES.get(term.cause) == "split"
+        return f"{term.cause}, replicated" if whole else term.cause
+
+    def _scaled(self, size: int, tokens: int, *, split: bool) -> int:
+        over, under = self._factor(MemoryTerm(cause="", tokens=tokens, is_split=split))
+        return -(-size * over // under)
+
+    def _kept(self, layer: MemoryLayer, held: Held | None) -> int:
+        if held is None:
+            return 0
+        return held.result_bytes if layer.keeps_result else held.saved_bytes
+
+    def _takes_rows(self, mask: MemoryMask) -> bool:
+        readers = [self._layers[i] for i in mask.readers]
+        return any(x is None or _own_queries(x) for x in readers)
+
+    def _again(self, moment: MemoryMoment) -> int:
+        layers = (x for i in moment.again if (x := self._layers[i]) is not None)
+        return sum(x.saved_bytes - x.result_bytes for x in layers)
+
+    def _workspace(self, moment: MemoryMoment) -> int:
+        layers = (x for i in moment.working if (x := self._layers[i]) is not None)
+        return max((x.workspace_bytes for x in layers), default=0)
+
+    def total(self, index: int) -> int:
+        return sum(self.causes(index).values())
+
+    def causes(self, index: int) -> Mapping[str, int]:
+        moment = self._timeline.moments[index]
+        found: dict[str, int] = {}
+        for term, size, (over, under) in zip(
+            self._timeline.terms, moment.bytes, self._factors, strict=True
+        ):
+            if size:
+                cause = self._name(term)
+                found[cause] = found.get(cause, 0) + -(-size * over // under)
+        found[KEPT] = found.get(KEPT, 0) + self._masks_so_far[moment.masks]
+        found[ROWS] = self._rows
+        found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers]
+        found[AGAIN_FOR_ATTENTION] = self._again(moment)
+        found[WORKSPACE] = self._workspace(moment)
+        return found
+
+
+def _own_queries(held: Held) -> bool:
+    if held.strategy == REPLICATED:
+        return False
+    row = STRATEGIES.get(held.strategy)
+    return row is None or row.own_queries
+
+
+# --- making one ---------------------------------------------------------------------------------
+
+
+def flat(
+    sites: Sequence[AttentionSite], *, whole: int = 0, split: int = 0, world_size: int = 1
+) -> MemoryTimeline:
+    """Of a program of which only sums are known: all that is ever alive is alive at once.
+
+    Parameters
+    ----------
+    whole, split
+        Bytes of one rank outside attention, of ``world_size`` of them: those that do not shrink
+        with more ranks or shorter sequences, and those that do.
+    """
+    regions: dict[int, list[int]] = {}
+    for i, site in enumerate(sites):
+        regions.setdefault(site.checkpoint, []).append(i)
+    return MemoryTimeline(
+        seq_len=max((site.kv_len for site in sites), default=1),
+        terms=(
+            MemoryTerm(cause="outside attention", tokens=0, is_split=False),
+            MemoryTerm(cause="outside attention", tokens=1, is_split=True),
+        ),
+        moments=tuple(
+            MemoryMoment(
+                operator="", where="", bytes=(whole, split * world_size), layers=len(sites),
+                masks=0, working=tuple(members), again=tuple(members) if region else (),
+            )
+            for region, members in (regions or {0: []}).items()
+        ),
+        layers=tuple(MemoryLayer(node=s.node, keeps_result=s.checkpoint > 0) for s in sites),
+    )  # fmt: skip
+
+
+def pruned(terms: Sequence[MemoryTerm], moments: Sequence[MemoryMoment]) -> list[int]:
+    """Numbers of the moments that can be the largest, in order.
+
+    One is never larger than another that has no less of any term that grows alike, as many layers
+    and masks before it and the same layers at work.
+    """
+    classes = sorted({_class(term) for term in terms})
+    columns = [[i for i, term in enumerate(terms) if _class(term) == c] for c in classes]
+    sizes = np.array([m.bytes for m in moments], np.int64).reshape(len(moments), len(terms))
+    table = np.stack(
+        [sizes[:, own].sum(1) for own in columns]
+        + [np.array([getattr(m, name) for m in moments]) for name in ("layers", "masks")],
+        axis=1,
+    )
+    # The largest first: what has been kept once is never below a later one.
+    order = np.argsort(-table.astype(np.float64).sum(1), kind="stable")
+    kept: list[int] = []
+    for i in order:
+        above = (table[kept] >= table[i]).all(1) if kept else np.zeros(0, bool)
+        if not any(_covers(moments[kept[j]], moments[i]) for j in np.flatnonzero(above)):
+            kept.append(int(i))
+    return sorted(kept)
+
+
+def _class(term: MemoryTerm) -> tuple[int, bool, bool]:
+    return term.tokens, term.is_split, term.cause == MESSAGES
+
+
+def _covers(larger: MemoryMoment, smaller: MemoryMoment) -> bool:
+    return _within(smaller.working, larger.working) and _within(smaller.again, larger.again)
+
+
+def _within(some: Iterable[int], more: Iterable[int]) -> bool:
+    return set(some) <= set(more)

@@ -1,0 +1,445 @@
+"""The plan: what ringfx will do to a model, as a value that is printed, saved and compared.
+
+A plan is computed on fake tensors, without a process group and without an accelerator. Nothing in
+it refers to a graph, so a plan made on a laptop can be read, diffed and checked anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from ringfx.errors import InvalidArgument
+from ringfx.ir.strategies import REPLICATED
+from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
+from ringfx.validation.fields import (
+    STRICT,
+    Bytes,
+    Count,
+    Date,
+    DeviceType,
+    Milliseconds,
+    Name,
+    Power,
+    Ranks,
+    SomeText,
+    Text,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = [
+    "SCHEMA_VERSION", "LayerPlan", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart",
+    "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
+]  # fmt: skip
+
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What happens to one attention call, and what that is predicted to cost on one rank.
+
+    Times are milliseconds of one step (forward, and backward where the layer trains):
+    ``forward_ms + backward_ms == compute_ms + exposed_ms``. Communication that hides behind
+    compute is counted in ``communication_ms`` and not in ``exposed_ms``.
+    """
+
+    site: AttentionSite
+    strategy: Name
+    reason: Text
+    """Why this strategy, in words, with the numbers compared."""
+    kernel: Name
+    """The attention kernel that the plan counts on, such as ``flash``."""
+    forward_ms: Milliseconds
+    backward_ms: Milliseconds
+    compute_ms: Milliseconds
+    communication_ms: Milliseconds
+    exposed_ms: Milliseconds
+    saved_bytes: Bytes
+    """Kept from forward to backward by this layer's attention, or from when it is run again."""
+    result_bytes: Bytes = 0
+    """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
+    workspace_bytes: Bytes
+    """Held only while this layer runs: communication buffers, accumulators, scores."""
+    axis: Text = ""
+    """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
+
+    @property
+    def name(self) -> str:
+        """Module path, such as ``model.layers.0.self_attn``."""
+        return self.site.name
+
+    @property
+    def source(self) -> str:
+        """``file:line`` of the user's call."""
+        return self.site.source
+
+    @property
+    def found_by(self) -> str:
+        """The detection rule that found it."""
+        return self.site.found_by
+
+    @property
+    def mask(self) -> str:
+        """The mask in words."""
+        return self.site.mask_words
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every one of several ranks computes all of it; ``reason`` says why."""
+        return self.strategy == REPLICATED
+
+    @property
+    def total_ms(self) -> float:
+        """Predicted wall time of one step, forward and backward."""
+        return self.forward_ms + self.backward_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPart:
+    """One cause of memory use on one rank, at the moment of the peak."""
+
+    cause: SomeText
+    bytes: Bytes
+    kind: Literal["whole", "replicated", "split", "attention"]
+    """whole: the same with any number of ranks; replicated: activations of which every rank has
+    all; split: falls with the ranks; attention: of the layers."""
+    detail: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTerm:
+    """Bytes of one cause that grow alike."""
+
+    cause: SomeText
+    tokens: Power
+    """The power of the sequence's length that they grow with."""
+    is_split: bool
+    """Whether each rank holds its share of them, or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryMoment:
+    """A point of the program at which the peak may lie: of this length and number of ranks, or of
+    others."""
+
+    operator: Text
+    """What runs there."""
+    where: Text
+    """Its module path."""
+    bytes: tuple[Bytes, ...]
+    """Of each term of the timeline, of all ranks together."""
+    layers: Count
+    """Attention layers that keep tensors there: so many of the first."""
+    masks: Count
+    """Whole masks that are kept there: so many of the first."""
+    working: tuple[Count, ...]
+    """Layers whose workspace may be held there, by number."""
+    again: tuple[Count, ...]
+    """Layers whose inputs are there again for a checkpoint, by number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLayer:
+    """An attention layer as the timeline counts it."""
+
+    node: SomeText
+    """Of its site."""
+    keeps_result: bool
+    """Whether it keeps its result alone: its inputs are computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryMask:
+    """A whole mask or bias of which each rank takes its queries' rows, where it computes those."""
+
+    bytes: Bytes
+    tokens: Power
+    """The power of the sequence's length that they grow with."""
+    readers: tuple[Count, ...]
+    """Layers that read it, by number."""
+    is_kept: bool
+    """Whether it is kept for backward where no rows are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTimeline:
+    """What is alive when, as far as any peak depends on it: ``ringfx/ir/memory_timeline.py``."""
+
+    seq_len: Tokens
+    """The longest sequence of its attentions, for which the bytes are counted."""
+    terms: tuple[MemoryTerm, ...]
+    moments: tuple[MemoryMoment, ...]
+    layers: tuple[MemoryLayer, ...]
+    masks: tuple[MemoryMask, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What the peak of one rank's memory is made of, as far as it is known."""
+
+    parts: tuple[MemoryPart, ...] = ()
+    by_block: tuple[tuple[Text, Bytes], ...] = ()
+    """Activations, their gradients and attention at the peak: bytes by block of the model."""
+    over_program: tuple[Bytes, ...] = ()
+    """The largest sum in each of some equal stretches of the program, in its order: of a step that
+    trains, while the backward passes the stretch."""
+    unknown: tuple[Text, ...] = ()
+    """Causes that the prediction leaves out, in words; empty when it is complete."""
+    timeline: MemoryTimeline | None = None
+    """What the peak is taken from, again for another length, number of ranks or strategies."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Outside attention: what stays the same with more ranks."""
+        return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Of these, what grows with the sequence: activations that are whole on every rank."""
+        return sum(part.bytes for part in self.parts if part.kind == "replicated")
+
+    @property
+    def split_bytes(self) -> int:
+        """Outside attention: what falls with more ranks."""
+        return sum(part.bytes for part in self.parts if part.kind == "split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that ringfx decided for one model, one input shape and one world size."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    world_size: Ranks
+    gpu_memory: Bytes | None
+    """Budget of one rank in bytes; None: no budget was given."""
+    device: DeviceType
+    """Device type for which times are predicted: ``cpu``, ``cuda``."""
+    profile: SomeText
+    """Name of the profile whose constants made the predictions."""
+    profile_origin: Text
+    """Where that profile's numbers come from and how well they predict, in words."""
+    layers: tuple[LayerPlan, ...]
+    """One entry for each attention call, in program order."""
+    declined: tuple[Declined, ...] = ()
+    missed: tuple[Declined, ...] = ()
+    """What looks like attention by an independent count and was neither found nor declined."""
+    attentions: Count | None = None
+    """How many attentions that count and detection see together; None: nobody counted."""
+    axes: tuple[TokenAxis, ...] = ()
+    reshardings: tuple[Resharding, ...] = ()
+    memory: MemoryPlan = MemoryPlan()
+    notes: tuple[Text, ...] = ()
+    outside_ms: Milliseconds = 0.0
+    """Predicted time of the messages outside attention of one step, as if nothing hid them."""
+    profile_date: Date = ""
+    """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the ranks share anything at all; with one rank there is nothing to share."""
+        return self.world_size > 1 and bool(self.axes)
+
+    @property
+    def split_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions of which each rank computes a part."""
+        return tuple(x for x in self.layers if self.world_size > 1 and not x.is_replicated)
+
+    @property
+    def replicated_layers(self) -> tuple[LayerPlan, ...]:
+        """The attentions that each of several ranks computes whole."""
+        return tuple(x for x in self.layers if x.is_replicated)
+
+    @property
+    def unsplit_words(self) -> str:
+        """That nothing is split, and why, where several ranks all run the whole model."""
+        if self.world_size == 1 or self.is_split:
+            return ""
+        causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
+        why = f": {'; '.join(causes)}" if causes else ""
+        return (
+            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the whole model, as one "
+            f"alone would, in its time and memory{why}"
+        )
+
+    @property
+    def found_words(self) -> str:
+        """``attention: 11/12 found, 1 declined``: detection against the independent count."""
+        found = len(self.layers)
+        total = found if self.attentions is None else self.attentions
+        declined = total - found - len(self.missed)
+        words = [f"attention: {found}/{total} found"]
+        words += [f"{declined} declined"] if declined else []
+        words += [f"{len(self.missed)} MISSED"] if self.missed else []
+        whole = len(self.replicated_layers)
+        words += [f"{whole} replicated (whole on every rank)"] if whole else []
+        return ", ".join(words)
+
+    @property
+    def total_ms(self) -> float:
+        """Predicted wall time of all attention of one step on one rank."""
+        return sum(layer.total_ms for layer in self.layers)
+
+    @property
+    def num_collectives(self) -> int:
+        """Messages of one step outside attention, forward and backward."""
+        return len(self.reshardings)
+
+    @property
+    def collective_bytes(self) -> int:
+        """What those messages bring to one rank."""
+        return sum(move.bytes_moved for move in self.reshardings)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What attention keeps from forward to backward; of checkpointed layers the results."""
+        return sum(
+            layer.result_bytes if layer.site.checkpoint else layer.saved_bytes
+            for layer in self.layers
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What attention holds for a while: buffers, and what checkpoints compute again."""
+        regions: dict[int, int] = {}
+        for layer in self.layers:
+            region = layer.site.checkpoint
+            again = layer.saved_bytes - layer.result_bytes if region else 0
+            regions[region] = regions.get(region, 0) + again
+        held = (layer.workspace_bytes + regions[layer.site.checkpoint] for layer in self.layers)
+        return max(held, default=0)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any layer has a backward pass."""
+        return any(layer.site.trains for layer in self.layers)
+
+    def layer(self, name: str) -> LayerPlan:
+        """The layer of that module path; raises InvalidArgument listing what there is."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        known = ", ".join(layer.name for layer in self.layers[:8])
+        raise InvalidArgument(
+            f"the plan has no attention named {name!r}. It has {len(self.layers)}: {known}"
+            + (", ..." if len(self.layers) > 8 else "")
+        )
+
+    def digest(self) -> str:
+        """Hash of all that ranks must agree on; equal digests run the same communication.
+
+        Times, memory, notes, file names and the profile are left out: they may differ between
+        machines without changing a single message.
+        """
+        agreed = {
+            "schema": self.schema,
+            "world_size": self.world_size,
+            "layers": [_agreed_layer(layer) for layer in self.layers],
+            "axes": [dataclasses.asdict(axis) for axis in self.axes],
+            "reshardings": [
+                [move.node, move.name, move.kind, move.bytes_moved] for move in self.reshardings
+            ],
+        }
+        text = json.dumps(agreed, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The whole plan as text; ``Plan.from_json`` gives an equal value back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str, name: str = "plan") -> Plan:
+        """Read a plan written by ``to_json``; ``name`` of its file stands in errors.
+
+        Raises
+        ------
+        InvalidArgument
+            The text is not a plan, was written with another schema version, or a field is missing,
+            unknown or has a value that cannot be.
+        """
+        from ringfx.ir.plan_file import read_plan
+
+        return read_plan(text, name)
+
+    def __rich__(self) -> RenderableType:
+        from ringfx.ir import plan_text
+
+        return plan_text.render(self)
+
+    def __str__(self) -> str:
+        from ringfx.ir import plan_text
+
+        return plan_text.to_text(self)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """One plan of a model that runs as several graphs (it has graph breaks)."""
+    last = plans[-1]
+    if len(plans) == 1:
+        return last
+    return dataclasses.replace(
+        last,
+        layers=tuple(x for p in plans for x in p.layers),
+        declined=tuple(x for p in plans for x in p.declined),
+        missed=tuple(x for p in plans for x in p.missed),
+        attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
+        axes=max((p.axes for p in plans), key=len),
+        reshardings=tuple(x for p in plans for x in p.reshardings),
+        outside_ms=sum(p.outside_ms for p in plans),
+        memory=_joined_memory([p.memory for p in plans]),
+        notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
+    )
+
+
+KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+"""Beginnings of causes that stay from one program's end to its backward, or always."""
+
+
+def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The program with the largest peak, with what the others keep meanwhile."""
+    largest = max(programs, key=lambda m: m.peak_bytes)
+    parts = {part.cause: part for part in largest.parts}
+    for other in programs:
+        for part in other.parts if other is not largest else ():
+            if part.cause.startswith(KEPT):
+                held = parts.get(part.cause, dataclasses.replace(part, bytes=0))
+                parts[part.cause] = dataclasses.replace(held, bytes=held.bytes + part.bytes)
+    unknown = dict.fromkeys((*(x for m in programs for x in m.unknown), SEVERAL_PROGRAMS))
+    return MemoryPlan(
+        parts=tuple(parts.values()), by_block=largest.by_block, unknown=tuple(unknown)
+    )
+
+
+SEVERAL_PROGRAMS = (
+    "what Python holds between the programs (graph breaks); parameters that several of them use "
+    "count for each"
+)
+
+
+def _agreed_layer(layer: LayerPlan) -> list[Any]:
+    site = layer.site
+    sizes = [site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim]
+    return [
+        site.node,
+        site.name,
+        layer.strategy,
+        layer.axis,
+        site.spec.to_json(),
+        site.dtype,
+        sizes,
+    ]

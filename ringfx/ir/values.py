@@ -1,0 +1,168 @@
+"""The values that cross the borders between passes: frozen, comparable, printable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.validation.fields import (
+    Bytes,
+    Count,
+    DeviceType,
+    FloatDtype,
+    Share,
+    Size,
+    SomeText,
+    Text,
+    Tokens,
+)
+
+__all__ = [
+    "Arrival",
+    "AttentionSite",
+    "Captured",
+    "Declined",
+    "Resharding",
+    "TokenAxis",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """How an input that an earlier program left split is split: ``dim`` is [outer, tokens, inner].
+
+    Element i of its tokens is at position ``offset + i`` of the layout.
+    """
+
+    layout: Layout
+    offset: int
+    length: int
+    dim: int
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Captured:
+    """The model's program as a flat, functional, pre-dispatch ATen graph.
+
+    Every node carries ``meta["val"]`` (a fake tensor of the *global* shape), its module path in
+    ``meta["ringfx_path"]`` and its source line in ``meta["ringfx_source"]`` (``file:line``).
+    """
+
+    graph_module: torch.fx.GraphModule
+    input_names: tuple[str, ...]
+    """One readable name for each placeholder: a parameter's path or an argument's name."""
+    is_parameter: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
+    writes: tuple[int, ...] = ()
+    """Inputs (buffers, mostly) that the user's program writes: their new values are the program's
+    last results, and are copied into the user's tensors after each run."""
+    returned: Mapping[int, int] = field(default_factory=dict)
+    """Results that are a written input itself: index of the result -> index of the input."""
+    graph_break: str | None = None
+    """The user frame that broke the graph after this program, if one did."""
+    buffers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Values of the inputs that a module holds and this program does not write."""
+    uncompiled_caller: str | None = None
+    """The user frame that calls this program and that Dynamo could not compile, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One attention of the program, in canonical form."""
+
+    node: SomeText
+    """Name of the canonical node in the captured graph."""
+    name: Text
+    """Module path, such as ``model.layers.0.self_attn``."""
+    source: Text
+    """``file:line`` of the user's call."""
+    found_by: SomeText
+    """The detection rule, such as ``sdpa``."""
+    spec: AttentionSpec
+    mask_words: Text
+    """The mask as a person says it: ``causal, window 4096, packed documents``."""
+    density: Share
+    """Share of (query, key) pairs that are kept, 0 to 1; 1 where it depends on the data."""
+    balanced: bool
+    """Whether every query row keeps about as many keys as any other (false for causal)."""
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    v_head_dim: Size
+    dtype: FloatDtype
+    """As torch names it without the prefix: ``float32``, ``bfloat16``."""
+    device: DeviceType
+    """Device type: ``cpu``, ``cuda``."""
+    trains: bool
+    """Whether a backward pass goes through it."""
+    matrix_bytes: Bytes = 0
+    """Bytes of the masks and biases with an entry for each query and key that it is given."""
+    taken_bytes: Bytes = 0
+    """Of these, bytes of those that it reads at its queries' own rows: a rank takes its own."""
+    row_bytes: Bytes = 0
+    """Bytes of what it computes and reads at its queries' own rows, which is split with them."""
+    checkpoint: Count = 0
+    """The checkpointed region that it lies in and is run again with in backward; 0: none."""
+
+    @property
+    def q_len(self) -> int:
+        return self.spec.q_len
+
+    @property
+    def kv_len(self) -> int:
+        return self.spec.kv_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declined:
+    """Something that resembles attention and is left as it stands, with the reason."""
+
+    node: Text
+    name: Text
+    source: Text
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAxis:
+    """An axis of tokens that is split over the ranks, and how."""
+
+    axis: SomeText
+    length: Tokens
+    layout: LayoutKind
+    local_length: Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resharding:
+    """One message outside attention: a value changes between whole and split, or is summed."""
+
+    node: Text
+    name: Text
+    source: Text
+    kind: SomeText
+    """``gather``, ``all_reduce``, ``exchange``, ``borders``; in backward also ``gather_gradient``,
+    ``reduce_scatter``."""
+    bytes_moved: Bytes
+    """Bytes that one rank has when it is done."""
+    reason: Text
+    in_backward: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sites:
+    """What detection found."""
+
+    found: tuple[AttentionSite, ...]
+    declined: tuple[Declined, ...] = ()
+    buffers: tuple[int, ...] = ()
+    """Inputs of the program whose present values the masks count on."""
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each site's node, the graph nodes whose tensors its tile functions read."""

@@ -1,0 +1,1 @@
+"""The four strategies of distributed attention, a file each, and what only they use."""

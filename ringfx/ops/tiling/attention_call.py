@@ -1,0 +1,59 @@
+"""One attention call on one rank, as the strategies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ringfx.comm.process_group import Ranks
+from ringfx.comm.stats import LayerStats
+from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ops.kernels.kernel import Kernel
+from ringfx.ops.kernels.logsumexp import logsumexp_dtype
+from ringfx.ops.tiling.head_groups import HeadGroup
+from ringfx.ops.tiling.pieces import Run, Tiling, runs_of
+
+__all__ = ["Problem"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What is computed, among whom, how it lies, and with what."""
+
+    spec: AttentionSpec
+    inputs: Sequence[torch.Tensor]
+    """Tensors that the tile functions read, whole; without the sinks."""
+    ranks: Ranks
+    layout: LayoutKind
+    kernel: Kernel
+    tiling: Tiling
+    stats: LayerStats
+    bias_grads: tuple[int, ...] = ()
+    """Positions of the inputs whose gradient the backward must give."""
+    first_head: int = 0
+    """Global index of the first local head: not 0 where heads are split."""
+
+    @property
+    def q_layout(self) -> Layout:
+        return Layout(self.layout, self.spec.q_len, self.ranks.size)
+
+    @property
+    def kv_layout(self) -> Layout:
+        return Layout(self.layout, self.spec.kv_len, self.ranks.size)
+
+    def logsumexp_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What logsumexps are kept in, of queries of a dtype."""
+        return logsumexp_dtype(dtype, has_bias=self.spec.bias is not None)
+
+    def q_runs(self, rank: int) -> tuple[Run, ...]:
+        return runs_of(self.q_layout, rank)
+
+    def k_runs(self, rank: int) -> tuple[Run, ...]:
+        return runs_of(self.kv_layout, rank)
+
+    def heads(self, group: HeadGroup) -> Problem:
+        """The same for a group of the local heads."""
+        return replace(self, first_head=self.first_head + group.first_head)

@@ -1,0 +1,1 @@
+"""Plans and explanations for people: text, tables, a page."""

@@ -1,0 +1,96 @@
+"""What detection sees in a model: each attention, each near miss, and what was overlooked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ringfx import api
+from ringfx.ir.values import AttentionSite, Declined
+from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.capture import capture
+from ringfx.passes.capture.breaks import is_outermost
+from ringfx.passes.detect import detect
+from ringfx.passes.detect.count_attention import missed, refuse_missed
+from ringfx.passes.masks import recover
+from ringfx.validation.arguments import switch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Detection's answer for one call of a model, without choosing or splitting anything."""
+
+    sites: tuple[AttentionSite, ...]
+    declined: tuple[Declined, ...] = ()
+    missed: tuple[Declined, ...] = ()
+    attentions: int = 0
+    """Found, and still there by the independent count (passes/detect/count_attention.py)."""
+    graph_breaks: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __rich__(self) -> RenderableType:
+        from ringfx.report import explanation_text
+
+        return explanation_text.render(self)
+
+
+def explain(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = False,
+) -> Explanation:
+    """Capture the model on fake tensors and say what detection makes of it.
+
+    Raises
+    ------
+    CaptureRefused
+        For a construct that ringfx cannot carry.
+    AttentionMissed
+        With ``strict``, if something looks like attention and is neither found nor declined.
+    """
+    api.check_call("explain", model, args, kwargs)
+    switch("explain", "strict", strict)
+    parts: list[Explanation] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        captured = capture(gm, example_inputs, known=find_rule)
+        sites = recover(captured, detect(captured))
+        overlooked, attentions = missed(captured, sites)
+        if strict:
+            refuse_missed(overlooked)
+        broken = () if captured.graph_break is None else (captured.graph_break,)
+        parts.append(
+            Explanation(
+                sites=sites.found,
+                declined=sites.declined,
+                missed=overlooked,
+                attentions=attentions,
+                graph_breaks=broken,
+            )
+        )
+        if not broken and is_outermost():
+            raise api.Planned
+        return gm.forward
+
+    stopped = api.trace(model, args, dict(kwargs or {}), backend)
+    return Explanation(
+        sites=tuple(x for p in parts for x in p.sites),
+        declined=tuple(x for p in parts for x in p.declined),
+        missed=tuple(x for p in parts for x in p.missed),
+        attentions=sum(p.attentions for p in parts),
+        graph_breaks=(*(x for p in parts for x in p.graph_breaks), *stopped),
+    )

@@ -1,0 +1,223 @@
+"""Other ways to look at a plan: one layer with all its strategies, two plans, many plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from ringfx.cost_model.choice.candidates import Candidates, candidates
+from ringfx.cost_model.choice.whatif import Change, tokens
+from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.errors import RingfxError
+from ringfx.ir.plan import LayerPlan, Plan
+from ringfx.ir.plan_text import FoldedLayers, fold, table_lines
+from ringfx.ir.strategies import STRATEGIES
+from ringfx.units.format import format_bytes, format_ms
+
+__all__ = ["diff_text", "explain_text", "sweep_text"]
+
+
+# --- one layer --------------------------------------------------------------------------------
+
+
+def explain_text(plan: Plan, pattern: str, profile: Profile) -> str:
+    """Every strategy of the layers that a glob names: its numbers, or why it cannot run.
+
+    Raises
+    ------
+    InvalidArgument
+        No layer has such a name.
+    """
+    found = [layer for layer in plan.layers if fnmatchcase(layer.name, pattern)]
+    if not found:
+        plan.layer(pattern)
+    return "\n\n".join(_explained(group, plan, profile) for group in fold(found))
+
+
+def _explained(group: FoldedLayers, plan: Plan, profile: Profile) -> str:
+    layer = group.layers[0]
+    ranks = 1 if layer.is_replicated else plan.world_size
+    offer = candidates(layer.site, ranks, profile, STRATEGIES)
+    titles = (
+        "",
+        "strategy",
+        "kernel",
+        "total",
+        "forward",
+        "backward",
+        "compute",
+        "messages",
+        "exposed",
+        "saved",
+        "workspace",
+    )
+    rows = [_option_row(option, layer) for option in offer.options]
+    lines = [f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"]
+    lines += ["  " + line for line in table_lines([titles, *rows], left=(0, 1, 2))]
+    lines += [f"  {name} cannot run: {no.reason}" for name, no in offer.refused.items()]
+    lines += [f"  chosen: {layer.reason}", f"  {_noise_words(offer)}"]
+    return "\n".join(lines)
+
+
+def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
+    times = (
+        option.total_ms,
+        option.forward_ms,
+        option.backward_ms,
+        option.compute_ms,
+        option.communication_ms,
+        option.exposed_ms,
+    )
+    return (
+        "*" if option.strategy == layer.strategy else "",
+        option.strategy,
+        option.kernel,
+        *(format_ms(ms) for ms in times),
+        format_bytes(option.saved_bytes),
+        format_bytes(option.workspace_bytes),
+    )
+
+
+def _noise_words(offer: Candidates) -> str:
+    if offer.noise <= 1:
+        return "the profile does not say how much a repeated measurement differs"
+    return f"times that differ by less than {offer.noise - 1:.0%} are ties"
+
+
+# --- two plans ----------------------------------------------------------------------------------
+
+
+def diff_text(before: Plan, after: Plan) -> str:
+    """What changes from one plan to the other; says so when nothing does."""
+    lines = [*_setting_changes(before, after), *_layer_changes(before, after)]
+    if not lines:
+        return "the plans are equal"
+    return "\n".join([*lines, *_total_changes(before, after)])
+
+
+def _setting_changes(before: Plan, after: Plan) -> Iterator[str]:
+    settings: Mapping[str, tuple[object, object]] = {
+        "ranks": (before.world_size, after.world_size),
+        "tokens": (f"{tokens(before):,}", f"{tokens(after):,}"),
+        "device": (before.device, after.device),
+        "profile": (before.profile, after.profile),
+        "budget": (_budget(before), _budget(after)),
+    }
+    for name, (old, new) in settings.items():
+        if old != new:
+            yield f"{name}: {old} -> {new}"
+
+
+def _budget(plan: Plan) -> str:
+    return "none" if plan.gpu_memory is None else format_bytes(plan.gpu_memory)
+
+
+def _layer_changes(before: Plan, after: Plan) -> Iterator[str]:
+    old = {layer.name: layer for layer in before.layers}
+    new = {layer.name: layer for layer in after.layers}
+    for group in fold(after.layers):
+        previous = [old[layer.name] for layer in group.layers if layer.name in old]
+        if not previous:
+            yield f"{group.name}: only in the second plan, {group.layers[0].strategy}"
+        elif line := _layer_change(group, previous):
+            yield line
+    for group in fold([layer for layer in before.layers if layer.name not in new]):
+        yield f"{group.name}: only in the first plan, {group.layers[0].strategy}"
+
+
+def _layer_change(group: FoldedLayers, previous: Sequence[LayerPlan]) -> str:
+    layer, old = group.layers[0], previous[0]
+    strategies = "/".join(dict.fromkeys(x.strategy for x in previous))
+    if strategies == layer.strategy:
+        strategy = layer.strategy
+    else:
+        strategy = f"{strategies} -> {layer.strategy}"
+    times = (format_ms(old.total_ms), format_ms(layer.total_ms))
+    if strategies == layer.strategy and times[0] == times[1]:
+        return ""
+    return f"{group.name}: {strategy}, {times[0]} -> {times[1]}"
+
+
+def _total_changes(before: Plan, after: Plan) -> Iterator[str]:
+    old, new = before.total_ms, after.total_ms
+    change = f" ({100 * (new / old - 1):+.0f}%)" if old else ""
+    yield f"attention a step: {format_ms(old)} -> {format_ms(new)}{change}"
+    yield (
+        f"attention's memory: {format_bytes(attention_bytes(before))}"
+        f" -> {format_bytes(attention_bytes(after))}"
+    )
+    if before.memory.parts and after.memory.parts:
+        yield (
+            f"memory of one rank: {format_bytes(before.memory.peak_bytes)}"
+            f" -> {format_bytes(after.memory.peak_bytes)}"
+        )
+
+
+def attention_bytes(plan: Plan) -> int:
+    """All that attention saves, and the largest workspace."""
+    return plan.saved_bytes + plan.workspace_bytes
+
+
+def memory_bytes(plan: Plan) -> int:
+    """The peak of one rank; where only attention is known, what that needs."""
+    return plan.memory.peak_bytes or attention_bytes(plan)
+
+
+# --- many plans ---------------------------------------------------------------------------------
+
+
+def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | RingfxError]) -> str:
+    """One line a value: strategies, time, memory, a bar of time; or why there is no plan."""
+    titles = (name, "strategies", "attention a step", "exposed", "memory", "")
+    rows = [titles]
+    failed = []
+    longest_ms = max((r.total_ms for r in results if isinstance(r, Plan)), default=0.0)
+    for change, result in zip(changes, results, strict=True):
+        value = change_words(change)
+        if isinstance(result, Plan):
+            exposed = sum(layer.exposed_ms for layer in result.layers)
+            rows.append(
+                (
+                    value,
+                    strategy_mix(result),
+                    format_ms(result.total_ms),
+                    format_ms(exposed),
+                    format_bytes(memory_bytes(result)),
+                    _bar(result.total_ms / longest_ms if longest_ms else 0.0),
+                )
+            )
+        else:
+            rows.append((value, "none", "", "", "", ""))
+            failed.append(f"{value}: {str(result).split(chr(10))[0]}")
+    return "\n".join([*table_lines(rows, left=(0, 1, 5)), *failed])
+
+
+BAR_WIDTH = 24
+
+
+def _bar(share: float) -> str:
+    """Of eighths of a column; never empty, since nothing takes no time."""
+    eighths = max(1, round(share * BAR_WIDTH * 8))
+    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
+
+
+def change_words(change: Change) -> str:
+    """The value of a change of one thing."""
+    if change.seq_len is not None:
+        return f"{change.seq_len:,}"
+    if change.gpu_memory is not None:
+        return format_bytes(change.gpu_memory)
+    if change.link_bytes_per_s is not None:
+        return f"{change.link_bytes_per_s / 1e9:g} GB/s"
+    return str(change.world_size or change.latency_us)
+
+
+def strategy_mix(plan: Plan) -> str:
+    """Such as ``24 x production, 8 x ulysses``."""
+    counts: dict[str, int] = {}
+    for layer in plan.layers:
+        counts[layer.strategy] = counts.get(layer.strategy, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())

@@ -1,0 +1,1 @@
+"""Values that stay split outside a program: the global shape outside, own tokens inside."""

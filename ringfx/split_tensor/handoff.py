@@ -1,0 +1,139 @@
+"""Values that one program of a model hands to the next, where Python runs between the two.
+
+A split value stays split: the next program takes each rank's part, and its gradient comes back
+split. Where that program cannot, or Python itself reads more than a rank has, it is gathered, and
+announced with the frame that asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeGuard
+
+import torch
+from torch._guards import TracingContext
+
+from ringfx.comm.conjugate import slice_tokens
+from ringfx.ir.values import Resharding
+from ringfx.split_tensor.autograd import part
+from ringfx.split_tensor.spec import SplitSpec, Told
+from ringfx.split_tensor.tensor import SplitTensor
+from ringfx.units.format import format_bytes
+
+__all__ = ["Between", "is_split", "part_example", "whole_example"]
+
+
+class Between:
+    """What is moved between the programs of one model on one rank."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self._announce = announce
+        self.moved: list[Resharding] = []
+        """By the model's current or last call, and its backward."""
+        self.running = False
+        """Whether the model is being called: its results may be another program's inputs."""
+        self.called = False
+        """Whether it says so at all: ``torch.compile(backend="ringfx")`` does not."""
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """The model runs inside."""
+        before, self.running, self.called = self.running, True, True
+        self.moved.clear()
+        try:
+            yield
+        finally:
+            self.running = before
+
+    def told(self, graph_break: str | None) -> Told | None:
+        """Who is told of gathers of a program's results."""
+        if self.called:
+            return _Told(between=self) if self.running else None
+        return None if graph_break is None else _Told(between=self, always=True)
+
+    def whole(self, value: Any) -> Any:
+        """An input that the program takes whole."""
+        return value.whole() if isinstance(value, SplitTensor) else value
+
+    def part(self, value: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
+        """An input of which the program takes this rank's part."""
+        if isinstance(value, SplitTensor) and value._spec == spec:
+            return part(value, _Told(between=self, always=True))
+        whole: torch.Tensor = self.whole(value)
+        order, own = spec.order(whole.device), spec.layout.positions(spec.rank, whole.device)
+        index = (own - spec.offset).remainder(spec.length)
+        where = (spec.layout.world_size, spec.group, spec.dim, spec.outer, spec.inner, spec.name)
+        return slice_tokens(whole, index, order, *where)
+
+    def note(self, spec: SplitSpec, num_bytes: int, in_backward: bool) -> None:
+        """Say that a value is gathered, in the plan and once to the user."""
+        where = users_frame()
+        reason = f"{where}, {'whose backward' if in_backward else 'which'} no compiled program runs"
+        kind = "gather_gradient" if in_backward else "gather"
+        self.moved.append(
+            Resharding(
+                node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,
+                reason=reason, in_backward=in_backward,
+            )
+        )  # fmt: skip
+        size = format_bytes(num_bytes)
+        self._announce(f"{spec.name}: gathers {size} on every rank for {reason}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Told:
+    between: Between
+    always: bool = False
+
+    @property
+    def inside(self) -> bool:
+        return self.always or self.between.running or in_backward()
+
+    def __call__(self, spec: SplitSpec, num_bytes: int) -> None:
+        self.between.note(spec, num_bytes, in_backward())
+
+
+def in_backward() -> bool:
+    """Whether autograd runs."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def users_frame() -> str:
+    """The innermost frame that is neither torch's nor ours: ``model.py:12, in forward``."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module not in ("torch", "ringfx"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a frame that is not Python"
+
+
+def is_split(value: Any) -> TypeGuard[SplitTensor]:
+    return isinstance(value, SplitTensor)
+
+
+def whole_example(value: Any) -> Any:
+    """What stands for a value while the program is made: it needs a gradient as the value does."""
+    if not isinstance(value, SplitTensor):
+        return value
+    context = TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    with mode or contextlib.nullcontext():  # of no memory, where that is possible
+        made = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        if not value.requires_grad:
+            return made
+        with torch.enable_grad():  # a leaf could not be written
+            made.requires_grad_()
+            return made if value.is_leaf else made.clone()
+
+
+def part_example(value: SplitTensor) -> torch.Tensor:
+    """What stands for this rank's part of it."""
+    return torch.empty_like(
+        value._local, memory_format=torch.contiguous_format, requires_grad=value.requires_grad
+    )

@@ -1,0 +1,1 @@
+"""What users and files give, checked where it enters: one clear error, or a value."""
