@@ -1,11 +1,39 @@
 """ringfx: split the sequence of any PyTorch model over many devices, without changing the model."""
 
-from ringfx.api import optimize, plan, stats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ringfx.errors import RingfxError
 from ringfx.failures.process_exit import tell_when_leaving
-from ringfx.ir.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from ringfx import ops
+    from ringfx.api import optimize, plan, stats
+    from ringfx.ir.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
 __all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats"]
+
+_HOME = {
+    "optimize": "ringfx.api", "plan": "ringfx.api", "stats": "ringfx.api",
+    "LayerPlan": "ringfx.ir.plan", "Plan": "ringfx.ir.plan",
+}  # fmt: skip
+"""Loaded when first asked for: whoever calls ``ringfx.ops`` alone needs no compiler."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("ringfx.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module 'ringfx' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 tell_when_leaving()  # also of what ends this process before it has optimized a model

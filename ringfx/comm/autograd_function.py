@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ringfx.torch_compat.dynamo_marks import not_traced
+
 __all__ = ["Function", "register_autograd", "uncompiled", "without_saved_tensor_hooks"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,12 +24,12 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.backward = staticmethod(torch._dynamo.disable(cls.backward))  # type: ignore[assignment]
+        cls.backward = staticmethod(not_traced(cls.backward))
 
 
 def register_autograd(operator: Any, backward: Callable[..., Any], **kwargs: Any) -> None:
     """``operator.register_autograd`` with a backward that runs as it is written."""
-    operator.register_autograd(torch._dynamo.disable(backward), **kwargs)
+    operator.register_autograd(not_traced(backward), **kwargs)
 
 
 def uncompiled(reason: str) -> Callable[[F], F]:

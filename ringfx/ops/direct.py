@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from ringfx.ir.tiles.checked import checked_expr
 from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
 from ringfx.ops.attention import attention
+from ringfx.torch_compat.dynamo_marks import constant_result
 from ringfx.validation.arguments import choice, number, switch, tensor, text, whole_number
 
 __all__ = ["ring_attention"]
@@ -26,12 +27,10 @@ __all__ = ["ring_attention"]
 Tensor = torch.Tensor
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 CHOICES = {
     "strategy": tuple(STRATEGIES), "layout": ("contiguous", "zigzag"),
     "fully_masked": ("zero", "mean"),
 }  # fmt: skip
-_constant: Callable[[F], F] = torch.compiler.assume_constant_result
 
 
 def ring_attention(
@@ -202,7 +201,7 @@ def _check_tile_functions(where: str, inputs: Sequence[Tensor], **given: Any) ->
             raise InvalidArgument(f"{where}: {name}: {problem}. Do: see ringfx.tiles.")
 
 
-@_constant
+@constant_result
 def _problem(expr: Any, num_inputs: int) -> str:
     """What is wrong with a tile function; empty if nothing is."""
     try:
@@ -213,7 +212,7 @@ def _problem(expr: Any, num_inputs: int) -> str:
     return f"it reads input {beyond[0]}, and there are {num_inputs} inputs" if beyond else ""
 
 
-@_constant
+@constant_result
 def _spec_text(**fields: Any) -> str:
     """Written as JSON outside of what a compiler traces."""
     return AttentionSpec(**fields).to_json()
