@@ -75,15 +75,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
-# passes/ and cost_model/ are the packages ringfx.passes and ringfx.cost_model once installed; a type
-# checker reads files, so it is shown a folder of links that has the installed shape. Strictness is
-# set in pyproject.toml.
-TYPED := build/typed
+# Strictness is set in pyproject.toml.
 types: $(INSTALLED)
-	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ringfx
-	@for entry in ringfx/* passes cost_model; do ln -s "$(CURDIR)/$$entry" $(TYPED)/ringfx/; done
-	MYPYPATH=$(TYPED) $(BIN)/python -m mypy -p ringfx
-	MYPYPATH=$(TYPED) $(BIN)/python -m mypy \
+	$(BIN)/python -m mypy -p ringfx
+	$(BIN)/python -m mypy \
 	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py tests/device/*.py examples/*.py) \
 	  benchmarks/memory.py benchmarks/attention_schedule.py \
 	  $(wildcard benchmarks/prediction/*.py benchmarks/gpu/*.py)
