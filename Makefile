@@ -89,8 +89,8 @@ corpus: $(INSTALLED)
 
 # Two thousand random spellings of attention; make test runs a hundred.
 fuzz: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.fuzz_attention 0 2000 \
-	  --record tests/passes/fuzz_record.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.detect.fuzz_attention 0 2000 \
+	  --record tests/passes/detect/fuzz_record.json
 
 # What one GPU can show, in stages of at most 8 minutes; without a GPU, whether every stage runs:
 #   make gpu DEVICE=cpu SMALL=1

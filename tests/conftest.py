@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.ranks import RankPool, avoid_broken_kernels
+from tests.support.ranks import RankPool, avoid_broken_kernels
 
 # The same examples everywhere, and no deadline: machines that run tests differ and are shared.
 settings.register_profile("ringfx", deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.peers import PEERS
 from ringfx.ir.layout import Layout, LayoutKind
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 LENGTH, HEADS, HEAD_DIM = 48, 4, 16
 Grads = tuple[torch.Tensor, ...]

@@ -87,6 +87,6 @@ def _is_ours(name: str) -> bool:
 
 
 def _submodule(package: str, name: str) -> str:
-    """``from ringfx.ops import kernels`` imports another room than ``from ringfx.ops import shard``."""
+    """``from ringfx.ops import kernels`` names a room, ``... import shard`` does not."""
     folder = ROOT.joinpath(*package.split("."), name)
     return f"{package}.{name}" if folder.is_dir() or folder.with_suffix(".py").exists() else package

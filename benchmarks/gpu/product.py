@@ -1,9 +1,9 @@
 """Stages ``product`` and ``large``: models split over several ranks on one GPU, and a large one.
 
-NCCL refuses two ranks on one GPU; the ranks talk over tests/staged.py, through host memory. Results
-are held against the unsplit model on the same device: in float32 to 1e-4, and under bfloat16
-autocast to twice the unsplit model's own distance from float64. ``large`` runs a Llama of 1B
-parameters at one rank, under NCCL where there is a GPU, and reports the allocator's peak.
+NCCL refuses two ranks on one GPU; the ranks talk over tests/support/staged.py, through host memory.
+Results are held against the unsplit model on the same device: in float32 to 1e-4, and under
+bfloat16 autocast to twice the unsplit model's own distance from float64. ``large`` runs a Llama of
+1B parameters at one rank, under NCCL where there is a GPU, and reports the allocator's peak.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch._C._distributed_c10d import HashStore
 import ringfx
 from benchmarks.gpu.stage import Report, Setting, attempted, relative_error
 from ringfx.split_tensor.tensor import SplitTensor
-from tests import staged
 from tests.end_to_end.models import llama, plain, tokens
+from tests.support import staged
 
 __all__ = ["run", "run_large"]
 

@@ -4,7 +4,7 @@ Autograd differentiates what it sees. An operator with a derivative of its own t
 is differentiated piece by piece, and where pieces have no derivative (a distance of 0, a
 probability of 1, the corner of a piecewise function) the operator's answer is finite and theirs is
 NaN or another number. So only what is named here is taken apart; each row is held against its
-operator, forward and backward, also at such points (tests/passes/test_decomposable.py).
+operator, forward and backward, also at such points (tests/passes/capture/test_decomposable.py).
 
 Operators that autograd itself looks into (CompositeImplicitAutograd) need no row: their own
 definition is what eager mode differentiates.

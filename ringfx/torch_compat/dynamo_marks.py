@@ -1,7 +1,8 @@
 """What Dynamo is told of functions where they are defined, without loading Dynamo for it.
 
 ``torch.compiler.assume_constant_result`` and ``torch._dynamo.disable`` import Dynamo when they
-decorate, seconds for those who call ``ringfx.ops`` alone. torch decorates its own functions as here.
+decorate, seconds for those who call ``ringfx.ops`` alone. torch decorates its own functions as
+here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.corpus.measure import Outcome, measure
 from tests.corpus.report import RESULTS, TABLE, Record
 from tests.corpus.row import Variant
 from tests.corpus.table import ROWS, VARIANTS
-from tests.harness import RankPool
+from tests.support.harness import RankPool
 
 pytestmark = pytest.mark.ranks
 

@@ -6,7 +6,7 @@ import pytest
 
 from ringfx.ir.plan import Plan
 from tests.corpus.planned import difference, planned, ran
-from tests.harness import RankPool
+from tests.support.harness import RankPool
 
 pytestmark = pytest.mark.ranks
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 import ringfx
 from ringfx.split_tensor.tensor import SplitTensor
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 __all__ = ["Mixed", "ambient", "check", "excesses", "leave_as_is"]
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["CORES", "Disabled", "Inside", "Layers", "MultiHead", "inputs", "layers"]
 
 WIDTH, HEADS, LAYERS = 32, 4, 2
-_packages: Any = importlib.import_module("tests.passes.package_calls")
+_packages: Any = importlib.import_module("tests.models.package_calls")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

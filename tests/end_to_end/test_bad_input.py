@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ringfx
 from tests.end_to_end.models import llama, plain, tokens
-from tests.harness import RankPool, error_text, raises
+from tests.support.harness import RankPool, error_text, raises
 
 pytestmark = pytest.mark.ranks
 

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from tests.harness import Case, RankPool, compare_all
-from tests.passes.between import HIDDEN, OPERATORS, Between, inputs, loss
+from tests.models.between import HIDDEN, OPERATORS, Between, inputs, loss
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

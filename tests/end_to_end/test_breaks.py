@@ -16,8 +16,8 @@ from torch import nn
 
 import ringfx
 from tests.end_to_end.models import tokens
-from tests.harness import Case, RankPool, compare_all
-from tests.passes.models import VOCAB, Causal
+from tests.models.shapes import VOCAB, Causal
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

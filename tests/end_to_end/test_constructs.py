@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.end_to_end.models import tokens
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

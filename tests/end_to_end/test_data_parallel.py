@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ringfx
 from tests.end_to_end.models import plain, tokens
-from tests.harness import RankPool, gradient_differences
+from tests.support.harness import RankPool, gradient_differences
 
 pytestmark = pytest.mark.ranks
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.end_to_end.models import plain, shifted_loss, tokens
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

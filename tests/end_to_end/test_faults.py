@@ -17,7 +17,7 @@ import ringfx
 from tests.end_to_end import faults
 from tests.end_to_end.faults import TIMEOUT_S, VICTIM, Heard
 from tests.end_to_end.models import plain, tokens
-from tests.harness import RankPool, error_text, raises
+from tests.support.harness import RankPool, error_text, raises
 
 pytestmark = pytest.mark.ranks
 

@@ -11,8 +11,8 @@ import transformers
 
 import ringfx
 from ringfx.split_tensor.tensor import SplitTensor
-from tests.harness import RankPool
-from tests.recorded import recorded
+from tests.support.harness import RankPool
+from tests.support.recorded import recorded
 
 pytestmark = pytest.mark.ranks
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import ringfx
 from ringfx.passes.rewrite import parameters
 from tests.end_to_end.models import PlainTransformer, plain, tokens
-from tests.harness import RankPool, gradient_differences
-from tests.recorded import recorded
+from tests.support.harness import RankPool, gradient_differences
+from tests.support.recorded import recorded
 
 pytestmark = pytest.mark.ranks
 

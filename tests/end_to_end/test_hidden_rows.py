@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.end_to_end.models import tokens
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

@@ -1,7 +1,7 @@
 """A Hugging Face Llama split over ranks equals the stock model: loss, outputs, every gradient.
 
 The oracle is the stock model in eager mode on the whole sequence; the bounds are the harness's:
-float32 1e-6 for the loss and 1e-4 for gradients, float64 1e-10 (tests/harness.py).
+float32 1e-6 for the loss and 1e-4 for gradients, float64 1e-10 (tests/support/harness.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.end_to_end.models import (
     tokens_and_labels,
     with_ignored_labels,
 )
-from tests.harness import Case, RankPool, compare_all, compare_here
+from tests.support.harness import Case, RankPool, compare_all, compare_here
 
 pytestmark = pytest.mark.ranks
 

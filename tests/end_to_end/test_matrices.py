@@ -11,10 +11,10 @@ import torch
 
 import ringfx
 from ringfx.ops import attention
-from tests.harness import Case, RankPool, compare_all
-from tests.passes import matrices
-from tests.passes.matrices import HIDDEN, MATRICES, Matrices
-from tests.passes.programs import lowered
+from tests.models import matrices
+from tests.models.matrices import HIDDEN, MATRICES, Matrices
+from tests.support.harness import Case, RankPool, compare_all
+from tests.support.programs import lowered
 
 pytestmark = pytest.mark.ranks
 

@@ -30,7 +30,7 @@ from tests.end_to_end.mixed_models import (
     layers,
 )
 from tests.end_to_end.models import llama, with_ignored_labels
-from tests.harness import RankPool
+from tests.support.harness import RankPool
 
 pytestmark = pytest.mark.ranks
 

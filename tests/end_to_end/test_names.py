@@ -12,7 +12,7 @@ import ringfx
 from tests.end_to_end.long_models import LONG, Conditions, Steps, phimoe, phimoe_inputs
 from tests.end_to_end.long_models import states as few
 from tests.end_to_end.named import WAYS, ByKeyword, Named, keywords, states
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 import ringfx
 from examples.peak_memory import extra_bytes
 from tests.end_to_end.models import llama, plain, shifted_loss, tokens
-from tests.harness import RankPool, gradient_differences
-from tests.recorded import recorded
+from tests.support.harness import RankPool, gradient_differences
+from tests.support.recorded import recorded
 
 VOCAB = 1009
 MIB = 2**20

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.end_to_end.models import tokens
-from tests.harness import Case, RankPool, compare_all, compare_here
+from tests.support.harness import Case, RankPool, compare_all, compare_here
 
 HIDDEN, HEADS, SEQ_LEN, VOCAB = 16, 2, 29, 96
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ringfx
 from tests.end_to_end.test_constructs import HIDDEN, Around, mean_square, only_tokens
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.harness import Case, compare_all, compare_here
-from tests.ranks import RankPool
+from tests.support.harness import Case, compare_all, compare_here
+from tests.support.ranks import RankPool
 
 HEADS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cdist, equal rows": lambda y: torch.cdist(y, y),

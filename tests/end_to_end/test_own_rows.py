@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ringfx.errors import StrategyRefused
-from tests.harness import Case, RankPool, compare_all
-from tests.passes import own_rows
-from tests.passes.own_rows import HIDDEN, TERMS, Rows
-from tests.passes.programs import lowered
+from tests.models import own_rows
+from tests.models.own_rows import HIDDEN, TERMS, Rows
+from tests.support.harness import Case, RankPool, compare_all
+from tests.support.programs import lowered
 
 pytestmark = pytest.mark.ranks
 

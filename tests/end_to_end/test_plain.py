@@ -11,7 +11,7 @@ from torch import nn
 
 import ringfx
 from tests.end_to_end.models import plain, shifted_loss, tokens, tokens_and_labels
-from tests.harness import Case, RankPool, compare_all
+from tests.support.harness import Case, RankPool, compare_all
 
 pytestmark = pytest.mark.ranks
 

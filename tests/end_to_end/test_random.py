@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ringfx
 from tests.end_to_end.models import tokens
-from tests.harness import RankPool, gradient_differences, raises
-from tests.recorded import recorded
+from tests.support.harness import RankPool, gradient_differences, raises
+from tests.support.recorded import recorded
 
 pytestmark = pytest.mark.ranks
 

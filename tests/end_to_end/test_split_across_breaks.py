@@ -17,7 +17,8 @@ from torch import nn
 
 import ringfx
 from tests.end_to_end.models import tokens
-from tests.harness import (
+from tests.models.shapes import HEADS, HIDDEN, VOCAB, Base, Block, Causal, FromEmbeddings
+from tests.support.harness import (
     Case,
     Comparison,
     RankPool,
@@ -26,8 +27,7 @@ from tests.harness import (
     gradient_differences,
     raises,
 )
-from tests.passes.models import HEADS, HIDDEN, VOCAB, Base, Block, Causal, FromEmbeddings
-from tests.recorded import recorded
+from tests.support.recorded import recorded
 
 pytestmark = pytest.mark.ranks
 

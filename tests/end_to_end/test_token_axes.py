@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
-from tests.harness import Case, RankPool, compare_all
-from tests.passes import token_axes
-from tests.passes.programs import lowered
-from tests.passes.token_axes import CONSTRUCTS, HIDDEN, VOCAB, Around
+from tests.models import token_axes
+from tests.models.token_axes import CONSTRUCTS, HIDDEN, VOCAB, Around
+from tests.support.harness import Case, RankPool, compare_all
+from tests.support.programs import lowered
 
 pytestmark = pytest.mark.ranks
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import ringfx
 from tests.end_to_end.models import llama, tokens
-from tests.harness import RankPool, gradient_differences
+from tests.support.harness import RankPool, gradient_differences
 
 pytestmark = pytest.mark.ranks
 

@@ -17,7 +17,7 @@ import ringfx
 from ringfx.compile.settings import Compiler
 from ringfx.errors import VerificationError
 from tests.end_to_end.models import plain, tokens
-from tests.harness import Case, RankPool, compare_all, raises
+from tests.support.harness import Case, RankPool, compare_all, raises
 
 pytestmark = pytest.mark.ranks
 

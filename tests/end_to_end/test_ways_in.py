@@ -27,7 +27,7 @@ from ringfx.comm.world import World
 from ringfx.errors import InvalidArgument
 from ringfx.split_tensor.tensor import SplitTensor
 from tests.end_to_end.models import PlainTransformer, llama, plain, shifted_loss, tokens
-from tests.harness import RankPool, gradient_differences, raises
+from tests.support.harness import RankPool, gradient_differences, raises
 
 pytestmark = pytest.mark.ranks
 

@@ -8,7 +8,7 @@ import torch
 from ringfx import ops
 from ringfx.errors import InvalidArgument
 from ringfx.ir.layout import Layout, LayoutKind
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def _round_trips(lengths: list[int]) -> list[str]:

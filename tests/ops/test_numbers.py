@@ -12,7 +12,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import CAUSAL, Expr, K, Q, TileIndex, evaluate
 from ringfx.ops.tiling import empty_rows
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 Tensor = torch.Tensor
 

@@ -17,7 +17,7 @@ from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import CAUSAL
 from tests.ops.cases import KINDS, examples, spec
 from tests.ops.oracle import data, split
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 Tensor = torch.Tensor
 

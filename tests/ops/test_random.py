@@ -22,7 +22,7 @@ from ringfx.ir.tiles import CAUSAL, H, K, Q, TileIndex, conjunction, evaluate
 from ringfx.ops.kernels.kernel import MATH, Scores, accumulation_dtype
 from tests.ops.cases import spec
 from tests.ops.oracle import Data, Example, Result, assemble, data, reference, run_all
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FIXED_SLOPES = ("mul", ("div", ("add", H, ("const", 1)), ("const", -8)), ("sub", Q, K))

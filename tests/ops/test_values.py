@@ -9,7 +9,7 @@ import pytest
 from ringfx.ops.strategies.production import hops_needed
 from tests.ops.cases import examples
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 TOLERANCE = 1e-12
 
