@@ -1,4 +1,5 @@
 """The passes, in the order in which a model meets them.
 
-capture -> detect -> masks -> axes -> (ringfx.cost_model chooses) -> place -> rewrite -> verify
+capture -> detect -> masks -> axes -> token_axes -> normalize -> place -> (ringfx.cost_model
+chooses) -> rewrite -> verify
 """
