@@ -141,7 +141,7 @@ def loss_of(output: Any) -> torch.Tensor:
         return found
     tensor = output if isinstance(output, torch.Tensor) else output[0]
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return (wide * wide.cos()).mean()
+    return wide.sin().square().mean()  # of one sign: a sum that cancels is all rounding
 
 
 def check(pool: RankPool, cases: Sequence[Mixed]) -> None:

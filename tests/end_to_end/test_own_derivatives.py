@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.support.harness import Case, compare_all, compare_here
+from tests.support.harness import Case, Comparison, compare_all, compare_here
 from tests.support.ranks import RankPool
 
 HEADS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -25,6 +25,10 @@ HEADS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hardswish at its corners": lambda y: F.hardswish(y - y.detach() + 3),
     "glu": lambda y: F.glu(99 * y),
 }
+
+
+OF_A_CANCELLATION = {name: 1e-6 for name in HEADS if name.startswith("cdist")}
+"""By products the distance of equal rows is the root of what rounding leaves of their squares."""
 
 
 class Attend(nn.Module):
@@ -51,9 +55,15 @@ def case(name: str) -> Case:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_one_rank_has_eagers_gradients(name: str) -> None:
-    compare_here(case(name)).check(gradients=1e-9)
+    check(name, compare_here(case(name)))
 
 
 def test_two_ranks_have_eagers_gradients(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, [case(name) for name in HEADS]):
-        comparison.check(gradients=1e-9)
+    compared = compare_all(ranks2, [case(name) for name in HEADS])
+    for name, comparison in zip(HEADS, compared, strict=True):
+        check(name, comparison)
+
+
+def check(name: str, comparison: Comparison) -> None:
+    rest = OF_A_CANCELLATION.get(name)
+    comparison.check(loss=rest, outputs=rest, gradients=rest or 1e-9)

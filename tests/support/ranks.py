@@ -221,15 +221,15 @@ def _environment(**values: str) -> Any:
 def avoid_broken_kernels() -> None:
     """Lets unsplit models run where ATEN_CPU_CAPABILITY makes a lesser processor of this one.
 
-    On processors with matrix units torch's fused attention fails there in bfloat16; and Inductor
-    takes programs of the real processor from its cache, which the lesser one's headers refuse.
+    On processors with matrix units torch's fused attention fails there in bfloat16, since it asks
+    oneDNN for them; and Inductor takes programs of the real processor from its cache, which the
+    lesser one's headers refuse.
     """
     if played := os.environ.get("ATEN_CPU_CAPABILITY"):
         own_cache = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{played}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache))
-    plays_another = torch.backends.cpu.get_cpu_capability() != "AVX512"
-    if plays_another and torch.cpu._is_amx_tile_supported():
-        torch.backends.cuda.enable_flash_sdp(False)  # torch's switch for CPUs too
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # read when oneDNN is first asked
 
 
 def _work(setup: _Setup, pipe: Connection) -> None:

@@ -1,7 +1,7 @@
 """Random spellings of attention: legal ones are found and equal, broken ones are refused or equal.
 
-    python -m tests.passes.detect.fuzz_attention 0 2000 --record
-    tests/passes/detect/fuzz_record.json
+    python -m tests.passes.detect.fuzz_attention 0 2000 --record tests/passes/detect/fuzz_record.json
+    python -m tests.passes.detect.fuzz_attention 0 500 --types --record tests/passes/detect/fuzz_types_record.json
 
 A spelling is drawn piece by piece: sizes (often all equal, so that only axes tell them apart), the
 form of both products, the place of the scale, the mask, the softmax. A mutation breaks one piece.
@@ -14,7 +14,7 @@ import datetime
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ import torch
 from torch import nn
 
 from tests.end_to_end.mixed import Mixed, ambient
+from tests.end_to_end.mixed import check as check_on_ranks
 from tests.support.direct import called, canonical, program_of, results, results_of, worst
+from tests.support.ranks import RankPool
 
 __all__ = ["check", "spelling"]
 
@@ -287,14 +289,34 @@ def _inputs(seed: int) -> dict[str, Tensor]:
     return {"x": in_types(seed)[1]}
 
 
-def main(first: int, stop: int, record: Path | None) -> None:
+def check_seeds(seeds: range) -> int:
+    return sum(check(seed) for seed in seeds)
+
+
+def check_types_on_ranks(pools: Sequence[RankPool], seeds: range) -> int:
+    """In random types under autocast: in this process, and the legal ones on every pool."""
+    found = sum(check_types(seed) for seed in seeds)
+    cases = [case for case in map(on_ranks, seeds) if case is not None]
+    for pool in pools:
+        check_on_ranks(pool, cases)
+    return found
+
+
+def main(first: int, stop: int, record: Path | None, types: bool) -> None:
     """Check seeds in pieces of 50, each noted as soon as it is done."""
+    pools = [RankPool(2), RankPool(3)] if types else []
+    piece = partial(check_types_on_ranks, pools) if types else check_seeds
     for start in range(first, stop, 50):
         end = min(start + 50, stop)
-        found = sum(check(seed) for seed in range(start, end))
-        print(f"seeds {start}..{end - 1}: {found} found, {end - start - found} refused, none wrong")
+        found = piece(range(start, end))
+        print(
+            f"seeds {start}..{end - 1}: {found} found, {end - start - found} refused, none wrong",
+            flush=True,
+        )
         if record is not None:
             note(record, start, end, found)
+    for pool in pools:
+        pool.close()
 
 
 def note(record: Path, first: int, stop: int, found: int) -> None:
@@ -319,4 +341,5 @@ if __name__ == "__main__":
     parser.add_argument("first", type=int, nargs="?", default=0)
     parser.add_argument("stop", type=int, nargs="?", default=2000)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--types", action="store_true", help="mixed, under autocast, 2 and 3 ranks")
     main(**vars(parser.parse_args()))
