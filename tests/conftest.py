@@ -19,11 +19,14 @@ def pytest_configure() -> None:
     avoid_broken_kernels()
 
 
+POOLS = {"ranks2", "ranks3", "ranks4"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if POOLS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 

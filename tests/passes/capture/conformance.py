@@ -120,9 +120,9 @@ def page() -> str:
     lines = [
         "# What capture carries",
         "",
-        "Made by `python -m tests.passes.capture.conformance`. Beside it `test_conformance.py`",
-        "holds every row: outputs, gradients, buffers, inputs equal to eager's in float64, on one rank",
-        "and on two.",
+        "Made by `python -m tests.passes.capture.conformance`. `test_conformance.py` beside it",
+        "holds every row: outputs, gradients, buffers, inputs equal to eager's in float64, on one",
+        "rank and on two.",
         "",
         f"{carried} constructs are carried, {len(ROWS) - carried} refused by name and line.",
     ]

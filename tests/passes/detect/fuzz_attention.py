@@ -1,7 +1,9 @@
 """Random spellings of attention: legal ones are found and equal, broken ones are refused or equal.
 
-    python -m tests.passes.detect.fuzz_attention 0 2000 --record tests/passes/detect/fuzz_record.json
-    python -m tests.passes.detect.fuzz_attention 0 500 --types --record tests/passes/detect/fuzz_types_record.json
+    python -m tests.passes.detect.fuzz_attention 0 2000 --record RECORD.json
+    python -m tests.passes.detect.fuzz_attention 0 500 --types --record RECORD.json
+
+Records are kept beside this file (``fuzz_record.json``, ``fuzz_types_record.json``).
 
 A spelling is drawn piece by piece: sizes (often all equal, so that only axes tell them apart), the
 form of both products, the place of the scale, the mask, the softmax. A mutation breaks one piece.
