@@ -381,13 +381,14 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
 
 def other_kernels(plan: Plan) -> list[str]:
     """What to say where a layer ran another kernel than the plan's times were made for."""
-    ran = {name: found.kernel for name, found in snapshot().items()}
+    stats = snapshot()
+    pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
+    others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
-        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran[layer.name]} ran"
+        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
         f"{_refused(layer)}; its predicted times do not hold. Do: run `ringfx calibrate` on this "
         "machine."
-        for layer in plan.layers
-        if ran.get(layer.name) and ran[layer.name] != layer.kernel
+        for layer, ran in others
     ]
 
 

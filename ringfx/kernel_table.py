@@ -235,14 +235,9 @@ class KernelChoice:
     @lru_cache(maxsize=256)
     def of(text: str) -> KernelChoice:
         """The choice that ``text`` says."""
-        forward, _, backward = text.partition(" forward, ")
-        picks = [
-            Pick(*(name or "" for name in match.groups()))
-            for part in (forward, backward.removesuffix(" backward") or forward)
-            if (match := re.fullmatch(PICK, part))
-        ]
-        if len(picks) != 2:
-            raise RingfxError(
-                f"{text!r} names no kernels. Do: give what a plan says, as it says it."
-            )
-        return KernelChoice(forward=picks[0], backward=picks[1])
+        match = re.fullmatch(rf"{PICK}(?: forward, {PICK} backward)?", text)
+        if match is None:
+            raise RingfxError(f"{text!r} names no kernels. Do: give what a plan says of them.")
+        plain, masked, *others = (name or "" for name in match.groups())
+        forward = Pick(plain, masked)
+        return KernelChoice(forward=forward, backward=Pick(*others) if others[0] else forward)

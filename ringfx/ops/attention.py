@@ -305,6 +305,8 @@ def _problem(
     )
     found = stats.layer(name)
     found.kernel = kernel.name
+    if kernels and not bias_grads and found.ran.get(kernels) != kernel.name:
+        found.ran = {**found.ran, kernels: kernel.name}
     problem = Problem(
         spec=spec,
         inputs=captured,
