@@ -24,6 +24,7 @@ import ringfx
 from ringfx import ops
 from ringfx.backend import other_kernels
 from ringfx.cost_model import choose as choose_layers
+from ringfx.cost_model.measure import Effort, kernel_cases, masked_ns_per_pair
 from ringfx.cost_model.profile import Direction, KernelRow, Profile
 from ringfx.errors import RingfxError
 from ringfx.kernel_table import TABLE, KernelChoice
@@ -474,6 +475,24 @@ def test_every_row_of_the_table_for_cuda_runs_and_refuses_by_its_limits() -> Non
     on_cuda = [name for name, limits in TABLE.items() if limits.device in ("cuda", "")]
     assert list(cuda.ROWS) == on_cuda
     assert all(row.limits.name == name for name, row in cuda.ROWS.items())
+
+
+def test_a_calibration_measures_every_kernel_that_the_card_admits(card: Card) -> None:
+    def measured() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for case in kernel_cases("cuda", Effort(max_tokens=64)):
+            found.setdefault(case.dtype, set()).add(case.kernel)
+        return found
+
+    in_torch = {"cuda_cudnn", "cuda_flash", "cuda_efficient", "math"}
+    halves = {"bfloat16": in_torch, "float16": in_torch}
+    assert measured() == {**halves, "float32": {"cuda_efficient", "math"}}
+    card.has("flash_attn_interface", "flash_attn.cute", "xformers")
+    packages = {"cuda_flash3", "cuda_flash4", "cuda_xformers"}
+    assert measured()["bfloat16"] == in_torch | packages
+    card.is_(80)
+    assert measured()["float16"] == in_torch | {"cuda_xformers"}
+    assert masked_ns_per_pair("cuda", "cuda_cudnn", "forward", Effort()) == 0.0
 
 
 @pytest.mark.usefixtures("stand_ins", "card")
