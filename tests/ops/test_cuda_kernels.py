@@ -259,7 +259,7 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> Torch:
     found, module = Torch(), flash.attention
     monkeypatch.setattr(module, "current_flash_attention_impl", lambda: found.behind)
     monkeypatch.setattr(module, "activate_flash_attention_impl", found.put)
-    monkeypatch.setattr(module, flash.RESTORE, lambda: found.put(None), raising=False)
+    monkeypatch.setattr(flash, "restore_flash_attention", lambda: found.put(None))
     return found
 
 

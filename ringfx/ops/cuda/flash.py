@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn import attention
 from ringfx.kernel_table import TABLE
 from ringfx.ops.cuda.efficient import Maskless
 from ringfx.ops.kernels import Kernel
+from ringfx.releases import restore_flash_attention
 
 __all__ = ["FLASH", "FLASH3", "FLASH4", "missing3", "missing4"]
 
@@ -27,7 +27,6 @@ Tensor = torch.Tensor
 
 BUILT_IN = "FA2"
 """What torch calls no implementation at all."""
-RESTORE = "restore_flash_attention_impl"
 
 
 def _attend(
@@ -77,9 +76,7 @@ def _put_behind(implementation: str) -> None:
     if (attention.current_flash_attention_impl() or BUILT_IN) == implementation:
         return
     if implementation == BUILT_IN:
-        restore: Callable[[], None] | None = getattr(attention, RESTORE, None)
-        if restore is not None:  # the oldest torch cannot take back what was put there
-            restore()
+        restore_flash_attention()
     else:
         attention.activate_flash_attention_impl(implementation)
 
