@@ -9,6 +9,7 @@ from ringfx.cost_model.formulas import Prediction, predict
 from ringfx.cost_model.memory import alive_in, predict_memory
 from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import StrategyChoice
+from ringfx.cost_model.picks import unpriced
 from ringfx.cost_model.profile import Profile, available_profiles, load_profile
 from ringfx.cost_model.quantities import parse_bytes, parse_tokens
 
@@ -25,4 +26,5 @@ __all__ = [
     "parse_tokens",
     "predict",
     "predict_memory",
+    "unpriced",
 ]

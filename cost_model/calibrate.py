@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ringfx.cost_model.bench import BenchTask, admitted, measure
-from ringfx.cost_model.devices import device_name
+from ringfx.cost_model.devices import device_capability, device_name
 from ringfx.cost_model.from_records import fit_kernels, fit_links
 from ringfx.cost_model.layers import fit_layers, is_small, layer_records, layer_sites
 from ringfx.cost_model.measure import (
@@ -39,6 +39,7 @@ from ringfx.cost_model.measure_links import (
     message_sizes,
 )
 from ringfx.cost_model.on_ranks import Progress, on_ranks
+from ringfx.cost_model.picks import REFERENCE
 from ringfx.cost_model.profile import (
     Collective,
     Direction,
@@ -78,6 +79,8 @@ class Measurements:
     """By kernel and direction."""
     contention_ns_per_byte: float
     noise: float
+    capability: str = ""
+    """The card's, such as 9.0."""
 
 
 def calibrate(
@@ -143,6 +146,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         masked_ns_per_pair=masked,
         contention_ns_per_byte=contention,
         noise=_noise(device, effort),
+        capability=device_capability(device),
     )
 
 
@@ -255,6 +259,7 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
         noise=round(measured.noise, 3),
         date=measured.date,
+        capability=measured.capability,
         torch=torch.__version__.split("+")[0],
     )
     profile, layer_quality = fit_layers(measured.layers, bare)
@@ -262,7 +267,9 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
 
 
 def _fused(kernels: Iterable[KernelRow]) -> str:
-    return min({row.kernel for row in kernels} - {"math"}, default="math")
+    """The fastest in products."""
+    fused = [row for row in kernels if row.kernel != REFERENCE]
+    return max(fused, key=lambda row: row.gflops).kernel if fused else REFERENCE
 
 
 def _slug(measured: Measurements) -> str:

@@ -32,6 +32,7 @@ from ringfx.fully_sharded import is_dtensor
 from ringfx.gradients import Accumulation
 from ringfx.held import Kept, counted_on, refuse_changed
 from ringfx.ops.channel import shared_call
+from ringfx.ops.kernels import why_not
 from ringfx.ops.stats import snapshot
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
@@ -40,7 +41,7 @@ from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.values import Arrival, Resharding
 from ringfx.passes.verify.check import line_inputs
 from ringfx.pipeline import Lowered, lower
-from ringfx.plan import Plan, joined
+from ringfx.plan import LayerPlan, Plan, joined
 from ringfx.quantities import format_bytes
 from ringfx.second import refuse_in_compiled
 from ringfx.settings import Settings
@@ -380,13 +381,25 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
 
 def other_kernels(plan: Plan) -> list[str]:
     """What to say where a layer ran another kernel than the plan's times were made for."""
-    ran = {name: found.kernel for name, found in snapshot().items()}
+    stats = snapshot()
+    pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
+    others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
-        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran[layer.name]} ran; "
-        "its predicted times do not hold. Do: run `ringfx calibrate` on this machine."
-        for layer in plan.layers
-        if ran.get(layer.name) and ran[layer.name] != layer.kernel
+        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
+        f"{_refused(layer)}; its predicted times do not hold. Do: run `ringfx calibrate` on this "
+        "machine."
+        for layer, ran in others
     ]
+
+
+def _refused(layer: LayerPlan) -> str:
+    """Why the planned kernel cannot run on this machine's card, in brackets."""
+    site = layer.site
+    whys = why_not(
+        layer.kernel, torch.device(site.device), getattr(torch, site.dtype),
+        gathered=layer.strategy == "collective", head_dim=max(site.head_dim, site.v_head_dim),
+    )  # fmt: skip
+    return f" ({'; '.join(whys)})" if whys else ""
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:
