@@ -8,6 +8,7 @@ from ringfx.cost_model.choice.choose import choose
 from ringfx.cost_model.choice.overrides import StrategyChoice
 from ringfx.cost_model.peak_memory.peak import alive_in, predict_memory
 from ringfx.cost_model.prediction.formulas import Prediction, predict
+from ringfx.cost_model.prediction.kernel_choice import unpriced
 from ringfx.cost_model.prediction.outside_attention import outside_ms
 from ringfx.cost_model.prediction.profile import Profile, available_profiles, load_profile
 from ringfx.units.parse import parse_bytes, parse_tokens
@@ -25,4 +26,5 @@ __all__ = [
     "parse_tokens",
     "predict",
     "predict_memory",
+    "unpriced",
 ]

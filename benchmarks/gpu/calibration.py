@@ -6,6 +6,8 @@ import statistics
 from typing import Any
 
 from benchmarks.gpu.stage import Report, Setting
+from ringfx.cost_model import predict
+from ringfx.cost_model.calibration.bench import bench_site
 from ringfx.cost_model.calibration.calibrate import calibrate, make_profile
 from ringfx.cost_model.calibration.from_records import fit_kernels
 from ringfx.cost_model.calibration.measure import Effort
@@ -42,6 +44,7 @@ def run(setting: Setting) -> Report:
     if kept:
         report.tried("held out", lambda: _held_out(kept["kernels"], setting))
         report.tried("kernels by their rates", lambda: _rates(kept["profile"]))
+        report.tried("kernels that plans take", lambda: _taken(kept["profile"], setting))
     return report
 
 
@@ -78,6 +81,21 @@ def _of(row: KernelRow, record: AttentionRecord) -> bool:
 def _ms(row: KernelRow, record: AttentionRecord) -> float:
     flops = record.pairs * flops_per_pair(record.head_dim, record.v_head_dim, record.direction)
     return row.call_us / 1e3 + flops / row.gflops / 1e6 + record.pairs * row.ns_per_pair / 1e6
+
+
+def _taken(profile: Profile, setting: Setting) -> dict[str, Any]:
+    """What a layer is planned with under this profile, by type, head dim and mask."""
+    found: dict[str, Any] = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        for head_dim in (64, 128, 256):
+            for what, window in (("causal", None), ("window", 1024)):
+                site = bench_site(
+                    tokens=8192, heads=8, head_dim=head_dim, dtype=dtype, window=window,
+                    device=setting.device,
+                )  # fmt: skip
+                kernel = predict(site, "production", 1, profile).kernel
+                found[f"{dtype}, head dim {head_dim}, {what}"] = kernel
+    return found
 
 
 def _rates(profile: Profile) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.stage import Report, Setting, relative_error
-from ringfx.ops.kernels.kernel import CPU_FLASH, MATH, Kernel, Scores
+from ringfx.ops.kernels import kernel as kernels
+from ringfx.ops.kernels.kernel import MATH, Kernel, Scores
 
 __all__ = ["available", "run"]
 
@@ -45,15 +46,12 @@ class Case:
 def available(setting: Setting) -> dict[str, tuple[Kernel, tuple[torch.dtype, ...]]]:
     """The kernels that this device can be asked for, and the types they take."""
     every = (*HALVES, torch.float32, torch.float64)
-    if not setting.is_cuda:
-        return {"cpu_flash": (CPU_FLASH, every), "math": (MATH, every)}
-    from ringfx.ops.kernels import cuda
-
-    device = torch.device("cuda")
+    device = torch.device(setting.device)
+    by_type = {dtype: kernels.available(device, dtype) | {"math": MATH} for dtype in every}
+    names = {name: kernel for found in by_type.values() for name, kernel in found.items()}
     return {
-        row.kernel.name: (row.kernel, tuple(d for d in every if d in row.dtypes))
-        for row in cuda.ROWS
-        if row.admitted(device)
+        name: (kernel, tuple(dtype for dtype in every if name in by_type[dtype]))
+        for name, kernel in names.items()
     }
 
 

@@ -47,6 +47,8 @@ class BenchTask:
     site: AttentionSite
     strategies: tuple[str, ...]
     rounds: int = 7
+    kernels: tuple[str, ...] = ()
+    """For each strategy what it is predicted to run with; none: no one has chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,8 @@ def bench(
     """
     options = candidates(site, num_ranks, profile, STRATEGIES).options
     names = tuple(option.strategy for option in options)
-    task = BenchTask(site=site, strategies=names, rounds=rounds)
+    kernels = tuple(option.kernel for option in options)
+    task = BenchTask(site=site, strategies=names, rounds=rounds, kernels=kernels)
     times = on_ranks(measure, task, device=site.device, num_ranks=num_ranks, progress=progress)
     if times is None:
         return None
@@ -183,10 +186,11 @@ def measure(
     """For each strategy a sample of each direction; all ranks call it together."""
     rounds: dict[str, list[Mapping[Direction, float]]] = {name: [] for name in task.strategies}
     tensors = tensors_of(task.site, ranks.size, device)
+    named = task.kernels or [""] * len(task.strategies)
     for number in range(task.rounds + 1):
-        for name in task.strategies:
+        for name, kernels in zip(task.strategies, named, strict=True):
             progress(f"round {number} of {task.rounds}: {name}", number, task.rounds + 1)
-            taken_ms = _slowest(_step(ranks, task.site, name, tensors, device), device)
+            taken_ms = _slowest(_step(ranks, task.site, name, kernels, tensors, device), device)
             if number > 0:
                 rounds[name].append(taken_ms)
     return {
@@ -210,7 +214,12 @@ def tensors_of(site: AttentionSite, world_size: int, device: str) -> list[torch.
 
 
 def _step(
-    ranks: Ranks, site: AttentionSite, strategy: str, tensors: list[torch.Tensor], device: str
+    ranks: Ranks,
+    site: AttentionSite,
+    strategy: str,
+    kernels: str,
+    tensors: list[torch.Tensor],
+    device: str,
 ) -> Mapping[Direction, float]:
     """Milliseconds of one forward and, where the site trains, one backward."""
     assert ranks.group is not None, "a bench has a process group"
@@ -222,8 +231,9 @@ def _step(
 
     def forward() -> None:
         out = attention(
-            q, k, v, [], spec=spec, strategy=strategy, layout=layout, group=group, name=site.name
-        )
+            q, k, v, [], spec=spec, strategy=strategy, layout=layout, group=group, name=site.name,
+            kernels=kernels,
+        )  # fmt: skip
         made.append(out)
 
     taken_ms: dict[Direction, float] = {"forward": _together(forward, device)}

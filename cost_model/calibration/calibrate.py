@@ -40,7 +40,8 @@ from ringfx.cost_model.calibration.measure_links import (
 )
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
-from ringfx.cost_model.prediction.devices import device_name
+from ringfx.cost_model.prediction.devices import device_capability, device_name
+from ringfx.cost_model.prediction.kernel_choice import REFERENCE
 from ringfx.cost_model.prediction.profile import Collective, Direction, KernelRow, Profile, Scope
 
 __all__ = ["Measurements", "calibrate", "make_profile", "measure_layers"]
@@ -72,6 +73,8 @@ class Measurements:
     """By kernel and direction."""
     contention_ns_per_byte: float
     noise: float
+    capability: str = ""
+    """The card's, such as 9.0."""
 
 
 def calibrate(
@@ -137,6 +140,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         masked_ns_per_pair=masked,
         contention_ns_per_byte=contention,
         noise=_noise(device, effort),
+        capability=device_capability(device),
     )
 
 
@@ -249,6 +253,7 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
         noise=round(measured.noise, 3),
         date=measured.date,
+        capability=measured.capability,
         torch=torch.__version__.split("+")[0],
     )
     profile, layer_quality = fit_layers(measured.layers, bare)
@@ -256,7 +261,9 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
 
 
 def _fused(kernels: Iterable[KernelRow]) -> str:
-    return min({row.kernel for row in kernels} - {"math"}, default="math")
+    """The fastest in products."""
+    fused = [row for row in kernels if row.kernel != REFERENCE]
+    return max(fused, key=lambda row: row.gflops).kernel if fused else REFERENCE
 
 
 def _slug(measured: Measurements) -> str:

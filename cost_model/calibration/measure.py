@@ -18,7 +18,8 @@ from ringfx.cost_model.calibration.records import AttentionRecord
 from ringfx.cost_model.prediction.devices import device_name
 from ringfx.cost_model.prediction.profile import Direction
 from ringfx.ir import tiles
-from ringfx.ops.kernels.kernel import MATH, Kernel, Scores, choose
+from ringfx.ir.kernel_table import TABLE
+from ringfx.ops.kernels.kernel import MATH, Kernel, Scores, available
 
 __all__ = [
     "Effort",
@@ -103,10 +104,8 @@ SIZES = ((1, 64, EVEN), (4, 128, EVEN), (8, 32, EVEN), (8, 64, EVEN), (5, 72, OD
 
 
 def _kernels(device: str, dtype: str) -> dict[str, Kernel]:
-    """What layers run on this device, by name: in a ring, over gathered keys, and the reference."""
-    where, kind = torch.device(device), getattr(torch, dtype)
-    found = (choose(where, kind), choose(where, kind, gathered=True), MATH)
-    return {kernel.name: kernel for kernel in found}
+    """Every kernel that layers may run with on this device, by name, and the reference."""
+    return available(torch.device(device), getattr(torch, dtype)) | {MATH.name: MATH}
 
 
 def measure_kernel(device: str, case: KernelCase, effort: Effort) -> AttentionRecord:
@@ -212,8 +211,11 @@ def masked_ns_per_pair(
 ) -> float:
     """What a kernel takes longer for a pair where it is given a mask that hides half of the pairs.
 
-    Hidden ones cost more than others: the exponential of minus infinity is slow on a CPU.
+    Hidden ones cost more than others: the exponential of minus infinity is slow on a CPU. A kernel
+    that takes no mask is given none.
     """
+    if not TABLE[kernel_name].masks:
+        return 0.0
     case = KernelCase(
         kernel=kernel_name,
         dtype="float32",

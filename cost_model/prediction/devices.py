@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_name"]
+__all__ = ["device_capability", "device_name"]
 
 
 def device_name(device: str) -> str | None:
@@ -21,6 +21,13 @@ def device_name(device: str) -> str | None:
     if device == "cuda":
         return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return None
+
+
+def device_capability(device: str) -> str:
+    """Compute capability of the first visible GPU, such as 9.0; empty where there is none."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return ""
+    return "{}.{}".format(*torch.cuda.get_device_capability(0))
 
 
 def _cpu_name() -> str:

@@ -16,11 +16,11 @@ from math import lcm
 from typing import TypeAlias
 
 from ringfx.cost_model.prediction import footprint
+from ringfx.cost_model.prediction.kernel_choice import REFERENCE, picks
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.cost_model.prediction.rank_share import Local, local_share
 from ringfx.cost_model.prediction.terms import (
     handling_seconds,
-    kernel_name,
     kernel_seconds,
     message_seconds,
     stored_tile,
@@ -33,6 +33,7 @@ from ringfx.cost_model.prediction.work import (
     whole_work,
 )
 from ringfx.errors import ProfileError
+from ringfx.ir.kernel_table import KernelChoice, Pick
 from ringfx.ir.values import AttentionSite
 
 __all__ = ["FORMULAS", "Phase", "Prediction", "predict"]
@@ -64,6 +65,7 @@ class Prediction:
 
     strategy: str
     kernel: str
+    """``KernelChoice.text``: the fastest that admit it."""
     forward: Phase
     backward: Phase
     """All zero where nothing trains."""
@@ -97,25 +99,25 @@ class Prediction:
         return 1e3 * (self.forward.exposed_s + self.backward.exposed_s)
 
 
-Formula: TypeAlias = Callable[[Local, Profile, Direction], Phase]
-"""(one rank's share, constants, direction) -> seconds."""
+Formula: TypeAlias = Callable[[Local, Profile, Direction, Pick], Phase]
+"""(one rank's share, constants, direction, its kernels) -> seconds."""
 
 
-def simple(local: Local, profile: Profile, direction: Direction) -> Phase:
+def simple(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """A ring that waits: every message is exposed.
 
     forward     sum t_h + (p-1) m(KV)
     backward    sum t_h + (p-1) m(KV) + p m(dKV)     gradients go all the way round, home
     """
     p = local.world_size
-    hops = _hop_seconds(local, profile, "simple", direction)
+    hops = _hop_seconds(local, profile, pick, direction)
     messages_s = (p - 1) * _kv(local, profile)
     if direction == "backward":
         messages_s += p * _kv_gradients(local, profile)
     return Phase(compute_s=_sum(hops), communication_s=messages_s, exposed_s=messages_s)
 
 
-def production(local: Local, profile: Profile, direction: Direction) -> Phase:
+def production(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """A ring whose next block travels while the kernel works; it ends with the last hop needed.
 
     With the heads in N groups, each hop is N calls and N messages of 1/N of the bytes:
@@ -125,7 +127,7 @@ def production(local: Local, profile: Profile, direction: Direction) -> Phase:
                 hop before travel then; the last group's go home exposed, m(dKV) / N
     """
     groups = local.ring_groups
-    hops = _last_alone(_hop_seconds(local, profile, "production", direction, groups=groups))
+    hops = _last_alone(_hop_seconds(local, profile, pick, direction, groups=groups))
     num = len(hops)
     starts = accumulate((times for _, times in hops), initial=0)
     kv_bytes, gradient_bytes = _kv_bytes(local), _gradient_bytes(local)
@@ -163,7 +165,7 @@ def _last_alone(hops: Hops) -> Hops:
     return [*hops[:-1], *([(last_s, times - 1)] if times > 1 else []), (last_s, 1)]
 
 
-def collective(local: Local, profile: Profile, direction: Direction) -> Phase:
+def collective(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """K and V are gathered whole, then attended at once; their gradients are reduce-scattered.
 
     Where all of K and V is much, in N groups of heads, one after the other:
@@ -172,9 +174,8 @@ def collective(local: Local, profile: Profile, direction: Direction) -> Phase:
     backward    t + gather(KV) + scatter(dKV)
     """
     p, groups = local.world_size, local.gathered_groups
-    kernel = kernel_name(local.site, "collective", profile)
     work = gathered_work(local.site.spec, local.layout, p)
-    compute_s = max(_seconds(profile, kernel, local.site, w, direction, groups) for w in work)
+    compute_s = max(_seconds(profile, pick, local.site, w, direction, groups) for w in work)
     others = (p - 1) * local.kv_items / groups
     messages_s = groups * message_seconds(profile, "all_gather", p, others * local.itemsize)
     if direction == "backward":
@@ -183,15 +184,14 @@ def collective(local: Local, profile: Profile, direction: Direction) -> Phase:
     return Phase(compute_s=compute_s, communication_s=messages_s, exposed_s=messages_s)
 
 
-def ulysses(local: Local, profile: Profile, direction: Direction) -> Phase:
+def ulysses(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """Tokens for heads, whole sequences at once, and back; K/V heads repeated until p divides them.
 
     forward     t + x(q) + x(k) + x(v) + x(out, lse)
     backward    t + x(q, out, dout, lse) + x(k) + x(v) + x(dq) + x(dk) + x(dv)
     """
     site, p = local.site, local.world_size
-    kernel = kernel_name(site, "ulysses", profile)
-    compute_s = kernel_seconds(profile, kernel, site, whole_work(site.spec), direction, 1 / p)
+    compute_s = kernel_seconds(profile, pick, site, whole_work(site.spec), direction, 1 / p)
     messages = _exchanged_forward(local) if direction == "forward" else _exchanged_backward(local)
     sent = (p - 1) / p
     messages_s = sum(message_seconds(profile, "all_to_all", p, sent * size) for size in messages)
@@ -235,17 +235,16 @@ FORMULAS: Mapping[str, Formula] = {
 def _hop_seconds(
     local: Local,
     profile: Profile,
-    strategy: str,
+    pick: Pick,
     direction: Direction,
     *,
     groups: int = 1,
 ) -> Hops:
     """The slowest rank's kernel time of each hop that the mask leaves."""
-    kernel = kernel_name(local.site, strategy, profile)
-    tile = stored_tile(local.site) if kernel == "math" else MASKED_TILE
+    tile = stored_tile(local.site) if pick.plain == REFERENCE else MASKED_TILE
     table = ring_work(local.site.spec, local.layout, local.world_size, tile)
     slowest = (
-        max(_seconds(profile, kernel, local.site, work, direction, groups) for work in column)
+        max(_seconds(profile, pick, local.site, work, direction, groups) for work in column)
         for column in zip(*table.rows, strict=True)
     )
     return list(zip(slowest, table.times, strict=True))
@@ -253,7 +252,7 @@ def _hop_seconds(
 
 def _seconds(
     profile: Profile,
-    kernel: str,
+    pick: Pick,
     site: AttentionSite,
     work: Work,
     direction: Direction,
@@ -262,7 +261,7 @@ def _seconds(
     """Kernel time with the heads in groups: as many calls as groups, each on its share."""
     if not work.calls:
         return 0.0
-    return groups * kernel_seconds(profile, kernel, site, work, direction, 1 / groups)
+    return groups * kernel_seconds(profile, pick, site, work, direction, 1 / groups)
 
 
 def _kv_bytes(local: Local) -> int:
@@ -298,11 +297,10 @@ def predict(site: AttentionSite, strategy: str, world_size: int, profile: Profil
     local = local_share(site, world_size)
     if profile.kind == "observed":
         return _observed(local, profile, strategy)
-    forward = _phase(local, profile, strategy, "forward")
-    backward = _phase(local, profile, strategy, "backward") if site.trains else Phase()
+    kernels, forward, backward = _fastest(local, profile, strategy)
     return Prediction(
         strategy=strategy,
-        kernel=kernel_name(site, strategy, profile),
+        kernel=kernels.text,
         forward=forward,
         backward=backward,
         saved_bytes=local.saved_bytes,
@@ -311,24 +309,47 @@ def predict(site: AttentionSite, strategy: str, world_size: int, profile: Profil
     )
 
 
-def _phase(local: Local, profile: Profile, strategy: str, direction: Direction) -> Phase:
-    """The strategy's formula, or the local kernel's, and what any layer costs."""
+def _fastest(local: Local, profile: Profile, strategy: str) -> tuple[KernelChoice, Phase, Phase]:
+    """The kernels that take least time, forward and backward, and how long."""
+    forwards = _phases(local, profile, strategy, "forward")
+    if not local.site.trains:
+        phase, pick = min(forwards, key=_order)
+        return KernelChoice(forward=pick, backward=pick), phase, Phase()
+    backwards = _phases(local, profile, strategy, "backward")
+    able = [
+        (there, back, choice)
+        for there, forward in forwards
+        for back, backward in backwards
+        if (choice := KernelChoice(forward=forward, backward=backward)).can_run_together
+    ]
+    there, back, choice = min(able, key=lambda row: _order((row[0] + row[1], None)))
+    return choice, there, back
+
+
+def _order(row: tuple[Phase, object]) -> tuple[float, float]:
+    """What hides behind messages is less all the same."""
+    return row[0].total_s, row[0].compute_s
+
+
+def _phases(
+    local: Local, profile: Profile, strategy: str, direction: Direction
+) -> list[tuple[Phase, Pick]]:
+    """For each kernel: the strategy's formula, or the local kernel's, and what any layer costs."""
     is_split = local.world_size > 1
-    formula = FORMULAS[strategy] if is_split else _local_kernel(strategy)
+    formula = FORMULAS[strategy] if is_split else _local_kernel
     layer_us = profile.overhead_us(strategy if is_split else "local", direction)
     handling_s = handling_seconds(profile, footprint.held_bytes(local, strategy, direction))
-    return formula(local, profile, direction) + Phase(compute_s=layer_us / 1e6 + handling_s)
+    any_layer = Phase(compute_s=layer_us / 1e6 + handling_s)
+    return [
+        (formula(local, profile, direction, pick) + any_layer, pick)
+        for pick in picks(local.site, strategy, profile, direction)
+    ]
 
 
-def _local_kernel(strategy: str) -> Formula:
+def _local_kernel(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """One rank: the strategy's kernel over the whole sequence, and nothing is sent."""
-
-    def formula(local: Local, profile: Profile, direction: Direction) -> Phase:
-        kernel = kernel_name(local.site, strategy, profile)
-        work = whole_work(local.site.spec)
-        return Phase(compute_s=kernel_seconds(profile, kernel, local.site, work, direction))
-
-    return formula
+    work = whole_work(local.site.spec)
+    return Phase(compute_s=kernel_seconds(profile, pick, local.site, work, direction))
 
 
 def _observed(local: Local, profile: Profile, strategy: str) -> Prediction:
@@ -349,7 +370,7 @@ def _observed(local: Local, profile: Profile, strategy: str) -> Prediction:
     work = Work(calls=1, pairs=rows * (1.0 if strategy == "simple" else local.site.density))
     scores = local.site.batch * local.site.heads * rows * local.itemsize
     needed = row.base_bytes + row.tensors * local.q_items * local.itemsize + row.scores * scores
-    seconds = kernel_seconds(profile, strategy, local.site, work, "forward")
+    seconds = kernel_seconds(profile, Pick(strategy), local.site, work, "forward")
     return Prediction(
         strategy=strategy,
         kernel=strategy,

@@ -68,6 +68,7 @@ Kind = Literal["measured", "published", "assumed", "observed"]
 """observed: fitted to whole strategies of other code; only for one rank, never found by itself."""
 
 
+Capability: TypeAlias = Annotated[str, Field(pattern=r"^([1-9][0-9]?\.[0-9])?$")]
 PeakBytes: TypeAlias = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
 
 
@@ -150,7 +151,7 @@ class Profile:
     """Speed at which one rank reads and writes its own memory; None where nobody measured it."""
     memory_origin: SomeText
     fused_kernel: Name
-    """The kernel of dtypes that have no row of another kernel than ``math``."""
+    """The kernel whose rows stand in for one that has none."""
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
     mask_ns_per_pair: UnitCost = 0.0
@@ -170,6 +171,8 @@ class Profile:
     """Times whose ratio is below this are ties: the spread of a thing measured against itself."""
     date: Date = ""
     """When it was measured or put together, as 2026-11-23; empty: nobody knows."""
+    capability: Capability = ""
+    """The card's compute capability, such as 9.0; empty: unknown, or no card."""
     torch: Text = ""
     """The version of torch that it was measured with."""
     held_out: Text = ""

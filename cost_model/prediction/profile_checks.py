@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ringfx.ir.kernel_table import TABLE
 from ringfx.ir.strategies import STRATEGIES
-from ringfx.ops.kernels.kernel import KERNELS
 
 if TYPE_CHECKING:
     from ringfx.cost_model.prediction.profile import Profile
@@ -24,7 +24,7 @@ def problems(profile: Profile) -> Iterator[str]:
     if not kernels:
         yield "kernels has no row"
     observed = profile.kind == "observed"
-    yield from _unknown("kernels", {row.kernel for row in profile.kernels}, KERNELS, observed)
+    yield from _unknown("kernels", {row.kernel for row in profile.kernels}, tuple(TABLE), observed)
     yield from _unknown("overheads", {row.strategy for row in profile.overheads}, ("local",), True)
     yield from _unknown("memory", {row.strategy for row in profile.memory}, (), True)
     if not observed:

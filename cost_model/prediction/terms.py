@@ -14,15 +14,16 @@ With b batch, h heads, g K/V heads, head dims d (q, k) and e (v), for c calls ov
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from ringfx.cost_model.prediction.kernel_choice import REFERENCE, priced_as
 from ringfx.cost_model.prediction.profile import Collective, Direction, Profile
 from ringfx.cost_model.prediction.work import MASKED_TILE, Work
+from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite
-from ringfx.ops.kernels.kernel import GATHERED_KERNELS
 
 __all__ = [
     "accumulator_bytes",
@@ -30,7 +31,6 @@ __all__ = [
     "flops_per_pair",
     "handling_seconds",
     "itemsize",
-    "kernel_name",
     "kernel_seconds",
     "message_seconds",
     "message_steps",
@@ -56,17 +56,6 @@ def accumulator_bytes(site: AttentionSite) -> int:
     return 8 if site.dtype == "float64" else 4
 
 
-def kernel_name(site: AttentionSite, strategy: str, profile: Profile) -> str:
-    """The kernel that will run: ``ringfx.ops.kernels.choose`` decides likewise."""
-    if strategy == "simple" or site.spec.soft_cap is not None:
-        return "math"
-    fused = [r.kernel for r in profile.kernels if r.dtype == site.dtype and r.kernel != "math"]
-    gathered = [name for name in fused if name in GATHERED_KERNELS]
-    if strategy == "collective" and gathered:
-        return gathered[0]
-    return next((name for name in fused if name not in gathered), profile.fused_kernel)
-
-
 def stored_tile(site: AttentionSite) -> int:
     """Side of the tiles of a kernel that keeps its scores."""
     most = STORED_SCORES.get(site.device, STORED_SCORES_ELSEWHERE)
@@ -78,28 +67,73 @@ def stored_tile(site: AttentionSite) -> int:
 
 def kernel_seconds(
     profile: Profile,
-    kernel: str,
+    pick: Pick,
     site: AttentionSite,
     work: Work,
     direction: Direction,
     head_share: float = 1.0,
 ) -> float:
-    """Time of a kernel's calls on one rank, with what is added up between them.
+    """Time of the kernels' calls on one rank, with what is added up between them.
 
     Parameters
     ----------
     head_share
         The part of all heads that this rank computes.
     """
-    row = profile.kernel(kernel, site.dtype, direction)
     heads = site.batch * site.heads * head_share
-    calls, pairs, masked_pairs = work.calls, work.pairs, work.masked_pairs
     side = MASKED_TILE
-    if kernel == "math":
+    if pick.plain == REFERENCE:
         side = stored_tile(site)
-        calls = max(calls, pairs / side**2)
-        work = replace(work, q_rows=max(work.q_rows, pairs / side))
-        work = replace(work, k_rows=max(work.k_rows, pairs / side))
+        work = _in_tiles(work, side)
+    calls_s = sum(
+        _calls_seconds(profile, kernel, site, part, direction, heads, side)
+        for kernel, part in _parts(pick, work)
+    )
+    masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
+    masks_s += work.masked_pairs / side**2 * profile.mask_us_per_tile / 1e6
+    merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
+    return calls_s + masks_s + merging
+
+
+def _parts(pick: Pick, work: Work) -> Sequence[tuple[str, Work]]:
+    """What each kernel of a direction computes."""
+    if not pick.masked or not work.masked_pairs:
+        return ((pick.plain, work),)
+    if work.masked_pairs >= work.pairs:
+        return ((pick.masked, work),)
+    masked = Work(calls=work.masked_calls, pairs=work.masked_pairs, masked_pairs=work.masked_pairs)
+    rest = replace(
+        work,
+        calls=work.calls - work.masked_calls,
+        pairs=work.pairs - work.masked_pairs,
+        masked_pairs=0.0,
+    )
+    return ((pick.plain, rest), (pick.masked, masked))
+
+
+def _in_tiles(work: Work, side: int) -> Work:
+    """The same work of a kernel that keeps its scores, and therefore runs in tiles."""
+    return replace(
+        work,
+        calls=max(work.calls, work.pairs / side**2),
+        q_rows=max(work.q_rows, work.pairs / side),
+        k_rows=max(work.k_rows, work.pairs / side),
+    )
+
+
+def _calls_seconds(
+    profile: Profile,
+    kernel: str,
+    site: AttentionSite,
+    work: Work,
+    direction: Direction,
+    heads: float,
+    side: int,
+) -> float:
+    """Time of one kernel's calls alone."""
+    row = profile.kernel(priced_as(profile, kernel), site.dtype, direction)
+    pairs, masked_pairs = work.pairs, work.masked_pairs
+    if kernel == REFERENCE:
         pairs += work.causal_rows * side / 2
         masked_pairs += work.causal_rows * side
     elif work.diagonals:
@@ -108,11 +142,8 @@ def kernel_seconds(
     flops = flops_per_pair(site.head_dim, site.v_head_dim, direction) * pairs
     per_head = flops / (row.gflops * 1e9) + pairs * row.ns_per_pair / 1e9
     per_head += masked_pairs * row.masked_ns_per_pair / 1e9
-    masks_s = work.masked_pairs * profile.mask_ns_per_pair / 1e9
-    masks_s += work.masked_pairs / side**2 * profile.mask_us_per_tile / 1e6
-    merging = copy_seconds(profile, PASSES * _merged_bytes(site, work, direction) * head_share)
     call_us = row.call_us + (profile.merge_us if direction == "forward" else 0.0)
-    return calls * call_us / 1e6 + heads * per_head + masks_s + merging
+    return work.calls * call_us / 1e6 + heads * per_head
 
 
 BLOCKS: Mapping[str, tuple[int, int]] = {"cpu_flash": (256, 512)}

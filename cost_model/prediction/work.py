@@ -56,6 +56,8 @@ class Work:
     most_keys: int = 0
     most_masked: int = 0
     """Pairs of one call whose mask is evaluated."""
+    masked_calls: float = 0.0
+    """Of the calls those whose mask is evaluated."""
 
     def __add__(self, other: Work) -> Work:
         """Both one after the other: calls add up, and the largest stays the largest."""
@@ -70,6 +72,7 @@ class Work:
             most_queries=max(self.most_queries, other.most_queries),
             most_keys=max(self.most_keys, other.most_keys),
             most_masked=max(self.most_masked, other.most_masked),
+            masked_calls=self.masked_calls + other.masked_calls,
         )
 
 
@@ -184,8 +187,9 @@ def _work(piece: Piece, masked: bool) -> Work:
     is_masked = masked or piece.keep is not None
     most_queries, most_keys = (min(x, MASKED_TILE) if is_masked else x for x in (q, k))
     times = piece.times
+    calls = times * (max(1.0, area / MASKED_TILE**2) if masked else 1.0)
     return Work(
-        calls=times * (max(1.0, area / MASKED_TILE**2) if masked else 1.0),
+        calls=calls,
         pairs=times * pairs,
         masked_pairs=times * pairs if is_masked else 0.0,
         diagonals=times if piece.causal else 0.0,
@@ -195,4 +199,5 @@ def _work(piece: Piece, masked: bool) -> Work:
         most_queries=most_queries,
         most_keys=most_keys,
         most_masked=most_queries * most_keys if is_masked else 0,
+        masked_calls=calls if is_masked else 0.0,
     )

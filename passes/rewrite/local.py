@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def rewrite(
     strategies: Mapping[str, str],
     *,
     group: str,
+    kernels: Mapping[str, str] = MappingProxyType({}),
 ) -> LocalProgram:
     """The local program.
 
@@ -86,18 +88,26 @@ def rewrite(
         Canonical node name -> strategy.
     group
         Name of the process group that the sequence is split over; "" for one rank.
+    kernels
+        Canonical node name -> the kernels that the plan counts on.
     """
-    return _Rewriter(captured, placement, strategies, group).run()
+    return _Rewriter(captured, placement, strategies, group, kernels).run()
 
 
 class _Rewriter:
     def __init__(
-        self, captured: Captured, placement: Placement, strategies: Mapping[str, str], group: str
+        self,
+        captured: Captured,
+        placement: Placement,
+        strategies: Mapping[str, str],
+        group: str,
+        kernels: Mapping[str, str],
     ) -> None:
         self.captured = captured
         self.placement = placement
         self.strategies = strategies
         self.group = group
+        self.kernels = kernels
         self.graph = Graph()
         self.natural: dict[Node, Node] = {}
         self.crossings = Crossings(self.graph, placement, self.natural, group)
@@ -174,6 +184,7 @@ class _Rewriter:
         q, k, v, *inputs = operands
         kwargs = dict(node.kwargs)
         kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
+        kwargs["kernels"] = self.kernels.get(node.name, "")
         layout: LayoutKind = "contiguous"
         spec = AttentionSpec.from_json(str(kwargs["spec"]))
         own: set[int] = set()

@@ -24,7 +24,7 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.backward = staticmethod(not_traced(cls.backward))
+        cls.backward = staticmethod(not_traced(cls.backward))  # type: ignore[method-assign]
 
 
 def register_autograd(operator: Any, backward: Callable[..., Any], **kwargs: Any) -> None:

@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.autograd.profiler import record_function
@@ -25,6 +25,8 @@ class LayerStats:
 
     kernel: str = ""
     """The local kernel that ran last."""
+    ran: Mapping[str, str] = field(default_factory=dict)
+    """For each kernel that a plan named what ran: attentions of one name may differ in it."""
     forwards: int = 0
     backwards: int = 0
     tiles: int = 0

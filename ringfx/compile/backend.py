@@ -38,9 +38,10 @@ from ringfx.errors import (
     VerificationError,
 )
 from ringfx.failures.channel import shared_call
-from ringfx.ir.plan import Plan, joined
+from ringfx.ir.plan import LayerPlan, Plan, joined
 from ringfx.ir.tiles.words import WHOLE_MASK
 from ringfx.ir.values import Arrival, Resharding
+from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.capture.trace import input_name
@@ -380,13 +381,25 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
 
 def other_kernels(plan: Plan) -> list[str]:
     """What to say where a layer ran another kernel than the plan's times were made for."""
-    ran = {name: found.kernel for name, found in snapshot().items()}
+    stats = snapshot()
+    pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
+    others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
-        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran[layer.name]} ran; "
-        "its predicted times do not hold. Do: run `ringfx calibrate` on this machine."
-        for layer in plan.layers
-        if ran.get(layer.name) and ran[layer.name] != layer.kernel
+        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
+        f"{_refused(layer)}; its predicted times do not hold. Do: run `ringfx calibrate` on this "
+        "machine."
+        for layer, ran in others
     ]
+
+
+def _refused(layer: LayerPlan) -> str:
+    """Why the planned kernel cannot run on this machine's card, in brackets."""
+    site = layer.site
+    whys = why_not(
+        layer.kernel, torch.device(site.device), getattr(torch, site.dtype),
+        gathered=layer.strategy == "collective", head_dim=max(site.head_dim, site.v_head_dim),
+    )  # fmt: skip
+    return f" ({'; '.join(whys)})" if whys else ""
 
 
 def no_attention_text(plans: Sequence[Plan]) -> str:

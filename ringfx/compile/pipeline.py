@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import left_alone
 from ringfx.compile.settings import Settings
-from ringfx.cost_model import alive_in, choose, load_profile, outside_ms
+from ringfx.cost_model import alive_in, choose, load_profile, outside_ms, unpriced
 from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.tiles.words import whole_text
@@ -114,7 +114,8 @@ def _lowered(
 
     dtypes = {site.dtype for site in sites.found}
     strategies = {x.site.node: x.strategy for x in layers if not x.is_replicated}
-    local = rewrite(captured, placement, strategies, group=world.group)
+    kernels = {x.site.node: x.kernel for x in layers}
+    local = rewrite(captured, placement, strategies, group=world.group, kernels=kernels)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
 
@@ -125,7 +126,7 @@ def _lowered(
         axes=_token_axes(local), reshardings=local.reshardings,
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=alive.plan({layer.site.node: layer for layer in layers}),
-        notes=(*profile.notes, *profile.missing_rows(dtypes), *unknown,
+        notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile), *unknown,
                *_whole_masks(sites, local, world), *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(

@@ -24,6 +24,7 @@ from ringfx.validation.fields import (
     Count,
     Date,
     DeviceType,
+    Kernels,
     Milliseconds,
     Name,
     Power,
@@ -57,8 +58,10 @@ class LayerPlan:
     strategy: Name
     reason: Text
     """Why this strategy, in words, with the numbers compared."""
-    kernel: Name
-    """The attention kernel that the plan counts on, such as ``flash``."""
+    kernel: Kernels
+    """The attention kernels that the plan counts on and the run takes, the fastest of the profile
+    that admit the layer: ``cuda_cudnn``, or for each direction and for masked pieces another
+    (``ringfx.ir.kernel_table.KernelChoice`` reads it)."""
     forward_ms: Milliseconds
     backward_ms: Milliseconds
     compute_ms: Milliseconds

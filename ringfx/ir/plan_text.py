@@ -21,6 +21,7 @@ __all__ = [
     "FoldedLayers",
     "fold",
     "fold_names",
+    "kernel_words",
     "render",
     "table_lines",
     "to_text",
@@ -223,8 +224,14 @@ def _attention_words(layer: LayerPlan) -> str:
     batch = f"{site.batch} x " if site.batch != 1 else ""
     return (
         f"{layer.mask}; {batch}{tokens} tokens, {heads} heads of {dims}, {site.dtype};"
-        f" {layer.kernel} kernel"
+        f" {kernel_words(layer)}"
     )
+
+
+def kernel_words(layer: LayerPlan) -> str:
+    """Such as ``cuda_flash kernel``."""
+    is_one = layer.kernel.isidentifier()
+    return f"{layer.kernel} kernel" if is_one else f"kernels: {layer.kernel}"
 
 
 def _short_source(source: str) -> str:

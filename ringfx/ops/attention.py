@@ -70,6 +70,7 @@ def attention(
     layout: str,
     group: str,
     name: str = "",
+    kernels: str = "",
 ) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks.
 
@@ -92,6 +93,8 @@ def attention(
         Name of the process group; "" for one rank alone.
     name
         The layer, for error texts.
+    kernels
+        The kernels that the plan counts on (``KernelChoice.text``); "": there is no plan.
 
     Returns
     -------
@@ -104,7 +107,8 @@ def attention(
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     # A model may keep an index table or a mask on the CPU, and read it from another device.
     captured = [x.to(q.device) for x in inputs]
-    out, _ = torch.ops.ringfx.attention(q, k, v, captured, spec, strategy, layout, group, name)
+    settings = (spec, strategy, layout, group, name, kernels)
+    out, _ = torch.ops.ringfx.attention(q, k, v, captured, *settings)
     result: Tensor = out
     return result
 
@@ -120,9 +124,11 @@ def _attention(
     layout: str,
     group: str,
     name: str,
+    kernels: str,
 ) -> tuple[Tensor, Tensor]:
+    settings = (spec, strategy, layout, group, name, kernels)
     with _plain_arithmetic(q):
-        problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, ())
+        problem, sinks_H = _problem(q, k, v, inputs, *settings, ())
         implementation = _implementation(problem, strategy)
         problem.stats.forwards += 1
         out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
@@ -148,6 +154,7 @@ def _(
     layout: str,
     group: str,
     name: str,
+    kernels: str,
 ) -> tuple[Tensor, Tensor]:
     B, H, Q, _ = q.shape
     has_bias = AttentionSpec.from_json(spec).bias is not None
@@ -172,10 +179,12 @@ def _attention_backward(
     layout: str,
     group: str,
     name: str,
+    kernels: str,
 ) -> list[Tensor]:
     """dq, dk, dv and the gradients of the inputs at the positions in ``wanted``."""
+    settings = (spec, strategy, layout, group, name, kernels)
     with _plain_arithmetic(q):
-        problem, sinks_H = _problem(q, k, v, inputs, spec, strategy, layout, group, name, wanted)
+        problem, sinks_H = _problem(q, k, v, inputs, *settings, wanted)
         implementation = _implementation(problem, strategy)
         problem.stats.backwards += 1
         if _may_lose_digits(problem, q):
@@ -220,16 +229,17 @@ def _(
     layout: str,
     group: str,
     name: str,
+    kernels: str,
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (q, k, v, *(inputs[i] for i in wanted))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captured, spec, strategy, layout, group, name = inputs
+    q, k, v, captured, *settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, *captured)
-    ctx.settings = (spec, strategy, layout, group, name)
+    ctx.settings = tuple(settings)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
@@ -272,6 +282,7 @@ def _problem(
     layout: str,
     group: str,
     name: str,
+    kernels: str,
     wanted: Sequence[int],
 ) -> tuple[Problem, Tensor | None]:
     """The call as a value, checked, and the sinks apart from the other captured tensors."""
@@ -291,9 +302,13 @@ def _problem(
         soft_cap=spec.soft_cap is not None,
         math_only=strategy == "simple" or bool(bias_grads),
         gathered=strategy == "collective",
+        head_dim=max(q.shape[3], v.shape[3]),
+        named=kernels,
     )
     found = stats.layer(name)
     found.kernel = kernel.name
+    if kernels and not bias_grads and found.ran.get(kernels) != kernel.name:
+        found.ran = {**found.ran, kernels: kernel.name}
     problem = Problem(
         spec=spec,
         inputs=captured,

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from ringfx.errors import RingfxError
 from ringfx.ir.plan import MemoryPart, Plan
-from ringfx.ir.plan_text import FoldedLayers, fold
+from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms
@@ -106,7 +106,7 @@ def _layer_row(group: FoldedLayers) -> str:
     times = (layer.compute_ms, layer.communication_ms, layer.exposed_ms, layer.total_ms)
     cells = "".join(f"<td>{format_ms(ms)}" for ms in times)
     count = f"{len(group.layers)} x " if len(group.layers) > 1 else ""
-    found = f"{count}{layer.mask}; {layer.found_by} at {layer.source}"
+    found = f"{count}{layer.mask}; {kernel_words(layer)}; {layer.found_by} at {layer.source}"
     found += f"; split along {layer.axis}" if layer.axis else ""
     return (
         f"<tr><td><b>{escape(group.name)}</b><br><small>{escape(found)}</small>"

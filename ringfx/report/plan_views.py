@@ -134,9 +134,12 @@ def _layer_change(group: FoldedLayers, previous: Sequence[LayerPlan]) -> str:
     else:
         strategy = f"{strategies} -> {layer.strategy}"
     times = (format_ms(old.total_ms), format_ms(layer.total_ms))
-    if strategies == layer.strategy and times[0] == times[1]:
+    kernels = "/".join(dict.fromkeys(x.kernel for x in previous))
+    is_other = kernels != layer.kernel
+    if strategies == layer.strategy and times[0] == times[1] and not is_other:
         return ""
-    return f"{group.name}: {strategy}, {times[0]} -> {times[1]}"
+    kernel = f", {kernels} -> {layer.kernel}" if is_other else ""
+    return f"{group.name}: {strategy}{kernel}, {times[0]} -> {times[1]}"
 
 
 def _total_changes(before: Plan, after: Plan) -> Iterator[str]:

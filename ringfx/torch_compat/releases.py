@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import attention
 from torch.utils.checkpoint import SelectiveCheckpointContext
 
-__all__ = ["ISOLATED", "all_gather_single", "asked_by_policy", "reduce_scatter_single"]
+__all__ = [
+    "ISOLATED", "all_gather_single", "asked_by_policy", "reduce_scatter_single",
+    "restore_flash_attention",
+]  # fmt: skip
 
 
 def _takes(function: Any, name: str) -> bool:
@@ -34,3 +38,10 @@ def asked_by_policy(result: Any) -> SelectiveCheckpointContext:
     """What a policy of selective checkpointing is shown; since 2.13 the operator's result too."""
     shown = {"op_output": result} if _SHOWS_OUTPUT else {}
     return SelectiveCheckpointContext(is_recompute=False, **shown)
+
+
+def restore_flash_attention() -> None:
+    """FlashAttention 2 behind torch's flash operators again; not every release has a way back."""
+    restore: Any = getattr(attention, "restore_flash_attention_impl", None)
+    if restore is not None:
+        restore()

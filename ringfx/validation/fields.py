@@ -21,6 +21,7 @@ __all__ = [
     "DeviceType",
     "Finite",
     "FloatDtype",
+    "Kernels",
     "Level",
     "Milliseconds",
     "Name",
@@ -63,6 +64,11 @@ _PRINTED = r"[^\x00-\x08\x0b-\x1f\x7f]"
 Text: TypeAlias = Annotated[str, Field(pattern=rf"^{_PRINTED}*$")]
 """Without control characters but for tabs and line ends; it may be empty."""
 SomeText: TypeAlias = Annotated[str, Field(pattern=rf"^{_PRINTED}+$")]
+_PICK = r"[A-Za-z_][\w.\-]*( \(masked: [A-Za-z_][\w.\-]*\))?"
+Kernels: TypeAlias = Annotated[
+    str, Field(pattern=rf"^{_PICK}( forward, {_PICK} backward)?$", max_length=400)
+]
+"""Such as ``cuda_flash``, ``cuda_cudnn (masked: cuda_efficient) forward, cuda_flash backward``."""
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.\-]*$", max_length=200)]
 DeviceType: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 """Such as ``cpu``, ``cuda``."""

@@ -41,7 +41,7 @@ from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.settings import Settings
 from ringfx.errors import RingfxError
-from ringfx.ir.values import AttentionSite
+from ringfx.ir.plan import LayerPlan
 from ringfx.ops.kernels.kernel import Scores, choose
 from ringfx.passes.capture.trace import keep_value
 from ringfx.passes.verify.check import _fake_inputs
@@ -158,7 +158,7 @@ def _problems(program: Lowered) -> Iterator[str]:
         if text not in own:
             yield f"{text} ({count} times)"
     for layer in program.plan.layers:
-        yield from _refused(layer.site, mode)
+        yield from _refused(layer, mode)
 
 
 def _watched(
@@ -172,15 +172,19 @@ def _watched(
     return watch.problems
 
 
-def _refused(site: AttentionSite, mode: FakeTensorMode) -> Iterator[str]:
+def _refused(layer: LayerPlan, mode: FakeTensorMode) -> Iterator[str]:
     """The chosen kernel's calls on one rank's tokens."""
+    site = layer.site
     dtype = getattr(torch, site.dtype)
     if site.device != "cuda":
         yield f"{site.name}: attention is on {site.device}"
         return
     with mode:
         queries, keys = (max(1, n // RANKS) for n in (site.spec.q_len, site.spec.kv_len))
-        kernel = choose(CUDA, dtype, soft_cap=site.spec.soft_cap is not None)
+        kernel = choose(
+            CUDA, dtype, soft_cap=site.spec.soft_cap is not None, named=layer.kernel,
+            head_dim=max(site.head_dim, site.v_head_dim), gathered=layer.strategy == "collective",
+        )  # fmt: skip
         q, k, v, dout = (
             torch.empty(site.batch, heads, length, width, dtype=dtype, device=CUDA)
             for heads, length, width in (

@@ -38,7 +38,7 @@ def test_opcheck(example: Any) -> None:
     inputs = [
         x.requires_grad_(example.trains_inputs and x.is_floating_point()) for x in found.inputs
     ]
-    settings = (example.spec.to_json(), example.strategy, example.layout, "", "layer")
+    settings = (example.spec.to_json(), example.strategy, example.layout, "", "layer", "")
     torch.library.opcheck(torch.ops.ringfx.attention.default, (q, k, v, inputs, *settings))
 
 

@@ -27,17 +27,17 @@ from ringfx.ops.kernels.logsumexp import is_deep, stepped
 
 __all__ = [
     "CPU_FLASH",
-    "GATHERED_KERNELS",
-    "KERNELS",
     "MATH",
     "Kernel",
     "Scores",
     "accumulation_dtype",
+    "available",
     "choose",
     "computed_in",
     "finite",
     "math_backward",
     "same_head_dims",
+    "why_not",
 ]
 
 aten = torch.ops.aten
@@ -76,16 +76,6 @@ class Kernel:
     """Whether a tile's scores are kept in memory, so that tiles must be bounded."""
 
 
-KERNELS = (
-    "math", "cpu_flash", "cuda_flash", "cuda_flash3", "cuda_efficient", "cuda_cudnn",
-    "cuda_xformers",
-)  # fmt: skip
-"""The names of all kernels."""
-
-GATHERED_KERNELS = frozenset({"cuda_xformers"})
-"""Kernels that are taken only where one call meets all keys."""
-
-
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -93,10 +83,19 @@ def choose(
     soft_cap: bool = False,
     math_only: bool = False,
     gathered: bool = False,
+    head_dim: int = 0,
+    named: str = "",
 ) -> Kernel:
-    """The kernel for a device: the fastest that returns a logsumexp and can do what is asked.
+    """The kernel for a device that returns a logsumexp and can do what is asked.
 
-    ``gathered``: one call meets all keys, as in the collective strategy.
+    Parameters
+    ----------
+    gathered
+        One call meets all keys, as in the collective strategy.
+    head_dim
+        The larger of those of q and of v.
+    named
+        What the plan counts on (``KernelChoice.text``): it is taken wherever it can run here.
     """
     if math_only or soft_cap:
         return MATH
@@ -105,8 +104,30 @@ def choose(
     if device.type == "cuda":
         from ringfx.ops.kernels import cuda
 
-        return cuda.choose(device, dtype, gathered=gathered)
+        return cuda.choose(device, dtype, gathered=gathered, head_dim=head_dim, named=named)
     return MATH
+
+
+def available(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
+    """Every kernel of a device that can run here, by name, for a type."""
+    if device.type == "cpu":
+        return {CPU_FLASH.name: CPU_FLASH}
+    if device.type == "cuda":
+        from ringfx.ops.kernels import cuda
+
+        return cuda.available(device, dtype)
+    return {MATH.name: MATH}
+
+
+def why_not(
+    named: str, device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int
+) -> tuple[str, ...]:
+    """Why kernels that a plan named cannot run on a GPU, one text each; none where all can."""
+    if device.type != "cuda":
+        return ()
+    from ringfx.ops.kernels import cuda
+
+    return cuda.refusals(named, device, dtype, gathered=gathered, head_dim=head_dim)
 
 
 # --- math: the reference ------------------------------------------------------------------------

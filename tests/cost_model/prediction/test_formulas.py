@@ -75,7 +75,7 @@ def test_a_slower_link_never_helps_and_in_the_end_hurts(strategy: str) -> None:
 def test_one_rank_sends_nothing_and_runs_its_kernel_over_the_whole_sequence(strategy: str) -> None:
     alone = predict(full_site(), strategy, 1, H100)
     assert alone.communication_ms == alone.exposed_ms == 0
-    assert alone.kernel == ("math" if strategy == "simple" else "cuda_flash")
+    assert alone.kernel == ("math" if strategy == "simple" else "cuda_cudnn")
     if strategy != "simple":
         assert alone == replace(predict(full_site(), "production", 1, H100), strategy=strategy)
 
@@ -125,7 +125,8 @@ def test_a_window_costs_what_it_keeps_and_its_ring_is_short() -> None:
     site = causal_site(tokens=2**17, spec=spec, balanced=True, density=4096 / 2**17)
     causal = predict(causal_site(tokens=2**17), "production", 8, H100)
     narrow = predict(site, "production", 8, H100)
-    assert narrow.compute_ms < causal.compute_ms / 8
+    # Of 16 times fewer pairs the masked edges run in a kernel of a third of the rate.
+    assert narrow.compute_ms < causal.compute_ms / 7
     assert narrow.communication_ms < causal.communication_ms / 3
     assert predict(site, "simple", 8, H100).communication_ms > narrow.communication_ms
 

@@ -1,90 +1,202 @@
 """The fused kernels of an NVIDIA GPU, and which one is taken.
 
-All return the natural logarithm of the softmax's sum. A table row says where a kernel is admitted;
-the first row that admits wins. Pieces that need a mask go to the efficient kernel.
+All return the natural logarithm of the softmax's sum. What the plan named is taken where the table
+of kernels (``ringfx.ir.kernel_table``) and this machine admit it, else the next of the table that
+they admit; what ``RINGFX_CUDA_KERNEL`` names is taken or refused.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 
 from ringfx.errors import RingfxError
+from ringfx.ir.kernel_table import (
+    KERNEL_VARIABLE,
+    TABLE,
+    Call,
+    KernelChoice,
+    Limits,
+    Pick,
+    forced_kernel,
+)
 from ringfx.ops.kernels.cuda import cudnn, flash, xformers
 from ringfx.ops.kernels.cuda.efficient import EFFICIENT
-from ringfx.ops.kernels.kernel import GATHERED_KERNELS, MATH, Kernel
+from ringfx.ops.kernels.kernel import MATH, Kernel, Scores
 
-__all__ = ["KERNEL_VARIABLE", "choose"]
+__all__ = ["KERNEL_VARIABLE", "ROWS", "available", "capability", "choose", "refusals"]
 
-KERNEL_VARIABLE = "RINGFX_CUDA_KERNEL"
-"""Environment variable that names the kernel to take, such as ``cuda_cudnn``."""
-
-HALVES = frozenset({torch.float16, torch.bfloat16})
-SINGLES = HALVES | {torch.float32}
+Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
+    """A kernel of the table, as it runs here."""
+
     kernel: Kernel
-    dtypes: frozenset[torch.dtype]
-    admitted: Callable[[torch.device], bool] = lambda device: True
-    prepare: Callable[[], None] = lambda: None
-    on_request: bool = False
-    """Only where it is named."""
+    missing: Callable[[], str] = lambda: ""
+    """What this machine lacks for it, in words; empty if nothing."""
+
+    @property
+    def limits(self) -> Limits:
+        return TABLE[self.kernel.name]
 
 
-ROWS = (
-    Row(
-        kernel=xformers.XFORMERS,
-        dtypes=SINGLES,
-        admitted=lambda device: xformers.has_xformers(),
-    ),
-    Row(kernel=cudnn.CUDNN, dtypes=HALVES, on_request=True),
-    Row(
-        kernel=flash.FLASH3,
-        dtypes=HALVES,
-        admitted=flash.has_flash3,
-        prepare=flash.activate_flash3,
-    ),
-    Row(kernel=flash.FLASH, dtypes=HALVES),
-    Row(kernel=EFFICIENT, dtypes=SINGLES),
-    Row(kernel=MATH, dtypes=SINGLES | {torch.float64}),
-)
+ROWS: Mapping[str, Row] = {
+    row.kernel.name: row
+    for row in (
+        Row(kernel=xformers.XFORMERS, missing=xformers.missing),
+        Row(kernel=flash.FLASH3, missing=flash.missing3),
+        Row(kernel=flash.FLASH4, missing=flash.missing4),
+        Row(kernel=cudnn.CUDNN, missing=cudnn.missing),
+        Row(kernel=flash.FLASH),
+        Row(kernel=EFFICIENT),
+        Row(kernel=MATH),
+    )
+}
 
 
-def choose(device: torch.device, dtype: torch.dtype, *, gathered: bool = False) -> Kernel:
-    """The first kernel of the table that this device and dtype admit.
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    gathered: bool = False,
+    head_dim: int = 0,
+    named: str = "",
+) -> Kernel:
+    """What the plan named, as far as it can run here; without a plan, the first of the table.
 
     Parameters
     ----------
     gathered
         Whether the call meets all keys at once, as in the collective strategy.
+    head_dim
+        The larger of those of q and of v.
+    named
+        ``KernelChoice.text`` of the plan's layer; empty: there is no plan.
 
     Raises
     ------
     RingfxError
-        When ``RINGFX_CUDA_KERNEL`` names a kernel that is unknown or cannot run here.
+        ``RINGFX_CUDA_KERNEL`` names a kernel that is unknown or cannot run here.
     """
-    asked = os.environ.get(KERNEL_VARIABLE)
-    rows = [row for row in ROWS if dtype in row.dtypes and row.admitted(device)]
-    if asked and dtype in SINGLES:
-        rows = [_named(asked, rows, device, dtype)]
-    else:
-        barred = frozenset() if gathered else GATHERED_KERNELS
-        rows = [row for row in rows if not row.on_request and row.kernel.name not in barred]
-    rows[0].prepare()
-    return rows[0].kernel
+    call = _call(device, dtype, gathered=gathered, head_dim=head_dim)
+    wanted = KernelChoice.of(named) if named else NO_PLAN
+    forced = _forced(call)
+    if forced is not None:
+        wanted, call = wanted.all_by(forced), replace(call, gathered=True)
+    return _joined(
+        KernelChoice(forward=_pick(wanted.forward, call), backward=_pick(wanted.backward, call))
+    )
 
 
-def _named(name: str, rows: list[Row], device: torch.device, dtype: torch.dtype) -> Row:
-    for row in rows:
-        if row.kernel.name == name:
-            return row
-    able = ", ".join(row.kernel.name for row in rows)
-    raise RingfxError(
-        f"{KERNEL_VARIABLE}={name}: no such kernel for {dtype} on {device}. Do: name one of {able},"
-        " or unset the variable."
+def available(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
+    """Every kernel that can run here, by name."""
+    call = _call(device, dtype, gathered=True)
+    return {name: row.kernel for name, row in ROWS.items() if not _refusal(name, call)}
+
+
+def refusals(
+    named: str, device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int
+) -> tuple[str, ...]:
+    """Why what the plan named cannot run here, one text a kernel; none where all of it can."""
+    call, choice = (
+        _call(device, dtype, gathered=gathered, head_dim=head_dim),
+        KernelChoice.of(named),
+    )
+    plain = {choice.forward.plain: call, choice.backward.plain: call}
+    masked = {pick.masked: replace(call, masked=True) for pick in (choice.forward, choice.backward)}
+    asked = {name: x for name, x in (masked | plain).items() if name}
+    whys = {name: _refusal(name, x) for name, x in asked.items()}
+    return tuple(f"{name} cannot run here: {why}" for name, why in whys.items() if why)
+
+
+@cache
+def capability(device: torch.device) -> int | None:
+    """The card's compute capability times ten; None on a machine without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def _call(device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int = 0) -> Call:
+    return Call(
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        gathered=gathered,
+        capability=capability(device),
+    )
+
+
+def _forced(call: Call) -> str | None:
+    name = forced_kernel(call)
+    if name is not None and (why := _refusal(name, replace(call, gathered=True))):
+        raise RingfxError(
+            f"{KERNEL_VARIABLE}={name}: {why}. Do: install it, or unset the variable."
+        )
+    return name
+
+
+def _refusal(name: str, call: Call) -> str:
+    """Why a kernel cannot take the call on this machine; empty if it can."""
+    row = ROWS.get(name)
+    if row is None:
+        return "it is no kernel for CUDA"
+    return row.limits.refusal(call) or row.missing()
+
+
+NO_PLAN = KernelChoice(forward=Pick(""), backward=Pick(""))
+
+
+def _pick(wanted: Pick, call: Call) -> Pick:
+    masked = wanted.masked and _next(wanted.masked, replace(call, masked=True))
+    return Pick.of(_next(wanted.plain, call), masked)
+
+
+def _next(wanted: str, call: Call) -> str:
+    """That kernel, or the first of the table that can take the call here."""
+    if wanted and not _refusal(wanted, call):
+        return wanted
+    return next(name for name in _unasked(call.capability) if not _refusal(name, call))
+
+
+def _unasked(card: int | None) -> Iterator[str]:
+    for name, row in ROWS.items():
+        families = row.limits.unasked
+        if families is None or (card is not None and card // 10 in families):
+            yield name
+
+
+@lru_cache(maxsize=64)
+def _joined(choice: KernelChoice) -> Kernel:
+    """One kernel of those that are chosen for forward and backward, plain and masked pieces."""
+    forward, backward = choice.forward, choice.backward
+    names = {*forward.names, *backward.names}
+    if len(names) == 1:
+        return ROWS[forward.plain].kernel
+
+    def of(pick: Pick, scores: Scores) -> Kernel:
+        is_masked = scores.bias_BHQK is not None and pick.masked
+        return ROWS[pick.masked if is_masked else pick.plain].kernel
+
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        return of(forward, scores).forward(q, k, v, scores)
+
+    def run_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return of(backward, scores).backward(dout, q, k, v, out, lse, scores)
+
+    return Kernel(
+        name=choice.text,
+        forward=run_forward,
+        backward=run_backward,
+        stores_scores=any(ROWS[name].kernel.stores_scores for name in names),
     )

@@ -1,8 +1,8 @@
 """cuDNN's fused attention through torch's operators.
 
-It is taken where it is asked for (``RINGFX_CUDA_KERNEL=cuda_cudnn``), not by default: which of it
-and flash is faster depends on the card and on cuDNN's version, so it is for a calibration to say.
-Its logsumexp has one more dim of size 1.
+Which of it and flash is faster depends on the card and on cuDNN's version, so a calibration says;
+where nothing was measured it is taken on the cards on which torch prefers it. Its logsumexp has one
+more dim of size 1.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ import torch
 
 from ringfx.ops.kernels.cuda.efficient import Maskless
 
-__all__ = ["CUDNN"]
+__all__ = ["CUDNN", "missing"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
-LARGEST_HEAD_DIM = 128
+LEAST_VERSION = 91501
+"""Before 9.15.1 lengths that 128 does not divide come out wrong (pytorch issue 169849)."""
+
+
+def missing() -> str:
+    """What this machine lacks for it, in words."""
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    if version is None or torch.version.hip is not None:
+        return "this torch has no cuDNN"
+    if version < LEAST_VERSION:
+        return f"cuDNN is {version}, and before {LEAST_VERSION} it is wrong at some lengths"
+    return ""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -60,7 +71,6 @@ def _differentiate(
 
 CUDNN = Maskless(
     name="cuda_cudnn",
-    largest_head_dim=LARGEST_HEAD_DIM,
     attend=_attend,
     differentiate=_differentiate,
 ).kernel()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ringfx.ir.kernel_table import TABLE
 from ringfx.ops.kernels.cuda.shapes import collapse_heads, expand_heads, pad_head_dims
 from ringfx.ops.kernels.kernel import Kernel, Scores, finite, same_head_dims
 
@@ -94,11 +95,10 @@ class Maskless:
 
     ``attend(q, k, v, causal, scale)`` gives (out, lse) and ``differentiate(dout, q, k, v, out, lse,
     causal, scale)`` (dq, dk, dv), all [B, H, tokens, head dim] of one head dim, lse [B, H, Q].
-    Pieces with a mask, and head dims beyond the kernel's, go to the efficient kernel.
+    What the table of kernels says that it does not take goes to the efficient kernel.
     """
 
     name: str
-    largest_head_dim: int
     attend: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
     differentiate: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float],
@@ -111,9 +111,11 @@ class Maskless:
         )
 
     def _fits(self, q_BHQD: Tensor, v_BGKE: Tensor, scores: Scores) -> bool:
+        limits, head_dim = TABLE[self.name], max(q_BHQD.shape[-1], v_BGKE.shape[-1])
         return (
             scores.bias_BHQK is None
-            and max(q_BHQD.shape[-1], v_BGKE.shape[-1]) <= self.largest_head_dim
+            and v_BGKE.shape[2] >= limits.fewest_keys
+            and (limits.largest_head_dim is None or head_dim <= limits.largest_head_dim)
         )
 
     def forward(

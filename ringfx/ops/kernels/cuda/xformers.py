@@ -14,18 +14,16 @@ import torch
 
 from ringfx.ops.kernels.cuda.efficient import Maskless
 
-__all__ = ["XFORMERS", "has_xformers"]
+__all__ = ["XFORMERS", "missing"]
 
 Tensor = torch.Tensor
 
-LARGEST_HEAD_DIM = 256
-"""Beyond it xformers has forward kernels only."""
-
 
 @functools.cache
-def has_xformers() -> bool:
-    """Whether the package is installed."""
-    return importlib.util.find_spec("xformers") is not None
+def missing() -> str:
+    """What this machine lacks for it, in words."""
+    found = importlib.util.find_spec("xformers") is not None
+    return "" if found else "the package xformers is not installed"
 
 
 def _operators() -> Any:
@@ -72,7 +70,6 @@ def _differentiate(
 
 XFORMERS = Maskless(
     name="cuda_xformers",
-    largest_head_dim=LARGEST_HEAD_DIM,
     attend=_attend,
     differentiate=_differentiate,
 ).kernel()

@@ -1,0 +1,101 @@
+"""Which kernels a layer may take: those of the profile's rows that the table of kernels admits.
+
+A measured profile has rows of what ran on that machine, packages included. One of published figures
+or of assumptions is for machines that nobody looked at: of its rows those count that torch itself
+can call. ``formulas`` takes the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.ir.kernel_table import TABLE, Call, KernelChoice, Pick, forced_kernel
+from ringfx.ir.plan import LayerPlan
+from ringfx.ir.values import AttentionSite
+
+__all__ = ["REFERENCE", "picks", "priced_as", "unpriced"]
+
+REFERENCE = "math"
+"""The kernel that takes every call, in tiles whose scores are kept."""
+
+
+def picks(
+    site: AttentionSite, strategy: str, profile: Profile, direction: Direction
+) -> tuple[Pick, ...]:
+    """What a layer's direction may run with under a strategy, one or more; ties go to the first."""
+    if strategy == "simple":
+        return (Pick(REFERENCE),)
+    call = _call(site, profile, gathered=strategy == "collective")
+    forced = forced_kernel(call) if profile.device == "cuda" else None
+    plain = _admitted(profile, call, direction) if forced is None else [forced]
+    if not _has_masked_pieces(site):
+        return tuple(Pick(name) for name in plain)
+    masked = _admitted(profile, replace(call, masked=True), direction)
+    if forced is not None and TABLE[forced].masks:
+        masked = [forced]
+    return tuple(Pick.of(name, other) for name in plain for other in masked)
+
+
+def priced_as(profile: Profile, kernel: str) -> str:
+    """The kernel whose rows say what this one costs: its own, where the profile has some."""
+    return kernel if kernel in _names(profile) else profile.fused_kernel
+
+
+def unpriced(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
+    """One note for each kernel of a plan that is predicted with another's figures."""
+    if profile.kind == "observed":
+        return ()
+    choices = [KernelChoice.of(layer.kernel) for layer in layers]
+    names = {name for x in choices for pick in (x.forward, x.backward) for name in pick.names}
+    return tuple(
+        f"profile {profile.name} has no figures of {name}: those of {priced_as(profile, name)}"
+        " stand in"
+        for name in sorted(names)
+        if priced_as(profile, name) != name
+    )
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def _call(site: AttentionSite, profile: Profile, *, gathered: bool) -> Call:
+    return Call(
+        dtype=site.dtype,
+        head_dim=max(site.head_dim, site.v_head_dim),
+        soft_cap=site.spec.soft_cap is not None,
+        gathered=gathered,
+        capability=round(10 * float(profile.capability)) if profile.capability else None,
+    )
+
+
+def _has_masked_pieces(site: AttentionSite) -> bool:
+    """Whether a mask or bias is evaluated anywhere: a causal diagonal is every kernel's own."""
+    spec = site.spec
+    is_plain = spec.keep is None or (spec.is_causal and spec.q_len == spec.kv_len)
+    return spec.bias is not None or not is_plain
+
+
+def _names(profile: Profile) -> list[str]:
+    return list(dict.fromkeys(row.kernel for row in profile.kernels))
+
+
+def _admitted(profile: Profile, call: Call, direction: Direction) -> list[str]:
+    """The fused kernels with rows of this type, else with any; the reference where there are none.
+
+    The fastest in products first.
+    """
+    of_type = {row.kernel for row in profile.kernels if row.dtype == call.dtype}
+    able = [name for name in _names(profile) if _admits(name, profile, call)]
+    fused = [name for name in able if name in of_type] or able
+    if not fused:
+        return [REFERENCE]
+    return sorted(fused, key=lambda name: -profile.kernel(name, call.dtype, direction).gflops)
+
+
+def _admits(name: str, profile: Profile, call: Call) -> bool:
+    limits = TABLE[name]
+    is_here = profile.kind == "measured" or not limits.package
+    on_device = limits.device == profile.device
+    return name != REFERENCE and on_device and is_here and not limits.refusal(call)
