@@ -52,7 +52,7 @@ def main() -> int:
         words += ["--gpu-memory", "640GiB", "--optimizer", "adamw", "--json"]
         start, load = time.perf_counter(), os.getloadavg()[0]
         done = subprocess.run(
-            [sys.executable, "-m", "ringfx.cli", "plan", *map(str, words)],
+            [sys.executable, "-m", "ringfx", "plan", *map(str, words)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -35,7 +35,7 @@ def planned(folder: Path) -> tuple[Plan, int]:
     """The plan and the most memory that making it held."""
     config = folder / "config.json"
     config.write_text(json.dumps(LLAMA_8B))
-    command = [sys.executable, "-m", "ringfx.cli", "plan", str(config), "--seq-len", "1048576"]
+    command = [sys.executable, "-m", "ringfx", "plan", str(config), "--seq-len", "1048576"]
     command += ["--world-size", "8", "--json"]
     with (folder / "plan.json").open("w") as output, (folder / "log").open("w") as log:
         process = subprocess.Popen(
