@@ -359,7 +359,7 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
     Values that are there are kept beside the fake tensors, for what reads them.
     """
 
-    def fake(x: Any, name: str = "a buffer") -> Any:
+    def fake(x: Any, name: str) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
             return x
         if x.device.type != "meta":
@@ -374,8 +374,8 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         return made
 
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        twin = fake(tensor)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        twin = fake(tensor, f"the model's {name}")
         if type(tensor) is torch.Tensor and tensor.device.type != "meta":
             keep_value(twin, tensor)
         if isinstance(tensor, torch.nn.Parameter) and not isinstance(twin, torch.nn.Parameter):
