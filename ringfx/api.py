@@ -24,6 +24,7 @@ from ringfx.arguments import whole_number
 from ringfx.backend import no_attention_text
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.infeasible import refuse_parameters
+from ringfx.cost_model.quantities import MOST_RANKS
 from ringfx.dynamo import compiled
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.given import GivenMode
@@ -191,7 +192,7 @@ def plan(
         Whatever ``optimize`` would raise for this model.
     """
     check_call("plan", model, args, kwargs)
-    world_size = whole_number("plan", "world_size", world_size)
+    world_size = whole_number("plan", "world_size", world_size, most=MOST_RANKS)
     settings = Settings.of(
         {
             "strategy": strategy,
