@@ -34,7 +34,7 @@ from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
 from ringfx.pipeline import lower
 from ringfx.plan import Plan, joined
-from ringfx.planned_arrivals import arrived, leave_split
+from ringfx.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.releases import ISOLATED
 from ringfx.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.trained import leaves_of_graph
@@ -221,8 +221,7 @@ def plan(
 
         def run(*inputs: Any) -> Any:
             plans.append(lowered.plan)  # a program may run several times
-            results = gm.forward(*inputs)
-            return leave_split(results, lowered.local)
+            return leave_split(run_whole(gm, inputs), lowered.local)
 
         return run
 
