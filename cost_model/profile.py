@@ -38,7 +38,7 @@ from ringfx.fields import (
     Text,
     UnitCost,
 )
-from ringfx.files import read_text
+from ringfx.files import is_there, read_text
 from ringfx.reading import Source, parse_json, shown, validated
 
 __all__ = [
@@ -377,8 +377,8 @@ def _named(name: str | Path) -> Profile:
         return known[str(name)]
     path = Path(name)
     in_folder = profiles_folder() / f"{name}.json"
-    if path.suffix != ".json" and not path.exists():
-        if path.name == str(name) and in_folder.exists():
+    if path.suffix != ".json" and not is_there(path):
+        if path.name == str(name) and is_there(in_folder):
             return _read_file(in_folder)
         raise ProfileError(
             f"there is no profile {str(name)!r}. Known: {', '.join(sorted(known))}."

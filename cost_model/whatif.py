@@ -16,7 +16,7 @@ from ringfx.cost_model.infeasible import scaled_site
 from ringfx.cost_model.outside import outside_ms
 from ringfx.cost_model.overrides import AUTO, StrategyChoice
 from ringfx.cost_model.profile import Profile
-from ringfx.cost_model.quantities import parse_bytes, parse_rate, parse_tokens
+from ringfx.cost_model.quantities import MOST_RANKS, parse_bytes, parse_rate, parse_tokens
 from ringfx.cost_model.timeline import in_order, memory_parts, peak
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.layout import Layout
@@ -92,8 +92,8 @@ def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise InvalidArgument(f"{text!r} is not a whole number above 0.")
+    if not text.isdecimal() or len(text) > 12 or not 0 < int(text) <= MOST_RANKS:
+        raise InvalidArgument(f"{text[:60]!r} is not a whole number from 1 to {MOST_RANKS:,}.")
     return int(text)
 
 
