@@ -27,7 +27,7 @@ from ringfx.compile.dynamo import compiled
 from ringfx.compile.given_values import GivenMode
 from ringfx.compile.optimized import Optimized, optimized
 from ringfx.compile.pipeline import lower
-from ringfx.compile.planned_arrivals import arrived, leave_split
+from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
@@ -37,6 +37,7 @@ from ringfx.ir.plan import Plan, joined
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
 from ringfx.torch_compat.releases import ISOLATED
+from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
 
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
@@ -191,7 +192,7 @@ def plan(
         Whatever ``optimize`` would raise for this model.
     """
     check_call("plan", model, args, kwargs)
-    world_size = whole_number("plan", "world_size", world_size)
+    world_size = whole_number("plan", "world_size", world_size, most=MOST_RANKS)
     settings = Settings.of(
         {
             "strategy": strategy,
@@ -220,8 +221,7 @@ def plan(
 
         def run(*inputs: Any) -> Any:
             plans.append(lowered.plan)  # a program may run several times
-            results = gm.forward(*inputs)
-            return leave_split(results, lowered.local)
+            return leave_split(run_whole(gm, inputs), lowered.local)
 
         return run
 
@@ -359,7 +359,7 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
     Values that are there are kept beside the fake tensors, for what reads them.
     """
 
-    def fake(x: Any, name: str = "a buffer") -> Any:
+    def fake(x: Any, name: str) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
             return x
         if x.device.type != "meta":
@@ -374,8 +374,8 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         return made
 
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        twin = fake(tensor)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        twin = fake(tensor, f"the model's {name}")
         if type(tensor) is torch.Tensor and tensor.device.type != "meta":
             keep_value(twin, tensor)
         if isinstance(tensor, torch.nn.Parameter) and not isinstance(twin, torch.nn.Parameter):

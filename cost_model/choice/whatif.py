@@ -21,7 +21,7 @@ from ringfx.ir.layout import Layout
 from ringfx.ir.memory_timeline import in_order, memory_parts, peak
 from ringfx.ir.plan import MemoryPlan, Plan
 from ringfx.ir.values import TokenAxis
-from ringfx.units.parse import parse_bytes, parse_rate, parse_tokens
+from ringfx.units.parse import MOST_RANKS, parse_bytes, parse_rate, parse_tokens
 
 __all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
 
@@ -92,8 +92,8 @@ def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise InvalidArgument(f"{text!r} is not a whole number above 0.")
+    if not text.isdecimal() or len(text) > 12 or not 0 < int(text) <= MOST_RANKS:
+        raise InvalidArgument(f"{text[:60]!r} is not a whole number from 1 to {MOST_RANKS:,}.")
     return int(text)
 
 

@@ -21,11 +21,15 @@ OPTIMIZERS: Mapping[str, int] = {
 """``momentum`` is SGD with momentum; ``none`` leaves the state out and the plan says so."""
 
 
+MOST_STATE = 2**16
+"""Bytes for each parameter; optimisers keep some dozens."""
+
+
 def check_optimizer(name: str | int) -> None:
     """Raises InvalidArgument for what is neither a name nor bytes a parameter."""
     if isinstance(name, str) and name in OPTIMIZERS:
         return
-    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+    if isinstance(name, int) and not isinstance(name, bool) and 0 <= name <= MOST_STATE:
         return
     raise InvalidArgument(
         f"unknown optimizer {name!r}. Choices: {', '.join(OPTIMIZERS)}, or bytes of state for each"

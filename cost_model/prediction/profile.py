@@ -40,7 +40,7 @@ from ringfx.validation.fields import (
     UnitCost,
 )
 from ringfx.validation.json_reader import Source, parse_json, shown, validated
-from ringfx.validation.text_files import read_text
+from ringfx.validation.text_files import is_there, read_text
 
 __all__ = [
     "PROFILE_SCHEMA",
@@ -377,8 +377,8 @@ def _named(name: str | Path) -> Profile:
         return known[str(name)]
     path = Path(name)
     in_folder = profiles_folder() / f"{name}.json"
-    if path.suffix != ".json" and not path.exists():
-        if path.name == str(name) and in_folder.exists():
+    if path.suffix != ".json" and not is_there(path):
+        if path.name == str(name) and is_there(in_folder):
             return _read_file(in_folder)
         raise ProfileError(
             f"there is no profile {str(name)!r}. Known: {', '.join(sorted(known))}."

@@ -41,10 +41,11 @@ def drop_block_masks(gm: GraphModule) -> None:
         For a block mask without a mask function: its blocks alone say what is kept.
     """
     for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in module.graph.nodes:
-            if node.target is HOP:
-                _drop(module, node)
-        module.recompile()
+        calls = [node for node in module.graph.nodes if node.target is HOP]
+        for node in calls:
+            _drop(module, node)
+        if calls:
+            module.recompile()
 
 
 def _drop(gm: GraphModule, call: Node) -> None:

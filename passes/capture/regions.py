@@ -37,9 +37,11 @@ _AROUND = (
 def fold_regions(gm: GraphModule) -> None:
     """Replace each outermost transformed region, here and in the bodies below, by one call."""
     for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
+        length = len(module.graph.nodes)
         for region in _regions(module.graph):
             _fold(module, region)
-        module.recompile()
+        if len(module.graph.nodes) != length:  # since 2.13 torch recompiles all bodies below too
+            module.recompile()
 
 
 def flatten_region(region: GraphModule, operands: Sequence[Any]) -> GraphModule:

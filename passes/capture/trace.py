@@ -100,6 +100,13 @@ def _capture(
             for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=True))
             if i not in written.writes and _is_buffer(node, value := _with_values(given))
         },
+        unvalued=frozenset(
+            i
+            for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if _is_held(node)
+            and not isinstance(given, torch.nn.Parameter)
+            and isinstance(_with_values(given), FakeTensor)
+        ),
         graph_break=graph_break(gm),
         uncompiled_caller=uncompiled_caller(),
     )
@@ -150,10 +157,13 @@ def _with_values(given: Any) -> Any:
 
 def _is_buffer(node: torch.fx.Node, value: Any) -> bool:
     """A tensor that a module holds, no parameter, whose values can be looked at."""
+    plain = type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
+    return plain and _is_held(node)
+
+
+def _is_held(node: torch.fx.Node) -> bool:
     source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None or not source.guard_source.is_unspecialized_nn_module():
-        return False
-    return type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
+    return source is not None and bool(source.guard_source.is_unspecialized_nn_module())
 
 
 def input_name(node: torch.fx.Node) -> str:

@@ -37,12 +37,20 @@ Tensor = torch.Tensor
 class Buffers:
     """What the values of a program's buffers and constants say of their indices."""
 
-    def __init__(self, values: Mapping[Node, Tensor], given: Collection[Node] = ()) -> None:
+    def __init__(
+        self,
+        values: Mapping[Node, Tensor],
+        given: Collection[Node] = (),
+        unvalued: Collection[Node] = (),
+    ) -> None:
         self.read: set[Node] = set()
         """Those whose values a mask now counts on."""
         self.given = frozenset(given)
         """Numbers that each call gives anew, and that are not trained: a mask may be among them."""
+        self.missed: set[Node] = set()
+        """Those that a mask reads and whose values cannot be looked at here."""
         self._values = values
+        self._unvalued = frozenset(unvalued)
         self._known: dict[Node, _Known | None] = {}
 
     @staticmethod
@@ -50,22 +58,28 @@ class Buffers:
         gm = captured.graph_module
         values: dict[Node, Tensor] = {}
         given: list[Node] = []
+        unvalued: list[Node] = []
         for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             if i in captured.buffers:
                 values[node] = captured.buffers[i]
-            elif not (captured.is_parameter[i] or captured.needs_grad[i]) and _is_numbers(node):
+                continue
+            if i in captured.unvalued:
+                unvalued.append(node)
+            if not (captured.is_parameter[i] or captured.needs_grad[i]) and _is_numbers(node):
                 given.append(node)
         for node in gm.graph.find_nodes(op="get_attr"):
             value = getattr(gm, str(node.target), None)
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
                 values[node] = value
-        return Buffers(values, given)
+        return Buffers(values, given, unvalued)
 
     def has(self, node: Node) -> bool:
         return node in self._values
 
     def element(self, lifter: Lifter, node: Node, index: Index) -> Expr | None:
         """The element of a buffer as a function of its indices; None where there is none."""
+        if node in self._unvalued:
+            self.missed.add(node)
         if node not in self._values:
             return None
         if node not in self._known:

@@ -72,8 +72,9 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     _drop_dead_masks(captured.graph_module)
     inputs = graph.find_nodes(op="placeholder")
     read = tuple(i for i, node in enumerate(inputs) if node in buffers.read)
+    missed = tuple(i for i, node in enumerate(inputs) if node in buffers.missed)
     declined = (*detected.declined, *reversed(refused))
-    return Sites(found=tuple(reversed(found)), declined=declined, buffers=read)
+    return Sites(found=tuple(reversed(found)), declined=declined, buffers=read, unvalued=missed)
 
 
 def _first_reading(

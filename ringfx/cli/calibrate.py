@@ -38,7 +38,9 @@ def run(
         measured.
     """
     check_device(device, ranks)
-    for path in (out or profiles_folder() / "ringfx.json", records):
+    if name is not None:
+        _check_name(name)
+    for path in (out or profiles_folder() / f"{name or 'ringfx'}.json", records):
         if path is not None:
             check_writable(path)
     measured = _measured(device, ranks, QUICK if quick else Effort())
@@ -50,6 +52,20 @@ def run(
     if records is not None:
         write_records((*measured.kernels, *measured.messages, *measured.layers), records)
     print(_summary(profile, path))
+
+
+def _check_name(name: str) -> None:
+    """A profile is found again by its name, which is its file's."""
+    if (
+        name in ("", "..")
+        or Path(name).name != name
+        or not name.isprintable()
+        or len(name.encode()) > 200
+    ):
+        raise InvalidArgument(
+            f"--name {name[:60]!r} is no name of a profile. Do: give one that is a file's name too,"
+            " such as our-cluster, and --out for a folder."
+        )
 
 
 def check_device(device: str, ranks: int) -> None:

@@ -17,6 +17,9 @@ __all__ = ["app", "main"]
 USER_MISTAKE = 2
 """Exit code of everything that the user can put right."""
 
+MOST_ROWS, MOST_HERE = 2**16, 1024
+"""Sequences in a batch, heads and their length; ranks that are started on one machine."""
+
 app = typer.Typer(
     name="ringfx",
     help="Split the sequence of any PyTorch model over many devices.",
@@ -49,10 +52,13 @@ def plan(
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option(help="Ranks over which the sequence is split.", min=1, rich_help_panel=MAKING),
+        typer.Option(
+            help="Ranks over which the sequence is split.", min=1, max=2**30, rich_help_panel=MAKING
+        ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Sequences in the batch.", min=1, rich_help_panel=MAKING)
+        int,
+        typer.Option(help="Sequences in the batch.", min=1, max=MOST_ROWS, rich_help_panel=MAKING),
     ] = 1,
     gpu_memory: Annotated[
         str | None,
@@ -198,7 +204,9 @@ def explain(
         ),
     ],
     seq_len: Annotated[str, typer.Option(help="Tokens of one sequence: 4096, 128k, 1M.")] = "4k",
-    batch_size: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 1,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences in the batch.", min=1, max=MOST_ROWS)
+    ] = 1,
     train: Annotated[
         bool,
         typer.Option("--train/--infer", help="In training mode, or in eval without gradients."),
@@ -233,7 +241,10 @@ def explain(
 @app.command()
 def calibrate(
     ranks: Annotated[
-        int, typer.Option(help="Ranks to start on this machine (not under torchrun).", min=1)
+        int,
+        typer.Option(
+            help="Ranks to start on this machine (not under torchrun).", min=1, max=MOST_HERE
+        ),
     ] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[
@@ -260,18 +271,26 @@ def calibrate(
 @app.command()
 def bench(
     tokens: Annotated[str, typer.Option(help="Tokens of the whole sequence.")] = "4k",
-    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 8,
-    kv_heads: Annotated[int | None, typer.Option(help="Default: as many as heads.", min=1)] = None,
-    head_dim: Annotated[int, typer.Option(min=1)] = 64,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1, max=MOST_ROWS)] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Default: as many as heads.", min=1, max=MOST_ROWS)
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=MOST_ROWS)] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_ROWS)] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
     causal: Annotated[bool, typer.Option("--causal/--full")] = True,
-    window: Annotated[int | None, typer.Option(help="Keys that a query sees.", min=1)] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Keys that a query sees.", min=1, max=2**40)
+    ] = None,
     train: Annotated[bool, typer.Option("--train/--infer")] = True,
-    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine.", min=1)] = 2,
+    ranks: Annotated[
+        int, typer.Option(help="Ranks to start on this machine.", min=1, max=MOST_HERE)
+    ] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     profile: Annotated[str | None, typer.Option(help="Profile to predict with.")] = None,
-    rounds: Annotated[int, typer.Option(help="Times that each strategy is run.", min=1)] = 7,
+    rounds: Annotated[
+        int, typer.Option(help="Times that each strategy is run.", min=1, max=10**6)
+    ] = 7,
 ) -> None:
     """Measure every strategy at one attention, beside what was predicted."""
     with _one_line_errors():

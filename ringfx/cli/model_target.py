@@ -26,7 +26,7 @@ from torch import nn
 from ringfx.errors import InvalidArgument
 from ringfx.validation.fields import STRICT, Name
 from ringfx.validation.json_reader import Source, parse_json, validated
-from ringfx.validation.text_files import read_text
+from ringfx.validation.text_files import is_there, read_text
 
 __all__ = ["Inputs", "Target", "build", "find_target", "floating_dtype"]
 
@@ -70,9 +70,9 @@ def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Cal
     """
     kind = floating_dtype(dtype)
     path = Path(text)
-    if hf and path.suffix != ".json" and not path.is_dir():
+    if hf and path.suffix != ".json" and not _is_folder(path):
         return _of_config(_hf_class_config(text), kind, text)
-    if path.suffix == ".json" or (path.is_dir() and ":" not in text):
+    if path.suffix == ".json" or (_is_folder(path) and ":" not in text):
         return _of_config(_hf_file_config(path), kind, text)
     return _in_dtype(_import_factory(text), kind)
 
@@ -93,6 +93,10 @@ def build(factory: Callable[..., Any], inputs: Inputs, name: str) -> Target:
     target = _target(made, inputs, name)
     is_told = "seq_len" in _parameters(factory)
     return replace(target, has_own_length=isinstance(made, tuple) and not is_told)
+
+
+def _is_folder(path: Path) -> bool:
+    return is_there(path) and path.is_dir()
 
 
 # --- finding ----------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ def _import(where: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.exists():
+    if not is_there(path):
         raise InvalidArgument(f"there is no file {path}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None, path
@@ -208,8 +212,8 @@ def _hf_class_config(name: str) -> Any:
 
 
 def _hf_file_config(path: Path) -> Any:
-    file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
+    file = path / "config.json" if _is_folder(path) else path
+    if not is_there(file):
         raise InvalidArgument(f"there is no file {file}.")
     source = Source(
         where=str(file), damaged=f"{file} is no Hugging Face configuration", error=InvalidArgument

@@ -33,7 +33,7 @@ from ringfx.passes.detect.count_attention import refuse_missed
 from ringfx.report.plan_html import to_html
 from ringfx.report.plan_views import diff_text, explain_text, sweep_text
 from ringfx.validation.json_reader import Source, parse_json
-from ringfx.validation.text_files import read_text, write_text
+from ringfx.validation.text_files import check_writable, is_there, read_text, write_text
 
 __all__ = ["Request", "View", "run"]
 
@@ -78,6 +78,7 @@ def run(request: Request, view: View) -> None:
     RingfxError
         Whatever is wrong with the request, the model or the profile.
     """
+    _check(view)
     saved = _saved(request)
     if saved is None:
         _show(_made(request), request, view)
@@ -87,13 +88,25 @@ def run(request: Request, view: View) -> None:
         _show(_chosen_again(saved, request), request, view)
 
 
+def _check(view: View) -> None:
+    """What can be refused before anything is planned."""
+    if view.html is not None:
+        check_writable(view.html)
+    if view.diff is not None:
+        Plan.from_json(read_text(view.diff), str(view.diff))
+    if view.what_if is not None:
+        parse_change(view.what_if)
+    if view.sweep is not None:
+        parse_sweep(view.sweep)
+
+
 # --- making -----------------------------------------------------------------------------------
 
 
 def _saved(request: Request) -> Plan | None:
     """The plan in the file that the target names, if it is a saved plan."""
     path = Path(request.target)
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or not is_there(path) or not path.is_file():
         return None
     text = read_text(path)
     if not _is_plan(text, path):
@@ -174,15 +187,18 @@ def _made(request: Request) -> Plan:
                 gpu_memory=budget,
                 profile=request.profile,
                 strategy=chosen,
-                optimizer=int(request.optimizer)
-                if request.optimizer.isdigit()
-                else request.optimizer,
+                optimizer=_optimizer(request.optimizer),
                 strict=request.strict,
             )
     if not made.has_own_length:
         return plan
     note = f"--seq-len was not used: {request.target} takes no seq_len and gives inputs of its own"
     return replace(plan, notes=(*plan.notes, note))
+
+
+def _optimizer(word: str) -> str | int:
+    """A name, or bytes for each parameter."""
+    return int(word) if word.isdecimal() and len(word) <= 12 else word
 
 
 def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:

@@ -24,7 +24,7 @@ from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.fully_sharded import is_dtensor
 from ringfx.compile.inductor_no_fusion import unfused
 from ringfx.compile.mask_buffer_guard import Kept, counted_on, refuse_changed
-from ringfx.compile.pipeline import Lowered, lower
+from ringfx.compile.pipeline import NO_VALUES, Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
 from ringfx.compile.why_unsplit import why_unsplit
@@ -407,10 +407,12 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
     breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
     broken = "".join(f"\n  {note}" for note in breaks)
+    unseen = dict.fromkeys(n for p in plans for n in p.notes if n.startswith(NO_VALUES))
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
         + (f"Near misses:{near}\n" if near else "")
         + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
+        + "".join(f"{note[0].upper()}{note[1:]}\n" for note in unseen)
         + "Ringfx recognises scaled_dot_product_attention and its kernels, nn.MultiheadAttention, "
         "flex_attention, flash-attn, xformers, and any spelling of softmax(q k^T) v over tokens; "
         "layers that mix tokens otherwise (convolutions, Fourier transforms, recurrences) hold "

@@ -26,6 +26,14 @@ NEVER_UNSPLIT: Mapping[str, object] = {
 each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
 DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
 
+REGIONS_KEPT: Mapping[str, object] = {
+    name: False
+    for name in ("inline_invoke_subgraph", "inline_single_use_invoke_subgraph")
+    if hasattr(torch._dynamo.config, name)
+}
+"""2.13 flattens compiled regions before the backend sees them, and visits every body once for each
+way down to it: 2^n visits for n checkpoints inside each other. Capture flattens in one walk."""
+
 
 def prepare_tracing() -> None:
     """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
@@ -88,7 +96,7 @@ def _keep_compiling() -> None:
     def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_for_ringfx(self):
             return usual(self, *args, **kwargs)
-        with torch._dynamo.config.patch(dict(NEVER_UNSPLIT)):
+        with torch._dynamo.config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}):
             return usual(self, *args, **kwargs)
 
     convert.ringfx = True  # type: ignore[attr-defined]

@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ringfx.compile.planned_arrivals import hand_on
+
 __all__ = ["GivenMode"]
 
 aten = torch.ops.aten
@@ -126,6 +128,7 @@ class GivenMode(FakeTensorMode):
             return self._answer(func, args, kwargs)
         if isinstance(func, torch._ops.OpOverload):
             self._remember(func, args, kwargs, made)
+            hand_on(func, args, kwargs, made)
         return made
 
     # --- remembering ----------------------------------------------------------------------------

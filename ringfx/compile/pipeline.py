@@ -31,7 +31,9 @@ from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.token_axes import Carried, Lines, TokenLine, find_lines
 from ringfx.passes.verify import split_along, verify
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["NO_VALUES", "Lowered", "lower"]
+
+NO_VALUES = "masks read buffers that have no values here"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,7 +129,8 @@ def _lowered(
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=alive.plan({layer.site.node: layer for layer in layers}),
         notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile), *unknown,
-               *_whole_masks(sites, local, world), *_graph_break(captured)),
+               *_whole_masks(sites, local, world), *_unvalued(captured, sites),
+               *_graph_break(captured)),
     )  # fmt: skip
     return Lowered(
         captured=captured,
@@ -168,6 +171,18 @@ def _whole_masks(sites: Sites, local: LocalProgram, world: World) -> tuple[str, 
             text = whole_text(x.given, x.made, x.taken, world.size)
             alike.setdefault(text, []).append(site)
     return tuple(f"{_listed(found)}: {text}" for text, found in alike.items())
+
+
+def _unvalued(captured: Captured, sites: Sites) -> tuple[str, ...]:
+    """What a run would look at, and a plan of a model without values cannot."""
+    if not sites.unvalued:
+        return ()
+    first, more = captured.input_names[sites.unvalued[0]], len(sites.unvalued) - 1
+    return (
+        f"{NO_VALUES}: {first}{f' and {more} more' if more else ''} (the model is on meta, or "
+        "fake); planned as given with each call, where a run looks and may find a rule in it, such "
+        "as causal. Do: build the model on cpu, or give these buffers values, and plan again.",
+    )
 
 
 def _listed(sites: Sequence[AttentionSite]) -> str:

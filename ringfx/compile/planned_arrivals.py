@@ -1,7 +1,8 @@
 """What one planned program hands to the next: values that a run would leave split.
 
 A plan runs programs whole, on fake tensors. Each result that ranks would have a part of is marked
-with how, and the program that takes it is planned for this rank's part, as in a run.
+with how, and the program that takes it is planned for this rank's part, as in a run. What Python
+applies between two programs hands the mark on where a run would stay on each rank's own tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
+from torch.utils._pytree import tree_leaves
 
 from ringfx.ir.values import Arrival
 from ringfx.passes.rewrite import LocalProgram
+from ringfx.split_tensor.local_rules import writes_where_it_is
+from ringfx.split_tensor.single_op import Given, one_call
 
-__all__ = ["arrived", "leave_split"]
+__all__ = ["arrived", "hand_on", "leave_split", "run_whole"]
+
+_MARK = "ringfx_arrival"
 
 
 def leave_split(results: Sequence[Any], local: LocalProgram) -> list[Any]:
@@ -22,11 +29,59 @@ def leave_split(results: Sequence[Any], local: LocalProgram) -> list[Any]:
     lines = local.placement.lines
     for result, output in zip(results, local.outputs, strict=False):
         if output is not None and isinstance(result, torch.Tensor):
-            result.ringfx_arrival = lines.arrival(output.carried)  # type: ignore[attr-defined]
+            setattr(result, _MARK, lines.arrival(output.carried))
     return list(results)
+
+
+def run_whole(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """A program's results; what it applies inside hands no marks on."""
+    with _INSIDE:
+        return gm.forward(*inputs)
+
+
+class _Inside:
+    """Whether a planned program runs; programs do not run inside each other."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+
+
+_INSIDE = _Inside()
+
+
+def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
+    """Marks the results of an operator that Python applied to marked tensors.
+
+    A write that is not elementwise makes a run gather what is written.
+    """
+    if _INSIDE.depth or TracingContext.try_get() is not None:
+        return
+    if func._schema.is_mutable:
+        if args and hasattr(args[0], _MARK) and not writes_where_it_is(func):
+            delattr(args[0], _MARK)
+        return
+    if not arrived(tree_leaves((args, kwargs))):
+        return
+    call = one_call(func, args, kwargs, _given, 0, "ringfx")
+    if call is None:
+        return
+    for result, output in zip(tree_leaves(made), call.outputs, strict=True):
+        if output is not None:
+            setattr(result, _MARK, output[1])
+
+
+def _given(x: torch.Tensor) -> Given:
+    return Given(
+        shape=tuple(x.shape), dtype=x.dtype, device=x.device, arrival=getattr(x, _MARK, None)
+    )
 
 
 def arrived(inputs: Sequence[Any]) -> dict[int, Arrival]:
     """How inputs of a program are split, by their number."""
-    marked = ((i, getattr(x, "ringfx_arrival", None)) for i, x in enumerate(inputs))
+    marked = ((i, getattr(x, _MARK, None)) for i, x in enumerate(inputs))
     return {i: arrival for i, arrival in marked if arrival is not None}

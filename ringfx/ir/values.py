@@ -68,6 +68,8 @@ class Captured:
     """The user frame that broke the graph after this program, if one did."""
     buffers: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Values of the inputs that a module holds and this program does not write."""
+    unvalued: frozenset[int] = frozenset()
+    """Inputs that a module holds without values: planned offline, of a model on ``meta``."""
     uncompiled_caller: str | None = None
     """The user frame that calls this program and that Dynamo could not compile, if there is one."""
 
@@ -164,5 +166,7 @@ class Sites:
     declined: tuple[Declined, ...] = ()
     buffers: tuple[int, ...] = ()
     """Inputs of the program whose present values the masks count on."""
+    unvalued: tuple[int, ...] = ()
+    """Inputs that masks read and a module holds without values: they count as given."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """For each site's node, the graph nodes whose tensors its tile functions read."""

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["parse_bytes", "parse_rate", "parse_tokens"]
+__all__ = ["MOST_RANKS", "MOST_TOKENS", "parse_bytes", "parse_rate", "parse_tokens"]
+
+MOST_BYTES = 2**60
+MOST_TOKENS = 2**40
+MOST_RANKS = 2**30
+MOST_DIGITS = 30
+"""What is beyond these is a slip of the finger, and no arithmetic of torch or of plans holds it."""
 
 BYTE_UNITS: Mapping[str, int] = {
     "": 1,
@@ -34,11 +40,13 @@ def parse_bytes(size: int | str) -> int:
     Raises
     ------
     InvalidArgument
-        The text has no number, an unknown unit, or the size is not positive.
+        The text has no number, an unknown unit, or the size is not positive or beyond reason.
     """
     count = _bytes(size)
     if count <= 0:
         raise InvalidArgument(f"a memory size must be positive; got {size!r}.")
+    if count > MOST_BYTES:
+        raise InvalidArgument(f"a memory size is at most 2**60 bytes; got {_brief(size)}.")
     return count
 
 
@@ -46,9 +54,9 @@ def _bytes(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         return size
     match = _NUMBER_AND_UNIT.fullmatch(size) if isinstance(size, str) else None
-    if match is None or match[2].lower() not in BYTE_UNITS:
+    if match is None or match[2].lower() not in BYTE_UNITS or len(match[1]) > MOST_DIGITS:
         raise InvalidArgument(
-            f"{size!r} is not a memory size."
+            f"{_brief(size)} is not a memory size."
             ' Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
         )
     return round(float(match[1].replace("_", "")) * BYTE_UNITS[match[2].lower()])
@@ -69,9 +77,10 @@ def parse_rate(text: str) -> float:
     unit = match[2].lower() if match else ""
     bits = unit.removesuffix("bit") + "b"
     factor = BYTE_UNITS.get(bits, 0) / 8 if unit.endswith("bit") else BYTE_UNITS.get(unit, 0)
-    if match is None or not factor or not (rate := float(match[1]) * factor):
+    rate = float(match[1]) * factor if match and len(match[1]) <= MOST_DIGITS else 0.0
+    if not rate:
         raise InvalidArgument(
-            f'{text!r} is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'
+            f'{_brief(text)} is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'
         )
     return rate
 
@@ -85,19 +94,28 @@ def parse_tokens(count: int | str) -> int:
     Raises
     ------
     InvalidArgument
-        The text is no number of tokens, or it is not positive.
+        The text is no number of tokens, or it is not positive or beyond reason.
     """
     tokens = count if isinstance(count, int) else _tokens(count)
     if tokens <= 0:
         raise InvalidArgument(f"a number of tokens must be positive; got {count!r}.")
+    if tokens > MOST_TOKENS:
+        raise InvalidArgument(f"a number of tokens is at most 2**40; got {_brief(count)}.")
     return tokens
 
 
 def _tokens(text: str) -> int:
     match = re.fullmatch(r"\s*(\d[\d_,]*)\s*([kKmM]?)\s*", text)
-    if match is None:
+    if match is None or len(match[1]) > MOST_DIGITS:
         raise InvalidArgument(
-            f'{text!r} is not a number of tokens. Do: give one such as 4096, "128k" or "1M".'
+            f'{_brief(text)} is not a number of tokens. Do: give one such as 4096, "128k" or "1M".'
         )
     digits = match[1].replace(",", "").replace("_", "")
     return int(digits) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+
+
+def _brief(given: object) -> str:
+    """As it was given, or its beginning."""
+    is_long = isinstance(given, int) and abs(given) > 10**60  # Python shows no 5,000 digits
+    said = "a number of more than 60 digits" if is_long else repr(given)
+    return said if len(said) <= 60 else f"{said[:57]}..."

@@ -14,13 +14,16 @@ from ringfx.errors import InvalidArgument
 __all__ = ["choice", "number", "switch", "tensor", "text", "whole_number"]
 
 
-def whole_number(where: str, name: str, value: Any, *, least: int = 1) -> int:
+def whole_number(
+    where: str, name: str, value: Any, *, least: int = 1, most: int | None = None
+) -> int:
     """An int, of Python or numpy; True is none."""
+    kind = f"a whole number, {least} or more" if most is None else f"one from {least} to {most:,}"
     if isinstance(value, bool | float | str | torch.Tensor) or not hasattr(value, "__index__"):
-        raise _wrong(where, name, value, f"a whole number, {least} or more")
+        raise _wrong(where, name, value, kind)
     found = operator.index(value)
-    if found < least:
-        raise _wrong(where, name, value, f"a whole number, {least} or more")
+    if found < least or (most is not None and found > most):
+        raise _wrong(where, name, value, kind)
     return found
 
 
@@ -62,5 +65,6 @@ def _wrong(where: str, name: str, value: Any, expected: str) -> InvalidArgument:
 def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} {value.dtype}"
-    said = repr(value)
+    is_long = isinstance(value, int) and abs(value) > 10**60  # Python shows no 5,000 digits
+    said = "a number of more than 60 digits" if is_long else repr(value)
     return said if len(said) <= 60 else f"{said[:57]}..., a {type(value).__name__}"

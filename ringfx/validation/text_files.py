@@ -10,13 +10,21 @@ from pathlib import Path
 
 from ringfx.errors import InvalidArgument, RingfxError
 
-__all__ = ["check_writable", "read_text", "write_text"]
+__all__ = ["check_writable", "is_there", "read_text", "write_text"]
 
 LARGEST = 2**28
 """Bytes of the largest file that is read: plans, profiles and records have a thousandth of it."""
 
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 """First bytes of compressed files."""
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; no name is too long to ask."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def read_text(path: Path, error: type[RingfxError] = InvalidArgument, what: str = "") -> str:

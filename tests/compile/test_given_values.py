@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ringfx
-from ringfx.errors import CaptureRefused
+from ringfx.errors import AttentionNotFound, CaptureRefused
 
 
 class Reads(nn.Module):
@@ -135,3 +135,32 @@ def test_a_router_is_assumed_to_choose_each_expert_as_often(by_sizes: bool) -> N
     assert len(plan.layers) == 2
     (note,) = (note for note in plan.notes if "assumed" in note)
     assert "topk to choose each of 3 as often" in note
+
+
+class Masked(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        hidden = self.keep[: x.shape[1], : x.shape[1]] == 0
+        mixed: Tensor = (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        return mixed
+
+
+def test_a_mask_in_a_buffer_without_values_counts_as_given_and_the_plan_says_so() -> None:
+    with torch.device("meta"):
+        model, x = Masked(), torch.randn(1, 12, 16)
+    plan = ringfx.plan(model, (x,), world_size=2)
+    assert [x.mask for x in plan.layers] == ["a mask given as input"]
+    (note,) = (n for n in plan.notes if "have no values" in n)
+    assert "keep" in note
+    assert "Do: build the model on cpu" in note
+    plan = ringfx.plan(Masked(), (torch.randn(1, 12, 16),), world_size=2)
+    assert not [n for n in plan.notes if "have no values" in n]
+
+
+def test_attention_that_is_none_without_the_values_of_a_buffer_is_told_so() -> None:
+    with torch.device("meta"):
+        model, x = Kept(), torch.randn(1, 12, 16)
+    with pytest.raises(
+        AttentionNotFound, match="Masks read buffers that have no values here: keep"
+    ):
+        ringfx.plan(model, (x,), world_size=2)

@@ -10,10 +10,22 @@ from tests.support.harness import RankPool
 
 pytestmark = pytest.mark.ranks
 
-NAMES = ("llama/sdpa", "openai_gpt/eager", "xlm/eager", "fsmt/eager", "wav2vec2/sdpa")
-"""One program; a mask in a buffer; an item() or a branch on values before the first attention."""
+NAMES = (
+    "llama/sdpa",
+    "openai_gpt/eager",
+    "xlm/eager",
+    "fsmt/eager",
+    "wav2vec2/sdpa",
+    "dbrx/sdpa",
+    "led/eager",
+)
+"""One program; a mask in a buffer; an item() or a branch on values before the first attention;
+breaks inside layers, with a norm that Python applies between two programs."""
 
-MORE = ("hubert/sdpa", "data2vec_audio/sdpa")
+MORE = (
+    "hubert/sdpa", "data2vec_audio/sdpa", "data2vec_audio/eager", "unispeech_sat/sdpa",
+    "wav2vec2-padded/sdpa", "dbrx/eager", "jetmoe/sdpa",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])

@@ -62,6 +62,21 @@ class Nested(Around):
         return self.last(checkpoint(self.first, x, use_reentrant=False))
 
 
+class Deep(nn.Module):
+    """Layers that all stand in the checkpoint of the one before."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(depth))
+
+    def forward(self, x: Tensor, depth: int = 0) -> Tensor:
+        if depth == len(self.layers):
+            return x
+        y = self.layers[depth](x).tanh()
+        result: Tensor = checkpoint(self.forward, y, depth + 1, use_reentrant=False)
+        return result
+
+
 def selective() -> Any:
     return create_selective_checkpoint_contexts(keep_products)
 

@@ -88,7 +88,9 @@ def test_strict_fails_on_what_was_missed_with_its_place(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a detection that sees nothing."""
-    monkeypatch.setattr("ringfx.report.explanation.detect", lambda _: Detected(candidates=(), declined=()))
+    monkeypatch.setattr(
+        "ringfx.report.explanation.detect", lambda _: Detected(candidates=(), declined=())
+    )
     relaxed = run(f"{model}:make", "--seq-len", "64")
     assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout
     assert "looks like attention and was MISSED" in relaxed.stdout

@@ -146,7 +146,7 @@ def test_changes_are_read_from_pairs() -> None:
             "'world-size' is no change. Do: give pairs such as world-size=16,link=50GB/s;"
             " names: world-size, seq-len, gpu-memory, link, latency-us.",
         ),
-        ("world-size=none", "'none' is not a whole number above 0."),
+        ("world-size=none", "'none' is not a whole number from 1 to 1,073,741,824."),
         ("link=fast", '\'fast\' is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'),
     ],
 )

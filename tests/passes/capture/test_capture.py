@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_a_checkpointed_body_is_recomputed_but_attention_is_not_lost() -> None:
     assert len(regions) == 2
     sdpa = torch.ops.aten.scaled_dot_product_attention.default
     assert sum(n.target is sdpa for n in nodes) == 2
+
+
+def test_work_grows_with_the_depth_of_checkpoints_and_not_in_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walks = Counter[int]()
+    depth = 0
+    usual = torch.fx.GraphModule.named_modules
+
+    def counted(self: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        walks[depth] += 1
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.fx.GraphModule, "named_modules", counted)
+    for depth in (4, 8, 12):
+        captured(constructs.Deep(depth), *x())
+    assert walks[12] - walks[8] <= 2 * (walks[8] - walks[4])
 
 
 def test_gradients_are_marked_where_they_flow() -> None:
