@@ -85,7 +85,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.chdir(folder)
         patch.setattr(sys, "path", [str(folder), *sys.path])
         patch.setenv("RINGFX_PROFILES", str(folder / "profiles"))
-        for command in ("bench_command.bench", "calibrate_command.calibrate"):
+        for command in ("cli.bench.bench", "cli.calibrate.calibrate"):
             patch.setattr(f"ringfx.{command}", _measures)
         yield
 
