@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _ringfx(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    program = "from ringfx.cli import main; main()"
+    program = "from ringfx.cli.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, "plan", *words],
         cwd=folder,

@@ -49,7 +49,7 @@ def test_without_values_a_mask_is_assumed_to_hide_nothing_and_the_plan_says_wher
     assert found == 1
     (note,) = notes
     assert "ones" in note
-    assert "test_given.py:" in note
+    assert "test_given_values.py:" in note
 
 
 class Weighed(nn.Module):
