@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import Obeying
+from ringfx.torch_compat.releases import transforms_run
 
 __all__ = ["REGION", "flatten_region", "fold_regions", "trace_below_autograd"]
 
@@ -53,7 +54,7 @@ def trace_below_autograd(function: Callable[..., Any], operands: Sequence[Any]) 
     """A program of what runs once transforms have been resolved, without touching the tracing
     that is under way."""
     given = [v.detach() if isinstance(v, torch.Tensor) else v for v in operands]
-    with disable_proxy_modes_tracing(), fx_traceback.preserve_node_meta():
+    with disable_proxy_modes_tracing(), fx_traceback.preserve_node_meta(), transforms_run():
         made = make_fx(function)(*given)
     for node in list(made.graph.nodes):  # a batched number is traced as a copy of that number
         if node.target is torch.ops.aten._to_copy.default and not isinstance(node.args[0], Node):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import SelectiveCheckpointContext
 
 __all__ = [
     "ISOLATED", "all_gather_single", "asked_by_policy", "reduce_scatter_single",
-    "restore_flash_attention",
+    "restore_flash_attention", "transforms_run",
 ]  # fmt: skip
 
 
@@ -45,3 +47,13 @@ def restore_flash_attention() -> None:
     restore: Any = getattr(attention, "restore_flash_attention_impl", None)
     if restore is not None:
         restore()
+
+
+def transforms_run() -> contextlib.AbstractContextManager[object]:
+    """Before 2.13 ``torch.vmap`` under pre-dispatch tracing is written down and not carried out,
+    also where nothing is exported."""
+    return mock.patch("torch._export.utils._maybe_find_pre_dispatch_tf_mode_for_export", _no_mode)
+
+
+def _no_mode() -> None:
+    """Since 2.13 what the function answers where nothing is exported."""
