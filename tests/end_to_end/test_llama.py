@@ -56,6 +56,7 @@ def lengths_and_batches(strategy: str, chosen: Sequence[tuple[int, int]]) -> lis
     ]
 
 
+@pytest.mark.slow  # on three ranks below
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_on_two_ranks_at_even_and_uneven_lengths(ranks2: RankPool, strategy: str) -> None:
     check(ranks2, lengths_and_batches(strategy, EVEN_AND_UNEVEN))

@@ -40,6 +40,7 @@ def cases(seq_len: int, *causal: bool) -> list[Case]:
     return [case(name, each, seq_len) for name in CONSTRUCTS for each in causal]
 
 
+@pytest.mark.slow  # on three ranks, where sizes coincide, below
 def test_every_construct_is_right_on_two_ranks(ranks2: RankPool) -> None:
     for found in compare_all(ranks2, cases(13, True)):
         found.check()
