@@ -10,12 +10,15 @@ VENV ?= .venv
 PIP_INDEX_ARGS ?=
 # Further arguments of pytest: make test PYTEST_ARGS="-k causal"
 PYTEST_ARGS ?=
-# Files of tests that run at once. Each worker keeps pools of 2, 3 and 4 ranks: allow it 6 GB.
+# Files of tests without ranks that run at once. Those of ranks run one by one: ranks fill the cores.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+# pytest over all tests but the slow ones: $(call tested,path of python)
+tested = OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow and not ranks" \
+  --numprocesses $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS) && \
+  OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow and ranks" --durations=10 $(PYTEST_ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := ringfx passes cost_model tests examples benchmarks
 
@@ -43,17 +46,17 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" --durations=10 $(PYTEST_ARGS)
+	$(call tested,$(BIN)/python)
 
 check: test
 
 test-all: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --durations=20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
 
 # The tests on another release of torch, in a virtual environment of its own. What torch itself asks
 # for comes in the versions that it wants, the rest as in constraints.txt.
 test-torch: $(OTHER)/.installed
-	OMP_NUM_THREADS=1 $(OTHER)/bin/python $(PYTEST) -m "not slow" --durations=10 $(PYTEST_ARGS)
+	$(call tested,$(OTHER)/bin/python)
 
 # A quarter of the corpus on fake CUDA tensors, for 8 ranks: needs a CUDA build of torch (gigabytes;
 # those of PyPI for Linux are), and neither a GPU nor a driver.

@@ -10,22 +10,26 @@ from ringfx.failures.process_exit import tell_when_leaving
 
 if TYPE_CHECKING:
     from ringfx import ops
+    from ringfx.ir import tiles
     from ringfx.api import optimize, plan, stats
     from ringfx.ir.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
-__all__ = ["LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats"]
+__all__ = [
+    "LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats", "tiles",
+]  # fmt: skip
 
 _HOME = {
     "optimize": "ringfx.api", "plan": "ringfx.api", "stats": "ringfx.api",
     "LayerPlan": "ringfx.ir.plan", "Plan": "ringfx.ir.plan",
 }  # fmt: skip
+_ROOMS = {"ops": "ringfx.ops", "tiles": "ringfx.ir.tiles"}
 """Loaded when first asked for: whoever calls ``ringfx.ops`` alone needs no compiler."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("ringfx.ops")
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
     if name not in _HOME:
         raise AttributeError(f"module 'ringfx' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

@@ -42,7 +42,7 @@ def run(
         _check_name(name)
     for path in (out or profiles_folder() / f"{name or 'ringfx'}.json", records):
         if path is not None:
-            check_writable(path)
+            check_writable(path, make_folders=True)
     measured = _measured(device, ranks, QUICK if quick else Effort())
     if measured is None:
         return

@@ -92,7 +92,7 @@ def form(site: AttentionSite) -> Iterator[str]:
 def formula(spec: AttentionSpec) -> str:
     """One line of mathematics.
 
-    >>> from ringfx.tiles import CAUSAL
+    >>> from ringfx.ir.tiles import CAUSAL
     >>> formula(AttentionSpec(scale=0.125, q_len=8, kv_len=8, keep=CAUSAL, soft_cap=30.0))
     'softmax(30 tanh(0.125 q k^T / 30)) v where k <= q'
     """

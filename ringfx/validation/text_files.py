@@ -80,11 +80,14 @@ def write_text(path: Path, text: str, error: type[RingfxError] = InvalidArgument
         _replace(target, content)
 
 
-def check_writable(path: Path, error: type[RingfxError] = InvalidArgument) -> None:
-    """Refuses now what ``write_text`` would refuse later; folders that are missing are made."""
+def check_writable(
+    path: Path, error: type[RingfxError] = InvalidArgument, *, make_folders: bool = False
+) -> None:
+    """Refuses now what ``write_text`` would refuse later."""
     with _blaming(path, error):
         target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if make_folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
         _refuse_unwritable(target)
         if not target.exists():
             with tempfile.TemporaryFile(dir=target.parent):

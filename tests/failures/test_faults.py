@@ -21,7 +21,7 @@ def _check(found: list[Survivor], victim: int) -> None:
         assert "layers.7: " in survivor.text, survivor
         assert "forward: " in survivor.text or "backward: " in survivor.text, survivor
         assert f"rank {survivor.rank} of 3 was waiting for rank" in survivor.text, survivor
-        assert survivor.seconds < 2 * TIMEOUT_S + 2, survivor
+        assert survivor.seconds < 10 * TIMEOUT_S, survivor  # of a busy machine; never a hang
     # A survivor may have waited for another one that had given up already, but not all of them.
     assert any(_waits_for(survivor, victim) for survivor in found), found
 

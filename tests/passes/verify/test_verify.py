@@ -95,7 +95,7 @@ def test_a_value_of_the_wrong_shape_is_noticed_with_its_place() -> None:
     graph = program.captured.graph_module.graph
     norm = next(n for n in graph.nodes if n.target is aten.layer_norm.default)
     norm.meta["val"] = norm.meta["val"].to(torch.float64)
-    with pytest.raises(VerificationError, match=r"first\.norm \(models\.py:\d+\).*layer_norm"):
+    with pytest.raises(VerificationError, match=r"first\.norm \(shapes\.py:\d+\).*layer_norm"):
         rebuilt(program)
 
 
