@@ -82,11 +82,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 
 # Strictness is set in pyproject.toml.
+TYPED_TESTS := cli compile corpus device end_to_end report support validation
 types: $(INSTALLED)
 	$(BIN)/python -m mypy -p ringfx
 	$(BIN)/python -m mypy \
-	  $(wildcard tests/*.py tests/end_to_end/*.py tests/corpus/*.py tests/device/*.py examples/*.py) \
-	  benchmarks/memory.py benchmarks/attention_schedule.py \
+	  $(wildcard tests/*.py $(TYPED_TESTS:%=tests/%/*.py) examples/*.py) \
+	  benchmarks/memory.py benchmarks/attention_schedule.py benchmarks/check_time.py \
 	  $(wildcard benchmarks/prediction/*.py benchmarks/gpu/*.py)
 
 # Every architecture of tests/corpus at 1, 2 and 3 ranks, and the tables in docs/coverage.md.

@@ -10,8 +10,8 @@ from ringfx.failures.process_exit import tell_when_leaving
 
 if TYPE_CHECKING:
     from ringfx import ops
-    from ringfx.ir import tiles
     from ringfx.api import optimize, plan, stats
+    from ringfx.ir import tiles
     from ringfx.ir.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"

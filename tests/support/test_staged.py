@@ -114,9 +114,9 @@ def step() -> tuple[bool, float, dict[str, float]]:
     expected, found = stock(ids, ids)[0], model(ids, ids)
     expected.backward()
     found[0].backward()
-    named = [{n: p.grad for n, p in m.named_parameters()} for m in (ours, stock)]
+    mine, oracle = ({n: p.grad for n, p in m.named_parameters()} for m in (ours, stock))
     is_split = any(isinstance(x, SplitTensor) for x in found)
-    return is_split, abs(float(found[0] - expected)), gradient_differences(*named)
+    return is_split, abs(float(found[0] - expected)), gradient_differences(mine, oracle)
 
 
 def test_a_model_is_split_over_it(ranks2: RankPool) -> None:
