@@ -125,7 +125,7 @@ def _wrong(command: str, parameter: Any, value: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("command", "parameter"), _options(), ids=lambda x: x if isinstance(x, str) else x.opts[0]
+    ("command", "parameter"), list(_options()), ids=lambda x: x if isinstance(x, str) else x.opts[0]
 )
 def test_a_wrong_value_ends_in_one_message(here: None, command: str, parameter: Any) -> None:
     values = FREE.get(f"{command} {parameter.opts[0]}", WORDS)
