@@ -9,21 +9,22 @@ from ringfx.errors import RingfxError
 from ringfx.failures.process_exit import tell_when_leaving
 
 if TYPE_CHECKING:
-    from ringfx import ops
+    from ringfx import nn, ops
     from ringfx.api import optimize, plan, stats
     from ringfx.ir import tiles
     from ringfx.ir.plan import LayerPlan, Plan
 
 __version__ = "0.1.0"
 __all__ = [
-    "LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats", "tiles",
+    "LayerPlan", "Plan", "RingfxError", "__version__", "nn", "ops", "optimize", "plan", "stats",
+    "tiles",
 ]  # fmt: skip
 
 _HOME = {
     "optimize": "ringfx.api", "plan": "ringfx.api", "stats": "ringfx.api",
     "LayerPlan": "ringfx.ir.plan", "Plan": "ringfx.ir.plan",
 }  # fmt: skip
-_ROOMS = {"ops": "ringfx.ops", "tiles": "ringfx.ir.tiles"}
+_ROOMS = {"nn": "ringfx.nn", "ops": "ringfx.ops", "tiles": "ringfx.ir.tiles"}
 """Loaded when first asked for: whoever calls ``ringfx.ops`` alone needs no compiler."""
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     "errors",
     "units", "torch_compat", "validation", "ir",                               # values
     "failures", "comm",                                                        # ranks
-    "ops.kernels", "ops.tiling", "ops.strategies", "ops",                      # operators
+    "ops.kernels", "ops.tiling", "ops.strategies", "ops", "nn",                # operators
     "passes.capture", "passes.axes", "passes.exprs", "passes.detect", "passes.masks",
     "passes.token_axes", "passes.normalize", "passes.place", "passes.rewrite", "passes.verify",
     "passes",

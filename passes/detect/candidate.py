@@ -98,6 +98,8 @@ class Detected:
 
     candidates: tuple[Candidate, ...]
     declined: tuple[Declined, ...]
+    written: tuple[Node, ...] = ()
+    """Calls that the user's model makes of the canonical operator itself."""
 
 
 def score(i: int = 0) -> Expr:

@@ -13,6 +13,7 @@ from ringfx.passes.detect.inline_kernels import respell
 from ringfx.passes.detect.normalise import merge_exponentials
 from ringfx.passes.detect.pairs import contract_in_pairs
 from ringfx.passes.detect.program import Program
+from ringfx.passes.detect.written_calls import written_calls
 
 __all__ = ["detect"]
 
@@ -24,6 +25,7 @@ def detect(captured: Captured) -> Detected:
     each softmax over products of queries with keys that is multiplied with values.
     """
     graph = captured.graph_module.graph
+    written = written_calls(graph)
     merge_exponentials(graph)
     contract_in_pairs(graph)
     distribute(graph)
@@ -37,7 +39,7 @@ def detect(captured: Captured) -> Detected:
             declined.append(decline(node, answer.reason))
         elif answer is not None:
             candidates.append(answer)
-    return Detected(candidates=tuple(candidates), declined=tuple(declined))
+    return Detected(candidates=tuple(candidates), declined=tuple(declined), written=written)
 
 
 def _ask(node: Node, program: Program) -> Candidate | Near | None:

@@ -68,13 +68,17 @@ def recover(captured: Captured, detected: Detected) -> Sites:
             refused.append(decline(candidate.node, str(reading)))
             continue
         node = _replace(graph, *reading)
-        found.append(_site(reading[0], node, reading[1].spec))
+        found.append(_site(node, reading[0].found_by, reading[1].spec))
+    for node in detected.written:
+        found.append(_site(node, "ringfx", AttentionSpec.from_json(str(node.kwargs["spec"]))))
     _drop_dead_masks(captured.graph_module)
     inputs = graph.find_nodes(op="placeholder")
     read = tuple(i for i, node in enumerate(inputs) if node in buffers.read)
     missed = tuple(i for i, node in enumerate(inputs) if node in buffers.missed)
     declined = (*detected.declined, *reversed(refused))
-    return Sites(found=tuple(reversed(found)), declined=declined, buffers=read, unvalued=missed)
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    found.sort(key=lambda site: order[site.node])
+    return Sites(found=tuple(found), declined=declined, buffers=read, unvalued=missed)
 
 
 def _first_reading(
@@ -265,7 +269,7 @@ def _sink_input(emit: Emitter, sinks: Node | float | None, q: Node) -> list[Node
     return [emit.call(aten.reshape.default, sinks, [heads])]
 
 
-def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSite:
+def _site(node: Node, found_by: str, spec: AttentionSpec) -> AttentionSite:
     q, k, v = (a.meta["val"] for a in node.args[:3])  # type: ignore[union-attr]
     read: Any = node.args[3]
     matrices = set(tiles.matrices(spec.keep, spec.bias))
@@ -275,11 +279,11 @@ def _site(candidate: Candidate, node: Node, spec: AttentionSpec) -> AttentionSit
         node=node.name,
         name=node.meta.get("ringfx_path", ""),
         source=node.meta.get("ringfx_source", ""),
-        found_by=candidate.found_by,
+        found_by=found_by,
         spec=spec,
-        mask_words=tiles.describe(spec.keep, spec.bias),
-        density=tiles.density(spec.keep, spec.q_len, spec.kv_len),
-        balanced=tiles.is_balanced(spec.keep, spec.q_len, spec.kv_len),
+        mask_words=spec.words,
+        density=spec.density,
+        balanced=spec.is_balanced,
         batch=int(q.shape[0]),
         heads=int(q.shape[1]),
         kv_heads=int(k.shape[1]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar, cast
 
 import torch
@@ -132,7 +133,7 @@ class Ranks:
         source: int,
         tag: int = 0,
     ) -> Exchange:
-        """Starts sending one buffer and receiving another; both contiguous, of equal size.
+        """Starts sending one buffer and receiving another, both contiguous; empty ones do not go.
 
         All ranks call it in the same order. ``tag`` tells apart messages between the same two ranks
         that are under way together (gloo; NCCL goes by the order).
@@ -140,22 +141,22 @@ class Ranks:
         assert self.group is not None, "one rank alone has nobody to talk to"
         assert send.is_contiguous(), "buffers are contiguous"
         assert receive.is_contiguous(), "buffers are contiguous"
-        assert (send.shape, send.dtype) == (receive.shape, receive.dtype), (
-            f"rank {self.rank} sends {tuple(send.shape)} {send.dtype} and expects "
-            f"{tuple(receive.shape)} {receive.dtype}"
-        )
-        ops: list[Transfer] = []
-        for sent, received in zip(*map(self._pieces, (send, receive)), strict=True):
-            sending = Transfer(sends=True, buffer=sent, peer=to, tag=tag)
-            taking = Transfer(sends=False, buffer=received, peer=source, tag=tag)
-            ops += [sending, taking] if self.rank % 2 == 0 else [taking, sending]
+        sending = [Transfer(sends=True, buffer=x, peer=to, tag=tag) for x in self._pieces(send)]
+        taking = [
+            Transfer(sends=False, buffer=x, peer=source, tag=tag) for x in self._pieces(receive)
+        ]
+        both = (sending, taking) if self.rank % 2 == 0 else (taking, sending)
+        ops = [op for pair in zip_longest(*both) for op in pair if op is not None]
         peers = f"rank {source} (receiving) and rank {to} (sending)"
-        works = self.guarded(operation, peers, lambda: self.start(ops))
-        self._count(send)
+        works = self.guarded(operation, peers, lambda: self.start(ops)) if ops else []
+        if send.numel():
+            self._count(send)
         return Exchange(self, operation, works, [op.peer for op in ops], (send, receive))
 
     def _pieces(self, message: torch.Tensor) -> Sequence[torch.Tensor]:
         """What a message is sent as: NCCL cuts its messages itself."""
+        if not message.numel():
+            return ()
         if not self._sends_one_by_one:
             return (message,)
         flat = message.view(-1)

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, PlainValidator
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir import tiles
-from ringfx.ir.tiles import Expr
+from ringfx.ir.dilation import Branch, describe_branches
+from ringfx.ir.tiles import Expr, conjunction
 from ringfx.ir.tiles.checked import checked_expr
 from ringfx.validation.fields import STRICT, Finite, Tokens
 from ringfx.validation.json_reader import Source, parse_json, validated
@@ -54,9 +55,36 @@ class AttentionSpec:
     """The derivative of a score by its product where the bias hides all keys of its row: 0 where
     the bias stands for the score (masked_fill), 1/2 where torch.maximum met its equal."""
 
+    branches: tuple[Branch, ...] = ()
+    """Dilated attention: every head attends in each of these, merged by their softmaxes'
+    denominators (see ``ringfx.ir.dilation``). ``keep`` is causal or nothing then."""
+
     @property
     def is_causal(self) -> bool:
         return self.keep == tiles.CAUSAL
+
+    @property
+    def words(self) -> str:
+        """The mask and bias as a person says them."""
+        found = tiles.describe(self.keep, self.bias)
+        if not self.branches:
+            return found
+        causal = ", causal" if self.is_causal else ""
+        return f"{describe_branches(self.branches)}{causal}"
+
+    @property
+    def density(self) -> float:
+        """Share of (query, key) pairs that are computed, 0 to 1; 1 where it depends on data."""
+        keeps = [(self.keep, 1.0)]
+        if self.branches:
+            keeps = [(conjunction(b.segments, self.keep), 1.0 / b.rate**2) for b in self.branches]
+        return min(1.0, sum(s * tiles.density(k, self.q_len, self.kv_len) for k, s in keeps))
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether equal runs of queries compute about as many pairs as each other."""
+        segments = max(self.branches, key=lambda b: b.segment).segments if self.branches else None
+        return tiles.is_balanced(conjunction(segments, self.keep), self.q_len, self.kv_len)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -11,7 +11,6 @@ q and k, E that of v.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ringfx.ops import checks
 from ringfx.ops.kernels.kernel import choose
 from ringfx.ops.kernels.logsumexp import logsumexp_dtype
 from ringfx.ops.strategies import collective, production, simple, ulysses
+from ringfx.ops.strategies.dilated import Implementation, by_branches
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.empty_rows import (
     add_sinks,
@@ -44,7 +44,7 @@ __all__ = ["attention"]
 
 Tensor = torch.Tensor
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "simple": simple,
     "collective": collective,
     "production": production,
@@ -333,9 +333,11 @@ def _tiling(q: Tensor, stores_scores: bool) -> Tiling:
     return Tiling(masked=side, plain=side)
 
 
-def _implementation(problem: Problem, strategy: str) -> ModuleType:
+def _implementation(problem: Problem, strategy: str) -> Implementation:
     """With one rank every strategy is its local kernel over the whole sequence."""
-    return IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
+    found = IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
+    # Ulysses exchanges all rows of its heads once, and then has all branches at home.
+    return found if found is ulysses else by_branches(found, problem)
 
 
 def _may_lose_digits(problem: Problem, q: Tensor) -> bool:

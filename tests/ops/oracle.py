@@ -123,6 +123,9 @@ def reference(example: Example) -> Result:
     keep = torch.ones((), dtype=torch.bool)
     if spec.keep is not None:
         keep = evaluate(spec.keep, index, inputs).bool()
+    if spec.branches:
+        times = times_kept(spec, example.heads)
+        s, keep = s + times.clamp(min=1).log(), keep & (times > 0)
     keep = keep.expand(s.shape)
     if spec.sinks:
         s = s.masked_fill(~keep, -math.inf)
@@ -140,6 +143,17 @@ def reference(example: Example) -> Result:
     grads = torch.autograd.grad(out, list(leaves.values()), found.dout.double())
     named = dict(zip(leaves, grads, strict=True))
     return Result(out=out.detach(), grads=named, largest_lse=largest_lse)
+
+
+def times_kept(spec: AttentionSpec, heads: int) -> Tensor:
+    """In how many branches of dilated attention each pair of one segment is kept, [H, Q, K]."""
+    position, head = torch.arange(spec.q_len), torch.arange(heads)[:, None]
+    times = torch.zeros(heads, spec.q_len, spec.q_len, dtype=torch.float64)
+    for branch in spec.branches:
+        kept = position % branch.segment % branch.rate == head % branch.rate
+        segment = position // branch.segment
+        times += kept[:, :, None] & kept[:, None] & (segment[:, None] == segment)
+    return times
 
 
 def split(x: Tensor, layout: Layout, rank: int) -> Tensor:

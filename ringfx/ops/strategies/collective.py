@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ringfx.ops.strategies import needed
 from ringfx.ops.strategies.packing import pack, unpack
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.head_groups import HeadGroup, head_groups
@@ -36,6 +37,8 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
+    if needed.in_blocks(problem):
+        return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=needed.ALL_AT_ONCE)
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     mine, keys = problem.q_runs(problem.ranks.rank), _all_keys(problem)
     for group in _groups(problem, q_BHQD, k_BGKD, v_BGKE):
@@ -57,6 +60,9 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
+    if needed.in_blocks(problem):
+        given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+        return needed.backward(problem, *given, ahead=needed.ALL_AT_ONCE)
     ranks = problem.ranks
     sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     mine, keys = problem.q_runs(ranks.rank), _all_keys(problem)

@@ -33,11 +33,11 @@ import torch
 
 from ringfx.comm.process_group import Exchange
 from ringfx.ir.attention_spec import AttentionSpec
-from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ops.kernels.kernel import accumulation_dtype
+from ringfx.ops.strategies import needed
 from ringfx.ops.strategies.buffer_pool import POOL
 from ringfx.ops.strategies.packing import pack_into, unpack
-from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.attention_call import AnyLayout, Problem
 from ringfx.ops.tiling.head_groups import (
     MOST_GROUPS,
     RING_GROUPS,
@@ -59,12 +59,12 @@ TAKING_TURNS = 2
 
 
 @lru_cache(maxsize=256)
-def hops_needed(spec: AttentionSpec, layout: LayoutKind, size: int) -> int:
+def hops_needed(spec: AttentionSpec, q: AnyLayout, k: AnyLayout) -> int:
     """How many blocks each rank must see, its own included: the same number on all ranks.
 
     Only positions count, never the captured tensors, which could differ between ranks.
     """
-    q, k = Layout(layout, spec.q_len, size), Layout(layout, spec.kv_len, size)
+    size = q.world_size
     coarse = Tiling(masked=1 << 62)
     anywhere = (0, 1 << 62)
     for hop in reversed(range(1, size)):
@@ -80,7 +80,7 @@ def _backward_hops(problem: Problem) -> int:
     may_lose_rows = problem.spec.keep is not None and not problem.spec.is_causal
     if problem.spec.fully_masked == "absorbed" and may_lose_rows:
         return problem.ranks.size
-    return hops_needed(problem.spec, problem.layout, problem.ranks.size)
+    return hops_needed(problem.spec, problem.q_layout, problem.kv_layout)
 
 
 def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
@@ -156,9 +156,11 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
+    if needed.in_blocks(problem):
+        return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=1)
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
-    hops = hops_needed(problem.spec, problem.layout, ranks.size)
+    hops = hops_needed(problem.spec, problem.q_layout, problem.kv_layout)
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     outputs = [output.of_heads(group.q) for group in groups]
     blocks = _Blocks(groups, k_BGKD, v_BGKE)
@@ -212,6 +214,9 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
+    if needed.in_blocks(problem):
+        given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+        return needed.backward(problem, *given, ahead=1)
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = _backward_hops(problem)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from ringfx.ops.kernels.kernel import accumulation_dtype
+from ringfx.ops.strategies import needed
 from ringfx.ops.strategies.packing import pack, unpack
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, Output, Sum, Sums, attend, attend_backward
@@ -33,6 +34,8 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
+    if needed.in_blocks(problem):
+        return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=0)
     ranks = problem.ranks
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     block_N = pack(k_BGKD, v_BGKE) if ranks.size > 1 else None
@@ -56,6 +59,9 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
+    if needed.in_blocks(problem):
+        given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+        return needed.backward(problem, *given, ahead=0)
     ranks = problem.ranks
     mine = problem.q_runs(ranks.rank)
     rows = dout_BHQE, q_BHQD

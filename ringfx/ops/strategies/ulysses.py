@@ -18,9 +18,10 @@ import torch
 from ringfx.comm.process_group import Ranks
 from ringfx.ir.layout import Layout
 from ringfx.ops.kernels.logsumexp import digits
+from ringfx.ops.strategies import simple
+from ringfx.ops.strategies.dilated import by_branches
 from ringfx.ops.tiling.attention_call import Problem
-from ringfx.ops.tiling.merge import Gradients, Output, Sums, attend, attend_backward
-from ringfx.ops.tiling.pieces import Run
+from ringfx.ops.tiling.merge import Gradients
 
 __all__ = ["backward", "forward"]
 
@@ -72,12 +73,11 @@ def _copies(kv_heads: int, ranks: int) -> int:
 
 
 def _local_problem(problem: Problem, heads: int) -> Problem:
-    share = heads // problem.ranks.size
-    return replace(problem, first_head=problem.ranks.rank * share)
-
-
-def _runs(problem: Problem) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    return (Run(0, 0, problem.spec.q_len),), (Run(0, 0, problem.spec.kv_len),)
+    """All tokens of this rank's share of the heads, as one rank alone computes them."""
+    ranks = problem.ranks
+    alone = Ranks(0, 1, None, ranks.layer)
+    share = heads // ranks.size
+    return replace(problem, ranks=alone, layout="contiguous", first_head=ranks.rank * share)
 
 
 def forward(
@@ -104,9 +104,8 @@ def _attended(problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) 
         _to_heads(ranks, problem.kv_layout, f"forward: all-to-all of {name}", _repeat(x, copies))
         for name, x in (("k", k_BGKD), ("v", v_BGKE))
     )
-    output = Output.empty(problem, q, v.shape[-1])
-    attend(_local_problem(problem, H), output, q, k, v, *_runs(problem))
-    out, lse = output.finish()
+    local = _local_problem(problem, H)
+    out, lse = by_branches(simple, local).forward(local, q, k, v)
     return torch.cat([out, torch.stack(digits(lse, out.dtype), dim=-1)], dim=-1)
 
 
@@ -152,9 +151,8 @@ def _of_own_heads(
         _to_heads(ranks, problem.kv_layout, f"backward: all-to-all of {name}", _repeat(x, copies))
         for name, x in (("k", k_BGKD), ("v", v_BGKE))
     )
-    sums = Sums.empty(problem, q, k, v)
-    attend_backward(_local_problem(problem, H), sums, dout, q, k, v, out, lse, *_runs(problem))
-    return sums.finish()
+    local = _local_problem(problem, H)
+    return by_branches(simple, local).backward(local, dout, q, k, v, out, lse)
 
 
 def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.comm.stats import LayerStats
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.dilation import KeptLayout, KeptRows
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ops.kernels.kernel import Kernel
 from ringfx.ops.kernels.logsumexp import logsumexp_dtype
 from ringfx.ops.tiling.head_groups import HeadGroup
 from ringfx.ops.tiling.pieces import Run, Tiling, runs_of
 
-__all__ = ["Problem"]
+__all__ = ["AnyLayout", "Problem"]
+
+AnyLayout: TypeAlias = Layout | KeptLayout
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,14 +39,21 @@ class Problem:
     """Positions of the inputs whose gradient the backward must give."""
     first_head: int = 0
     """Global index of the first local head: not 0 where heads are split."""
+    rows: KeptRows | None = None
+    """The queries and keys are these rows of a longer sequence, which is what lies on the ranks."""
 
     @property
-    def q_layout(self) -> Layout:
-        return Layout(self.layout, self.spec.q_len, self.ranks.size)
+    def q_layout(self) -> AnyLayout:
+        return self._layout_of(self.spec.q_len)
 
     @property
-    def kv_layout(self) -> Layout:
-        return Layout(self.layout, self.spec.kv_len, self.ranks.size)
+    def kv_layout(self) -> AnyLayout:
+        return self._layout_of(self.spec.kv_len)
+
+    def _layout_of(self, length: int) -> AnyLayout:
+        if self.rows is None:
+            return Layout(self.layout, length, self.ranks.size)
+        return KeptLayout(Layout(self.layout, self.rows.length, self.ranks.size), self.rows)
 
     def logsumexp_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What logsumexps are kept in, of queries of a dtype."""

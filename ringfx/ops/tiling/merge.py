@@ -28,9 +28,22 @@ from ringfx.ops.tiling.head_groups import HeadGroup
 from ringfx.ops.tiling.oom_retry import smaller, tried
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces
 
-__all__ = ["Gradients", "Output", "Sum", "Sums", "attend", "attend_backward"]
+__all__ = ["Gradients", "Output", "Sum", "Sums", "attend", "attend_backward", "merge_into"]
 
 Tensor = torch.Tensor
+
+
+def merge_into(old_out: Tensor, old_lse: Tensor, out_BHQE: Tensor, lse_BHQ: Tensor) -> None:
+    """Adds to rows, in place, what they give over keys that they have not seen yet."""
+    # Two weights, not one and its complement: an infinity must not become NaN.
+    nothing_BHQ = lse_BHQ == -math.inf
+    new_BHQ = torch.sigmoid(lse_BHQ - old_lse).masked_fill_(nothing_BHQ, 0.0)
+    old_BHQ = torch.sigmoid(old_lse - lse_BHQ).masked_fill_(nothing_BHQ, 1.0)
+    merged_lse = torch.logaddexp(old_lse, lse_BHQ)
+    old_out.mul_(old_BHQ[..., None]).addcmul_(
+        out_BHQE.to(old_out.dtype), new_BHQ[..., None].to(old_out.dtype)
+    )
+    old_lse.copy_(merged_lse)
 
 
 class _Written:
@@ -90,15 +103,7 @@ class Output:
             old_lse.copy_(lse_BHQ)
         else:
             self._written.fill(self.out_BHQE, a, b)
-            # Two weights, not one and its complement: an infinity must not become NaN.
-            nothing_BHQ = lse_BHQ == -math.inf
-            new_BHQ = torch.sigmoid(lse_BHQ - old_lse).masked_fill_(nothing_BHQ, 0.0)
-            old_BHQ = torch.sigmoid(old_lse - lse_BHQ).masked_fill_(nothing_BHQ, 1.0)
-            merged_lse = torch.logaddexp(old_lse, lse_BHQ)
-            old_out.mul_(old_BHQ[..., None]).addcmul_(
-                out_BHQE.to(old_out.dtype), new_BHQ[..., None].to(old_out.dtype)
-            )
-            old_lse.copy_(merged_lse)
+            merge_into(old_out, old_lse, out_BHQE, lse_BHQ)
         self._written.mark(a, b)
 
     def finish(self) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ import torch
 
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.dilation import KeptLayout
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import Expr
 
-__all__ = ["Piece", "Run", "Tiling", "pieces", "runs_of"]
+__all__ = ["Piece", "Run", "Tiling", "block_size", "pieces", "runs_of"]
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,17 @@ class Tiling:
         return Tiling(masked=max(16, self.masked // 2), plain=max(16, plain))
 
 
-def runs_of(layout: Layout, rank: int) -> tuple[Run, ...]:
+def runs_of(layout: Layout | KeptLayout, rank: int) -> tuple[Run, ...]:
     """A rank's runs without the padding, neighbouring ones joined."""
     found: list[Run] = []
-    for i, start in enumerate(layout.chunk_starts(rank)):
-        length = min(layout.chunk_length, layout.length - start)
+    for there, here in layout.chunks(rank):
+        length = min(there.stop, layout.length) - there.start
         if length <= 0:
             continue
-        if found and found[-1].stop == start:
+        if found and found[-1].stop == there.start:
             found[-1] = replace(found[-1], length=found[-1].length + length)
         else:
-            found.append(Run(start, i * layout.chunk_length, length))
+            found.append(Run(there.start, here.start, length))
     return tuple(found)
 
 
@@ -158,7 +159,12 @@ class _Cut:
         left = self._undecided(q, k, keep)
         if left is None:
             return
-        if left == (tiles.CAUSAL,) and self.spec.bias is None:
+        blocks = next((term for term in left if _block_of(term)), None)
+        if blocks is not None:
+            rest = tuple(term for term in left if term != blocks)
+            for q_part, k_part in _same_blocks(q, k, _block_of(blocks)):
+                yield from self.rectangle(q_part, k_part, rest)
+        elif left == (tiles.CAUSAL,) and self.spec.bias is None:
             yield from self._causal(q, k)
         elif not left and self.spec.bias is None:
             yield from self._plain(q, k)
@@ -220,6 +226,36 @@ class _Cut:
             middle = (first + last + 1) // 2 * size
             yield from self._band(q, k.part(k.position, middle), left)
             yield from self._band(q, k.part(middle, k.stop), left)
+
+
+def block_size(keep: Expr | None) -> int:
+    """The blocks of positions within which a mask keeps every query's keys; 0 if there are none."""
+    return max(map(_block_of, tiles.terms(keep)), default=0)
+
+
+def _block_of(term: Expr) -> int:
+    """n of ``q // n == k // n``: queries and keys of one block; 0 for any other mask."""
+    match term:
+        case ("eq", (division, ("q",), ("const", int(n))), (other, ("k",), ("const", int(m)))):
+            return n if n == m and division == other and division in DIVISIONS else 0
+        case _:
+            return 0
+
+
+DIVISIONS = ("floordiv", "truncdiv")
+"""Of positions, which are not negative, both are one."""
+
+
+def _same_blocks(q: Run, k: Run, size: int) -> Iterator[tuple[Run, Run]]:
+    """The parts of both runs in each block of positions that both reach."""
+    first = max(q.position, k.position) // size
+    last = (min(q.stop, k.stop) - 1) // size
+    for block in range(first, last + 1):
+        start, stop = block * size, (block + 1) * size
+        yield (
+            q.part(max(start, q.position), min(stop, q.stop)),
+            k.part(max(start, k.position), min(stop, k.stop)),
+        )
 
 
 def _side_by_side(runs: Sequence[Run]) -> bool:

@@ -1,0 +1,5 @@
+"""Layers for models."""
+
+from ringfx.nn.dilated_attention import DilatedAttention
+
+__all__ = ["DilatedAttention"]

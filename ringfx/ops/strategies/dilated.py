@@ -1,0 +1,194 @@
+"""Dilated attention: each branch is attention of some heads over the rows that they keep.
+
+A branch and the heads of one offset make a *part*: its rows are numbered in order, and over those
+numbers it is the attention of every other layer, with a block-diagonal mask. So whatever computes
+attention over ranks computes the parts, one after the other. The branches are merged like partial
+results over disjoint keys,
+
+    o = sum_i w_i o_i,   w_i = exp(l_i - l),   l = logsumexp_i l_i
+
+and as a key that several branches keep counts once in each, the gradients are those of one softmax
+over the keys of all branches: a part's backward is given the merged o and l.
+
+Shapes: B batch, H query heads, G key/value heads, Q local tokens, N kept rows, D and E head dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from ringfx.ir.dilation import KeptLayout, KeptRows, StridedRun
+from ringfx.ops.kernels.kernel import accumulation_dtype
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.merge import Gradients, merge_into
+
+__all__ = ["Dilated", "Implementation", "by_branches"]
+
+Tensor = torch.Tensor
+
+
+class Implementation(Protocol):
+    """What computes attention over the ranks: a strategy."""
+
+    def forward(
+        self, problem: Problem, q: Tensor, k: Tensor, v: Tensor, /
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        out: Tensor, lse: Tensor, /,
+    ) -> Gradients: ...  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part:
+    """One branch, for the heads that start at one offset."""
+
+    problem: Problem
+    heads: slice
+    kv_heads: tuple[int, ...]
+    """Of each group of these heads, the K/V head that they read; one may serve several groups."""
+    runs: tuple[StridedRun, ...]
+    """Where the kept rows lie among this rank's tokens."""
+    local_length: int
+
+    def rows(self, x_BHQD: Tensor) -> Tensor:
+        """The kept rows of these heads, [B, H, N] and what follows; padding at the end is 0."""
+        return self._packed(x_BHQD[:, self.heads])
+
+    def kv_rows(self, x_BGKD: Tensor) -> Tensor:
+        return self._packed(x_BGKD[:, _steps(self.kv_heads)])
+
+    def _packed(self, x: Tensor) -> Tensor:
+        found = x.new_zeros(*x.shape[:2], self.local_length, *x.shape[3:])
+        for run in self.runs:
+            found[:, :, run.place : run.place + run.count] = x[:, :, run.local]
+        return found
+
+    def merge(self, out_BHQE: Tensor, lse_BHQ: Tensor, found: tuple[Tensor, Tensor]) -> None:
+        """Adds the part's result to the rows of all branches before."""
+        for run in self.runs:
+            here = slice(run.place, run.place + run.count)
+            merge_into(
+                out_BHQE[:, self.heads, run.local], lse_BHQ[:, self.heads, run.local],
+                found[0][:, :, here], found[1][:, :, here].to(lse_BHQ.dtype),
+            )  # fmt: skip
+
+    def add_rows(self, total_BHQD: Tensor, found_BHND: Tensor) -> None:
+        self._add(total_BHQD[:, self.heads], found_BHND)
+
+    def add_kv_rows(self, total_BGKD: Tensor, found_BGND: Tensor) -> None:
+        """A K/V head that serves several groups takes the sum of theirs."""
+        heads = _steps(self.kv_heads)
+        if isinstance(heads, slice):
+            self._add(total_BGKD[:, heads], found_BGND)
+            return
+        for place, head in enumerate(heads):
+            self._add(total_BGKD[:, head : head + 1], found_BGND[:, place : place + 1])
+
+    def _add(self, total: Tensor, found: Tensor) -> None:
+        for run in self.runs:
+            total[:, :, run.local] += found[:, :, run.place : run.place + run.count]
+
+
+def _steps(heads: tuple[int, ...]) -> slice | list[int]:
+    """Heads at even distances as a slice, which takes a view."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    stop = heads[0] + step * len(heads)
+    even = step > 0 and heads == tuple(range(heads[0], stop, step))
+    return slice(heads[0], stop, step) if even else list(heads)
+
+
+def _parts(problem: Problem, num_heads: int, num_kv_heads: int) -> Iterator[_Part]:
+    """The parts of this rank's heads that keep any row."""
+    for branch in problem.spec.branches:
+        for offset in range(branch.rate):
+            rows = KeptRows(
+                length=problem.spec.q_len,
+                segment=branch.segment, rate=branch.rate, offset=offset,
+            )  # fmt: skip
+            first = (offset - problem.first_head) % branch.rate
+            heads = range(first, num_heads, branch.rate)
+            if heads and rows.count:
+                yield _part(problem, rows, heads, num_heads // num_kv_heads)
+
+
+def _part(problem: Problem, rows: KeptRows, heads: range, ratio: int) -> _Part:
+    spec = replace(
+        problem.spec,
+        q_len=rows.count,
+        kv_len=rows.count,
+        keep=rows.keep(causal=problem.spec.is_causal),
+        branches=(),
+    )
+    part = replace(problem, spec=spec, rows=rows)
+    layout = part.q_layout
+    assert isinstance(layout, KeptLayout), "rows are given"
+    return _Part(
+        problem=part,
+        heads=slice(heads.start, heads.stop, heads.step),
+        kv_heads=_read_heads([head // ratio for head in heads]),
+        runs=tuple(layout.strided_runs(problem.ranks.rank)),
+        local_length=layout.local_length,
+    )
+
+
+def _read_heads(read: list[int]) -> tuple[int, ...]:
+    """The K/V head of each query head, or of each group of them if all groups are of one size."""
+    distinct = sorted(set(read))
+    size = len(read) // len(distinct)
+    grouped = [head for head in distinct for _ in range(size)] == read
+    return tuple(distinct if grouped else read)
+
+
+@dataclass(frozen=True)
+class Dilated:
+    """A strategy that is given one part after the other."""
+
+    strategy: Implementation
+
+    def forward(
+        self, problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """The merged output of the local queries and its logsumexp; 0, -inf of rows not kept."""
+        B, H, Q, _ = q_BHQD.shape
+        kept_in = accumulation_dtype(q_BHQD.dtype)
+        lse_in = problem.logsumexp_dtype(q_BHQD.dtype)
+        out_BHQE = q_BHQD.new_zeros(B, H, Q, v_BGKE.shape[3], dtype=kept_in)
+        lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in)
+        for part in _parts(problem, H, k_BGKD.shape[1]):
+            kv = map(part.kv_rows, (k_BGKD, v_BGKE))
+            found = self.strategy.forward(part.problem, part.rows(q_BHQD), *kv)
+            part.merge(out_BHQE, lse_BHQ, found)
+        return out_BHQE, lse_BHQ
+
+    def backward(
+        self, problem: Problem, dout_BHQE: Tensor, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor,
+        out_BHQE: Tensor, lse_BHQ: Tensor, /,
+    ) -> Gradients:  # fmt: skip
+        """The gradients of the local queries, keys and values."""
+        dq, dk, dv = map(_zeros, (q_BHQD, k_BGKD, v_BGKE))
+        for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
+            dout, q, out, lse = map(part.rows, (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
+            kv = map(part.kv_rows, (k_BGKD, v_BGKE))
+            found = self.strategy.backward(part.problem, dout, q, *kv, out, lse)
+            part.add_rows(dq, found.dq_BHQD)
+            part.add_kv_rows(dk, found.dk_BGKD)
+            part.add_kv_rows(dv, found.dv_BGKE)
+        return Gradients(dq, dk, dv, [])
+
+
+def by_branches(strategy: Implementation, problem: Problem) -> Implementation:
+    """The strategy, given the branches one by one if there are any."""
+    return Dilated(strategy) if problem.spec.branches else strategy
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(
+        like, dtype=accumulation_dtype(like.dtype), memory_format=torch.contiguous_format
+    )

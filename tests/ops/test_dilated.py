@@ -1,0 +1,143 @@
+"""Dilated attention (LongNet) on every number of ranks, against the dense pattern in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ringfx.ir.dilation import Branch, KeptLayout, KeptRows
+from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ir.tiles import CAUSAL
+from tests.ops.cases import spec
+from tests.ops.oracle import Example, data, reference
+from tests.ops.test_values import assert_equal_to_unsplit
+from tests.support.ranks import RankPool
+
+STRATEGIES = ("simple", "collective", "production", "ulysses")
+LAYOUTS: tuple[LayoutKind, ...] = ("contiguous", "zigzag")
+
+
+def dilated(
+    length: int, *branches: tuple[int, int], causal: bool = False, **given: object
+) -> Example:
+    found = replace(
+        spec(length, length, keep=CAUSAL if causal else None),
+        branches=tuple(Branch(segment=w, rate=r) for w, r in branches),
+    )
+    return Example(spec=found, **given)  # type: ignore[arg-type]
+
+
+def grid(world_size: int) -> Iterator[Example]:
+    """Lengths that divide and do not, shorter than a segment and longer than many."""
+    kinds = [
+        ((32, (8, 1), (16, 2), (32, 4)), {}),
+        ((37, (8, 1), (16, 2), (32, 4)), {}),
+        ((5, (8, 1), (16, 2)), {}),
+        ((30, (7, 1), (11, 3)), {"heads": 6, "kv_heads": 6}),
+        ((30, (7, 2), (11, 3), (30, 5)), {"heads": 12, "kv_heads": 4}),
+        ((41, (6, 4), (40, 3)), {"heads": 12, "kv_heads": 1, "v_head_dim": 6}),
+    ]
+    for (length, *branches), given in kinds:
+        for strategy in STRATEGIES:
+            if strategy == "ulysses" and int(given.get("heads", 4)) % world_size:
+                continue
+            for causal in (False, True):
+                layout = LAYOUTS[(length + causal) % 2]
+                yield dilated(
+                    length, *branches, causal=causal, strategy=strategy, layout=layout,
+                    label=f"{length} {branches} {strategy} {layout} causal={causal}", **given,
+                )  # fmt: skip
+
+
+def drawn(seed: int, world_size: int) -> Example:
+    draw = random.Random(seed)
+    kv_heads = draw.choice((1, 2, 3))
+    heads = kv_heads * draw.choice((1, 2, 3, 4))
+    length = draw.randint(2, 60)
+    rates = [draw.randint(1, 6) for _ in range(draw.randint(1, 4))]
+    branches = [(draw.randint(2 * rate, 40), rate) for rate in rates]
+    strategy = draw.choice(STRATEGIES if heads % world_size == 0 else STRATEGIES[:3])
+    layout = draw.choice(LAYOUTS)
+    return dilated(
+        length, *branches, causal=draw.random() < 0.5, strategy=strategy, layout=layout,
+        batch=draw.choice((1, 2)), heads=heads, kv_heads=kv_heads, head_dim=draw.choice((8, 16)),
+        v_head_dim=draw.choice((8, 16)), seed=seed,
+        label=f"seed {seed}: {length} {branches} {strategy} {layout} {heads}/{kv_heads}",
+    )  # fmt: skip
+
+
+def test_the_dense_pattern_is_what_the_paper_says() -> None:
+    """Segment by segment and head by head, with the denominators of the softmaxes as weights."""
+    example = dilated(23, (5, 1), (8, 2), (23, 3), heads=4)
+    found, s = data(example), example.spec
+    outs, lses = [], []
+    for branch in s.branches:
+        out = torch.zeros_like(found.q)
+        lse = torch.full(found.q.shape[:3], -math.inf, dtype=torch.float64)
+        for start in range(0, 23, branch.segment):
+            for head in range(4):
+                rows = range(
+                    start + head % branch.rate, min(start + branch.segment, 23), branch.rate
+                )
+                q, k, v = (x[:, head, list(rows)] for x in (found.q, found.k, found.v))
+                scores = s.scale * q @ k.transpose(-1, -2)
+                out[:, head, list(rows)] = scores.softmax(-1) @ v
+                lse[:, head, list(rows)] = scores.logsumexp(-1)
+        outs.append(out)
+        lses.append(lse)
+    weights = torch.stack(lses).softmax(0)
+    merged = (weights[..., None] * torch.stack(outs)).sum(0)
+    assert torch.allclose(merged, reference(example).out, atol=1e-12)
+
+
+def test_on_one_rank() -> None:
+    assert_equal_to_unsplit(list(grid(1)))
+    assert_equal_to_unsplit([drawn(seed, 1) for seed in range(100)])
+
+
+@pytest.mark.ranks
+def test_on_two_ranks(ranks2: RankPool) -> None:
+    assert_equal_to_unsplit([*grid(2), *(drawn(seed, 2) for seed in range(100, 160))], ranks2)
+
+
+@pytest.mark.ranks
+def test_on_three_ranks(ranks3: RankPool) -> None:
+    assert_equal_to_unsplit([*grid(3), *(drawn(seed, 3) for seed in range(200, 250))], ranks3)
+
+
+@pytest.mark.ranks
+def test_on_four_ranks(ranks4: RankPool) -> None:
+    assert_equal_to_unsplit([*grid(4), *(drawn(seed, 4) for seed in range(300, 340))], ranks4)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_each_kept_row_is_on_one_rank_and_in_one_strided_run(kind: LayoutKind, size: int) -> None:
+    for length, segment, rate, offset in (
+        (40, 8, 2, 1),
+        (41, 7, 3, 2),
+        (9, 20, 4, 3),
+        (30, 11, 5, 0),
+    ):
+        rows = KeptRows(length=length, segment=segment, rate=rate, offset=offset)
+        layout = KeptLayout(Layout(kind, length, size), rows)
+        found: list[int] = []
+        for rank in range(size):
+            positions = layout.tokens.positions(rank)
+            local = [positions[run.local].tolist() for run in layout.strided_runs(rank)]
+            numbered = [
+                rows.position(n)
+                for there, _ in layout.chunks(rank)
+                for n in range(there.start, there.stop)
+            ]
+            assert [*itertools.chain(*local)] == numbered
+            assert sum(run.count for run in layout.strided_runs(rank)) == layout.count(rank)
+            found += numbered
+        assert sorted(found) == rows.positions()
+        assert rows.positions() == [i for i in range(length) if i % segment % rate == offset]
