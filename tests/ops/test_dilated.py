@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from ringfx import ops
+from ringfx.errors import InvalidArgument
 from ringfx.ir.dilation import Branch, KeptLayout, KeptRows
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import CAUSAL
@@ -141,3 +144,35 @@ def test_each_kept_row_is_on_one_rank_and_in_one_strided_run(kind: LayoutKind, s
             found += numbered
         assert sorted(found) == rows.positions()
         assert rows.positions() == [i for i in range(length) if i % segment % rate == offset]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"segment_lengths": [8], "dilation_rates": [1, 2]}, "1 segment_lengths [8], 2 dilation"),
+        ({"segment_lengths": [], "dilation_rates": []}, "segment_lengths is []"),
+        ({"segment_lengths": [8, 0], "dilation_rates": [1, 2]}, "segment_lengths[1] is 0"),
+        ({"segment_lengths": [8, 16], "dilation_rates": [1, 0]}, "dilation_rates[1] is 0"),
+        ({"segment_lengths": [16, 8], "dilation_rates": [1, 2]}, "rate 2 after 1, but segment 8"),
+        ({"segment_lengths": 8, "dilation_rates": [1]}, "segment_lengths is 8"),
+        ({"segment_lengths": [8.0], "dilation_rates": [1]}, "segment_lengths[0] is 8.0"),
+        ({"causal": 1}, "causal is 1"),
+        ({"strategy": "fast"}, "strategy is 'fast'"),
+        ({"length": 0}, "length is 0"),
+        ({"scale": math.nan}, "scale is nan"),
+    ],
+)
+def test_what_cannot_be_is_an_error_that_names_it(given: dict[str, object], named: str) -> None:
+    q = torch.ones(1, 4, 16, 8)
+    fine: dict[str, object] = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
+    with pytest.raises(InvalidArgument, match=re.escape(named)):
+        ops.dilated_attention(q, q, q, **(fine | given))  # type: ignore[arg-type]
+
+
+def test_queries_of_another_sequence_and_heads_that_do_not_divide_are_refused() -> None:
+    q, k = torch.ones(1, 4, 16, 8), torch.ones(1, 4, 12, 8)
+    with pytest.raises(InvalidArgument, match="q has 16 tokens, k 12"):
+        ops.dilated_attention(q, k, k, segment_lengths=[8], dilation_rates=[1])
+    k = torch.ones(1, 3, 16, 8)
+    with pytest.raises(InvalidArgument, match="4 query heads for 3 key/value heads"):
+        ops.dilated_attention(q, k, k, segment_lengths=[8], dilation_rates=[1])
