@@ -158,6 +158,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--optimizer": request.optimizer != "none",
         "--infer": not request.train,
         "--dtype": request.dtype is not None,
+        "--rules": request.rules is not RULES,
     }
 
 

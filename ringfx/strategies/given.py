@@ -71,10 +71,10 @@ def require_strategies(plan: Plan, strategies: Mapping[str, Strategy], where: st
         strategy = strategies.get(layer.strategy)
         if strategy is None:
             raise InvalidArgument(
-                f"{where}: layers[{i}] ({layer.name}) has the strategy {layer.strategy!r}, and "
-                f"given are {', '.join(strategies)}. Do: a plan holds the names of strategies, "
-                "so give one of your own again, as strategies=ringfx.STRATEGIES | "
-                f'{{"{layer.strategy}": ...}} or --strategies MODULE:NAME.'
+                f"{where}: layers[{i}] has the strategy {layer.strategy!r}, and given are "
+                f"{', '.join(strategies)}. Do: a plan holds the names of strategies, so give one "
+                f'of your own again, as strategies=ringfx.STRATEGIES | {{"{layer.strategy}": ...}} '
+                "or --strategies MODULE:NAME."
             )
         if (refusal := strategy.admits(layer.site, plan.world_size)) is not None:
             raise InvalidArgument(

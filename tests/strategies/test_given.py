@@ -127,7 +127,7 @@ def test_a_saved_plan_asks_for_its_strategies_again() -> None:
     with pytest.raises(InvalidArgument) as caught:
         require_strategies(saved, ringfx.STRATEGIES, "plan.json")
     assert str(caught.value) == (
-        "plan.json: layers[0] (top level) has the strategy 'free', and given are simple, "
+        "plan.json: layers[0] has the strategy 'free', and given are simple, "
         "collective, production, ulysses. Do: a plan holds the names of strategies, so give one "
         'of your own again, as strategies=ringfx.STRATEGIES | {"free": ...} or --strategies '
         "MODULE:NAME."
@@ -219,8 +219,14 @@ SWISH = torch.ops.examples.swish
             "rules: examples.swish has overloads, and each has a row of its own. Do: use "
             "examples.swish.default.",
         ),
-        ({"rules": {SWISH.default: "b s"}}, "is a str. Do: give rules=ringfx.RULES | {torch.ops."),
-        ({"rules": {3: own_rule.RULES[SWISH.default]}}, "the key 3 of rules is a int. Do: give"),
+        (
+            {"rules": {SWISH.default: "b s"}},
+            "rules[examples.swish.default] is a str, no function. Do",
+        ),
+        (
+            {"rules": {3: own_rule.RULES[SWISH.default]}},
+            "rules: the key 3 is no operator.",
+        ),
     ],
 )
 def test_what_is_no_table_is_refused_at_once(options: dict[str, Any], message: str) -> None:

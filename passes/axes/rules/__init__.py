@@ -78,10 +78,9 @@ def checked_rules(given: object) -> AxisRules:
             raise InvalidArgument(
                 f"rules: {op} has overloads, and each has a row of its own. Do: use {overloads}."
             )
-        if not (callable(op) or isinstance(op, str)) or not callable(rule):
-            wrong = f"rules[{op!r}]" if callable(op) else f"the key {op!r} of rules"
-            found = type(rule if callable(op) else op).__name__
-            raise InvalidArgument(
-                f"{wrong} is a {found}. Do: {table}, rule a function of the call."
-            )
+        if not (callable(op) or isinstance(op, str)):
+            raise InvalidArgument(f"rules: the key {op!r} is no operator. Do: give {table}.")
+        if not callable(rule):
+            found = type(rule).__name__
+            raise InvalidArgument(f"rules[{op}] is a {found}, no function. Do: give {table}.")
     return MappingProxyType(dict(given))
