@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ringfx.errors import InvalidArgument
-from ringfx.ops.attention import attention
 from ringfx.ops.dilated_attention import check_branches, dilated_spec
+from ringfx.ops.operator import attention
 from ringfx.validation.arguments import switch, whole_number
 
 __all__ = ["DilatedAttention"]

@@ -13,10 +13,10 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.dilation import Branch
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.tiles import CAUSAL
 from ringfx.ops import checks
-from ringfx.ops.attention import attention
+from ringfx.ops.operator import attention
+from ringfx.strategies import DEFAULT, STRATEGIES
 from ringfx.torch_compat.dynamo_marks import constant_result
 from ringfx.validation.arguments import choice, number, switch, text, whole_number
 
@@ -36,7 +36,7 @@ def dilated_attention(
     dilation_rates: Sequence[int],
     causal: bool = False,
     scale: float | None = None,
-    strategy: str = "production",
+    strategy: str = DEFAULT,
     layout: LayoutKind = "contiguous",
     length: int | None = None,
     group: Group = None,

@@ -29,10 +29,10 @@ import torch
 from ringfx.comm.process_group import Exchange
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ops.kernels.kernel import accumulation_dtype
-from ringfx.ops.strategies.packing import pack
 from ringfx.ops.tiling.attention_call import AnyLayout, Problem
 from ringfx.ops.tiling.merge import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Run, Tiling, block_size, pieces, runs_of
+from ringfx.strategies.packing import pack
 
 __all__ = ["ALL_AT_ONCE", "backward", "distances", "forward", "in_blocks", "needed_rows"]
 

@@ -18,31 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
+from ringfx.cost_model.prediction.strategy import Backward, Forward
 from ringfx.ir.dilation import KeptLayout, KeptRows, StridedRun
 from ringfx.ops.kernels.kernel import accumulation_dtype
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, merge_into
 
-__all__ = ["Dilated", "Implementation", "by_branches"]
+__all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
-
-
-class Implementation(Protocol):
-    """What computes attention over the ranks: a strategy."""
-
-    def forward(
-        self, problem: Problem, q: Tensor, k: Tensor, v: Tensor, /
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self, problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
-        out: Tensor, lse: Tensor, /,
-    ) -> Gradients: ...  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,46 +133,41 @@ def _read_heads(read: list[int]) -> tuple[int, ...]:
     return tuple(distinct if grouped else read)
 
 
-@dataclass(frozen=True)
-class Dilated:
-    """A strategy that is given one part after the other."""
-
-    strategy: Implementation
-
-    def forward(
-        self, problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, /
-    ) -> tuple[Tensor, Tensor]:
-        """The merged output of the local queries and its logsumexp; 0, -inf of rows not kept."""
-        B, H, Q, _ = q_BHQD.shape
-        kept_in = accumulation_dtype(q_BHQD.dtype)
-        lse_in = problem.logsumexp_dtype(q_BHQD.dtype)
-        out_BHQE = q_BHQD.new_zeros(B, H, Q, v_BGKE.shape[3], dtype=kept_in)
-        lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in)
-        for part in _parts(problem, H, k_BGKD.shape[1]):
-            kv = map(part.kv_rows, (k_BGKD, v_BGKE))
-            found = self.strategy.forward(part.problem, part.rows(q_BHQD), *kv)
-            part.merge(out_BHQE, lse_BHQ, found)
-        return out_BHQE, lse_BHQ
-
-    def backward(
-        self, problem: Problem, dout_BHQE: Tensor, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor,
-        out_BHQE: Tensor, lse_BHQ: Tensor, /,
-    ) -> Gradients:  # fmt: skip
-        """The gradients of the local queries, keys and values."""
-        dq, dk, dv = map(_zeros, (q_BHQD, k_BGKD, v_BGKE))
-        for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
-            dout, q, out, lse = map(part.rows, (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
-            kv = map(part.kv_rows, (k_BGKD, v_BGKE))
-            found = self.strategy.backward(part.problem, dout, q, *kv, out, lse)
-            part.add_rows(dq, found.dq_BHQD)
-            part.add_kv_rows(dk, found.dk_BGKD)
-            part.add_kv_rows(dv, found.dv_BGKE)
-        return Gradients(dq, dk, dv, [])
+def forward(
+    of_part: Forward, problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The merged output of the local queries and its logsumexp; 0 and -inf of rows not kept."""
+    B, H, Q, _ = q_BHQD.shape
+    kept_in = accumulation_dtype(q_BHQD.dtype)
+    lse_in = problem.logsumexp_dtype(q_BHQD.dtype)
+    out_BHQE = q_BHQD.new_zeros(B, H, Q, v_BGKE.shape[3], dtype=kept_in)
+    lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in)
+    for part in _parts(problem, H, k_BGKD.shape[1]):
+        k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
+        part.merge(out_BHQE, lse_BHQ, of_part(part.problem, part.rows(q_BHQD), k, v))
+    return out_BHQE, lse_BHQ
 
 
-def by_branches(strategy: Implementation, problem: Problem) -> Implementation:
-    """The strategy, given the branches one by one if there are any."""
-    return Dilated(strategy) if problem.spec.branches else strategy
+def backward(
+    of_part: Backward,
+    problem: Problem,
+    dout_BHQE: Tensor,
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKE: Tensor,
+    out_BHQE: Tensor,
+    lse_BHQ: Tensor,
+) -> Gradients:
+    """The gradients of the local queries, keys and values."""
+    dq, dk, dv = map(_zeros, (q_BHQD, k_BGKD, v_BGKE))
+    for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
+        dout, q, out, lse = map(part.rows, (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
+        k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
+        found = of_part(part.problem, dout, q, k, v, out, lse)
+        part.add_rows(dq, found.dq_BHQD)
+        part.add_kv_rows(dk, found.dk_BGKD)
+        part.add_kv_rows(dv, found.dv_BGKE)
+    return Gradients(dq, dk, dv, [])
 
 
 def _zeros(like: Tensor) -> Tensor:
