@@ -48,10 +48,10 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import CAUSAL
 from ringfx.ops.kernels import kernel
-from ringfx.ops.strategies.buffer_pool import POOL
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Output, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Run, Tiling
+from ringfx.strategies.buffer_pool import POOL
 
 Tensor = torch.Tensor
 STRATEGIES = ("production", "ulysses", "collective", "simple")

@@ -32,8 +32,9 @@ from ringfx.cost_model.calibration.bench import admitted, bench_site, tensors_of
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.ir.values import AttentionSite
-from ringfx.ops.attention import attention
-from ringfx.ops.strategies.buffer_pool import POOL
+from ringfx.ops.operator import attention
+from ringfx.strategies import STRATEGIES
+from ringfx.strategies.buffer_pool import POOL
 
 RESULTS = Path(__file__).parent / "results" / "prediction_memory.json"
 LIMITS = {"layer": 0.10, "model": 0.15}
@@ -122,7 +123,9 @@ def _layer_row(name: str, strategy: str, world_size: int, measured: int) -> dict
     """Predicted: the output and its logsumexp, gradients handed over, and the workspace."""
     site = LAYERS[name]
     local = local_share(site, world_size)
-    found = predict(site, strategy, world_size, load_profile("cpu-default", device="cpu"))
+    found = predict(
+        site, STRATEGIES[strategy], world_size, load_profile("cpu-default", device="cpu")
+    )
     handed = (local.q_items + local.kv_items) * local.itemsize
     made = local.out_items * local.itemsize + local.rows * local.accumulator_bytes
     predicted = made + found.workspace_bytes + (handed if site.trains else 0)

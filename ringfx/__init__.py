@@ -13,15 +13,20 @@ if TYPE_CHECKING:
     from ringfx.api import optimize, plan, stats
     from ringfx.ir import tiles
     from ringfx.ir.plan import LayerPlan, Plan
+    from ringfx.passes.axes.rules import RULES
+    from ringfx.strategies import STRATEGIES, Strategy
 
 __version__ = "0.1.0"
 __all__ = [
-    "LayerPlan", "Plan", "RingfxError", "__version__", "ops", "optimize", "plan", "stats", "tiles",
+    "RULES", "STRATEGIES", "LayerPlan", "Plan", "RingfxError", "Strategy", "__version__", "ops",
+    "optimize", "plan", "stats", "tiles",
 ]  # fmt: skip
 
 _HOME = {
     "optimize": "ringfx.api", "plan": "ringfx.api", "stats": "ringfx.api",
     "LayerPlan": "ringfx.ir.plan", "Plan": "ringfx.ir.plan",
+    "STRATEGIES": "ringfx.strategies", "Strategy": "ringfx.strategies",
+    "RULES": "ringfx.passes.axes.rules",
 }  # fmt: skip
 _ROOMS = {"ops": "ringfx.ops", "tiles": "ringfx.ir.tiles"}
 """Loaded when first asked for: whoever calls ``ringfx.ops`` alone needs no compiler."""

@@ -34,8 +34,11 @@ from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.ir.plan import Plan, joined
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
+from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.torch_compat.releases import ISOLATED
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
@@ -58,6 +61,8 @@ def optimize(
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool | int = True,
     strict: bool = False,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
+    rules: AxisRules = RULES,
 ) -> M:
     """The same model with its sequence split over the ranks of ``mesh``.
 
@@ -76,8 +81,8 @@ def optimize(
         the sequence's ranks, so that they are complete, and averaged over the others, as
         DistributedDataParallel does.
     strategy
-        ``"auto"``, one of ``simple``, ``collective``, ``production``, ``ulysses``, or a mapping
-        from globs of module paths to these names.
+        ``"auto"``, a name of ``strategies``, or a mapping from globs of module paths to these
+        names.
     gpu_memory
         Budget of one rank, in bytes or as ``"80GiB"``.
     profile
@@ -101,6 +106,12 @@ def optimize(
         Refuse a model in which something looks like attention, by a count that is independent of
         detection, and is neither found nor declined with a reason (AttentionMissed), or in which an
         attention that was found cannot be split (AttentionReplicated).
+    strategies
+        Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
+        ``ringfx.Strategy``.
+    rules
+        What operators do along their axes. With one of your own: ``ringfx.RULES |
+        {torch.ops.my.op.default: rule}``.
 
     Raises
     ------
@@ -126,6 +137,8 @@ def optimize(
             "on_unsupported": on_unsupported,
             "check_inputs": check_inputs,
             "strict": strict,
+            "strategies": strategies,
+            "rules": rules,
         }
     )
     return optimized(model, settings, mesh)
@@ -180,6 +193,8 @@ def plan(
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
     strict: bool = False,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
+    rules: AxisRules = RULES,
 ) -> Plan:
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
@@ -201,6 +216,8 @@ def plan(
             "optimizer": optimizer,
             "on_unsupported": on_unsupported,
             "strict": strict,
+            "strategies": strategies,
+            "rules": rules,
         }
     )
     refuse_parameters(

@@ -60,3 +60,15 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
         [sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_recipes_are_the_code_of_the_examples(page: str) -> None:
+    """Which tests run on two ranks."""
+    code = [(ROOT / "examples" / f"own_{name}.py").read_text() for name in ("rule", "strategy")]
+    blocks = [block["code"] for block in BLOCK.finditer((ROOT / page).read_text())]
+    for example in code:
+        assert any(block in example for block in blocks)
+    recipes = [b for b in blocks if "ringfx.RULES |" in b or "ringfx.STRATEGIES |" in b]
+    assert len(recipes) == len(code)
+    assert all(any(block in example for example in code) for block in recipes)

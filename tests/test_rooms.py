@@ -15,11 +15,11 @@ FLOORS = (
     "errors",
     "units", "torch_compat", "validation", "ir",                               # values
     "failures", "comm",                                                        # ranks
-    "ops.kernels", "ops.tiling", "ops.strategies", "ops",                      # operators
+    "ops.kernels", "ops.tiling", "cost_model.prediction", "strategies", "ops",  # operators
     "passes.capture", "passes.axes", "passes.exprs", "passes.detect", "passes.masks",
     "passes.token_axes", "passes.normalize", "passes.place", "passes.rewrite", "passes.verify",
     "passes",
-    "cost_model.prediction", "cost_model.peak_memory", "cost_model.choice",
+    "cost_model.peak_memory", "cost_model.choice",
     "cost_model.calibration", "cost_model",
     "split_tensor", "compile", "api", "report", "cli", "__init__", "__main__",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from ringfx.cost_model.calibration.measure import Effort
 from ringfx.cost_model.calibration.records import AttentionRecord
 from ringfx.cost_model.prediction.profile import KernelRow, Profile, profile_json
 from ringfx.cost_model.prediction.terms import flops_per_pair
+from ringfx.strategies import DEFAULT, STRATEGIES
 
 __all__ = ["run"]
 
@@ -93,7 +94,7 @@ def _taken(profile: Profile, setting: Setting) -> dict[str, Any]:
                     tokens=8192, heads=8, head_dim=head_dim, dtype=dtype, window=window,
                     device=setting.device,
                 )  # fmt: skip
-                kernel = predict(site, "production", 1, profile).kernel
+                kernel = predict(site, STRATEGIES[DEFAULT], 1, profile).kernel
                 found[f"{dtype}, head dim {head_dim}, {what}"] = kernel
     return found
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.stage import Report, Setting, median_ms
 from ringfx import ops
 from ringfx.errors import RingfxError
-from ringfx.ir.strategies import STRATEGIES
+from ringfx.strategies import STRATEGIES
 
 __all__ = ["run"]
 

@@ -26,6 +26,7 @@ from ringfx.cost_model.calibration.records import (
     read_records,
 )
 from ringfx.cost_model.prediction.profile import Direction, profile_json, read_profile
+from ringfx.strategies import STRATEGIES
 from ringfx.validation.text_files import read_text, write_text
 
 __all__ = ["report_command"]
@@ -62,7 +63,7 @@ def outcomes(records: Sequence[Record], profile: Profile) -> tuple[Outcome, ...]
         Outcome(
             case=case,
             timings=tuple(
-                timing(predict(case.site, name, NUM_RANKS, profiles[case.link]), found)
+                timing(predict(case.site, STRATEGIES[name], NUM_RANKS, profiles[case.link]), found)
                 for name, found in by_strategy.items()
             ),
         )
@@ -227,7 +228,9 @@ def _flips(found: Sequence[Outcome], profile: Profile) -> list[dict[str, Any]]:
         fast = min(
             outcome.timings,
             key=lambda t: (
-                predict(outcome.case.site, t.prediction.strategy, NUM_RANKS, profile).total_ms
+                predict(
+                    outcome.case.site, STRATEGIES[t.prediction.strategy], NUM_RANKS, profile
+                ).total_ms
             ),
         )
         names = {"on loopback": fast, "chosen": outcome.chosen, "best": outcome.best}

@@ -17,14 +17,14 @@ from ringfx.comm.process_group import Ranks
 from ringfx.cost_model.calibration.measure import spread, synchronise, timed_once
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.choice.candidates import candidates
-from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.values import AttentionSite
-from ringfx.ops.attention import attention
+from ringfx.ops.operator import attention
+from ringfx.strategies import STRATEGIES
 
 __all__ = [
     "BenchTask",

@@ -42,7 +42,15 @@ from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.devices import device_capability, device_name
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE
-from ringfx.cost_model.prediction.profile import Collective, Direction, KernelRow, Profile, Scope
+from ringfx.cost_model.prediction.profile import (
+    LOCAL,
+    Collective,
+    Direction,
+    KernelRow,
+    Profile,
+    Scope,
+)
+from ringfx.strategies import DEFAULT
 
 __all__ = ["Measurements", "calibrate", "make_profile", "measure_layers"]
 
@@ -188,9 +196,9 @@ def measure_layers(
             task = BenchTask(site=site, strategies=names, rounds=rounds)
             for name, samples in measure(ranks, device, _quiet, task).items():
                 yield from layer_records(site, name, samples, ranks.size, link)
-        task = BenchTask(site=site, strategies=("production",), rounds=rounds)
-        samples = measure(alone, device, _quiet, task)["production"]
-        yield from layer_records(site, "local", samples, 1, "")
+        task = BenchTask(site=site, strategies=(DEFAULT,), rounds=rounds)
+        samples = measure(alone, device, _quiet, task)[DEFAULT]
+        yield from layer_records(site, LOCAL, samples, 1, "")
 
 
 SMALL_ROUNDS = 30

@@ -20,9 +20,10 @@ from ringfx.cost_model.calibration.from_records import Quality
 from ringfx.cost_model.calibration.measure import software
 from ringfx.cost_model.calibration.records import AttentionRecord
 from ringfx.cost_model.prediction.devices import device_name
-from ringfx.cost_model.prediction.formulas import predict
-from ringfx.cost_model.prediction.profile import Direction, OverheadRow, Profile
+from ringfx.cost_model.prediction.predict import predict
+from ringfx.cost_model.prediction.profile import LOCAL, Direction, OverheadRow, Profile
 from ringfx.ir.values import AttentionSite
+from ringfx.strategies import DEFAULT, STRATEGIES
 
 __all__ = ["fit_layers", "is_small", "layer_records", "layer_sites"]
 
@@ -55,7 +56,7 @@ def layer_records(
     world_size: int,
     link: str,
 ) -> Iterator[AttentionRecord]:
-    """One record a direction; ``strategy`` is ``local`` for one rank."""
+    """One record a direction; ``strategy`` is ``LOCAL`` for one rank."""
     for direction, sample in samples.items():
         yield AttentionRecord(
             device=device_name(site.device) or site.device,
@@ -136,8 +137,8 @@ def _predicted_ms(record: AttentionRecord, profile: Profile) -> float:
     site = bench_site(
         tokens=record.q_len, heads=record.heads, head_dim=record.head_dim, dtype=record.dtype
     )
-    name = "production" if record.strategy == "local" else record.strategy
-    found = predict(site, name, record.world_size, profile)
+    name = DEFAULT if record.strategy == LOCAL else record.strategy
+    found = predict(site, STRATEGIES[name], record.world_size, profile)
     return found.forward_ms if record.direction == "forward" else found.backward_ms
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.predict import Prediction
 
 __all__ = ["Menu", "assign", "least_memory", "peak", "smallest"]
 

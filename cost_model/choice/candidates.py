@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ringfx.cost_model.prediction.formulas import Prediction, predict
+from ringfx.cost_model.prediction.predict import Prediction, predict
 from ringfx.cost_model.prediction.profile import Profile
-from ringfx.ir.strategies import Refusal, Strategy
 from ringfx.ir.values import AttentionSite
+from ringfx.strategies import Refusal, Strategy, refuse_dropout
 
 __all__ = ["Candidates", "all_candidates", "candidates"]
 
@@ -48,8 +48,12 @@ def candidates(
     site: AttentionSite, world_size: int, profile: Profile, table: Mapping[str, Strategy]
 ) -> Candidates:
     """What each strategy of the table would cost at this site, or why it cannot run."""
-    answers = {name: row.admits(site, world_size) for name, row in table.items()}
-    options = [predict(site, n, world_size, profile) for n, no in answers.items() if no is None]
+    answers = {
+        name: refuse_dropout(site, world_size) or row.admits(site, world_size)
+        for name, row in table.items()
+    }
+    admitted = [table[name] for name, no in answers.items() if no is None]
+    options = [predict(site, strategy, world_size, profile) for strategy in admitted]
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
     return Candidates(

@@ -23,13 +23,13 @@ from ringfx.cost_model.choice.infeasible import (
     refuse_hopeless,
 )
 from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
-from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
-from ringfx.ir.plan import LayerPlan, MemoryTimeline
-from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy
+from ringfx.ir.plan import REPLICATED, LayerPlan, MemoryTimeline
 from ringfx.ir.values import AttentionSite
+from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["choose", "longest_fitting"]
@@ -91,7 +91,13 @@ def choose(
     for i, why in replicated.items():
         asked = overrides[i]
         more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
-        layers[i] = replace(layers[i], strategy=REPLICATED, reason=f"not split: {why}{more}")
+        layers[i] = replace(
+            layers[i],
+            strategy=REPLICATED,
+            reason=f"not split: {why}{more}",
+            own_queries=False,
+            gloss="",
+        )
     return tuple(layers)
 
 
@@ -144,14 +150,15 @@ def longest_fitting(
     limit: int,
     strategy: StrategyChoice = AUTO,
     memory: MemoryTimeline | None = None,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Collection[int] = (),
 ) -> int:
     """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
     0: none."""
-    overrides = resolve_overrides(strategy, sites, tuple(STRATEGIES))
+    overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return _offers(sites, world_size, profile, STRATEGIES, replicated)
+        return _offers(sites, world_size, profile, strategies, replicated)
 
     problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
     return longest_that_fits(problem, limit, world_size)
@@ -169,7 +176,7 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
     if not offer.options:
         raise StrategyRefused(_no_strategy(offer, world_size))
     if offer.local_only:
-        local = tuple(o for o in offer.options if o.strategy == "production")
+        local = tuple(o for o in offer.options if o.strategy == DEFAULT)
         return local or offer.options[:1]
     return offer.options
 
@@ -227,6 +234,8 @@ def _layer_plan(
         saved_bytes=chosen.saved_bytes,
         result_bytes=chosen.result_bytes,
         workspace_bytes=chosen.workspace_bytes,
+        own_queries=chosen.own_queries,
+        gloss=chosen.gloss,
     )
 
 

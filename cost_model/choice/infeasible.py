@@ -16,7 +16,6 @@ from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.errors import OutOfMemory, RingfxError
 from ringfx.ir.memory_timeline import Peak, in_order, outside_peak, peak, whole_bytes
 from ringfx.ir.plan import MemoryTimeline
-from ringfx.ir.strategies import REPLICATED
 from ringfx.ir.values import AttentionSite
 from ringfx.units.format import format_bytes
 
@@ -156,7 +155,7 @@ def _remedies(problem: Problem) -> str:
 class _Kept:
     """What a layer keeps under any strategy, and nothing of what it works with."""
 
-    strategy: str
+    own_queries: bool
     saved_bytes: int
     result_bytes: int
     workspace_bytes: int = 0
@@ -175,7 +174,7 @@ def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:
         local = local_share(site, 1 if is_whole else world_size)
         kept.append(
             _Kept(
-                strategy=REPLICATED if is_whole else "",
+                own_queries=not is_whole,
                 saved_bytes=local.saved_bytes,
                 result_bytes=local.result_bytes,
             )

@@ -21,6 +21,7 @@ from ringfx.ir.layout import Layout
 from ringfx.ir.memory_timeline import in_order, memory_parts, peak
 from ringfx.ir.plan import MemoryPlan, Plan
 from ringfx.ir.values import TokenAxis
+from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.units.parse import MOST_RANKS, parse_bytes, parse_rate, parse_tokens
 
 __all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
@@ -106,7 +107,13 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], int | float]]] = {
 }
 
 
-def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoice = AUTO) -> Plan:
+def replan(
+    plan: Plan,
+    change: Change,
+    profile: Profile,
+    strategy: StrategyChoice = AUTO,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
+) -> Plan:
     """The plan of the same model under a change, strategies chosen again for all layers.
 
     Raises
@@ -122,7 +129,7 @@ def replan(plan: Plan, change: Change, profile: Profile, strategy: StrategyChoic
     axes = [layer.axis for layer in plan.layers]
     layers = choose(
         sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
-        memory=plan.memory.timeline, replicated=replicated_layers(plan),
+        memory=plan.memory.timeline, strategies=strategies, replicated=replicated_layers(plan),
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     reshardings = plan.reshardings if same_program else ()
@@ -219,20 +226,28 @@ def _changed_axis(axis: TokenAxis, scale: float, world_size: int) -> TokenAxis:
 
 
 def sweep(
-    plan: Plan, changes: Sequence[Change], profile: Profile, strategy: StrategyChoice = AUTO
+    plan: Plan,
+    changes: Sequence[Change],
+    profile: Profile,
+    strategy: StrategyChoice = AUTO,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> tuple[Plan | RingfxError, ...]:
     """The plan under each change, or why there is none."""
     found: list[Plan | RingfxError] = []
     for change in changes:
         try:
-            found.append(replan(plan, change, profile, strategy))
+            found.append(replan(plan, change, profile, strategy, strategies))
         except RingfxError as error:
             found.append(error)
     return tuple(found)
 
 
 def longest_sequence(
-    plan: Plan, profile: Profile, strategy: StrategyChoice = AUTO, limit: int = 2**40
+    plan: Plan,
+    profile: Profile,
+    strategy: StrategyChoice = AUTO,
+    limit: int = 2**40,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> int:
     """The longest sequence for which a choice of strategies fits the plan's budget; 0: none.
 
@@ -248,5 +263,5 @@ def longest_sequence(
     return longest_fitting(
         [layer.site for layer in plan.layers], world_size=plan.world_size, profile=profile,
         gpu_memory=plan.gpu_memory, limit=limit, strategy=strategy, memory=plan.memory.timeline,
-        replicated=replicated_layers(plan),
+        strategies=strategies, replicated=replicated_layers(plan),
     )  # fmt: skip

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.ir.kernel_table import TABLE, Call, KernelChoice, Pick, forced_kernel
 from ringfx.ir.plan import LayerPlan
 from ringfx.ir.values import AttentionSite
 
-__all__ = ["REFERENCE", "picks", "priced_as", "unpriced"]
+__all__ = ["REFERENCE", "picks", "priced_as", "unmeasured", "unpriced"]
 
 REFERENCE = "math"
 """The kernel that takes every call, in tiles whose scores are kept."""
 
 
+class Kernels(Protocol):
+    """What a strategy says of its kernels."""
+
+    @property
+    def math_only(self) -> bool: ...
+    @property
+    def gathered(self) -> bool: ...
+
+
 def picks(
-    site: AttentionSite, strategy: str, profile: Profile, direction: Direction
+    site: AttentionSite, strategy: Kernels, profile: Profile, direction: Direction
 ) -> tuple[Pick, ...]:
     """What a layer's direction may run with under a strategy, one or more; ties go to the first."""
-    if strategy == "simple":
+    if strategy.math_only:
         return (Pick(REFERENCE),)
-    call = _call(site, profile, gathered=strategy == "collective")
+    call = _call(site, profile, gathered=strategy.gathered)
     forced = forced_kernel(call) if profile.device == "cuda" else None
     plain = _admitted(profile, call, direction) if forced is None else [forced]
     if not _has_masked_pieces(site):
@@ -54,6 +64,17 @@ def unpriced(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
         " stand in"
         for name in sorted(names)
         if priced_as(profile, name) != name
+    )
+
+
+def unmeasured(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
+    """One note for each strategy of a split plan whose overhead nobody measured."""
+    measured = {row.strategy for row in profile.overheads}
+    names = {layer.strategy for layer in layers if not layer.is_replicated} - measured
+    return tuple(
+        f"profile {profile.name} has no overhead of {name}: that of its most expensive strategy"
+        " stands in"
+        for name in sorted(names if measured else ())
     )
 
 

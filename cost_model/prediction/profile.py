@@ -1,7 +1,7 @@
 """Profiles: what one kind of device and its links were measured or published to do.
 
 A profile is a JSON file of rows. Each row says where its numbers come from, and a number that was
-not measured says so. Nothing here predicts: ``ringfx.cost_model.prediction.formulas`` reads these
+not measured says so. Nothing here predicts: ``ringfx.cost_model.prediction.predict`` reads these
 rows.
 """
 
@@ -43,6 +43,7 @@ from ringfx.validation.json_reader import Source, parse_json, shown, validated
 from ringfx.validation.text_files import is_there, read_text
 
 __all__ = [
+    "LOCAL",
     "PROFILE_SCHEMA",
     "KernelRow",
     "LinkRow",
@@ -60,6 +61,9 @@ __all__ = [
 ]
 
 PROFILE_SCHEMA = 1
+
+LOCAL = "local"
+"""In place of a strategy's name: one rank."""
 
 Direction = Literal["forward", "backward"]
 Collective = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
@@ -109,7 +113,7 @@ class LinkRow:
 class OverheadRow:
     """What one layer costs however small it is: launches, bookkeeping, the scheduler's ticks.
 
-    ``strategy`` is ``local`` for one rank.
+    ``strategy`` is ``LOCAL`` for one rank.
     """
 
     strategy: Name
@@ -196,9 +200,15 @@ class Profile:
         return (r for r in self.kernels if r.kernel == name and r.direction == direction)
 
     def overhead_us(self, strategy: str, direction: Direction) -> float:
-        """Of a layer under a strategy; 0 where nobody measured it."""
-        rows = (r for r in self.overheads if (r.strategy, r.direction) == (strategy, direction))
-        return next((row.layer_us for row in rows), 0.0)
+        """Of a layer under a strategy; of one that nobody measured, that of the most expensive.
+
+        0 where no strategy, or one rank, was measured.
+        """
+        rows = {row.strategy: row.layer_us for row in self.overheads if row.direction == direction}
+        if strategy in rows:
+            return rows[strategy]
+        others = (us for name, us in rows.items() if LOCAL not in (name, strategy))
+        return max(others, default=0.0)
 
     def link(self, operation: Collective, world_size: int) -> LinkRow:
         """The row of the slowest link that the collective crosses.

@@ -9,8 +9,8 @@ import torch
 from ringfx.cost_model.prediction import terms
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import AttentionSite
-from ringfx.ops.strategies.collective import GATHERED_BYTES
-from ringfx.ops.tiling.head_groups import MOST_GROUPS, RING_GROUPS, head_groups, ring_bytes
+from ringfx.ops.tiling.head_groups import MOST_GROUPS, head_groups
+from ringfx.ops.tiling.tile_sizes import stored_tile
 
 __all__ = ["Local", "local_share"]
 
@@ -59,6 +59,21 @@ class Local:
         return self.k_items + self.v_items
 
     @property
+    def kv_bytes(self) -> int:
+        """Of its keys and values, in their dtype."""
+        return self.kv_items * self.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the sums of their gradients."""
+        return self.kv_items * self.accumulator_bytes
+
+    @property
+    def stored_tile(self) -> int:
+        """Side of the tiles of a kernel that keeps its scores."""
+        return stored_tile(self.site.device, self.site.batch * self.site.heads)
+
+    @property
     def saved_bytes(self) -> int:
         """q, k, v and the output in their dtype and the logsumexp, kept for backward."""
         items = self.q_items + self.kv_items + self.out_items
@@ -83,17 +98,6 @@ class Local:
             )
         )
         return len(head_groups(q, k, v, least_bytes=least_bytes, most=most))
-
-    @property
-    def ring_groups(self) -> int:
-        """Groups of ``production``."""
-        least = ring_bytes(torch.device(self.site.device), self.world_size)
-        return self.groups(least, RING_GROUPS)
-
-    @property
-    def gathered_groups(self) -> int:
-        """Groups of ``collective``."""
-        return self.groups(GATHERED_BYTES // self.world_size)
 
 
 def local_share(site: AttentionSite, world_size: int) -> Local:

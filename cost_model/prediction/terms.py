@@ -21,9 +21,10 @@ import torch
 
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE, priced_as
 from ringfx.cost_model.prediction.profile import Collective, Direction, Profile
-from ringfx.cost_model.prediction.work import MASKED_TILE, Work
+from ringfx.cost_model.prediction.work import Work
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite
+from ringfx.ops.tiling.tile_sizes import MASKED_TILE, stored_tile
 
 __all__ = [
     "accumulator_bytes",
@@ -34,12 +35,7 @@ __all__ = [
     "kernel_seconds",
     "message_seconds",
     "message_steps",
-    "stored_tile",
 ]
-
-STORED_SCORES: Mapping[str, int] = {"cpu": 1 << 18}
-STORED_SCORES_ELSEWHERE = 1 << 24
-"""Scores over batch and heads that a kernel which keeps them has at once: ringfx.ops.attention."""
 
 PASSES = 3
 """Reads and writes of a row when something is added to it."""
@@ -54,15 +50,6 @@ def itemsize(site: AttentionSite) -> int:
 def accumulator_bytes(site: AttentionSite) -> int:
     """Bytes of one element of a sum over tiles: float64 for float64, else float32."""
     return 8 if site.dtype == "float64" else 4
-
-
-def stored_tile(site: AttentionSite) -> int:
-    """Side of the tiles of a kernel that keeps its scores."""
-    most = STORED_SCORES.get(site.device, STORED_SCORES_ELSEWHERE)
-    side = MASKED_TILE
-    while side > 32 and side * side * site.batch * site.heads > most:
-        side //= 2
-    return side
 
 
 def kernel_seconds(
@@ -83,7 +70,7 @@ def kernel_seconds(
     heads = site.batch * site.heads * head_share
     side = MASKED_TILE
     if pick.plain == REFERENCE:
-        side = stored_tile(site)
+        side = stored_tile(site.device, site.batch * site.heads)
         work = _in_tiles(work, side)
     calls_s = sum(
         _calls_seconds(profile, kernel, site, part, direction, heads, side)

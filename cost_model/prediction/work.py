@@ -16,11 +16,9 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import conjunction, inputs_used, terms
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces, runs_of
+from ringfx.ops.tiling.tile_sizes import MASKED_TILE
 
-__all__ = ["MASKED_TILE", "RingWork", "Work", "gathered_work", "ring_work", "whole_work"]
-
-MASKED_TILE = 512
-"""Side of a tile whose mask is evaluated, as ``ringfx.ops.attention`` cuts it."""
+__all__ = ["RingWork", "Work", "gathered_work", "ring_work", "whole_work"]
 
 MOST_BANDS = 24
 """Bands of queries that are counted in a run whose mask is evaluated; they stand for all."""

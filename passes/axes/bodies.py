@@ -26,7 +26,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfx.passes.axes.call import Call, Labels, OpAxes, Share
+from ringfx.passes.axes.call import AxisRules, Call, Labels, OpAxes, Share
 from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.own_backward import OwnBackward
@@ -52,17 +52,17 @@ class Kind(Enum):
 Kinds: TypeAlias = dict[Node, Kind]
 
 
-def own_backward(call: Call) -> OpAxes:
+def own_backward(call: Call, rules: AxisRules) -> OpAxes:
     """The labels of operands and results, each local or whole; worked out once for a call."""
     known = call.node.meta.setdefault("ringfx_own_axes", {})
     if call.shapes not in known:
-        known[call.shapes] = _read(call)
+        known[call.shapes] = _read(call, rules)
     found: OpAxes = known[call.shapes]
     return found
 
 
-def _read(call: Call) -> OpAxes:
-    joint = _Joint(call)
+def _read(call: Call, rules: AxisRules) -> OpAxes:
+    joint = _Joint(call, rules)
     local = {a for a in joint.atoms() if joint.may_split(a)}
     labels = [joint.labels(n) for n in (*joint.operands, *joint.results)]
     names = {f"a{a}": a for a in joint.atoms()}
@@ -79,7 +79,7 @@ def _read(call: Call) -> OpAxes:
 class _Joint:
     """Forward and backward of one call as one named program."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, rules: AxisRules) -> None:
         graph = _trace(call).graph
         given = graph.find_nodes(op="placeholder")
         num_operands = len(call.operands)
@@ -87,7 +87,7 @@ class _Joint:
         returned = cast(tuple[Sequence[Node], Sequence[Node | None]], graph.output_node().args[0])
         self.results, self.gradients = returned
         self.incoming: Sequence[Node] = given[num_operands:]
-        self.axes: AxisMap = name_axes(graph)
+        self.axes: AxisMap = name_axes(graph, rules)
         self.nodes = [n for n in graph.nodes if n in self.axes.values and n.op != "placeholder"]
         pairs = [*zip(self.results, self.incoming, strict=True), *self._pairs()]
         self.clash = not all(self._unite(a, b) for a, b in pairs)

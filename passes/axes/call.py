@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-__all__ = ["AxisRule", "Call", "Labels", "OpAxes", "Share", "Window", "given_input"]
+__all__ = ["AxisRule", "AxisRules", "Call", "Labels", "OpAxes", "Share", "Window", "given_input"]
 
 Labels: TypeAlias = tuple[tuple[str, ...], ...]
 """For each dimension the labels that it is made of; () for a size-1 or broadcast dimension."""
@@ -129,6 +129,9 @@ class Call:
 
 
 AxisRule: TypeAlias = Callable[[Call], OpAxes]
+
+AxisRules: TypeAlias = Mapping[object, AxisRule]
+"""Operators (OpOverload, or their names) -> what each does along its axes."""
 
 
 def result_values(node: Node) -> tuple[torch.Tensor, ...]:

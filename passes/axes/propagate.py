@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ringfx.passes.axes.call import Call, Labels, OpAxes, Share, Window, result_values
-from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.axes.call import AxisRules, Call, Labels, OpAxes, Share, Window, result_values
+from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
 
 __all__ = [
@@ -59,6 +59,8 @@ class AxisMap:
     """Calls without a row in the axis table."""
     windows: tuple[BoundWindow, ...]
     """The slices of step 1, in program order."""
+    rules: AxisRules
+    """By which the axes were named."""
 
     def dims(self, node: Node, index: int = 0) -> tuple[Dim, ...]:
         return tuple(self.space.resolve(dim) for dim in self.values[node][index])
@@ -67,7 +69,7 @@ class AxisMap:
         return self.space.resolve(self.ops[node].bound.get(name, ()))
 
 
-def name_axes(graph: torch.fx.Graph) -> AxisMap:
+def name_axes(graph: torch.fx.Graph, rules: AxisRules = RULES) -> AxisMap:
     """Follow every axis through the program."""
     space = AxisSpace()
     values: dict[Node, tuple[tuple[Dim, ...], ...]] = {}
@@ -86,7 +88,7 @@ def name_axes(graph: torch.fx.Graph) -> AxisMap:
             values[node] = fresh_dims(space, node)
             continue
         call = Call(node)
-        rule = find_rule(node.target)
+        rule = find_rule(node.target, rules)
         axes = rule(call) if rule else _opaque(call)
         if rule is None:
             missing.append(node)
@@ -97,8 +99,9 @@ def name_axes(graph: torch.fx.Graph) -> AxisMap:
         ops[node] = named
         windows += [_window(named, w) for w in named.axes.windows]
     return AxisMap(
-        space=space, values=values, ops=ops, missing=tuple(missing), windows=tuple(windows)
-    )
+        space=space, values=values, ops=ops, missing=tuple(missing), windows=tuple(windows),
+        rules=rules,
+    )  # fmt: skip
 
 
 def fresh_dims(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from ringfx.errors import AttentionMissed
 from ringfx.ir.values import Captured, Declined, Sites
-from ringfx.ops.attention import attention
+from ringfx.ops.operator import attention
 from ringfx.passes.detect.candidate import decline
 
 __all__ = ["LooksLike", "estimate", "missed", "refuse_missed"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ringfx.ir.values import Captured
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
 from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
@@ -17,7 +19,7 @@ from ringfx.passes.detect.program import Program
 __all__ = ["detect"]
 
 
-def detect(captured: Captured) -> Detected:
+def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
     """Every attention of the program.
 
     Guarantee: each entry-point call of the program is either a candidate or declined, and so is
@@ -28,7 +30,7 @@ def detect(captured: Captured) -> Detected:
     contract_in_pairs(graph)
     distribute(graph)
     refused = respell(graph, other_form)
-    program = Program(graph, _parameters(captured))
+    program = Program(graph, _parameters(captured), rules)
     candidates: list[Candidate] = []
     declined = [decline(node, reason) for node, reason in refused.items()]
     for node in graph.nodes:

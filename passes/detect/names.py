@@ -62,6 +62,7 @@ class Names:
     def __init__(self, whole: AxisMap) -> None:
         self.space = AxisSpace()
         self.values: dict[Node, tuple[tuple[Dim, ...], ...]] = {}
+        self.rules = whole.rules
         self._whole = whole
         self._origins: list[tuple[Dim, Dim]] = []
 
@@ -145,7 +146,7 @@ class Names:
         operands: list[tuple[Dim, ...]],
         values: dict[Node, tuple[tuple[Dim, ...], ...]],
     ) -> None:
-        rule = find_rule(node.target)
+        rule = find_rule(node.target, self.rules)
         assert rule is not None, f"{node.target} has a row in the axis table"
         call = Call(node)
         axes = rule(call)

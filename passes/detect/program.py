@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from ringfx.passes.axes import AxisMap, name_axes
+from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.space import Dim
 
 __all__ = ["Program"]
@@ -21,6 +22,7 @@ class Program:
 
     graph: torch.fx.Graph
     parameters: frozenset[Node]
+    rules: AxisRules
 
     @cached_property
     def order(self) -> Mapping[Node, int]:
@@ -28,7 +30,7 @@ class Program:
 
     @cached_property
     def axes(self) -> AxisMap:
-        return name_axes(self.graph)
+        return name_axes(self.graph, self.rules)
 
     @cached_property
     def learned(self) -> frozenset[Node]:

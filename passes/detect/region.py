@@ -127,7 +127,7 @@ class _Namer:
             assert isinstance(source, Node)
             assert isinstance(index, int)
             self._names.alias(node, self._names.values[source][index])
-        elif find_rule(node.target) is None:
+        elif find_rule(node.target, self._names.rules) is None:
             raise Refused(f"the axis table has no row for {short(node)}")
         else:
             self._names.call(node)

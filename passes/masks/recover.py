@@ -30,6 +30,7 @@ from ringfx.passes.exprs.structure import first_of_equals
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
 from ringfx.passes.masks.decompose import Scores, decompose
 from ringfx.passes.masks.forms import Unrepresentable, has_threshold, lifted
+from ringfx.strategies import DEFAULT
 
 __all__ = ["recover"]
 
@@ -172,7 +173,7 @@ def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered)
     # Operands of one type and a result of another: autocast, which the operator obeys as well.
     made = dtype if mixed else old.meta["val"].dtype
     new = emit.call(
-        attention, q, k, v, inputs, spec=spec.to_json(), strategy="production",
+        attention, q, k, v, inputs, spec=spec.to_json(), strategy=DEFAULT,
         layout="contiguous", group="", name=old.meta.get("ringfx_path", ""),
         value=q.meta["val"].new_empty(shape, dtype=made),
     )  # fmt: skip

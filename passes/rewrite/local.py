@@ -14,7 +14,6 @@ from ringfx.comm import conjugate
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.values import Captured, Resharding
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
@@ -28,6 +27,8 @@ from ringfx.passes.rewrite.parameters import share_parameters
 from ringfx.passes.rewrite.singular import without_padding
 from ringfx.passes.token_axes import Carried
 from ringfx.passes.token_axes.windows import along_the_line
+from ringfx.strategies import Strategy
+from ringfx.strategies.keys import key_of
 
 __all__ = ["LocalProgram", "SplitOutput", "rewrite"]
 
@@ -75,7 +76,7 @@ class LocalProgram:
 def rewrite(
     captured: Captured,
     placement: Placement,
-    strategies: Mapping[str, str],
+    strategies: Mapping[str, Strategy],
     *,
     group: str,
     kernels: Mapping[str, str] = MappingProxyType({}),
@@ -85,7 +86,7 @@ def rewrite(
     Parameters
     ----------
     strategies
-        Canonical node name -> strategy.
+        Canonical node name -> strategy; the program holds its key.
     group
         Name of the process group that the sequence is split over; "" for one rank.
     kernels
@@ -99,7 +100,7 @@ class _Rewriter:
         self,
         captured: Captured,
         placement: Placement,
-        strategies: Mapping[str, str],
+        strategies: Mapping[str, Strategy],
         group: str,
         kernels: Mapping[str, str],
     ) -> None:
@@ -183,7 +184,9 @@ class _Rewriter:
     def _attention(self, node: Node, operands: list[Node], mode: Split | None) -> Node:
         q, k, v, *inputs = operands
         kwargs = dict(node.kwargs)
-        kwargs["strategy"] = self.strategies.get(node.name, kwargs["strategy"])
+        strategy = self.strategies.get(node.name)
+        if strategy is not None:
+            kwargs["strategy"] = key_of(strategy)
         kwargs["kernels"] = self.kernels.get(node.name, "")
         layout: LayoutKind = "contiguous"
         spec = AttentionSpec.from_json(str(kwargs["spec"]))
@@ -196,7 +199,7 @@ class _Rewriter:
             if isinstance(q_carried, Carried) and isinstance(k_carried, Carried):
                 lines = self.placement.lines.lines
                 layout = lines[q_carried.line].layout.kind
-                if STRATEGIES[str(kwargs["strategy"])].own_queries:
+                if strategy is not None and strategy.own_queries:
                     taken = self._take_rows(node, spec, own, q_carried, inputs)
                 moved = along_the_line(
                     _with_own_rows(spec, own | taken),

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ringfx import api
 from ringfx.cli.model_target import Inputs, build, find_target
+from ringfx.cli.tables import rules_of
 from ringfx.cost_model import parse_tokens
 from ringfx.report.explanation import explain
 
@@ -23,6 +24,7 @@ def run(
     hf: bool,
     strict: bool,
     as_json: bool,
+    rules: str | None = None,
 ) -> None:
     """Print the explanation.
 
@@ -38,7 +40,9 @@ def run(
             made = build(factory, inputs, target)
             made.model.train(train)
         with torch.set_grad_enabled(train):
-            found = explain(made.model, made.args, dict(made.kwargs), strict=strict)
+            found = explain(
+                made.model, made.args, dict(made.kwargs), strict=strict, rules=rules_of(rules)
+            )
     if as_json:
         print(found.to_json())
     else:

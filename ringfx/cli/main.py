@@ -118,6 +118,22 @@ def plan(
             rich_help_panel=MAKING,
         ),
     ] = False,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A table with strategies of your own: ringfx.STRATEGIES | {...}.",
+            rich_help_panel=MAKING,
+        ),
+    ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A table with operators of your own: ringfx.RULES | {...}.",
+            rich_help_panel=MAKING,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
     ] = False,
@@ -165,6 +181,7 @@ def plan(
     """
     with _one_line_errors():
         from ringfx.cli.plan import Request, View, run
+        from ringfx.cli.tables import rules_of, strategies_of
 
         request = Request(
             target=target,
@@ -180,6 +197,8 @@ def plan(
             dtype=dtype,
             hf=hf,
             strict=strict,
+            strategies=strategies_of(strategies),
+            rules=rules_of(rules),
         )
         view = View(
             as_json=as_json,
@@ -223,6 +242,13 @@ def explain(
             "--strict", help="Fail if something looks like attention and was not recognised."
         ),
     ] = False,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A table with operators of your own: ringfx.RULES | {...}.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print each attention of a model, what it computes and how it was found; and each near miss.
@@ -234,7 +260,7 @@ def explain(
 
         run(
             target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
-            strict=strict, as_json=as_json,
+            strict=strict, as_json=as_json, rules=rules,
         )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from ringfx.validation.fields import STRICT, Name
 from ringfx.validation.json_reader import Source, parse_json, validated
 from ringfx.validation.text_files import is_there, read_text
 
-__all__ = ["Inputs", "Target", "build", "find_target", "floating_dtype"]
+__all__ = ["Inputs", "Target", "build", "find_table", "find_target", "floating_dtype"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,22 @@ def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Cal
     return _in_dtype(_import_factory(text), kind)
 
 
+def find_table(option: str, text: str) -> Any:
+    """The mapping that ``MODULE:NAME`` or ``path/to/file.py:NAME`` names; its user checks it.
+
+    Raises
+    ------
+    InvalidArgument
+        There is no such module, file or name.
+    """
+    where, _, name = text.rpartition(":")
+    if not where or not name:
+        raise InvalidArgument(
+            f"{option} {text!r} names no table. Do: give MODULE:NAME or path/to/file.py:NAME."
+        )
+    return _attribute(where, name, f"name the mapping that {option} takes")
+
+
 def build(factory: Callable[..., Any], inputs: Inputs, name: str) -> Target:
     """Call the factory and complete its answer with inputs; run it under ``api.offline()``.
 
@@ -109,15 +125,7 @@ def _import_factory(text: str) -> Callable[..., Any]:
             f"{text!r} names no factory. Do: give MODULE:FACTORY, such as mymodel:make, a"
             " config.json, or --hf with a configuration class."
         )
-    module = _import(where)
-    factory: Any = module
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            raise InvalidArgument(
-                f"module {where!r} has no attribute {attribute!r}."
-                f"{_suggestion(part, factory)} Do: name a function that makes the model."
-            )
-        factory = getattr(factory, part)
+    factory = _attribute(where, attribute, "name a function that makes the model")
     if isinstance(factory, nn.Module) or _is_hf_config(factory):
         made = factory
         return lambda: made
@@ -126,6 +134,19 @@ def _import_factory(text: str) -> Callable[..., Any]:
             f"{text} is a {type(factory).__name__}, not a function that makes the model."
         )
     return _as_function(factory)
+
+
+def _attribute(where: str, attribute: str, remedy: str) -> Any:
+    """What a module holds under a name, which may have dots."""
+    found: Any = _import(where)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InvalidArgument(
+                f"module {where!r} has no attribute {attribute!r}."
+                f"{_suggestion(part, found)} Do: {remedy}."
+            )
+        found = getattr(found, part)
+    return found
 
 
 def _as_function(factory: Any) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +29,13 @@ from ringfx.cost_model.choice.whatif import (
 )
 from ringfx.errors import InvalidArgument
 from ringfx.ir.plan import Plan
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect.count_attention import refuse_missed
 from ringfx.report.plan_html import to_html
 from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies.given import require_strategies
 from ringfx.validation.json_reader import Source, parse_json
 from ringfx.validation.text_files import check_writable, is_there, read_text, write_text
 
@@ -55,6 +59,8 @@ class Request:
     dtype: str | None
     hf: bool
     strict: bool = False
+    strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
+    rules: AxisRules = field(default_factory=lambda: RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def run(request: Request, view: View) -> None:
     RingfxError
         Whatever is wrong with the request, the model or the profile.
     """
-    _check(view)
+    _check(request, view)
     saved = _saved(request)
     if saved is None:
         _show(_made(request), request, view)
@@ -88,12 +94,12 @@ def run(request: Request, view: View) -> None:
         _show(_chosen_again(saved, request), request, view)
 
 
-def _check(view: View) -> None:
+def _check(request: Request, view: View) -> None:
     """What can be refused before anything is planned."""
     if view.html is not None:
         check_writable(view.html)
     if view.diff is not None:
-        Plan.from_json(read_text(view.diff), str(view.diff))
+        _read(view.diff, request)
     if view.what_if is not None:
         parse_change(view.what_if)
     if view.sweep is not None:
@@ -121,12 +127,19 @@ def _saved(request: Request) -> Plan | None:
             f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
             f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
         )
-    plan = Plan.from_json(text, str(path))
+    plan = _read(path, request)
     if request.strict and plan.missed:
         refuse_missed(plan.missed)
     if request.gpu_memory is not None:
         plan = replace(plan, gpu_memory=parse_bytes(request.gpu_memory))
     return _chosen_again(plan, request) if request.profile or request.strategy else plan
+
+
+def _read(path: Path, request: Request) -> Plan:
+    """A saved plan whose strategies are all at hand."""
+    plan = Plan.from_json(read_text(path), str(path))
+    require_strategies(plan, request.strategies, f"{path}: this plan")
+    return plan
 
 
 def _is_plan(text: str, path: Path) -> bool:
@@ -145,12 +158,16 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--optimizer": request.optimizer != "none",
         "--infer": not request.train,
         "--dtype": request.dtype is not None,
+        "--rules": request.rules is not RULES,
     }
 
 
 def _chosen_again(plan: Plan, request: Request) -> Plan:
     """A saved plan with the strategies that another profile, word or budget gives."""
-    return replan(plan, Change(), _profile(plan, request), strategy_choice(request.strategy))
+    return replan(
+        plan, Change(), _profile(plan, request), strategy_choice(request.strategy),
+        request.strategies,
+    )  # fmt: skip
 
 
 def _asks(view: View) -> bool:
@@ -189,6 +206,8 @@ def _made(request: Request) -> Plan:
                 strategy=chosen,
                 optimizer=_optimizer(request.optimizer),
                 strict=request.strict,
+                strategies=request.strategies,
+                rules=request.rules,
             )
     if not made.has_own_length:
         return plan
@@ -229,7 +248,7 @@ def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:
 def _show(plan: Plan, request: Request, view: View) -> None:
     """Views that stand alone, in the order of the help; the plan itself where none is asked for."""
     if view.html is not None:
-        write_html(plan, view.html, _profile(plan, request), strategy_choice(request.strategy))
+        write_html(plan, view.html, request)
         print(f"written to {view.html}")
         return
     texts = _views(plan, request, view)
@@ -251,35 +270,37 @@ def _views(plan: Plan, request: Request, view: View) -> list[str]:
     texts = []
     chosen: StrategyChoice = strategy_choice(request.strategy)
     if view.explain is not None:
-        texts.append(explain_text(plan, view.explain, _profile(plan, request)))
+        profile = _profile(plan, request)
+        texts.append(explain_text(plan, view.explain, profile, request.strategies))
     if view.what_if is not None:
         change = parse_change(view.what_if)
-        changed = replan(plan, change, _profile(plan, request), chosen)
+        changed = replan(plan, change, _profile(plan, request), chosen, request.strategies)
         both = f"{changed}\n\n{diff_text(plan, changed)}"
         texts.append(changed.to_json() if view.as_json else both)
     if view.sweep is not None:
         name, changes = parse_sweep(view.sweep)
-        results = sweep(plan, changes, _profile(plan, request), chosen)
+        results = sweep(plan, changes, _profile(plan, request), chosen, request.strategies)
         texts.append(sweep_text(name, changes, results))
         if name == "seq-len" and plan.gpu_memory is not None:
             texts.append(_longest_text(plan, request, chosen))
     if view.max_seq_len:
         texts.append(_longest_text(plan, request, chosen))
     if view.diff is not None:
-        texts.append(diff_text(Plan.from_json(read_text(view.diff), str(view.diff)), plan))
+        texts.append(diff_text(_read(view.diff, request), plan))
     return texts
 
 
 def _longest_text(plan: Plan, request: Request, chosen: StrategyChoice) -> str:
-    longest = longest_sequence(plan, _profile(plan, request), chosen)
+    longest = longest_sequence(plan, _profile(plan, request), chosen, strategies=request.strategies)
     return f"longest sequence that fits: {longest:,} tokens"
 
 
-def write_html(plan: Plan, path: Path, profile: Profile, strategy: StrategyChoice) -> None:
+def write_html(plan: Plan, path: Path, request: Request) -> None:
     """The page of a plan, with the same model from an eighth to eight times as long and split."""
+    given = _profile(plan, request), strategy_choice(request.strategy), request.strategies
     lengths, ranks = _around(tokens(plan)), _around(plan.world_size)
-    by_length = sweep(plan, [Change(seq_len=n) for n in lengths], profile, strategy)
-    by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], profile, strategy)
+    by_length = sweep(plan, [Change(seq_len=n) for n in lengths], *given)
+    by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], *given)
     curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
     write_text(path, to_html(plan, *curves))
 

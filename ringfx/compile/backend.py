@@ -50,6 +50,7 @@ from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.autograd import wrap_all
 from ringfx.split_tensor.handoff import Between, is_split, part_example, whole_example
 from ringfx.split_tensor.spec import SplitSpec
+from ringfx.strategies import Strategy
 from ringfx.units.format import format_bytes
 
 __all__ = ["Backend", "ringfx_backend"]
@@ -224,7 +225,7 @@ class Runner:
     ) -> None:
         settings, world = backend.settings, backend.world
         self._compiled = compiled
-        self._plan = lowered.plan
+        self._plan, self._strategies = lowered.plan, settings.strategies
         self._compared = False
         self._group, self._turns = world.group, backend.turns
         self._ran = backend.ran
@@ -284,7 +285,7 @@ class Runner:
         refuse_in_compiled(results)
         if not self._compared:
             self._compared = True
-            for text in other_kernels(self._plan):
+            for text in other_kernels(self._plan, self._strategies):
                 log.warning(text)
         finished = self._finish(results)
         return self._write(inputs, finished)
@@ -379,25 +380,26 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
 
 
-def other_kernels(plan: Plan) -> list[str]:
+def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
     """What to say where a layer ran another kernel than the plan's times were made for."""
     stats = snapshot()
     pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
     others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
         f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
-        f"{_refused(layer)}; its predicted times do not hold. Do: run `ringfx calibrate` on this "
-        "machine."
+        f"{_refused(layer, strategies)}; its predicted times do not hold. Do: run `ringfx "
+        "calibrate` on this machine."
         for layer, ran in others
     ]
 
 
-def _refused(layer: LayerPlan) -> str:
+def _refused(layer: LayerPlan, strategies: Mapping[str, Strategy]) -> str:
     """Why the planned kernel cannot run on this machine's card, in brackets."""
     site = layer.site
+    gathered = not layer.is_replicated and strategies[layer.strategy].gathered
     whys = why_not(
         layer.kernel, torch.device(site.device), getattr(torch, site.dtype),
-        gathered=layer.strategy == "collective", head_dim=max(site.head_dim, site.v_head_dim),
+        gathered=gathered, head_dim=max(site.head_dim, site.v_head_dim),
     )  # fmt: skip
     return f" ({'; '.join(whys)})" if whys else ""
 

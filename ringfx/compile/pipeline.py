@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule
@@ -12,13 +13,21 @@ from torch.fx import Graph, GraphModule
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import left_alone
 from ringfx.compile.settings import Settings
-from ringfx.cost_model import alive_in, choose, load_profile, outside_ms, unpriced
+from ringfx.cost_model import (
+    alive_in,
+    choose,
+    load_profile,
+    outside_ms,
+    unmeasured,
+    unpriced,
+)
 from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
 from ringfx.passes.axes import AxisMap, name_axes
-from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
@@ -69,7 +78,7 @@ def lower(
     ``arrivals`` says which inputs are split already, by their number; the local program takes the
     parts of those that it can use so (``Lowered.arrived``), and all others whole.
     """
-    captured = capture(gm, example_inputs, known=find_rule)
+    captured = capture(gm, example_inputs, known=partial(find_rule, rules=settings.rules))
     with autocast_off():  # the captured program says every cast
         return _lowered(captured, settings, world, arrivals or {})
 
@@ -77,13 +86,13 @@ def lower(
 def _lowered(
     captured: Captured, settings: Settings, world: World, arrivals: Mapping[int, Arrival]
 ) -> Lowered:
-    sites = recover(captured, detect(captured))
+    sites = recover(captured, detect(captured, settings.rules))
     overlooked, attentions = missed(captured, sites)
     if settings.strict:
         refuse_missed(overlooked)
     graph = captured.graph_module.graph
 
-    axes = name_axes(graph)
+    axes = name_axes(graph, settings.rules)
     given = [n for n in graph.nodes if n.op == "placeholder"]
     split = {given[i]: arrival for i, arrival in arrivals.items()}
     lines = find_lines(graph, axes, sites.found, world.size, split)
@@ -95,7 +104,7 @@ def _lowered(
         )
         if not changed:
             break
-        axes = name_axes(graph)
+        axes = name_axes(graph, settings.rules)
         lines = find_lines(graph, axes, sites.found, world.size, split)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
@@ -111,13 +120,14 @@ def _lowered(
     )  # fmt: skip
     layers = choose(
         sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
-        strategy=settings.strategy, memory=alive.timeline, replicated=whole,
+        strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
+        replicated=whole,
     )  # fmt: skip
 
     dtypes = {site.dtype for site in sites.found}
-    strategies = {x.site.node: x.strategy for x in layers if not x.is_replicated}
+    chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
-    local = rewrite(captured, placement, strategies, group=world.group, kernels=kernels)
+    local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
 
@@ -128,9 +138,10 @@ def _lowered(
         axes=_token_axes(local), reshardings=local.reshardings,
         outside_ms=outside_ms(local.reshardings, world.size, profile),
         memory=alive.plan({layer.site.node: layer for layer in layers}),
-        notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile), *unknown,
+        notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile),
+               *(unmeasured(layers, profile) if world.size > 1 else ()), *unknown,
                *_whole_masks(sites, local, world), *_unvalued(captured, sites),
-               *_graph_break(captured)),
+               *_graph_break(captured), *_given_rules(graph, settings.rules)),
     )  # fmt: skip
     return Lowered(
         captured=captured,
@@ -153,12 +164,22 @@ def _refuse_unknown(
         raise NoAxisRule(
             f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
             "has no row that says how to split it. Do: pass on_unsupported='gather' to run it "
-            "whole on every rank (right, and as large as the unsplit model), or add a row to "
-            "passes/axes/rules."
+            "whole on every rank (right, and as large as the unsplit model), or give a rule for "
+            "it, rules=ringfx.RULES | {operator: rule}."
         )
     return tuple(
         f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
         for n in touching
+    )
+
+
+def _given_rules(graph: Graph, rules: AxisRules) -> tuple[str, ...]:
+    """Operators that are split by a rule of the user's."""
+    targets = dict.fromkeys(n.target for n in graph.nodes if n.op == "call_function")
+    return tuple(
+        f"{target}: split by a rule that was given"
+        for target in targets
+        if rules.get(target) is not RULES.get(target)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from ringfx.comm.world import several_processes
@@ -11,6 +11,10 @@ from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.peak_memory.optimizers import check_optimizer
 from ringfx.cost_model.prediction.profile import check_profile, check_profile_type
 from ringfx.errors import InvalidArgument
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES, checked_rules
+from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies.given import checked_strategies
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
 
@@ -35,6 +39,10 @@ class Settings:
     """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
+    strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
+    """To choose from."""
+    rules: AxisRules = field(default_factory=lambda: RULES)
+    """What operators do along their axes."""
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Settings:
@@ -52,6 +60,9 @@ class Settings:
                     f"unknown option {name!r}. Options: mesh, {', '.join(known)}."
                 )
         given = dict(options)
+        for name, checked in (("strategies", checked_strategies), ("rules", checked_rules)):
+            if name in given:
+                given[name] = checked(given[name])
         if given.get("gpu_memory") is not None:
             given["gpu_memory"] = parse_bytes(given["gpu_memory"])
         settings = Settings(**given)
@@ -64,7 +75,7 @@ class Settings:
         _check_interval(settings.check_inputs)
         if not isinstance(settings.strict, bool):
             raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
-        _check_strategy(settings.strategy)
+        _check_strategy(settings.strategy, settings.strategies)
         check_optimizer(settings.optimizer)
         return settings
 
@@ -83,11 +94,9 @@ def _check_interval(value: object) -> None:
         )
 
 
-def _check_strategy(strategy: object) -> None:
+def _check_strategy(strategy: object, strategies: Mapping[str, Strategy]) -> None:
     """Unknown names are refused at once, not when the model first runs."""
-    from ringfx.ir.strategies import STRATEGIES
-
-    names = ("auto", *STRATEGIES)
+    names = ("auto", *strategies)
     if isinstance(strategy, Mapping) and not all(isinstance(glob, str) for glob in strategy):
         raise InvalidArgument("strategy: a mapping must have texts as keys, globs of module paths.")
     asked = strategy.values() if isinstance(strategy, Mapping) else (strategy,)

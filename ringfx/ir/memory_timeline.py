@@ -28,7 +28,6 @@ from ringfx.ir.plan import (
     MemoryTerm,
     MemoryTimeline,
 )
-from ringfx.ir.strategies import REPLICATED, STRATEGIES
 from ringfx.ir.values import AttentionSite
 
 __all__ = [
@@ -76,13 +75,13 @@ class Held(Protocol):
     """Bytes of a layer under one strategy: a ``LayerPlan``, a ``Prediction``."""
 
     @property
-    def strategy(self) -> str: ...
-    @property
     def saved_bytes(self) -> int: ...
     @property
     def result_bytes(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def own_queries(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +207,7 @@ class _At:
 
     def _takes_rows(self, mask: MemoryMask) -> bool:
         readers = [self._layers[i] for i in mask.readers]
-        return any(x is None or _own_queries(x) for x in readers)
+        return any(x is None or x.own_queries for x in readers)
 
     def _again(self, moment: MemoryMoment) -> int:
         layers = (x for i in moment.again if (x := self._layers[i]) is not None)
@@ -236,13 +235,6 @@ class _At:
         found[AGAIN_FOR_ATTENTION] = self._again(moment)
         found[WORKSPACE] = self._workspace(moment)
         return found
-
-
-def _own_queries(held: Held) -> bool:
-    if held.strategy == REPLICATED:
-        return False
-    row = STRATEGIES.get(held.strategy)
-    return row is None or row.own_queries
 
 
 # --- making one ---------------------------------------------------------------------------------

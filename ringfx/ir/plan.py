@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
-from ringfx.ir.strategies import REPLICATED
 from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
@@ -38,11 +37,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = [
-    "SCHEMA_VERSION", "LayerPlan", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart",
-    "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
+    "REPLICATED", "SCHEMA_VERSION", "LayerPlan", "MemoryLayer", "MemoryMask", "MemoryMoment",
+    "MemoryPart", "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
+
+REPLICATED = "replicated"
+"""In place of a strategy: attention that every rank computes whole, with the local kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,10 @@ class LayerPlan:
     """Of these the output and its logsumexp: kept even where a checkpoint gives up the rest."""
     workspace_bytes: Bytes
     """Held only while this layer runs: communication buffers, accumulators, scores."""
+    own_queries: bool = True
+    """A rank computes its own queries only, and takes their rows of a mask or bias."""
+    gloss: Text = ""
+    """What the strategy is in the field's words: ``overlapped ring``."""
     axis: Text = ""
     """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
@@ -95,6 +101,11 @@ class LayerPlan:
     def mask(self) -> str:
         """The mask in words."""
         return self.site.mask_words
+
+    @property
+    def strategy_words(self) -> str:
+        """The strategy as people read it: ``production (overlapped ring)``."""
+        return f"{self.strategy} ({self.gloss})" if self.gloss else self.strategy
 
     @property
     def is_replicated(self) -> bool:

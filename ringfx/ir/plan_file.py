@@ -9,7 +9,6 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout
 from ringfx.ir.memory_timeline import CAUSES
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPlan, MemoryTimeline, Plan
-from ringfx.ir.strategies import REPLICATED, STRATEGIES
 from ringfx.ir.tiles.checked import undefined
 from ringfx.ir.values import AttentionSite, TokenAxis
 from ringfx.validation.json_reader import Source, parse_json, shown, validated
@@ -61,7 +60,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     for i, axis in enumerate(plan.axes):
         yield from (f"axes[{i}]: {problem}" for problem in _of_axis(axis, plan.world_size))
     for i, layer in enumerate(plan.layers):
-        yield from (f"layers[{i}]: {problem}" for problem in _of_layer(layer, plan.world_size))
+        yield from (f"layers[{i}]: {problem}" for problem in _of_layer(layer))
     for spec in dict.fromkeys(layer.site.spec for layer in plan.layers):
         yield from _of_spec(spec)
     yield from _of_memory(plan.memory)
@@ -78,18 +77,11 @@ def _of_axis(axis: TokenAxis, world_size: int) -> Iterator[str]:
         )
 
 
-def _of_layer(layer: LayerPlan, world_size: int) -> Iterator[str]:
+def _of_layer(layer: LayerPlan) -> Iterator[str]:
     yield from _of_times(layer)
     yield from _of_site(layer.site)
     if layer.result_bytes > layer.saved_bytes:
         yield f"result_bytes {layer.result_bytes} is above saved_bytes {layer.saved_bytes}"
-    strategy = STRATEGIES.get(layer.strategy)
-    if layer.strategy == REPLICATED:
-        return
-    if strategy is None:
-        yield f"strategy {layer.strategy!r} is not one of {', '.join(STRATEGIES)}"
-    elif (refusal := strategy.admits(layer.site, world_size)) is not None:
-        yield f"strategy {layer.strategy!r} cannot run: {refusal.reason}"
 
 
 def _of_times(layer: LayerPlan) -> Iterator[str]:

@@ -11,9 +11,11 @@ from ringfx.errors import InvalidArgument, StrategyRefused
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import own_rows
+from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling import bias_gradients as bias_gradient_rules
+from ringfx.strategies import Strategy, refuse_dropout
 
-__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "strategy_name", "tensors"]
+__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "tensors"]
 
 Tensor = torch.Tensor
 
@@ -26,13 +28,6 @@ def layout_kind(layout: str, layer: str) -> LayoutKind:
     raise InvalidArgument(
         f"{_where(layer)}: layout is {layout!r}. Do: use 'contiguous' or 'zigzag'."
     )
-
-
-def strategy_name(strategy: str, known: Sequence[str], layer: str) -> None:
-    if strategy not in known:
-        raise InvalidArgument(
-            f"{_where(layer)}: no strategy is named {strategy!r}. Do: use {', '.join(known)}."
-        )
 
 
 def tensors(given: Mapping[str, object], layer: str) -> None:
@@ -93,25 +88,27 @@ def shapes(
             )
 
 
-def runs(q: Tensor, spec: AttentionSpec, strategy: str, ranks: Ranks) -> None:
-    """What a strategy cannot do at all."""
-    where = _where(ranks.layer)
-    if spec.dropout != 0.0:
-        raise StrategyRefused(
-            f"{where}: attention dropout of {spec.dropout:g}: its random mask would depend on how "
-            "the tokens are split. Do: set the attention dropout to 0, or call model.eval()."
-        )
-    if strategy == "ulysses" and q.shape[1] % ranks.size:
-        raise StrategyRefused(
-            f'{where}: "ulysses" needs heads % ranks == 0; here {q.shape[1]} heads, '
-            f'{ranks.size} ranks. Do: use "production" or "collective".'
-        )
+def runs(
+    strategy: Strategy, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, ranks: Ranks
+) -> None:
+    """What no strategy can do, or, on several ranks, this one."""
+    site = _site(q, k, v, spec, ranks)
+    refusal = refuse_dropout(site, ranks.size)
+    if refusal is None and ranks.size > 1:
+        refusal = strategy.admits(site, ranks.size)
+    if refusal is not None:
+        raise StrategyRefused(f"{_where(ranks.layer)}: {refusal.reason}. Do: {refusal.remedy}.")
 
-    if strategy == "ulysses" and ranks.size > 1 and own_rows(spec.keep, spec.bias):
-        raise StrategyRefused(
-            f'{where}: "ulysses" computes all queries of some heads, and each rank has only its '
-            'own queries\' rows of a bias or mask. Do: use "production" or "collective".'
-        )
+
+def _site(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, ranks: Ranks) -> AttentionSite:
+    """The call as strategies are asked about it, as far as it is known here."""
+    return AttentionSite(
+        node="", name=ranks.layer, source="", found_by="call", spec=spec, mask_words="",
+        density=1.0, balanced=spec.keep is None, batch=q.shape[0], heads=q.shape[1],
+        kv_heads=k.shape[1], head_dim=q.shape[3], v_head_dim=v.shape[3],
+        dtype=str(q.dtype).removeprefix("torch."), device=q.device.type, trains=False,
+        row_bytes=len(own_rows(spec.keep, spec.bias)),
+    )  # fmt: skip
 
 
 def sinks(inputs: Sequence[Tensor], heads: int, layer: str) -> Tensor:

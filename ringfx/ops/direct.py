@@ -13,12 +13,13 @@ from ringfx.comm.group_argument import Group, name_and_size
 from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction
 from ringfx.ir.tiles.checked import checked_expr
 from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
-from ringfx.ops.attention import attention
+from ringfx.ops.operator import attention
+from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
+from ringfx.strategies.keys import key_of
 from ringfx.torch_compat.dynamo_marks import constant_result
 from ringfx.validation.arguments import choice, number, switch, tensor, text, whole_number
 
@@ -27,10 +28,7 @@ __all__ = ["ring_attention"]
 Tensor = torch.Tensor
 
 
-CHOICES = {
-    "strategy": tuple(STRATEGIES), "layout": ("contiguous", "zigzag"),
-    "fully_masked": ("zero", "mean"),
-}  # fmt: skip
+CHOICES = {"layout": ("contiguous", "zigzag"), "fully_masked": ("zero", "mean")}
 
 
 def ring_attention(
@@ -38,7 +36,7 @@ def ring_attention(
     k: Tensor,
     v: Tensor,
     *,
-    strategy: str = "production",
+    strategy: str | Strategy = DEFAULT,
     causal: bool = False,
     scale: float | None = None,
     layout: LayoutKind = "contiguous",
@@ -66,7 +64,7 @@ def ring_attention(
         head dim]; k and v may have fewer heads (grouped queries), v another head dim. See
         ``ringfx.ops.shard``.
     strategy
-        ``simple``, ``collective``, ``production`` or ``ulysses``.
+        A name of ``ringfx.STRATEGIES``, or a strategy of your own.
     causal
         Query i attends keys 0..i.
     scale
@@ -120,7 +118,8 @@ def ring_attention(
     where = name or "ring_attention"
     checks.tensors({"q": q, "k": k, "v": v}, where)
     _check_options(where, causal=causal, scale=scale, layout=layout, fully_masked=fully_masked)
-    _check_options(where, strategy=strategy, soft_cap=soft_cap)
+    _check_options(where, soft_cap=soft_cap)
+    key = _key(where, strategy)
     _check_numbers(where, length=length, kv_length=kv_length, window=window, prefix=prefix)
     _check_read(where, documents=documents, key_padding=key_padding, sinks=sinks)
     _check_tile_functions(where, inputs, keep=keep, bias=bias)
@@ -158,7 +157,7 @@ def ring_attention(
         v,
         captured.tensors,
         spec=spec,
-        strategy=strategy,
+        strategy=key,
         layout=layout,
         group=group_name,
         name=name or "ring_attention",
@@ -199,6 +198,15 @@ def _check_tile_functions(where: str, inputs: Sequence[Tensor], **given: Any) ->
     for name, value in given.items():
         if value is not None and (problem := _problem(value, len(inputs))):
             raise InvalidArgument(f"{where}: {name}: {problem}. Do: see ringfx.tiles.")
+
+
+@constant_result
+def _key(where: str, strategy: object) -> str:
+    """By which the operator finds the strategy."""
+    if isinstance(strategy, Strategy):
+        return key_of(strategy)
+    choice(where, "strategy", strategy, tuple(STRATEGIES))
+    return str(strategy)
 
 
 @constant_result

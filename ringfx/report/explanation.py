@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ringfx import api
 from ringfx.ir.values import AttentionSite, Declined
-from ringfx.passes.axes.rules import find_rule
+from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.rules import RULES, checked_rules, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.breaks import is_outermost
 from ringfx.passes.detect import detect
@@ -52,6 +54,7 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     *,
     strict: bool = False,
+    rules: AxisRules = RULES,
 ) -> Explanation:
     """Capture the model on fake tensors and say what detection makes of it.
 
@@ -64,11 +67,12 @@ def explain(
     """
     api.check_call("explain", model, args, kwargs)
     switch("explain", "strict", strict)
+    rules = checked_rules(rules)
     parts: list[Explanation] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        captured = capture(gm, example_inputs, known=find_rule)
-        sites = recover(captured, detect(captured))
+        captured = capture(gm, example_inputs, known=partial(find_rule, rules=rules))
+        sites = recover(captured, detect(captured, rules))
         overlooked, attentions = missed(captured, sites)
         if strict:
             refuse_missed(overlooked)

@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 
 from ringfx.cost_model.choice.candidates import Candidates, candidates
 from ringfx.cost_model.choice.whatif import Change, tokens
-from ringfx.cost_model.prediction.formulas import Prediction
+from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import RingfxError
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.plan_text import FoldedLayers, fold, table_lines
-from ringfx.ir.strategies import STRATEGIES
+from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["diff_text", "explain_text", "sweep_text"]
@@ -21,7 +21,12 @@ __all__ = ["diff_text", "explain_text", "sweep_text"]
 # --- one layer --------------------------------------------------------------------------------
 
 
-def explain_text(plan: Plan, pattern: str, profile: Profile) -> str:
+def explain_text(
+    plan: Plan,
+    pattern: str,
+    profile: Profile,
+    strategies: Mapping[str, Strategy] = STRATEGIES,
+) -> str:
     """Every strategy of the layers that a glob names: its numbers, or why it cannot run.
 
     Raises
@@ -32,13 +37,15 @@ def explain_text(plan: Plan, pattern: str, profile: Profile) -> str:
     found = [layer for layer in plan.layers if fnmatchcase(layer.name, pattern)]
     if not found:
         plan.layer(pattern)
-    return "\n\n".join(_explained(group, plan, profile) for group in fold(found))
+    return "\n\n".join(_explained(group, plan, profile, strategies) for group in fold(found))
 
 
-def _explained(group: FoldedLayers, plan: Plan, profile: Profile) -> str:
+def _explained(
+    group: FoldedLayers, plan: Plan, profile: Profile, strategies: Mapping[str, Strategy]
+) -> str:
     layer = group.layers[0]
     ranks = 1 if layer.is_replicated else plan.world_size
-    offer = candidates(layer.site, ranks, profile, STRATEGIES)
+    offer = candidates(layer.site, ranks, profile, strategies)
     titles = (
         "",
         "strategy",

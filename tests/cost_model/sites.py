@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ringfx.cost_model.prediction.predict import Prediction, predict
 from ringfx.cost_model.prediction.profile import Profile, available_profiles
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.values import AttentionSite
+from ringfx.strategies import STRATEGIES
 
 
 def causal_site(layer: int = 0, tokens: int = 8192, **changes: Any) -> AttentionSite:
@@ -38,6 +40,10 @@ def full_site(layer: int = 0, tokens: int = 8192, **changes: Any) -> AttentionSi
     spec = AttentionSpec(scale=0.125, q_len=tokens, kv_len=tokens)
     words = {"spec": spec, "mask_words": "none", "density": 1.0, "balanced": True}
     return causal_site(layer, tokens, **{**words, **changes})
+
+
+def predicted(site: AttentionSite, strategy: str, world_size: int, profile: Profile) -> Prediction:
+    return predict(site, STRATEGIES[strategy], world_size, profile)
 
 
 def shipped(name: str) -> Profile:

@@ -11,7 +11,7 @@ import ringfx
 from ringfx.api import offline
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import Change, longest_sequence, replan, sweep
-from ringfx.cost_model.prediction.formulas import predict
+from ringfx.cost_model.prediction.predict import predict
 from ringfx.errors import OutOfMemory
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec

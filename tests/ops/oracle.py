@@ -17,8 +17,8 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import TileIndex, evaluate
 from ringfx.ops import attention
-from ringfx.ops.strategies import collective
 from ringfx.ops.tiling import head_groups as heads
+from ringfx.strategies import collective
 
 Tensor = torch.Tensor
 LOWEST = torch.finfo(torch.float64).min

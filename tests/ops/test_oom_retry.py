@@ -18,7 +18,7 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.tiles import CAUSAL, Expr, K
 from ringfx.ops.kernels import kernel as kernels
 from ringfx.ops.kernels.kernel import CPU_FLASH, MATH
-from ringfx.ops.strategies.buffer_pool import BufferPool
+from ringfx.strategies.buffer_pool import BufferPool
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.support.ranks import RankPool
 

@@ -150,7 +150,7 @@ def test_no_score_matrix_is_stored_for_a_causal_sequence() -> None:
         (
             {"spec": spec(9, dropout=0.1).to_json()},
             StrategyRefused,
-            "layers.3: attention dropout of 0.1: its random mask",
+            "layers.3: attention dropout of 0.1 in training: its random mask",
         ),
         (
             {"spec": spec(9, sinks=True).to_json()},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ringfx.ops.strategies.production import hops_needed
+from ringfx.strategies.production import hops_needed
 from tests.ops.cases import examples
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.support.ranks import RankPool

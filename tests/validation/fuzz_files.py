@@ -34,8 +34,8 @@ from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.strategies import STRATEGIES
 from tests.cost_model.sites import causal_site, full_site, shipped
 from tests.validation.damage import corrupted
 
@@ -155,7 +155,7 @@ def _use_profile(path: Path, rng: random.Random) -> Iterator[float]:
             if STRATEGIES[name].admits(site, world_size) is not None:
                 continue
             try:
-                found = predict(site, name, world_size, profile)
+                found = predict(site, STRATEGIES[name], world_size, profile)
             except RingfxError as error:  # no such row: said where it is looked for
                 refused = error
                 continue

@@ -6,12 +6,14 @@ names it, never "replicate by default".
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
-from ringfx.passes.axes.call import AxisRule
+from ringfx.errors import InvalidArgument
+from ringfx.passes.axes.call import AxisRule, AxisRules
 from ringfx.passes.axes.rules import (
     attention,
     contraction,
@@ -27,9 +29,9 @@ from ringfx.passes.axes.rules import (
 )
 from ringfx.passes.capture.own_backward import OwnBackward
 
-__all__ = ["AXIS_RULES", "find_rule"]
+__all__ = ["RULES", "AxisRules", "checked_rules", "find_rule"]
 
-AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
+RULES: MappingProxyType[object, AxisRule] = MappingProxyType(
     dict(attention.RULES)
     | pointwise.RULES
     | views.RULES
@@ -44,16 +46,41 @@ AXIS_RULES: Mapping[object, AxisRule] = MappingProxyType(
 )
 
 
-def find_rule(target: object) -> AxisRule | None:
+def find_rule(target: object, rules: AxisRules = RULES) -> AxisRule | None:
     """The row for an operator; operators tagged pointwise share one."""
     if isinstance(target, OwnBackward):
         from ringfx.passes.axes.bodies import own_backward  # which names the axes of bodies itself
 
-        return own_backward
-    rule = AXIS_RULES.get(target)
+        return partial(own_backward, rules=rules)
+    rule = rules.get(target)
     if rule is None and isinstance(target, OpOverload):
-        rule = AXIS_RULES.get(target.name())
+        rule = rules.get(target.name())
     if rule is None and isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
         draws = torch.Tag.nondeterministic_seeded in target.tags
         return pointwise.random_elementwise if draws else pointwise.elementwise
     return rule
+
+
+def checked_rules(given: object) -> AxisRules:
+    """A user's table, which nobody can change any more.
+
+    Raises
+    ------
+    InvalidArgument
+        It is no mapping from operators to functions.
+    """
+    table = "rules=ringfx.RULES | {torch.ops.my.op.default: rule}"
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(f"rules is a {type(given).__name__}. Do: give a mapping, {table}.")
+    for op, rule in given.items():
+        if isinstance(op, OpOverloadPacket):
+            overloads = ", ".join(f"{op}.{name}" for name in op.overloads())
+            raise InvalidArgument(
+                f"rules: {op} has overloads, and each has a row of its own. Do: use {overloads}."
+            )
+        if not (callable(op) or isinstance(op, str)):
+            raise InvalidArgument(f"rules: the key {op!r} is no operator. Do: give {table}.")
+        if not callable(rule):
+            found = type(rule).__name__
+            raise InvalidArgument(f"rules[{op}] is a {found}, no function. Do: give {table}.")
+    return MappingProxyType(dict(given))

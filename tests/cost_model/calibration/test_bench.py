@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from ringfx.cli.main import app
 from ringfx.cost_model.calibration.bench import Sample, Timing, regret
-from ringfx.cost_model.prediction.formulas import Phase, Prediction
+from ringfx.cost_model.prediction.predict import Phase, Prediction
 
 
 def _timing(name: str, predicted: float, measured: float, spread: float = 0.0) -> Timing:

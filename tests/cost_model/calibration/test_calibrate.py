@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ringfx.cli.main import app
-from ringfx.cost_model import load_profile, predict
+from ringfx.cost_model import load_profile
 from ringfx.cost_model.calibration.bench import Sample, admitted
 from ringfx.cost_model.calibration.calibrate import Measurements, calibrate, make_profile
 from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
@@ -27,7 +27,7 @@ from ringfx.cost_model.prediction.profile import (
     read_profile,
 )
 from ringfx.errors import CommunicationError, ProfileError
-from tests.cost_model.sites import causal_site, shipped
+from tests.cost_model.sites import causal_site, predicted, shipped
 
 HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14)
 
@@ -55,7 +55,7 @@ def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurem
     for dtype in ("float32", "bfloat16"):
         for strategy in ("simple", "collective", "production", "ulysses"):
             site = causal_site(dtype=dtype, device="cpu")
-            assert predict(site, strategy, 2, profile).total_ms > 0
+            assert predicted(site, strategy, 2, profile).total_ms > 0
     assert profile.memory_gbytes_per_s is not None
     assert profile.memory_gbytes_per_s > 0
     assert profile.mask_ns_per_pair > 0
@@ -182,7 +182,7 @@ def test_what_surrounds_calls_is_found_again_in_layers_that_it_made() -> None:
     records = []
     for site in layer_sites(2, "cpu", 4096):
         for strategy in admitted(site, 2):
-            made = predict(site, strategy, 2, truth)
+            made = predicted(site, strategy, 2, truth)
             samples: dict[Direction, Sample] = {
                 "forward": Sample(median_ms=made.forward_ms, spread=0.0, again=0.0),
                 "backward": Sample(median_ms=made.backward_ms, spread=0.0, again=0.0),

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from ringfx.cost_model import choose, load_profile, predict
+from ringfx.cost_model import choose, load_profile
 from ringfx.cost_model.calibration.from_records import fit_kernels, fit_memory, observed_profile
 from ringfx.cost_model.calibration.records import AttentionRecord, read_records
 from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import OutOfMemory, ProfileError
-from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.values import AttentionSite
-from tests.cost_model.sites import full_site, shipped
+from ringfx.strategies import STRATEGIES
+from tests.cost_model.sites import full_site, predicted, shipped
 
 SEED = shipped("gtx-1080-seed")
 TEXT = (resources.files("ringfx.cost_model") / "records" / "gtx-1080-seed.jsonl").read_text()
@@ -67,8 +67,8 @@ def _words(rows: Sequence[Any]) -> list[str]:
 
 @pytest.mark.parametrize("record", MEASURED, ids=lambda r: f"{r.strategy}-{r.q_len}")
 def test_the_memory_column_is_reproduced_within_5_percent(record: AttentionRecord) -> None:
-    predicted = predict(_site(record.q_len, record.density), record.strategy, 1, SEED)
-    assert predicted.workspace_bytes == pytest.approx(record.peak_bytes, rel=0.05)
+    found = predicted(_site(record.q_len, record.density), record.strategy, 1, SEED)
+    assert found.workspace_bytes == pytest.approx(record.peak_bytes, rel=0.05)
 
 
 def test_the_suspect_entry_is_flagged_and_was_not_fitted() -> None:
@@ -81,9 +81,9 @@ def test_the_suspect_entry_is_flagged_and_was_not_fitted() -> None:
 
 
 def test_the_out_of_memory_of_simple_at_16384_is_predicted() -> None:
-    assert predict(_site(16384), "simple", 1, SEED).workspace_bytes > CARD
+    assert predicted(_site(16384), "simple", 1, SEED).workspace_bytes > CARD
     for name in ("collective", "production"):
-        assert predict(_dilated(16384), name, 1, SEED).workspace_bytes < CARD
+        assert predicted(_dilated(16384), name, 1, SEED).workspace_bytes < CARD
     with pytest.raises(OutOfMemory, match="no choice of strategies fits: 1 ranks need at least"):
         choose(
             [_site(16384)],
@@ -107,13 +107,13 @@ def test_without_the_censored_observation_nothing_would_forbid_it() -> None:
 def test_the_choices_follow_the_tables_recommendations(tokens: int) -> None:
     """Fastest that fits; Collective when memory is short; Simple never where another fits."""
     assert _choose(tokens, CARD) == "production"
-    short = predict(_dilated(tokens), "production", 1, SEED).workspace_bytes - 1
+    short = predicted(_dilated(tokens), "production", 1, SEED).workspace_bytes - 1
     assert _choose(tokens, short) == "collective"
     for memory in (CARD, short, CARD // 100):
         try:
             assert _choose(tokens, memory) != "simple"
         except OutOfMemory:
-            smallest = predict(_dilated(tokens), "collective", 1, SEED).workspace_bytes
+            smallest = predicted(_dilated(tokens), "collective", 1, SEED).workspace_bytes
             assert memory < smallest
 
 
@@ -148,7 +148,7 @@ def test_it_claims_nothing_about_messages_and_training() -> None:
     )
     for site, world_size in ((_site(4096), 2), (replace(_site(4096), trains=True), 1)):
         with pytest.raises(ProfileError) as caught:
-            predict(site, "production", world_size, SEED)
+            predicted(site, "production", world_size, SEED)
         assert str(caught.value) == message
     with pytest.raises(ProfileError, match="has no memory row for 'ulysses'"):
-        predict(_site(4096), "ulysses", 1, SEED)
+        predicted(_site(4096), "ulysses", 1, SEED)

@@ -9,11 +9,11 @@ import pytest
 
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.budget import Menu, assign, least_memory, peak
-from ringfx.cost_model.prediction.formulas import Phase, Prediction
+from ringfx.cost_model.prediction.predict import Phase, Prediction
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import LayerPlan
-from ringfx.ir.strategies import STRATEGIES
+from ringfx.strategies import STRATEGIES
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -13,15 +14,15 @@ import torch.distributed as dist
 from benchmarks.prediction_memory import peak_bytes
 from ringfx import ops
 from ringfx.cost_model.calibration.bench import admitted, bench_site, tensors_of
-from ringfx.cost_model.prediction.footprint import _ring_buffers, held_bytes
+from ringfx.cost_model.prediction.predict import held_bytes
 from ringfx.cost_model.prediction.profile import Direction
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.ir.layout import LayoutKind
 from ringfx.ir.values import AttentionSite
-from ringfx.ops.attention import attention
-from ringfx.ops.strategies import production
-from ringfx.ops.strategies.buffer_pool import POOL
+from ringfx.ops.operator import attention
 from ringfx.ops.tiling import head_groups
+from ringfx.strategies import STRATEGIES, production
+from ringfx.strategies.buffer_pool import POOL
 from tests.support.ranks import RankPool
 
 SITES = {
@@ -91,7 +92,9 @@ def _assert_predicted(ranks: RankPool, names: Iterable[str]) -> None:
     }  # fmt: skip
     off = {}
     for (name, strategy, direction), seen in measured.items():
-        expected = held_bytes(local_share(SITES[name], ranks.world_size), strategy, direction)
+        expected = held_bytes(
+            local_share(SITES[name], ranks.world_size), STRATEGIES[strategy], direction
+        )
         if abs(expected - seen) > 0.1 * seen + SMALL:
             off[name, strategy, direction] = (expected, seen, round(expected / seen - 1, 3))
     assert not off
@@ -138,9 +141,11 @@ def test_the_rings_buffers_are_those_of_its_schedule(
     seen = request.getfixturevalue(f"ranks{size}").run(_pooled, cases)[0]
     monkeypatch.setattr("ringfx.ops.tiling.head_groups.GROUP_BYTES", {"cpu": (1, 1)})
     for (groups, dtype, window), found in zip(cases, seen, strict=True):
-        monkeypatch.setattr("ringfx.cost_model.prediction.rank_share.RING_GROUPS", groups)
+        monkeypatch.setattr(production, "RING_GROUPS", groups)
         site = bench_site(tokens=64 * size, heads=12, head_dim=16, dtype=dtype, window=window)
         local = local_share(site, size)
-        assert local.ring_groups == groups
-        expected = _ring_buffers(local, "forward"), _ring_buffers(local, "backward")
+        assert production.num_groups(local) == groups
+        expected = tuple(
+            production._ring_buffers(local, direction) for direction in get_args(Direction)
+        )
         assert found == expected, (groups, dtype, window)

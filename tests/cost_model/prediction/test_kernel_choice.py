@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfx.cost_model import choose, predict
+from ringfx.cost_model import choose
 from ringfx.cost_model.prediction.kernel_choice import unpriced
 from ringfx.cost_model.prediction.profile import KernelRow, Profile, profile_json, read_profile
 from ringfx.errors import RingfxError
@@ -19,7 +19,7 @@ from ringfx.ir.plan import Plan
 from ringfx.ir.values import AttentionSite
 from ringfx.report.plan_html import to_html
 from ringfx.report.plan_views import diff_text, explain_text
-from tests.cost_model.sites import causal_site, full_site, shipped
+from tests.cost_model.sites import causal_site, full_site, predicted, shipped
 
 H100 = shipped("h100-sxm-published")
 SINGLES, HALVES = ("float32",), ("bfloat16", "float16")
@@ -53,7 +53,7 @@ def _windowed(**changes: Any) -> AttentionSite:
 
 
 def _kernel(site: AttentionSite, profile: Profile, strategy: str = "production") -> str:
-    return predict(site, strategy, 4, profile).kernel
+    return predicted(site, strategy, 4, profile).kernel
 
 
 @pytest.mark.parametrize("strategy", ["production", "collective", "ulysses"])
@@ -67,15 +67,15 @@ def test_the_fastest_that_admits_is_taken(strategy: str) -> None:
 
 def test_each_direction_has_its_own_fastest() -> None:
     profile = _profile(("cuda_flash", HALVES, 600, 300), ("cuda_cudnn", HALVES, 500, 400), MATH)
-    found = predict(causal_site(), "production", 4, profile)
+    found = predicted(causal_site(), "production", 4, profile)
     assert found.kernel == "cuda_flash forward, cuda_cudnn backward"
     each = [
-        predict(causal_site(), "production", 4, _profile(row, MATH))
+        predicted(causal_site(), "production", 4, _profile(row, MATH))
         for row in (("cuda_flash", HALVES, 600, 300), ("cuda_cudnn", HALVES, 500, 400))
     ]
     assert found.forward_ms == min(p.forward_ms for p in each)
     assert found.backward_ms == min(p.backward_ms for p in each)
-    alone = predict(causal_site(trains=False), "production", 4, profile)
+    alone = predicted(causal_site(trains=False), "production", 4, profile)
     assert alone.kernel == "cuda_flash"
 
 
@@ -98,10 +98,10 @@ def test_torchs_flash_operators_are_given_to_one_implementation_in_a_layer() -> 
 
 def test_a_mask_is_for_kernels_that_take_one_and_the_rest_for_the_fastest() -> None:
     profile = _profile(FLASH, CUDNN, EFFICIENT, MATH)
-    found = predict(_windowed(), "production", 4, profile)
+    found = predicted(_windowed(), "production", 4, profile)
     assert found.kernel == "cuda_cudnn (masked: cuda_efficient)"
-    slower = predict(_windowed(), "production", 4, _profile(EFFICIENT, MATH))
-    unmasked = predict(_windowed(), "production", 4, _profile(CUDNN, MATH))
+    slower = predicted(_windowed(), "production", 4, _profile(EFFICIENT, MATH))
+    unmasked = predicted(_windowed(), "production", 4, _profile(CUDNN, MATH))
     assert slower.kernel == "cuda_efficient"
     assert found.compute_ms < slower.compute_ms
     assert unmasked.kernel == "cuda_cudnn (masked: math)"
@@ -111,8 +111,8 @@ def test_what_data_mask_is_priced_by_the_kernel_of_masked_pieces() -> None:
     documents = ("eq", ("at", 0, tiles.Q), ("at", 0, tiles.K))
     spec = AttentionSpec(scale=0.1, q_len=8192, kv_len=8192, keep=("and", tiles.CAUSAL, documents))
     site = causal_site(spec=spec)
-    mixed = predict(site, "production", 4, _profile(CUDNN, EFFICIENT, MATH))
-    alone = predict(site, "production", 4, _profile(EFFICIENT, MATH))
+    mixed = predicted(site, "production", 4, _profile(CUDNN, EFFICIENT, MATH))
+    alone = predicted(site, "production", 4, _profile(EFFICIENT, MATH))
     assert mixed.kernel == "cuda_cudnn (masked: cuda_efficient)"
     assert mixed.total_ms == alone.total_ms
 

@@ -19,7 +19,7 @@ from ringfx.comm import halo, redistribute
 from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes.call import Share
-from ringfx.passes.axes.rules import AXIS_RULES
+from ringfx.passes.axes.rules import RULES
 from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
 from tests.passes.axes.rule_samples import Sample, samples
@@ -248,9 +248,9 @@ def test_a_row_does_on_parts_what_it_says_at_edges(
 
 def test_every_row_has_a_sample_or_a_reason() -> None:
     sampled = {sample.op for sample in samples(*SIZES["different"])}
-    missing = [str(op) for op in AXIS_RULES if op not in sampled and op not in NOT_SAMPLED]
+    missing = [str(op) for op in RULES if op not in sampled and op not in NOT_SAMPLED]
     assert missing == []
-    assert len([op for op in AXIS_RULES if op in sampled]) == len(AXIS_RULES) - len(NOT_SAMPLED)
+    assert len([op for op in RULES if op in sampled]) == len(RULES) - len(NOT_SAMPLED)
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 5, 6, dtype=torch.bool)])

@@ -15,7 +15,7 @@ from ringfx.compile.pipeline import Lowered
 from ringfx.errors import VerificationError
 from ringfx.ir.values import Sites
 from ringfx.passes.axes import propagate
-from ringfx.passes.axes.call import AxisRule, Call, OpAxes
+from ringfx.passes.axes.call import AxisRule, AxisRules, Call, OpAxes
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.verify import verify
 from tests.end_to_end.test_generality import case
@@ -33,8 +33,8 @@ def ids() -> torch.Tensor:
 def broken(op: object, change: Callable[[OpAxes], OpAxes]) -> Any:
     """The axis table with one row changed."""
 
-    def find(target: object) -> AxisRule | None:
-        rule = find_rule(target)
+    def find(target: object, rules: AxisRules) -> AxisRule | None:
+        rule = find_rule(target, rules)
         if target is not op:
             return rule
         assert rule is not None

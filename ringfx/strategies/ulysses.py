@@ -11,18 +11,28 @@ dim, P ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from ringfx.comm.process_group import Ranks
+from ringfx.cost_model.prediction.footprint import Calls, sums_forward
+from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.cost_model.prediction.strategy import Refusal, Strategy, refuse_dropout
+from ringfx.cost_model.prediction.terms import kernel_seconds, message_seconds
+from ringfx.cost_model.prediction.work import whole_work
+from ringfx.ir.kernel_table import Pick
 from ringfx.ir.layout import Layout
+from ringfx.ir.values import AttentionSite
 from ringfx.ops.kernels.logsumexp import digits
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Run
 
-__all__ = ["backward", "forward"]
+__all__ = ["ULYSSES"]
 
 Tensor = torch.Tensor
 
@@ -163,3 +173,99 @@ def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:
 
 def _add_copies(x_BHKD: Tensor, copies: int) -> Tensor:
     return x_BHKD if copies == 1 else x_BHKD.unflatten(1, (-1, copies)).sum(2)
+
+
+# --- where it can run -----------------------------------------------------------------------------
+
+
+def admits(site: AttentionSite, world_size: int) -> Refusal | None:
+    refusal = refuse_dropout(site, world_size)
+    if refusal is None and site.row_bytes:
+        refusal = Refusal(
+            reason='"ulysses" computes all queries of some heads, and each rank has only its own '
+            "queries' rows of the scores that are added to them",
+            remedy='use "production" or "collective"',
+        )
+    if refusal is not None or site.heads % world_size == 0:
+        return refusal
+    divisors = [str(p) for p in range(2, site.heads + 1) if site.heads % p == 0]
+    ranks = f"a number of ranks that divides them ({', '.join(divisors)})" if divisors else "1 rank"
+    return Refusal(
+        reason=f'"ulysses" needs heads % ranks == 0; here {site.heads} heads, {world_size} ranks',
+        remedy=f'use {ranks}, or "production"',
+    )
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
+    """Tokens for heads, whole sequences at once, and back; K/V heads repeated until p divides them.
+
+    forward     t + x(q) + x(k) + x(v) + x(out, lse)
+    backward    t + x(q, out, dout, lse) + x(k) + x(v) + x(dq) + x(dk) + x(dv)
+    """
+    site, p = local.site, local.world_size
+    compute_s = kernel_seconds(profile, pick, site, whole_work(site.spec), direction, 1 / p)
+    messages = _exchanged_forward(local) if direction == "forward" else _exchanged_backward(local)
+    sent = (p - 1) / p
+    messages_s = sum(message_seconds(profile, "all_to_all", p, sent * size) for size in messages)
+    return Phase(compute_s=compute_s, communication_s=messages_s, exposed_s=messages_s)
+
+
+def _exchanged_forward(local: Local) -> Sequence[int]:
+    """Bytes of each all-to-all: q, k, v in their dtype; output and logsumexp in float32."""
+    back = (local.out_items + local.rows) * local.accumulator_bytes
+    return local.q_items * local.itemsize, *_exchanged_kv(local, local.itemsize), back
+
+
+def _exchanged_backward(local: Local) -> Sequence[int]:
+    e, a = local.itemsize, local.accumulator_bytes
+    there = (local.q_items * e, local.out_items * e, local.out_items * e, local.rows * a)
+    back = (local.q_items * a, *_exchanged_kv(local, a))
+    return *there, *_exchanged_kv(local, e), *back
+
+
+def _exchanged_kv(local: Local, size: int) -> tuple[int, int]:
+    copies = _copies(local.site.kv_heads, local.world_size)
+    return copies * local.k_items * size, copies * local.v_items * size
+
+
+def memory(local: Local, calls: Calls) -> Iterator[int]:
+    """Bytes held, moment by moment."""
+    return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
+
+
+def _forward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(q + c kv) e by heads + (o + r) a, and the call over whole sequences or both once more."""
+    kv = _copies(local.site.kv_heads, local.world_size) * local.kv_items
+    by_heads = (local.q_items + kv) * local.itemsize
+    held = by_heads + sums_forward(local)
+    yield held + calls.of((whole_work(local.site.spec),), 1 / local.world_size)
+    yield held + sums_forward(local)
+
+
+def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(q + 2 o + c kv) e + r a by heads + (q + c kv) a, and the call over whole sequences.
+
+    Then (q + c kv) a by heads, as much by tokens, and what leaves and comes of dq, 2 q a / p.
+    """
+    kv, a = _copies(local.site.kv_heads, local.world_size) * local.kv_items, local.accumulator_bytes
+    by_heads = (local.q_items + 2 * local.out_items + kv) * local.itemsize + local.rows * a
+    sums = (local.q_items + kv) * a
+    call = calls.of((whole_work(local.site.spec),), 1 / local.world_size)
+    yield by_heads + sums + call
+    yield 2 * sums + 2 * local.q_items * a // local.world_size
+
+
+ULYSSES = Strategy(
+    name="ulysses",
+    gloss="all-to-all of heads",
+    summary="all-to-all of heads for tokens, fused attention of whole sequences, and back",
+    forward=forward,
+    backward=backward,
+    time=time,
+    memory=memory,
+    admits=admits,
+    own_queries=False,
+)

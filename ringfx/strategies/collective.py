@@ -9,17 +9,31 @@ v, P ranks, N all elements of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from ringfx.ops.strategies.packing import pack, unpack
+from ringfx.cost_model.prediction.footprint import (
+    Calls,
+    gradient_moments,
+    output_moments,
+    sums_backward,
+    sums_forward,
+)
+from ringfx.cost_model.prediction.formulas import Phase, work_seconds
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.cost_model.prediction.strategy import Strategy
+from ringfx.cost_model.prediction.terms import message_seconds
+from ringfx.cost_model.prediction.work import Work, gathered_work
+from ringfx.ir.kernel_table import Pick
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.head_groups import HeadGroup, head_groups
 from ringfx.ops.tiling.merge import Gradients, Output, Sum, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Run
+from ringfx.strategies.packing import pack, unpack
 
-__all__ = ["GATHERED_BYTES", "backward", "forward"]
+__all__ = ["COLLECTIVE"]
 
 Tensor = torch.Tensor
 
@@ -118,3 +132,81 @@ def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Sums) -> 
 
 def _all_keys(problem: Problem) -> tuple[Run, ...]:
     return (Run(0, 0, problem.spec.kv_len),)
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
+    """K and V are gathered whole, then attended at once; their gradients are reduce-scattered.
+
+    Where all of K and V is much, in N groups of heads, one after the other:
+
+    forward     t + gather(KV)
+    backward    t + gather(KV) + scatter(dKV)
+    """
+    p, groups = local.world_size, num_groups(local)
+    work = gathered_work(local.site.spec, local.layout, p)
+    compute_s = max(work_seconds(profile, pick, local.site, w, direction, groups) for w in work)
+    others = (p - 1) * local.kv_items / groups
+    messages_s = groups * message_seconds(profile, "all_gather", p, others * local.itemsize)
+    if direction == "backward":
+        gradient_bytes = others * local.accumulator_bytes
+        messages_s += groups * message_seconds(profile, "reduce_scatter", p, gradient_bytes)
+    return Phase(compute_s=compute_s, communication_s=messages_s, exposed_s=messages_s)
+
+
+def num_groups(local: Local) -> int:
+    """Groups of heads, as ``_groups`` makes them."""
+    return local.groups(GATHERED_BYTES // local.world_size)
+
+
+def memory(local: Local, calls: Calls) -> Iterator[int]:
+    """Bytes held, moment by moment."""
+    return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
+
+
+def _forward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(o + r) a + p kv e / N, and the call over all keys, or what is packed and arrives."""
+    yield from output_moments(local)
+    groups = num_groups(local)
+    held = sums_forward(local) + _gathered(local)
+    yield held + calls.of(_whole_rows(local), 1 / groups)
+    yield held + _arriving(local, local.itemsize)
+
+
+def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(q + kv) a + p kv (e + a) / N, and the call over all keys, or the parts of dK and dV."""
+    groups, a = num_groups(local), local.accumulator_bytes
+    yield sums_backward(local) + _gathered(local) + _arriving(local, local.itemsize)
+    held = sums_backward(local) + _gathered(local)
+    held += local.world_size * local.kv_items // groups * a
+    yield held + calls.of(_whole_rows(local), 1 / groups)
+    yield held + local.kv_items // groups * a + _arriving(local, a)
+    yield from gradient_moments(local)
+
+
+def _gathered(local: Local) -> int:
+    return local.world_size * local.kv_items // num_groups(local) * local.itemsize
+
+
+def _arriving(local: Local, size: int) -> int:
+    """A part that leaves and one that comes; of collectives on a GPU, all of them."""
+    parts = 2 if local.site.device == "cpu" else 1 + local.world_size
+    return parts * local.kv_items // num_groups(local) * size
+
+
+def _whole_rows(local: Local) -> Iterable[Work]:
+    return gathered_work(local.site.spec, local.layout, local.world_size)
+
+
+COLLECTIVE = Strategy(
+    name="collective",
+    gloss="all-gather of K/V",
+    summary="one all-gather of K/V, then fused attention of the local queries",
+    forward=forward,
+    backward=backward,
+    time=time,
+    memory=memory,
+    gathered=True,
+)

@@ -10,8 +10,7 @@ q and k, E that of v.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ops import checks
 from ringfx.ops.kernels.kernel import choose
 from ringfx.ops.kernels.logsumexp import logsumexp_dtype
-from ringfx.ops.strategies import collective, production, simple, ulysses
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.empty_rows import (
     add_sinks,
@@ -39,24 +37,13 @@ from ringfx.ops.tiling.empty_rows import (
     warn_of_lost_digits,
 )
 from ringfx.ops.tiling.pieces import Tiling
+from ringfx.ops.tiling.tile_sizes import MASKED_TILE, stored_tile
+from ringfx.strategies import Strategy, local
+from ringfx.strategies.keys import strategy_of
 
 __all__ = ["attention"]
 
 Tensor = torch.Tensor
-
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "simple": simple,
-    "collective": collective,
-    "production": production,
-    "ulysses": ulysses,
-}
-
-MASKED_TILE = 512
-"""Tokens of each side of a tile whose mask is evaluated: 1 MiB of float32 a (batch, head) pair."""
-STORED_SCORES: Mapping[str, int] = {"cpu": 1 << 18}
-"""Entries of a tile's scores, over batch and heads, where a kernel keeps them: 1 MiB stays in a
-CPU's cache (8 heads of 64, 2048 tokens, one core: 0.25 s, and 0.33 s with 8 MiB)."""
-STORED_SCORES_ELSEWHERE = 1 << 24
 
 
 def attention(
@@ -86,7 +73,7 @@ def attention(
     spec
         ``AttentionSpec.to_json()``.
     strategy
-        A name of ``ringfx.ir.strategies.STRATEGIES``.
+        The key of a strategy (``ringfx.strategies.keys``): its name, of ringfx's own.
     layout
         ``contiguous`` or ``zigzag``.
     group
@@ -126,12 +113,14 @@ def _attention(
     name: str,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    settings = (spec, strategy, layout, group, name, kernels)
+    settings = (spec, layout, group, name, kernels)
     with _plain_arithmetic(q):
-        problem, sinks_H = _problem(q, k, v, inputs, *settings, ())
-        implementation = _implementation(problem, strategy)
+        chosen = strategy_of(strategy, name)
+        problem, sinks_H = _problem(chosen, q, k, v, inputs, *settings, ())
         problem.stats.forwards += 1
-        out_BHQE, lse_BHQ = implementation.forward(problem, q, k, v)
+        # One rank alone runs the local kernel, whatever the strategy.
+        forward = local.forward if problem.ranks.size == 1 else chosen.forward
+        out_BHQE, lse_BHQ = forward(problem, q, k, v)
         if _may_lose_rows(problem, "mean", "absorbed"):
             fill_mean(problem, out_BHQE, lse_BHQ, v)
         if _may_lose_rows(problem, "nan"):
@@ -182,16 +171,17 @@ def _attention_backward(
     kernels: str,
 ) -> list[Tensor]:
     """dq, dk, dv and the gradients of the inputs at the positions in ``wanted``."""
-    settings = (spec, strategy, layout, group, name, kernels)
+    settings = (spec, layout, group, name, kernels)
     with _plain_arithmetic(q):
-        problem, sinks_H = _problem(q, k, v, inputs, *settings, wanted)
-        implementation = _implementation(problem, strategy)
+        chosen = strategy_of(strategy, name)
+        problem, sinks_H = _problem(chosen, q, k, v, inputs, *settings, wanted)
         problem.stats.backwards += 1
         if _may_lose_digits(problem, q):
             refuse_lost_digits(problem, lse, dout)
         if _may_lose_rows(problem, "nan"):
             out = out.masked_fill(lost_rows(lse), 0.0)
-        sums = implementation.backward(problem, dout, q, k, v, out, lse)
+        backward = local.backward if problem.ranks.size == 1 else chosen.backward
+        sums = backward(problem, dout, q, k, v, out, lse)
         if _may_lose_rows(problem, "mean"):
             mean_gradient(problem, sums.dv_BGKE, dout, lse)
         if _may_lose_rows(problem, "nan"):
@@ -273,12 +263,12 @@ def _plain_arithmetic(q: Tensor) -> torch.autocast:
 
 
 def _problem(
+    strategy: Strategy,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     inputs: Sequence[Tensor],
     spec_json: str,
-    strategy: str,
     layout: str,
     group: str,
     name: str,
@@ -289,9 +279,8 @@ def _problem(
     spec = AttentionSpec.from_json(spec_json)
     ranks = Ranks.named(group, name)
     kind = checks.layout_kind(layout, name)
-    checks.strategy_name(strategy, tuple(IMPLEMENTATIONS), name)
     checks.shapes(q, k, v, spec, kind, ranks)
-    checks.runs(q, spec, strategy, ranks)
+    checks.runs(strategy, q, k, v, spec, ranks)
     sinks_H = checks.sinks(inputs, q.shape[1], name) if spec.sinks else None
     captured = inputs[:-1] if spec.sinks else inputs
     bias_grads = tuple(i for i in wanted if i < len(captured))
@@ -300,8 +289,8 @@ def _problem(
         q.device,
         q.dtype,
         soft_cap=spec.soft_cap is not None,
-        math_only=strategy == "simple" or bool(bias_grads),
-        gathered=strategy == "collective",
+        math_only=strategy.math_only or bool(bias_grads),
+        gathered=strategy.gathered,
         head_dim=max(q.shape[3], v.shape[3]),
         named=kernels,
     )
@@ -323,19 +312,11 @@ def _problem(
 
 
 def _tiling(q: Tensor, stores_scores: bool) -> Tiling:
-    """Tiles small enough that a kernel which keeps its scores stays within STORED_SCORES."""
+    """Tiles small enough that a kernel which keeps its scores stays within its bound."""
     if not stores_scores:
         return Tiling(masked=MASKED_TILE)
-    most = STORED_SCORES.get(q.device.type, STORED_SCORES_ELSEWHERE)
-    side = MASKED_TILE
-    while side > 32 and side * side * q.shape[0] * q.shape[1] > most:
-        side //= 2
+    side = stored_tile(q.device.type, q.shape[0] * q.shape[1])
     return Tiling(masked=side, plain=side)
-
-
-def _implementation(problem: Problem, strategy: str) -> ModuleType:
-    """With one rank every strategy is its local kernel over the whole sequence."""
-    return IMPLEMENTATIONS["simple" if problem.ranks.size == 1 else strategy]
 
 
 def _may_lose_digits(problem: Problem, q: Tensor) -> bool:

@@ -27,16 +27,36 @@ elements of a group's block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 
 from ringfx.comm.process_group import Exchange
+from ringfx.cost_model.prediction.footprint import (
+    Calls,
+    gradient_moments,
+    output_moments,
+    sums_backward,
+    sums_forward,
+)
+from ringfx.cost_model.prediction.formulas import (
+    Hops,
+    Phase,
+    exposed_seconds,
+    gradient_seconds,
+    hop_seconds,
+    hop_sum,
+    kv_seconds,
+)
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.cost_model.prediction.strategy import Strategy
+from ringfx.cost_model.prediction.work import Work, ring_work
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.kernel_table import Pick
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ops.kernels.kernel import accumulation_dtype
-from ringfx.ops.strategies.buffer_pool import POOL
-from ringfx.ops.strategies.packing import pack_into, unpack
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.head_groups import (
     MOST_GROUPS,
@@ -47,8 +67,10 @@ from ringfx.ops.tiling.head_groups import (
 )
 from ringfx.ops.tiling.merge import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Tiling, pieces, runs_of
+from ringfx.strategies.buffer_pool import POOL
+from ringfx.strategies.packing import pack_into, unpack
 
-__all__ = ["backward", "forward", "hops_needed"]
+__all__ = ["PRODUCTION", "hops_needed"]
 
 Tensor = torch.Tensor
 
@@ -311,3 +333,115 @@ def _start_home(
         tag=HOME_TAG + g,
     )
     in_flight.add(exchange, arrived)
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
+    """A ring whose next block travels while the kernel works; it ends with the last hop needed.
+
+    With the heads in N groups, each hop is N calls and N messages of 1/N of the bytes:
+
+    forward     sum over h < H-1 of max(t_h, m(KV)), + t_(H-1)
+    backward    the same, with m(dKV) beside each t_h from the second hop on: the gradients of the
+                hop before travel then; the last group's go home exposed, m(dKV) / N
+    """
+    groups = num_groups(local)
+    hops = _last_alone(hop_seconds(local, profile, pick, direction, groups=groups))
+    num = len(hops)
+    starts = accumulate((times for _, times in hops), initial=0)
+    kv_bytes, gradient_bytes = local.kv_bytes, local.gradient_bytes
+    sent = [kv_bytes] * (num - 1) + [0]
+    beside = [kv_seconds(local, profile, groups)] * (num - 1) + [0.0]
+    home_s = 0.0
+    if direction == "backward" and num > 1:
+        gradients_s = gradient_seconds(local, profile, groups)
+        has_gradients = [start >= 2 for start, _ in zip(starts, hops, strict=False)]
+        beside = [m + gradients_s * more for m, more in zip(beside, has_gradients, strict=True)]
+        sent = [x + gradient_bytes * more for x, more in zip(sent, has_gradients, strict=True)]
+        beside[-1] += gradients_s * (groups - 1) / groups
+        sent[-1] += gradient_bytes * (groups - 1) // groups
+        home_s = gradients_s / groups
+    each = [times for _, times in hops]
+    exposed = map(partial(exposed_seconds, profile), (hop_s for hop_s, _ in hops), beside, sent)
+    return Phase(
+        compute_s=hop_sum(hops),
+        communication_s=hop_sum(zip(beside, each, strict=True)) + home_s,
+        exposed_s=hop_sum(zip(exposed, each, strict=True)) + home_s,
+    )
+
+
+def _last_alone(hops: Hops) -> Hops:
+    """The last hop is sent nothing: it is told from those that take as long."""
+    last_s, times = hops[-1]
+    return [*hops[:-1], *([(last_s, times - 1)] if times > 1 else []), (last_s, 1)]
+
+
+def num_groups(local: Local) -> int:
+    """Groups of heads, as ``_groups`` makes them on threads enough."""
+    least = ring_bytes(torch.device(local.site.device), local.world_size)
+    return local.groups(least, RING_GROUPS)
+
+
+def memory(local: Local, calls: Calls) -> Iterator[int]:
+    """Bytes held, moment by moment."""
+    return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
+
+
+def _forward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(o + r) a + the ring's buffers, and a call on 1/N of the heads."""
+    yield from output_moments(local, _ring_buffers(local, calls.direction))
+    buffers = _ring_buffers(local, calls.direction)
+    yield sums_forward(local) + buffers + calls.of(_ring(local), 1 / num_groups(local))
+
+
+def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(q + kv) a + the ring's buffers, and a call on 1/N of the heads."""
+    buffers = _ring_buffers(local, calls.direction)
+    yield sums_backward(local) + buffers + calls.of(_ring(local), 1 / num_groups(local))
+    yield from gradient_moments(local, kept=buffers)
+
+
+def _ring_buffers(local: Local, direction: Direction) -> int:
+    """Buffers that the ring's pool makes, of kv/N elements: tests/ops holds them to the schedule.
+
+    Each of the T groups that take turns sends one block and receives one, 2 T. Backward, shares of
+    dK and dV travel a hop behind, T + 1 of them, and home; where they are as large as blocks they
+    take those that are free.
+    """
+    groups = num_groups(local)
+    turns, hops = min(TAKING_TURNS, groups), _hops(local, direction)
+    blocks, shares = (2 * turns if hops > 1 else 0), 0
+    if direction == "backward" and hops > 1:
+        if local.itemsize == local.accumulator_bytes:
+            shares = 0 if hops == 2 else turns + min(hops, 4) - 2
+        else:
+            shares = 2 * turns + (hops > 2)
+    group = local.kv_items // groups
+    return group * (blocks * local.itemsize + shares * local.accumulator_bytes)
+
+
+def _hops(local: Local, direction: Direction) -> int:
+    """Blocks that each rank sees; all of them where rows without a key have gradients."""
+    spec = local.site.spec
+    may_lose_rows = spec.keep is not None and not spec.is_causal
+    if direction == "backward" and spec.fully_masked == "absorbed" and may_lose_rows:
+        return local.world_size
+    return ring_work(spec, local.layout, local.world_size).hops
+
+
+def _ring(local: Local) -> Iterator[Work]:
+    table = ring_work(local.site.spec, local.layout, local.world_size)
+    return (work for row in table.rows for work in row)
+
+
+PRODUCTION = Strategy(
+    name="production",
+    gloss="overlapped ring",
+    summary="ring of K/V with the next block in flight, fused kernels, empty tiles skipped",
+    forward=forward,
+    backward=backward,
+    time=time,
+    memory=memory,
+)

@@ -17,14 +17,34 @@ elements of a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from ringfx.cost_model.prediction.footprint import (
+    Calls,
+    gradient_moments,
+    output_moments,
+    sums_backward,
+    sums_forward,
+)
+from ringfx.cost_model.prediction.formulas import (
+    Phase,
+    gradient_seconds,
+    hop_seconds,
+    hop_sum,
+    kv_seconds,
+)
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.cost_model.prediction.strategy import Strategy
+from ringfx.ir.kernel_table import Pick
 from ringfx.ops.kernels.kernel import accumulation_dtype
-from ringfx.ops.strategies.packing import pack, unpack
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, Output, Sum, Sums, attend, attend_backward
+from ringfx.strategies.packing import pack, unpack
 
-__all__ = ["backward", "forward"]
+__all__ = ["SIMPLE"]
 
 Tensor = torch.Tensor
 
@@ -35,12 +55,12 @@ def forward(
     """The output of the local queries over all keys and its logsumexp."""
     ranks = problem.ranks
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
-    block_N = pack(k_BGKD, v_BGKE) if ranks.size > 1 else None
+    block_N = pack(k_BGKD, v_BGKE)
     k, v = k_BGKD, v_BGKE
     for hop in range(ranks.size):
         owner = ranks.neighbour(-hop)
         attend(problem, output, q_BHQD, k, v, problem.q_runs(ranks.rank), problem.k_runs(owner))
-        if block_N is not None and hop < ranks.size - 1:
+        if hop < ranks.size - 1:
             block_N = _pass_on(problem, f"forward: K/V, hop {hop + 1}", block_N)
             k, v = unpack(block_N, k_BGKD, v_BGKE)
     return output.finish()
@@ -60,11 +80,6 @@ def backward(
     mine = problem.q_runs(ranks.rank)
     rows = dout_BHQE, q_BHQD
     results = out_BHQE, lse_BHQ
-    if ranks.size == 1:
-        sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
-        keys = problem.k_runs(0)
-        attend_backward(problem, sums, *rows, k_BGKD, v_BGKE, *results, mine, keys)
-        return sums.finish()
     dq, inputs = Sum.empty(q_BHQD), Sums.of_inputs(problem)
 
     def add_share(hop: int, block_N: Tensor, total_N: Tensor) -> None:
@@ -94,3 +109,54 @@ def _pass_on(problem: Problem, operation: str, block_N: Tensor) -> Tensor:
         receive=torch.empty_like(block_N),
         source=ranks.neighbour(-1),
     ).wait()
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
+    """A ring that waits: every message is exposed.
+
+    forward     sum t_h + (p-1) m(KV)
+    backward    sum t_h + (p-1) m(KV) + p m(dKV)     gradients go all the way round, home
+    """
+    p = local.world_size
+    hops = hop_seconds(local, profile, pick, direction)
+    messages_s = (p - 1) * kv_seconds(local, profile)
+    if direction == "backward":
+        messages_s += p * gradient_seconds(local, profile)
+    return Phase(compute_s=hop_sum(hops), communication_s=messages_s, exposed_s=messages_s)
+
+
+def memory(local: Local, calls: Calls) -> Iterator[int]:
+    """Bytes held, moment by moment."""
+    return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
+
+
+def _forward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(o + r) a, with the block kv e and a call, or the block and the one that arrives."""
+    yield from output_moments(local)
+    output, block = sums_forward(local), local.kv_bytes
+    yield output + block + calls.of((), 1)
+    yield output + 2 * block
+
+
+def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """(q + kv) a + kv e, with a call, with the dK and dV that arrive, or the block that does."""
+    block, travelling = local.kv_bytes, local.gradient_bytes
+    held = sums_backward(local) + block
+    yield held + calls.of((), 1)
+    yield held + max(block, travelling)
+    yield from gradient_moments(local, own=False)
+
+
+SIMPLE = Strategy(
+    name="simple",
+    gloss="reference ring",
+    summary="ring of K/V, plain matmul and softmax on bounded tiles; the reference",
+    forward=forward,
+    backward=backward,
+    time=time,
+    memory=memory,
+    math_only=True,
+)

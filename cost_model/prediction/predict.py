@@ -1,0 +1,202 @@
+"""What one attention costs under a strategy: its formulas, with the kernels that take least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ringfx.cost_model.prediction.footprint import (
+    Calls,
+    gradient_moments,
+    output_moments,
+    sums_backward,
+    sums_forward,
+)
+from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.kernel_choice import picks
+from ringfx.cost_model.prediction.profile import LOCAL, Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local, local_share
+from ringfx.cost_model.prediction.strategy import Strategy
+from ringfx.cost_model.prediction.terms import handling_seconds, kernel_seconds
+from ringfx.cost_model.prediction.work import Work, whole_work
+from ringfx.errors import ProfileError
+from ringfx.ir.kernel_table import KernelChoice, Pick
+from ringfx.ir.values import AttentionSite
+
+__all__ = ["Prediction", "held_bytes", "predict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Time and memory of one attention under one strategy, on the slowest rank."""
+
+    strategy: str
+    kernel: str
+    """``KernelChoice.text``: the fastest that admit it."""
+    forward: Phase
+    backward: Phase
+    """All zero where nothing trains."""
+    saved_bytes: int
+    workspace_bytes: int
+    result_bytes: int = 0
+    """Of the saved bytes those of the output and its logsumexp."""
+    own_queries: bool = True
+    gloss: str = ""
+    """Both as the strategy says."""
+
+    @property
+    def strategy_words(self) -> str:
+        """The strategy as people read it: ``production (overlapped ring)``."""
+        return f"{self.strategy} ({self.gloss})" if self.gloss else self.strategy
+
+    @property
+    def forward_ms(self) -> float:
+        return 1e3 * self.forward.total_s
+
+    @property
+    def backward_ms(self) -> float:
+        return 1e3 * self.backward.total_s
+
+    @property
+    def total_ms(self) -> float:
+        return self.forward_ms + self.backward_ms
+
+    @property
+    def compute_ms(self) -> float:
+        return 1e3 * (self.forward.compute_s + self.backward.compute_s)
+
+    @property
+    def communication_ms(self) -> float:
+        return 1e3 * (self.forward.communication_s + self.backward.communication_s)
+
+    @property
+    def exposed_ms(self) -> float:
+        return 1e3 * (self.forward.exposed_s + self.backward.exposed_s)
+
+
+def predict(
+    site: AttentionSite, strategy: Strategy, world_size: int, profile: Profile
+) -> Prediction:
+    """Time and memory of one attention under one strategy over ``world_size`` ranks."""
+    local = local_share(site, world_size)
+    if profile.kind == "observed":
+        return _observed(local, profile, strategy)
+    kernels, forward, backward = _fastest(local, profile, strategy)
+    return Prediction(
+        strategy=strategy.name,
+        kernel=kernels.text,
+        forward=forward,
+        backward=backward,
+        saved_bytes=local.saved_bytes,
+        result_bytes=local.result_bytes,
+        workspace_bytes=workspace_bytes(local, strategy),
+        own_queries=strategy.own_queries,
+        gloss=strategy.gloss,
+    )
+
+
+def _fastest(
+    local: Local, profile: Profile, strategy: Strategy
+) -> tuple[KernelChoice, Phase, Phase]:
+    """The kernels that take least time, forward and backward, and how long."""
+    forwards = _phases(local, profile, strategy, "forward")
+    if not local.site.trains:
+        phase, pick = min(forwards, key=_order)
+        return KernelChoice(forward=pick, backward=pick), phase, Phase()
+    backwards = _phases(local, profile, strategy, "backward")
+    able = [
+        (there, back, choice)
+        for there, forward in forwards
+        for back, backward in backwards
+        if (choice := KernelChoice(forward=forward, backward=backward)).can_run_together
+    ]
+    there, back, choice = min(able, key=lambda row: _order((row[0] + row[1], None)))
+    return choice, there, back
+
+
+def _order(row: tuple[Phase, object]) -> tuple[float, float]:
+    """What hides behind messages is less all the same."""
+    return row[0].total_s, row[0].compute_s
+
+
+def _phases(
+    local: Local, profile: Profile, strategy: Strategy, direction: Direction
+) -> list[tuple[Phase, Pick]]:
+    """For each kernel: the strategy's formula, or the local kernel's, and what any layer costs."""
+    is_split = local.world_size > 1
+    formula = strategy.time if is_split else _local_kernel
+    layer_us = profile.overhead_us(strategy.name if is_split else LOCAL, direction)
+    handling_s = handling_seconds(profile, held_bytes(local, strategy, direction))
+    any_layer = Phase(compute_s=layer_us / 1e6 + handling_s)
+    return [
+        (formula(local, profile, direction, pick) + any_layer, pick)
+        for pick in picks(local.site, strategy, profile, direction)
+    ]
+
+
+def _local_kernel(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
+    """One rank: the strategy's kernel over the whole sequence, and nothing is sent."""
+    work = whole_work(local.site.spec)
+    return Phase(compute_s=kernel_seconds(profile, pick, local.site, work, direction))
+
+
+def workspace_bytes(local: Local, strategy: Strategy) -> int:
+    """Bytes beyond q, k, v, the output, its logsumexp and the gradients that are handed over.
+
+    Forward, the gradients' bytes are free for it as well: they come only later.
+    """
+    made = local.out_items * local.itemsize + local.rows * local.accumulator_bytes
+    forward = held_bytes(local, strategy, "forward") - made
+    if not local.site.trains:
+        return max(0, forward)
+    handed = (local.q_items + local.kv_items) * local.itemsize
+    return max(0, forward - handed, held_bytes(local, strategy, "backward") - handed)
+
+
+def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
+    """Bytes of buffers and results that one direction holds at most."""
+    moments = strategy.memory if local.world_size > 1 else _local_moments
+    math = strategy.math_only or local.site.spec.soft_cap is not None
+    return max(moments(local, Calls(local=local, direction=direction, math=math)))
+
+
+def _local_moments(local: Local, calls: Calls) -> Iterator[int]:
+    """Forward (o + r) a and the call, backward (q + kv) a and the call."""
+    call = calls.of((whole_work(local.site.spec),), 1)
+    if calls.direction == "forward":
+        yield from output_moments(local)
+        yield sums_forward(local) + call
+    else:
+        yield sums_backward(local) + call
+        yield from gradient_moments(local)
+
+
+def _observed(local: Local, profile: Profile, strategy: Strategy) -> Prediction:
+    """A whole strategy of other code, as its records show it; one rank, forward.
+
+    forward     F w / rate             the reference kernel computes masked pairs too
+    workspace   base + tensors * bytes(q) + scores * bytes(b h n^2)
+    """
+    if local.world_size > 1 or local.site.trains:
+        raise ProfileError(
+            f"profile {profile.name!r} was observed forward on one rank: it holds no backward and"
+            " no message. Do: plan with another profile, such as one from `ringfx calibrate`."
+        )
+    row = next((row for row in profile.memory if row.strategy == strategy.name), None)
+    if row is None:
+        raise ProfileError(f"profile {profile.name!r} has no memory row for {strategy.name!r}.")
+    rows = local.site.q_len * local.site.kv_len
+    work = Work(calls=1, pairs=rows * (1.0 if strategy.math_only else local.site.density))
+    scores = local.site.batch * local.site.heads * rows * local.itemsize
+    needed = row.base_bytes + row.tensors * local.q_items * local.itemsize + row.scores * scores
+    seconds = kernel_seconds(profile, Pick(strategy.name), local.site, work, "forward")
+    return Prediction(
+        strategy=strategy.name,
+        kernel=strategy.name,
+        forward=Phase(compute_s=seconds),
+        backward=Phase(),
+        saved_bytes=0,
+        workspace_bytes=round(needed),
+        own_queries=strategy.own_queries,
+        gloss=strategy.gloss,
+    )

@@ -1,0 +1,106 @@
+"""A strategy of distributed attention: one value with all that ringfx asks of it.
+
+``ringfx.strategies`` has a file for each of ringfx's own, and the table ``STRATEGIES``; a user's is
+made alike and given to ``ringfx.optimize(..., strategies=...)``.
+
+Shapes: B batch, H query heads, G key/value heads, Q local queries, K local keys, D and E the head
+dims of q, k and of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ringfx.cost_model.prediction.footprint import Calls
+from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.ir.kernel_table import Pick
+from ringfx.ir.values import AttentionSite
+from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.merge import Gradients
+
+__all__ = ["Refusal", "Strategy", "refuse_dropout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a strategy cannot run at one attention, with the numbers, and what would help."""
+
+    reason: str
+    remedy: str
+
+
+def refuse_dropout(site: AttentionSite, world_size: int) -> Refusal | None:
+    """What no strategy can do."""
+    if site.spec.dropout == 0.0:
+        return None
+    return Refusal(
+        reason=f"attention dropout of {site.spec.dropout:g} in training: its random mask would "
+        "depend on how the tokens are split, and then so would the result",
+        remedy="set the model's attention dropout to 0, or call model.eval()",
+    )
+
+
+Forward: TypeAlias = Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(problem, q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E]) -> output [B, H, Q, E] and logsumexp
+[B, H, Q] of the rank's queries over the keys of all ranks, both in the type that sums are kept in.
+Every rank calls it; there are two or more."""
+
+Backward: TypeAlias = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+"""(problem, gradient of the output, q, k, v, output, logsumexp) -> gradients of q, k and v."""
+
+Time: TypeAlias = Callable[[Local, Profile, Direction, Pick], Phase]
+"""(one rank's share, constants, direction, its kernels) -> seconds on the slowest rank."""
+
+Memory: TypeAlias = Callable[[Local, Calls], Iterable[int]]
+"""(one rank's share, its kernel calls in one direction) -> bytes that are held, moment by moment:
+buffers and results beside q, k, v and the output's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """One way to compute attention over tokens that are split over ranks.
+
+    Parameters
+    ----------
+    name
+        As plans and ``strategy=`` say it.
+    gloss
+        In a few words of the field, shown beside the name.
+    summary
+        What it does, in a line.
+    forward, backward
+        How it runs.
+    time, memory
+        What that costs, as it is predicted.
+    admits
+        (site, world size) -> None, or why it cannot run there.
+    own_queries
+        A rank computes its own queries only, and needs no other rows of a mask or bias.
+    math_only
+        It runs with the reference kernel alone: plain products and a softmax, in bounded tiles.
+    gathered
+        One kernel call meets all keys, as some kernels ask.
+    """
+
+    name: str
+    gloss: str = ""
+    summary: str
+    forward: Forward
+    backward: Backward
+    time: Time
+    memory: Memory
+    admits: Callable[[AttentionSite, int], Refusal | None] = refuse_dropout
+    own_queries: bool = True
+    math_only: bool = False
+    gathered: bool = False
+
+    @property
+    def words(self) -> str:
+        """As people read it: ``production (overlapped ring)``."""
+        return f"{self.name} ({self.gloss})" if self.gloss else self.name
