@@ -160,7 +160,7 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
             f"stats: {type(model).__name__} does not come from ringfx.optimize. "
             "Do: pass the model that optimize returned."
         )
-    names = {layer.name for plan in model._ringfx_faces.backend.plans for layer in plan.layers}
+    names = {layer.name for plan in model._ringfx_shared.backend.plans for layer in plan.layers}
     return {name: found for name, found in snapshot().items() if name in names}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import ringfx
 from ringfx.compile.backend import ringfx_backend
 from ringfx.passes.detect.substitute import for_ringfx
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 from ringfx.torch_compat.releases import ISOLATED
 
 LENGTHS = range(4, 16)
@@ -169,7 +169,7 @@ def test_planning_leaves_what_the_process_has_compiled() -> None:
     theirs(x)
     for length in LENGTHS:
         ringfx.plan(stock, (torch.randn(2, length, 16),), world_size=2)
-        explain(stock, (torch.randn(2, length, 16),))
+        report_detection(stock, (torch.randn(2, length, 16),))
     theirs(x)
     assert len(compiled) == 1
 

@@ -15,11 +15,11 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.detect.names import Factor
 from ringfx.passes.detect.products import Product
 
-__all__ = ["Candidate", "Detected", "Near", "Operand", "Region", "decline", "score"]
+__all__ = ["Candidate", "Detected", "NearMiss", "Operand", "Region", "decline", "score"]
 
 
 @dataclass(frozen=True)
-class Near:
+class NearMiss:
     """A near miss and why."""
 
     reason: str

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch._dynamo.callback import CallbackArgs, callback_handler
 
-from ringfx.passes.detect.spellings import SPELLINGS
+from ringfx.passes.detect.package_calls import PACKAGE_CALLS
 
 __all__ = ["for_ringfx", "is_for_ringfx", "keep_substituting", "substitute_loaded"]
 
@@ -44,7 +44,7 @@ def _at_start(_: CallbackArgs) -> None:
 def substitute_loaded() -> None:
     """Add a row for each function of a loaded module that has a spelling."""
     rows = _dynamo_rows()
-    for module_name, functions in SPELLINGS.items():
+    for module_name, functions in PACKAGE_CALLS.items():
         module = sys.modules.get(module_name)
         for name, spelling in functions.items() if module is not None else ():
             original = getattr(module, name, None)

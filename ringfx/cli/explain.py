@@ -8,7 +8,7 @@ from rich.console import Console
 from ringfx import api
 from ringfx.cli.model_target import Inputs, build, find_target
 from ringfx.cost_model import parse_tokens
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 
 __all__ = ["run"]
 
@@ -38,7 +38,7 @@ def run(
             made = build(factory, inputs, target)
             made.model.train(train)
         with torch.set_grad_enabled(train):
-            found = explain(made.model, made.args, dict(made.kwargs), strict=strict)
+            found = report_detection(made.model, made.args, dict(made.kwargs), strict=strict)
     if as_json:
         print(found.to_json())
     else:

@@ -184,7 +184,7 @@ def plan(
         view = View(
             as_json=as_json,
             html=html,
-            explain=explain,
+            explain_layer=explain,
             what_if=what_if,
             sweep=sweep,
             max_seq_len=max_seq_len,

@@ -31,7 +31,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.plan import Plan
 from ringfx.passes.detect.count_attention import refuse_missed
 from ringfx.report.plan_html import to_html
-from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from ringfx.validation.json_reader import Source, parse_json
 from ringfx.validation.text_files import check_writable, is_there, read_text, write_text
 
@@ -63,7 +63,7 @@ class View:
 
     as_json: bool = False
     html: Path | None = None
-    explain: str | None = None
+    explain_layer: str | None = None
     what_if: str | None = None
     sweep: str | None = None
     max_seq_len: bool = False
@@ -155,7 +155,7 @@ def _chosen_again(plan: Plan, request: Request) -> Plan:
 
 def _asks(view: View) -> bool:
     """Whether a view that chooses again by itself, or that compares, is asked for."""
-    return any((view.explain, view.what_if, view.sweep, view.max_seq_len, view.diff))
+    return any((view.explain_layer, view.what_if, view.sweep, view.max_seq_len, view.diff))
 
 
 def _made(request: Request) -> Plan:
@@ -250,8 +250,8 @@ def _show(plan: Plan, request: Request, view: View) -> None:
 def _views(plan: Plan, request: Request, view: View) -> list[str]:
     texts = []
     chosen: StrategyChoice = strategy_choice(request.strategy)
-    if view.explain is not None:
-        texts.append(explain_text(plan, view.explain, _profile(plan, request)))
+    if view.explain_layer is not None:
+        texts.append(strategy_options_text(plan, view.explain_layer, _profile(plan, request)))
     if view.what_if is not None:
         change = parse_change(view.what_if)
         changed = replan(plan, change, _profile(plan, request), chosen)

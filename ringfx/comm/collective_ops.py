@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ringfx.comm.double_backward import once_differentiable
+from ringfx.comm.double_backward import refuse_double_backward
 from ringfx.comm.grad_accumulation import parts_to_send
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import CommunicationError
@@ -140,7 +140,7 @@ def _(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 for _operator in (all_gather, reduce_scatter, all_reduce, begin_sum, finish_sum):
-    once_differentiable(_operator)
+    refuse_double_backward(_operator)
 
 
 def _ranks(group: str) -> Ranks:

@@ -15,7 +15,7 @@ import torch
 from ringfx.comm.autograd_function import Function, register_autograd
 from ringfx.errors import RingfxError
 
-__all__ = ["once_differentiable", "refuse_in_compiled"]
+__all__ = ["refuse_double_backward", "refuse_in_compiled"]
 
 TEXT = (
     "second derivatives are not supported: the backward of a model that ringfx has split cannot be "
@@ -25,7 +25,7 @@ TEXT = (
 )
 
 
-def once_differentiable(operator: Any) -> None:
+def refuse_double_backward(operator: Any) -> None:
     """What runs in backward: its result has a gradient function, which refuses."""
     register_autograd(operator, _refuse)
 

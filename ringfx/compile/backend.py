@@ -22,8 +22,12 @@ from ringfx.comm.stats import snapshot
 from ringfx.comm.world import World
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.fully_sharded import is_dtensor
-from ringfx.compile.inductor_no_fusion import unfused
-from ringfx.compile.mask_buffer_guard import Kept, counted_on, refuse_changed
+from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
+from ringfx.compile.mask_buffer_guard import (
+    BufferSnapshot,
+    buffers_to_watch,
+    refuse_changed_buffers,
+)
 from ringfx.compile.pipeline import NO_VALUES, Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
@@ -48,7 +52,7 @@ from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.autograd import wrap_all
-from ringfx.split_tensor.handoff import Between, is_split, part_example, whole_example
+from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.units.format import format_bytes
 
@@ -70,7 +74,7 @@ class Backend:
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
-        self.between = Between(self.announce)
+        self.handoff = ProgramHandoff(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
         self.turns = Turns(settings.check_inputs)
@@ -85,14 +89,16 @@ class Backend:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         arrivals = {i: v._spec.arrival() for i, v in enumerate(example_inputs) if is_split(v)}
         if not arrivals and reads_gradients(gm):
-            return hand_over(gm, list(example_inputs), self.settings.compiler)
-        given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
+            return compile_local_program(gm, list(example_inputs), self.settings.compiler)
+        given, example_inputs = example_inputs, [global_example(v) for v in example_inputs]
         _refuse_unusable(gm, example_inputs)
-        if not self.between.called:
+        if not self.handoff.called:
             self._agree_on_profile(_device(example_inputs))
-        lowered = lower_or_say(gm, example_inputs, self.settings, self.world, arrivals)
+        lowered = lower_naming_internal_errors(
+            gm, example_inputs, self.settings, self.world, arrivals
+        )
         for i in lowered.arrived:
-            example_inputs[i] = part_example(given[i])
+            example_inputs[i] = local_example(given[i])
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -101,7 +107,7 @@ class Backend:
         device = _device(example_inputs)
         extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
         with autocast_off():
-            compiled = hand_over(
+            compiled = compile_local_program(
                 lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
             )
         specs = {i: given[i]._spec for i in lowered.arrived}
@@ -110,7 +116,7 @@ class Backend:
     @property
     def is_running(self) -> bool:
         """Whether the model, or a part of it, is being called."""
-        return self.between.running
+        return self.handoff.running
 
     @contextlib.contextmanager
     def call(self, model: torch.nn.Module, *, is_part: bool) -> Iterator[None]:
@@ -128,7 +134,7 @@ class Backend:
         self.turns.number += 1
         with shared_call(self.world.group):
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
-            with self.between.call():
+            with self.handoff.call():
                 yield
             self._look_at_what_ran(is_part)
 
@@ -148,7 +154,7 @@ class Backend:
                 "again, or use ringfx.plan(model, args, world_size=...)."
             )
         plan = joined(self.ran)
-        return replace(plan, reshardings=(*plan.reshardings, *self.between.moved))
+        return replace(plan, reshardings=(*plan.reshardings, *self.handoff.moved))
 
     def refuse_other_ranks(self) -> None:
         """Programs are made for the ranks that there were; a group may be made, or end, later.
@@ -234,11 +240,11 @@ class Runner:
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
         self._arrived = arrived
-        self._between = backend.between
+        self._handoff = backend.handoff
         self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
         self._outputs_form = settings.outputs
         self._names, self._held = lowered.captured.input_names, lowered.held
-        self._buffers = Kept(counted_on(lowered.captured, lowered.held))
+        self._buffers = BufferSnapshot(buffers_to_watch(lowered.captured, lowered.held))
         self._specs = [
             None if output is None else _spec(output, lowered, world, i)
             for i, output in enumerate(lowered.local.outputs)
@@ -264,7 +270,7 @@ class Runner:
 
     def _call(self, inputs: Sequence[Any]) -> list[Any]:
         self._ran.append(self._plan)
-        if self._between.called:
+        if self._handoff.called:
             return self._run(inputs)
         self._refuse_other_ranks()
         self._turns.number += 1
@@ -274,7 +280,7 @@ class Runner:
     def _run(self, inputs: Sequence[Any]) -> list[Any]:
         taken = [self._take(i, v) for i, v in enumerate(inputs)]
         unchanged = self._buffers.unchanged(taken)
-        refuse_changed(self._names, self._held, unchanged)
+        refuse_changed_buffers(self._names, self._held, unchanged)
         if self._agreement is not None:
             whole = [None if i in self._arrived else x for i, x in enumerate(taken)]
             self._agreement.check(whole, unchanged)
@@ -293,8 +299,8 @@ class Runner:
         """An input as the program was made for it: this rank's part, or the whole."""
         spec = self._arrived.get(index)
         if spec is None:
-            return self._between.whole(value)
-        return self._between.part(value, spec)
+            return self._handoff.whole(value)
+        return self._handoff.part(value, spec)
 
     def _kept(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, and copies of those that are written later: backward may need the old."""
@@ -318,11 +324,11 @@ class Runner:
                 if spec is not None:
                     result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
             return list(results)
-        told = self._between.told(self._broken)
-        return wrap_all(results, self._specs, told)
+        on_gather = self._handoff.on_gather(self._broken)
+        return wrap_all(results, self._specs, on_gather)
 
 
-def lower_or_say(
+def lower_naming_internal_errors(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     settings: Settings,
@@ -366,7 +372,7 @@ def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
             )
 
 
-def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
+def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     """Compile the local program."""
     if compiler == "eager":
         return gm.forward
@@ -376,7 +382,9 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
         return cast(Compiled, aot_eager(gm, inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
+    return cast(
+        Compiled, compile_fx(gm, inputs, config_patches=dict(config_without_attention_fusion()))
+    )
 
 
 def other_kernels(plan: Plan) -> list[str]:

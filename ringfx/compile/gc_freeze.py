@@ -6,11 +6,11 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["left_alone"]
+__all__ = ["gc_frozen"]
 
 
 @contextlib.contextmanager
-def left_alone() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """What exists already is not searched for garbage until the end; what is made new is.
 
     A process that has imported torch and traced a model holds millions of objects that the passes

@@ -18,12 +18,12 @@ from ringfx.compile.rank_agreement import raw_bytes
 from ringfx.errors import BufferChanged
 from ringfx.ir.values import Captured
 
-__all__ = ["Kept", "counted_on", "refuse_changed"]
+__all__ = ["BufferSnapshot", "buffers_to_watch", "refuse_changed_buffers"]
 
 Tensor = torch.Tensor
 
 
-class Kept:
+class BufferSnapshot:
     """What modules' buffers held when a program was made: one copy of those that are equal."""
 
     def __init__(self, buffers: Mapping[int, Tensor]) -> None:
@@ -50,7 +50,7 @@ class Kept:
         return frozenset(same)
 
 
-def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
+def buffers_to_watch(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
     """Buffers to keep a copy of: those that masks count on, and all that are summed in every call,
     which numbers with a fraction are not."""
     return {
@@ -60,7 +60,9 @@ def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor
     }
 
 
-def refuse_changed(names: Sequence[str], held: Collection[int], unchanged: Collection[int]) -> None:
+def refuse_changed_buffers(
+    names: Sequence[str], held: Collection[int], unchanged: Collection[int]
+) -> None:
     """Raises ``BufferChanged``, naming the first of ``held`` that is not unchanged."""
     for i in held:
         if i not in unchanged:

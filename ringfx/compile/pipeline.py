@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from ringfx.comm.world import World
-from ringfx.compile.gc_freeze import left_alone
+from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
 from ringfx.cost_model import alive_in, choose, load_profile, outside_ms, unpriced
 from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
@@ -56,7 +56,7 @@ LONGEST_CHAIN = 16
 time for each."""
 
 
-@left_alone()
+@gc_frozen()
 def lower(
     gm: GraphModule,
     example_inputs: Sequence[Any],

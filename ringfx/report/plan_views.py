@@ -15,13 +15,13 @@ from ringfx.ir.plan_text import FoldedLayers, fold, table_lines
 from ringfx.ir.strategies import STRATEGIES
 from ringfx.units.format import format_bytes, format_ms
 
-__all__ = ["diff_text", "explain_text", "sweep_text"]
+__all__ = ["diff_text", "strategy_options_text", "sweep_text"]
 
 
 # --- one layer --------------------------------------------------------------------------------
 
 
-def explain_text(plan: Plan, pattern: str, profile: Profile) -> str:
+def strategy_options_text(plan: Plan, pattern: str, profile: Profile) -> str:
     """Every strategy of the layers that a glob names: its numbers, or why it cannot run.
 
     Raises

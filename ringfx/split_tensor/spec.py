@@ -13,7 +13,7 @@ from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.ir.values import Arrival
 
-__all__ = ["SplitSpec", "Told", "agree_to_touch"]
+__all__ = ["GatherObserver", "SplitSpec", "rendezvous_before_gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +66,17 @@ def _of_arrival(value: Arrival) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(Arrival)}
 
 
-class Told(Protocol):
+class GatherObserver(Protocol):
     """Is given a value that is gathered and its size in bytes."""
 
     @property
-    def inside(self) -> bool:
+    def model_runs(self) -> bool:
         """Whether the model runs: every rank then runs the same calls."""
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None: ...
 
 
-def agree_to_touch(spec: SplitSpec, part: str = "") -> None:
+def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
     """All ranks say that they touch this output before any of them starts to gather.
 
     Raises

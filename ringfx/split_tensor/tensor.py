@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
-from ringfx.comm.conjugate import gather_plain, take_tokens
+from ringfx.comm.conjugate import all_gather_tokens, take_tokens
 from ringfx.comm.token_lookup import local_rows, mask_rows
 from ringfx.errors import SplitWrite
 from ringfx.ir.values import Arrival
@@ -32,8 +32,8 @@ from ringfx.split_tensor.local_rules import (
     reduce_to_one,
     writes_where_it_is,
 )
-from ringfx.split_tensor.single_op import Given, one_call
-from ringfx.split_tensor.spec import SplitSpec, Told, agree_to_touch
+from ringfx.split_tensor.single_op import Given, single_op_program
+from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
 
 __all__ = ["Cell", "SplitTensor"]
 
@@ -56,7 +56,7 @@ class Cell:
     """Once gathered it is the value: views of it may be written."""
     made: Counter[str] = field(default_factory=Counter)
     """What was computed from it without gathering, to number the results."""
-    told: Told | None = None
+    on_gather: GatherObserver | None = None
     """Is told of a gather, where programs of one model hand the value on."""
     gathered_at: int | None = None
     """Version at which it was gathered: written since, it is no longer this rank's part."""
@@ -172,7 +172,7 @@ class SplitTensor(torch.Tensor):
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
+        rendezvous_before_gather(spec, f"{asked}{self._next(str(asked))}")
         index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
         own = spec.layout.positions(spec.rank, local.device) - spec.offset
         rows = local_rows(index, own, spec.length, 1, 1)
@@ -185,7 +185,7 @@ class SplitTensor(torch.Tensor):
     def _reduced(self, func: Any, to_one: ToOne, kwargs: dict[str, Any]) -> torch.Tensor:
         """One number of all tokens, from one of each rank's own."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{func}{self._next(str(func))}")
+        rendezvous_before_gather(spec, f"{func}{self._next(str(func))}")
         _, valid = spec.index(local.device)
         mine = take_tokens(local, valid.nonzero().view(-1), spec.dim, spec.outer, spec.inner)
         number = to_one.part(mine, **kwargs)
@@ -206,12 +206,12 @@ class SplitTensor(torch.Tensor):
             if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only
                 return cell.local.new_empty(spec.shape)
             self._refuse_lost_writes()
-            if cell.told is not None and cell.told.inside:
-                cell.told(spec, self.numel() * self.element_size())
-            agree_to_touch(spec)
+            if cell.on_gather is not None and cell.on_gather.model_runs:
+                cell.on_gather(spec, self.numel() * self.element_size())
+            rendezvous_before_gather(spec)
             cell.gathered_at = None if self.is_inference() else self._version
             with torch.no_grad():
-                cell.whole = gather_plain(
+                cell.whole = all_gather_tokens(
                     cell.local, spec.order(cell.local.device), spec.layout.world_size,
                     spec.group, spec.dim, spec.outer, spec.inner, spec.name,
                 )  # fmt: skip
@@ -240,7 +240,7 @@ class SplitTensor(torch.Tensor):
 
     def _is_inside(self) -> bool:
         """Whether it is a value between programs of a model that runs."""
-        return self._cell.told is not None and self._cell.told.inside
+        return self._cell.on_gather is not None and self._cell.on_gather.model_runs
 
     def _hand_out(self) -> None:
         if self._cell.viewed is None and not self.is_inference():
@@ -387,12 +387,12 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return None
     source = split[0]
     spec = source._spec
-    call = one_call(func, args, kwargs, _described, spec.rank, spec.group)
+    call = single_op_program(func, args, kwargs, _described, spec.rank, spec.group)
     if call is None:
         return None
     number = f"{spec.number}/{func}{source._next(str(func))}"
     if call.sends:
-        agree_to_touch(spec, number)
+        rendezvous_before_gather(spec, number)
     results = call.run(*(x._local if isinstance(x, SplitTensor) else x for x in given))
     wrapped = [
         _made_split(result, source, how, f"{number}.{i}", func.is_view)
@@ -425,7 +425,7 @@ def _made_split(
 def _viewing(
     result: torch.Tensor, source: SplitTensor, spec: SplitSpec, is_view: bool
 ) -> torch.Tensor:
-    cell = Cell(result, told=source._cell.told)
+    cell = Cell(result, on_gather=source._cell.on_gather)
     if is_view:
         cell.viewed = None if source.is_inference() else source._version
         source._cell.views.add(cell)

@@ -354,7 +354,7 @@ def _crossed(case: Case) -> Crossed:
     batch, length = case.inputs()[0].shape[:2]  # type: ignore[index]
     part = batch * (length // dist.get_world_size()) * HIDDEN * 8
     wide = sum(m == "all_gather" and m.num_bytes >= part for m in messages)
-    return Crossed(comparison, len(made[0]._ringfx_faces.backend.ran), tuple(moved), wide)
+    return Crossed(comparison, len(made[0]._ringfx_shared.backend.ran), tuple(moved), wide)
 
 
 def lengths_in_turn(lengths: Sequence[int]) -> list[dict[str, float]]:

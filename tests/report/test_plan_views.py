@@ -18,7 +18,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
 from ringfx.ir.values import Declined
 from ringfx.report.plan_html import to_html
-from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -51,7 +51,7 @@ def _run(*words: str) -> Result:
 
 
 def test_explain_gives_every_strategy_its_numbers_or_its_refusal() -> None:
-    text = explain_text(_plan(), "model.layers.3.*", H100)
+    text = strategy_options_text(_plan(), "model.layers.3.*", H100)
     lines = text.split("\n")
     assert lines[0] == "model.layers.3.self_attn: causal, 65,536 tokens, 12 ranks"
     assert [line.split()[0] for line in lines[3:5]] != ["*", "*"]
@@ -67,14 +67,14 @@ def test_explain_gives_every_strategy_its_numbers_or_its_refusal() -> None:
 
 
 def test_explain_folds_equal_layers_and_shows_all_that_a_glob_names() -> None:
-    text = explain_text(_plan(), "*", H100)
+    text = strategy_options_text(_plan(), "*", H100)
     assert "model.layers.{0,2,4}.self_attn: none" in text
     assert "model.layers.{1,3,5}.self_attn: causal" in text
 
 
 def test_explain_of_no_layer_lists_the_layers() -> None:
     with pytest.raises(InvalidArgument, match=r"no attention named 'decoder.*It has 6: model\."):
-        explain_text(_plan(), "decoder", H100)
+        strategy_options_text(_plan(), "decoder", H100)
 
 
 # --- two plans ----------------------------------------------------------------------------------

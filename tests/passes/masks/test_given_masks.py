@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringfx.errors import OutOfMemory
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 from tests.support.programs import lowered
 
 Tensor = torch.Tensor
@@ -67,7 +67,7 @@ def test_a_function_of_positions_and_padding_are_not_given_whole() -> None:
 
 
 def test_explain_names_it() -> None:
-    found = explain(Given(), operands(torch.bool))
+    found = report_detection(Given(), operands(torch.bool))
     assert [s.matrix_bytes for s in found.sites] == [MIB // 2, MIB // 2]
     said = text(found)
     assert "a mask given as input" in said

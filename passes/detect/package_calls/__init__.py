@@ -8,14 +8,14 @@ lengths) become comparisons of positions, and from there on they are masks like 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ringfx.passes.detect.spellings.flash_attention import FLASH_2, FLASH_3
-from ringfx.passes.detect.spellings.hugging_face import HUGGING_FACE, HUGGING_FACE_MASKS
-from ringfx.passes.detect.spellings.torch_nn import TORCH_BIAS, TORCH_FLEX, TORCH_TRANSFORMER
-from ringfx.passes.detect.spellings.xformers_attention import XFORMERS
+from ringfx.passes.detect.package_calls.flash_attention import FLASH_2, FLASH_3
+from ringfx.passes.detect.package_calls.hugging_face import HUGGING_FACE, HUGGING_FACE_MASKS
+from ringfx.passes.detect.package_calls.torch_nn import TORCH_BIAS, TORCH_FLEX, TORCH_TRANSFORMER
+from ringfx.passes.detect.package_calls.xformers_attention import XFORMERS
 
-__all__ = ["SPELLINGS"]
+__all__ = ["PACKAGE_CALLS"]
 
-SPELLINGS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+PACKAGE_CALLS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     #  module that holds the function             its functions
     "flash_attn":                               FLASH_2,
     "flash_attn.flash_attn_interface":          FLASH_2,

@@ -14,8 +14,8 @@ from ringfx.ir.plan_text import to_text
 from ringfx.ir.tiles import CAUSAL
 from ringfx.ir.values import Declined
 from ringfx.passes.detect import Detected
-from ringfx.report.explanation import Explanation
-from ringfx.report.explanation_text import formula, tile_text
+from ringfx.report.detection_report import DetectionReport
+from ringfx.report.detection_report_text import formula, tile_text
 
 MODEL = """
 import torch
@@ -89,7 +89,7 @@ def test_strict_fails_on_what_was_missed_with_its_place(
 ) -> None:
     """With a detection that sees nothing."""
     monkeypatch.setattr(
-        "ringfx.report.explanation.detect", lambda _: Detected(candidates=(), declined=())
+        "ringfx.report.detection_report.detect", lambda _: Detected(candidates=(), declined=())
     )
     relaxed = run(f"{model}:make", "--seq-len", "64")
     assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout
@@ -108,13 +108,13 @@ def test_plan_has_the_count_and_strict_too(model: str) -> None:
 
 
 def test_graph_breaks_are_listed() -> None:
-    broken = Explanation(sites=(), graph_breaks=("model.py:3, in forward: print",))
+    broken = DetectionReport(sites=(), graph_breaks=("model.py:3, in forward: print",))
     assert to_text(broken).splitlines()[-1].strip() == "model.py:3, in forward: print"
 
 
 def test_equal_near_misses_are_folded() -> None:
     near = [Declined(node="", name=f"layers.{i}", source="a.py:1", reason="why") for i in range(3)]
-    assert "layers.{0..2} (a.py:1): why" in to_text(Explanation(sites=(), declined=tuple(near)))
+    assert "layers.{0..2} (a.py:1): why" in to_text(DetectionReport(sites=(), declined=tuple(near)))
 
 
 def test_a_formula_says_everything_that_the_operator_does() -> None:

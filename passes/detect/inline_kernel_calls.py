@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringfx.passes.axes.call import Call
 from ringfx.passes.capture.gradients import needs_grad
 
-__all__ = ["KernelCall", "inline", "respell"]
+__all__ = ["KernelCall", "inline", "inline_kernel_calls"]
 
 KernelCall = Callable[..., torch.Tensor]
 """Takes a call's arguments by the names of its schema and returns its first result.
@@ -27,7 +27,7 @@ KernelCall = Callable[..., torch.Tensor]
 Raises ValueError, with the reason, where no plain spelling has the same meaning."""
 
 
-def respell(
+def inline_kernel_calls(
     graph: torch.fx.Graph, spelling_of: Callable[[Node], KernelCall | None]
 ) -> dict[Node, str]:
     """Rewrite every call that has a spelling; returns why the others stay as they are."""
@@ -99,7 +99,7 @@ def inline(
             if old not in copied:
                 copied[old] = _copy(node, old, copied)
                 if not named:
-                    del copied[old].meta["ringfx_spelled"]
+                    del copied[old].meta["ringfx_inlined_call"]
     (result,) = traced.graph.output_node().args
     made: Node = copied[result]  # type: ignore[index]
     return made
@@ -109,7 +109,7 @@ def _copy(origin: Node, old: Node, copied: Mapping[Node, Any]) -> Node:
     """A traced node in the program; it comes from where the call came from."""
     new = origin.graph.node_copy(old, copied.__getitem__)
     kept = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}
-    new.meta = kept | {"val": old.meta["val"], "ringfx_spelled": _name(origin)}
+    new.meta = kept | {"val": old.meta["val"], "ringfx_inlined_call": _name(origin)}
     floating = isinstance(old.meta["val"], torch.Tensor) and old.meta["val"].is_floating_point()
     new.meta["ringfx_needs_grad"] = floating and any(needs_grad(n) for n in new.all_input_nodes)
     return new
