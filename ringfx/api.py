@@ -111,8 +111,8 @@ def optimize(
         raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, OptimizedModule):
         raise InvalidArgument(
-            "model comes from torch.compile, which would run it as it is. Do: pass the model "
-            "itself; ringfx compiles it, see compiler=."
+            "model is already compiled by torch.compile. Do: pass the original model; ringfx "
+            "compiles it itself (option compiler=)."
         )
     _refuse_nested(model)
     settings = Settings.of(
@@ -137,8 +137,8 @@ def _refuse_nested(model: torch.nn.Module) -> None:
     for name, part in model.named_modules():
         if part not in outer and isinstance(part, (Optimized, OptimizedModule)):
             raise InvalidArgument(
-                f"{name} is compiled by itself (by ringfx.optimize or torch.compile), and ringfx "
-                "compiles the whole model. Do: optimize either the model or its parts, and pass "
+                f"{name} is already compiled (by ringfx.optimize or torch.compile), but ringfx "
+                "compiles the complete model. Do: optimize either the model or its parts; pass "
                 "modules that are not compiled."
             )
 
@@ -157,8 +157,8 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
     """
     if not isinstance(model, Optimized):
         raise InvalidArgument(
-            f"stats: {type(model).__name__} does not come from ringfx.optimize. "
-            "Do: pass the model that optimize returned."
+            f"stats: {type(model).__name__} does not come from ringfx.optimize. Do: pass the "
+            "model that ringfx.optimize returned."
         )
     names = {layer.name for plan in model._ringfx_shared.backend.plans for layer in plan.layers}
     return {name: found for name, found in snapshot().items() if name in names}
@@ -245,13 +245,18 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
             f"{where}: model must be a torch.nn.Module, not {type(model).__name__}"
         )
     if isinstance(model, OptimizedModule):
-        raise InvalidArgument("model comes from torch.compile. Do: pass the model itself.")
+        raise InvalidArgument(
+            "model is already compiled by torch.compile. Do: pass the original model."
+        )
     if not isinstance(args, tuple | list):
         raise InvalidArgument(f"args is a {type(args).__name__}. Do: pass a tuple of arguments.")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(f"kwargs is a {type(kwargs).__name__}. Do: pass a mapping.")
     if wrong := [name for name in kwargs or () if not isinstance(name, str)]:
-        raise InvalidArgument(f"kwargs has the key {wrong[0]!r}. Do: name arguments by texts.")
+        raise InvalidArgument(
+            f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
+            "arguments as keys."
+        )
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
@@ -278,8 +283,8 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
         return (
             *notes,
-            f"planning stopped where the model's own code reads values ({unknown.func}); what runs "
-            "after that is not in this plan",
+            "planning stopped where the model's Python code reads tensor values "
+            f"({unknown.func}); the plan does not contain the code after that",
         )
     except TorchDynamoException as failure:
         _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
@@ -311,8 +316,10 @@ def _refuse_untraceable(
         raise CaptureRefused(
             f"torch.compile cannot trace this model, with or without ringfx: {reason}"
             + (f" ({where})" if where else "")
-            + ". Do: make torch.compile(model, backend='eager') work first; Dynamo's whole report "
-            "is attached to this error."
+            + (
+                ". Do: make torch.compile(model, backend='eager') work first; Dynamo's full "
+                "report is attached as the cause of this error."
+            )
         ) from failure
     except Exception:  # of the model's own code: what failed first is said
         return

@@ -52,7 +52,9 @@ def _reason(node: torch.fx.Node) -> str | None:
         name = node.target.name()
         if name in INLINED or name in ("flex_attention", "autograd_function_apply"):
             return None
-        return REFUSED.get(name, f"the higher-order operator {name!r}, which has no rule.")
+        return REFUSED.get(
+            name, f"the higher-order operator {name!r}, for which ringfx has no rule."
+        )
     return None
 
 
@@ -92,8 +94,8 @@ class Inliner(Obeying):
             return super().run_node(n)
         except DataDependentOutputException as unknown:
             raise CaptureRefused(
-                f"{self._where}: a size or a number is read from the values of a tensor, which are "
-                "not known while a program is made. Do: give it as a Python number (.tolist())."
+                f"{self._where}: a size or a number is read from tensor values, which are unknown "
+                "during compilation. Do: give it as a Python number (.tolist())."
             ) from unknown
 
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

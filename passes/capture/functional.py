@@ -167,7 +167,7 @@ class _Functionalizer:
             return
         targets = written_operands(node)
         if any(t not in self.aliases for t in targets):
-            self._refuse("what it writes into cannot be followed")
+            self._refuse("ringfx cannot follow which tensor it writes into")
         values = self._values(node, targets)
         for target, value in zip(targets, values, strict=True):
             self._assign(self.aliases[target], self._fitted(target, value))
@@ -216,14 +216,14 @@ class _Functionalizer:
         bases = [a for a in self.by_storage[storage_of(here.meta["val"])] if a.parent is None]  # type: ignore[index]
         if len(bases) > 1:
             names = ", ".join(a.made_by.name for a in bases)
-            self._refuse(f"the program was given the memory it writes into twice ({names})")
+            self._refuse(f"two inputs of the program share the memory it writes into ({names})")
         if root.made_by.op == "get_attr":
             self._refuse("it writes into a constant of the program")
         tracked = needs_grad(root.current)
         if tracked and not self.grad_enabled:
             self._refuse(
-                "it writes without gradients into a value that has one: later uses would have to "
-                "pass the gradient of what was overwritten"
+                "it writes without gradients into a value that has a gradient: later uses would "
+                "have to pass on the gradient of the overwritten value"
             )
         while alias.parent is not None:
             if tracked and alias.detached:

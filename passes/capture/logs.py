@@ -100,8 +100,8 @@ class _Saying(DebuggingVariable):
                 gb_type="attempted to reorder a debugging function that can't actually be "
                 "reordered",
                 context=f"fn: {self.value}, args: {args}, kwargs: {kwargs}",
-                explanation="What this line says may change before it is said.",
-                hints=["Say tensors, numbers and texts only."],
+                explanation="The tensors in this log line may change before the line is printed.",
+                hints=["Log tensors, numbers and strings only."],
             )
         return _say_later(tx, line)
 

@@ -128,6 +128,6 @@ def _refuse_gradient_modes(region: Sequence[Node]) -> None:
         modes = modes[: modes.index(True)]  # torch.func.grad turns gradients on, and back
     if False in modes:
         raise CaptureRefused(
-            f"{describe_node(region[0])}: the program contains a torch.func transform that turns "
-            "gradients off inside. Do: move torch.no_grad() out of the transformed function."
+            f"{describe_node(region[0])}: the program contains a torch.func transform with "
+            "torch.no_grad() inside. Do: move torch.no_grad() out of the transformed function."
         )

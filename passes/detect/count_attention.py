@@ -54,7 +54,7 @@ def missed(captured: Captured, sites: Sites) -> tuple[tuple[Declined, ...], int]
     explained = {near.node for near in sites.declined}
     left = estimate(captured)
     unexplained = [x for x in left if not any(n.name in explained for n in x.region)]
-    reason = "it looks like attention (two products around an exponential) and was not recognised"
+    reason = "it looks like attention (two products around an exponential) but was not recognised"
     return tuple(decline(x.node, reason) for x in unexplained), len(sites.found) + len(left)
 
 
@@ -70,10 +70,11 @@ def refuse_missed(overlooked: Sequence[Declined]) -> None:
         return
     places = "\n".join(f"  {x.name or 'top level'} ({x.source}), {x.node}" for x in overlooked)
     raise AttentionMissed(
-        f"{len(overlooked)} of the program's attentions were not recognised and would run whole on "
-        f"every rank:\n{places}\n"
+        f"{len(overlooked)} of the program's attentions were not recognised and would be "
+        "replicated on every rank:\n"
+        f"{places}\n"
         "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
-        "`ringfx explain` lists what was found and each near miss."
+        "`ringfx explain` lists every attention that was found and every rejected one."
     )
 
 

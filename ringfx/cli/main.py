@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MAKING, SHOWING = "The plan", "What of it is shown (default: the plan)"
+MAKING, SHOWING = "The plan", "Output (default: the plan)"
 
 
 @app.callback()
@@ -82,20 +82,25 @@ def plan(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="Whose state counts: adamw, momentum, sgd, ..., or bytes for each parameter.",
+            help=(
+                "Optimizer whose state is counted: adamw, momentum, sgd, ..., or its bytes for "
+                "each parameter."
+            ),
             rich_help_panel=MAKING,
         ),
     ] = "none",
     train: Annotated[
         bool,
         typer.Option(
-            "--train/--infer", help="With a backward pass, or forward only.", rich_help_panel=MAKING
+            "--train/--infer",
+            help="Plan forward and backward, or forward only.",
+            rich_help_panel=MAKING,
         ),
     ] = True,
     labels: Annotated[
         bool,
         typer.Option(
-            help="Pass labels where forward takes them (when training).", rich_help_panel=MAKING
+            help="Pass labels if forward accepts them (when training).", rich_help_panel=MAKING
         ),
     ] = True,
     dtype: Annotated[
@@ -129,34 +134,35 @@ def plan(
         str | None,
         typer.Option(
             metavar="LAYER",
-            help="Every strategy of the layers that this glob names.",
+            help="Compare all strategies for the layers that match this glob.",
             rich_help_panel=SHOWING,
         ),
     ] = None,
     what_if: Annotated[
         str | None,
         typer.Option(
-            help="The same model elsewhere: world-size=16,link=50GB/s,seq-len=1M.",
+            help="Plan again with changes: world-size=16,link=50GB/s,seq-len=1M.",
             rich_help_panel=SHOWING,
         ),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
-            help="Many plans: seq-len=8k..1M, or world-size=2,4,8.", rich_help_panel=SHOWING
+            help="Plan for a range of values: seq-len=8k..1M, or world-size=2,4,8.",
+            rich_help_panel=SHOWING,
         ),
     ] = None,
     max_seq_len: Annotated[
         bool,
         typer.Option(
             "--max-seq-len",
-            help="The longest sequence that fits --gpu-memory.",
+            help="Find the longest sequence that fits --gpu-memory.",
             rich_help_panel=SHOWING,
         ),
     ] = False,
     diff: Annotated[
         Path | None,
-        typer.Option(help="What differs from this saved plan.", rich_help_panel=SHOWING),
+        typer.Option(help="Show the differences from this saved plan.", rich_help_panel=SHOWING),
     ] = None,
 ) -> None:
     """Print which strategy each attention layer gets, what it costs, and why.

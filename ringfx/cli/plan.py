@@ -113,13 +113,13 @@ def _saved(request: Request) -> Plan | None:
         return None
     if request.seq_len is not None or request.world_size is not None:
         raise InvalidArgument(
-            f"{path} is a saved plan: its length and ranks are fixed. Do: leave --seq-len and"
-            " --world-size out, or ask --what-if world-size=16,seq-len=1M."
+            f"{path} is a saved plan: its length and number of ranks are fixed. Do: leave "
+            "--seq-len and --world-size out, or use --what-if world-size=16,seq-len=1M."
         )
     if fixed := [name for name, is_given in _of_the_model(request).items() if is_given]:
         raise InvalidArgument(
-            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
-            f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
+            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: remove "
+            f"{'it' if len(fixed) == 1 else 'them'}, or plan the model again."
         )
     plan = Plan.from_json(text, str(path))
     if request.strict and plan.missed:
@@ -161,8 +161,8 @@ def _asks(view: View) -> bool:
 def _made(request: Request) -> Plan:
     if request.seq_len is None or request.world_size is None:
         raise InvalidArgument(
-            f"planning {request.target} needs --seq-len and --world-size;"
-            " just a saved plan goes without."
+            f"planning {request.target} needs --seq-len and --world-size; only a saved plan needs "
+            "neither."
         )
     inputs = Inputs(
         seq_len=parse_tokens(request.seq_len),
@@ -192,7 +192,7 @@ def _made(request: Request) -> Plan:
             )
     if not made.has_own_length:
         return plan
-    note = f"--seq-len was not used: {request.target} takes no seq_len and gives inputs of its own"
+    note = f"--seq-len was not used: {request.target} takes no seq_len and returns its own inputs"
     return replace(plan, notes=(*plan.notes, note))
 
 

@@ -88,8 +88,9 @@ class _Pending:
         wait = self.waits.pop(_place(flat), None)
         if wait is None:
             raise CommunicationError(
-                "a sum of gradients was read that is not under way: the compiler copied it between "
-                "its two halves. This is a defect of ringfx; please report it with the model."
+                "a gradient all-reduce that is not in progress was waited for: the compiler "
+                "copied the tensor between the start and the end of the all-reduce. This is a "
+                "defect of ringfx; please report it with the model."
             )
         wait()
 

@@ -18,10 +18,10 @@ from ringfx.errors import RingfxError
 __all__ = ["refuse_double_backward", "refuse_in_compiled"]
 
 TEXT = (
-    "second derivatives are not supported: the backward of a model that ringfx has split cannot be "
-    "differentiated again (create_graph=True: gradient penalties, Hessian-vector products). Do: "
-    "take them of the model that was given to ringfx.optimize, which runs whole; or take a "
-    "Hessian-vector product as a difference of two gradients."
+    "second derivatives are not supported: the backward of a model that ringfx has split cannot "
+    "be differentiated again (create_graph=True: gradient penalties, Hessian-vector products). "
+    "Do: compute them with the original model, which runs unsharded; or compute a Hessian-vector "
+    "product as a difference of two gradients."
 )
 
 

@@ -106,9 +106,9 @@ class Accumulation:
                 del self._pending[number]
             elif grad._version != pending.version:
                 raise RingfxError(
-                    "the gradients of this model were changed in place while parts of them were "
-                    "held back by no_sync(): those parts cannot be changed alike. Do: run one "
-                    "backward outside no_sync() before scaling or clipping gradients."
+                    "the gradients of this model were changed in place while no_sync() held "
+                    "parts of them back, and the same change cannot be made to those parts. Do: "
+                    "run one backward outside no_sync() before you scale or clip gradients."
                 )
 
     def _note_versions(self) -> None:
@@ -126,7 +126,7 @@ class Accumulation:
         for together in by_dtype.values():
             flat = torch.cat([pending.part.reshape(-1) for pending in together])
             ranks = Ranks.named(self._group, "outside attention")
-            ranks.all_reduce("all-reduce of gradients that were held back", flat)
+            ranks.all_reduce("all-reduce of gradients accumulated under no_sync()", flat)
             sums = flat.split([pending.part.numel() for pending in together])
             for pending, total in zip(together, sums, strict=True):
                 _add_to_grad(pending.parameter(), total)

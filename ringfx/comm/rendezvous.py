@@ -112,15 +112,17 @@ def _absent(
     waits = channel.said_to_wait()
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
-        return CommunicationError(f"{what}: rank {channel.rank} of {channel.size} has come: {why}")
+        return CommunicationError(
+            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}"
+        )
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}
     missing = [r for r in range(channel.size) if r not in here]
     listed = "".join(f"; rank {r} waits in {waits[r]}" for r in missing if r in waits)
     seconds = f"{channel.timeout.total_seconds():.0f} s"
     found = Absent(
-        f"{what}: ranks {missing} did not come within {seconds}, the group's timeout{listed} "
+        f"{what}: ranks {missing} did not arrive within {seconds}, the group's timeout{listed} "
         f"({plain(error)}). Do: make the same calls on every rank; raise the group's timeout if "
-        "they are only slow."
+        "the ranks are only slow."
     )
     found.ranks = missing
     return found
@@ -129,7 +131,9 @@ def _absent(
 def _different(ranks: Ranks, said: Sequence[bytes]) -> str:
     listed = "\n".join(f"  rank {r}: {text.decode()}" for r, text in enumerate(said))
     return (
-        f"the {ranks.size} ranks do different things at once:\n{listed}\nAll of them must make the "
-        "same calls in the same order. Do: call the model, and touch its split outputs, on every "
-        "rank (compute before `if rank == 0`), or pass outputs='local' to get each rank's own part."
+        f"the {ranks.size} ranks do different things at the same time:\n"
+        f"{listed}\n"
+        "All ranks must make the same calls in the same order. Do: call the model, and use its "
+        "split outputs, on every rank (compute before `if rank == 0`), or pass outputs='local' "
+        "to get each rank's own part."
     )

@@ -150,8 +150,8 @@ class Backend:
         """One plan of all its programs, with what was moved between them."""
         if not self.ran:
             raise RingfxError(
-                "the last call of this model ran no program of ringfx, see the log. Do: call it "
-                "again, or use ringfx.plan(model, args, world_size=...)."
+                "the last call of this model ran no program that ringfx compiled; the log says "
+                "why. Do: call it again, or use ringfx.plan(model, args, world_size=...)."
             )
         plan = joined(self.ran)
         return replace(plan, reshardings=(*plan.reshardings, *self.handoff.moved))
@@ -170,10 +170,10 @@ class Backend:
         if now != self.world:
             raise AgreementError(
                 f"this program was compiled for {self.world.size} rank(s) (rank {self.world.rank} "
-                f"of group {self.world.group!r}), and there are {now.size} now (rank {now.rank} of "
-                f"{now.group!r}). Do: call torch.distributed.init_process_group before the first "
-                "call, or torch._dynamo.reset() after it; ringfx.optimize(model) compiles anew by "
-                "itself."
+                f"of group {self.world.group!r}), but now there are {now.size} (rank {now.rank} "
+                f"of {now.group!r}). Do: call torch.distributed.init_process_group before the "
+                "first call, or torch._dynamo.reset() after it; ringfx.optimize(model) compiles "
+                "again by itself."
             )
 
     def evaluating(self) -> tuple[str, ...]:
@@ -194,12 +194,13 @@ class Backend:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
         loud = [n for n in lowered.plan.notes if n.startswith("graph break") or WHOLE_MASK in n]
         loud += [
-            f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
+            f"{x.name} ({x.source}): this looks like attention but was not recognised; it runs "
+            "unsharded on every rank"
             for x in lowered.plan.missed
         ]
         loud += [
-            f"{x.name} ({x.source}): its attention runs whole on every rank, {x.reason}. Do: pass "
-            "strict=True to refuse this"
+            f"{x.name} ({x.source}): its attention is replicated on every rank: {x.reason}. Do: "
+            "pass strict=True to refuse this"
             for x in lowered.plan.replicated_layers
         ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
@@ -348,8 +349,8 @@ def lower_naming_internal_errors(
         raise VerificationError(
             f"ringfx could not rewrite this program: {type(error).__name__} ({said}) in "
             f"{where.name}, {Path(where.filename).name}:{where.lineno}. This is a defect of "
-            "ringfx, not of the model. Do: run the model without ringfx, and please report it "
-            "with the model; the cause is attached to this error."
+            "ringfx, not of the model. Do: run the model without ringfx, and please report the "
+            "defect with the model; the original error is attached as the cause."
         ) from error
 
 
@@ -358,16 +359,16 @@ def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
         if is_dtensor(value):
             raise InvalidArgument(
-                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh}, as "
-                "parallelize_module (tensor parallelism) makes: ringfx traces plain tensors only. "
-                "Do: leave parallelize_module out of the modules that ringfx.optimize is given; "
-                "fully_shard (FSDP2) works, before or after."
+                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh} "
+                "(from parallelize_module, tensor parallelism), but ringfx traces plain tensors "
+                "only. Do: do not apply parallelize_module to modules that ringfx.optimize is "
+                "given; fully_shard (FSDP2) works, before or after."
             )
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             raise InvalidArgument(
                 f"{input_name(node)} {tuple(value.shape)} is on the meta device: it has a shape "
-                "and no values, and cannot be computed with. Do: ringfx.plan(model, ...) plans on "
-                "meta tensors; to run, make the model (to_empty, load_state_dict) and inputs on a "
+                "but no values. Do: to plan, call ringfx.plan(model, ...), which accepts meta "
+                "tensors; to run, make the model (to_empty, load_state_dict) and the inputs on a "
                 "real device."
             )
 
@@ -393,9 +394,9 @@ def other_kernels(plan: Plan) -> list[str]:
     pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
     others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
-        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
-        f"{_refused(layer)}; its predicted times do not hold. Do: run `ringfx calibrate` on this "
-        "machine."
+        f"{layer.name}: the plan expects the {layer.kernel} kernel, but {ran} "
+        f"ran{_refused(layer)}; the predicted times do not hold. Do: run `ringfx calibrate` on "
+        "this machine."
         for layer, ran in others
     ]
 
@@ -418,14 +419,17 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
     unseen = dict.fromkeys(n for p in plans for n in p.notes if n.startswith(NO_VALUES))
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
-        + (f"Near misses:{near}\n" if near else "")
-        + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
+        + (f"Attention-like regions not parallelized:{near}\n" if near else "")
+        + (f"A graph break may keep attention outside the compiler:{broken}\n" if broken else "")
         + "".join(f"{note[0].upper()}{note[1:]}\n" for note in unseen)
-        + "Ringfx recognises scaled_dot_product_attention and its kernels, nn.MultiheadAttention, "
-        "flex_attention, flash-attn, xformers, and any spelling of softmax(q k^T) v over tokens; "
-        "layers that mix tokens otherwise (convolutions, Fourier transforms, recurrences) hold "
-        "none. Do: see `ringfx explain MODEL` for what was looked at and why it is none, or run "
-        "the model without ringfx."
+        + (
+            "Ringfx recognises scaled_dot_product_attention and its kernels, "
+            "nn.MultiheadAttention, flex_attention, flash-attn, xformers, and softmax(q k^T) v "
+            "over tokens in any form. Layers that mix tokens in another way (convolutions, "
+            "Fourier transforms, recurrences) contain no attention. Do: run `ringfx explain "
+            "MODEL` to see which operators were examined and why they were rejected, or run the "
+            "model without ringfx."
+        )
     )
 
 

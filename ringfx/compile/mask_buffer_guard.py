@@ -67,10 +67,10 @@ def refuse_changed_buffers(
     for i in held:
         if i not in unchanged:
             raise BufferChanged(
-                f"{names[i]} holds other values than when the model was compiled, and "
-                "its attention masks were compiled as functions of positions. Do: call "
-                "torch._dynamo.reset() after changing it, or, if it changes in every call, "
-                "pass it to forward as an argument."
+                f"{names[i]} has other values than when the model was compiled, but its attention "
+                "masks were compiled as functions of positions from the old values. Do: call "
+                "torch._dynamo.reset() after changing it; or, if it changes in every call, pass "
+                "it to forward as an argument."
             )
 
 

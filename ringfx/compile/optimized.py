@@ -38,14 +38,14 @@ __all__ = ["Optimized", "optimized"]
 M = TypeVar("M", bound=torch.nn.Module)
 
 _SAVED = (
-    "an optimized model is pickled as the model that was given to ringfx.optimize: what is loaded "
-    "runs whole. Do: call ringfx.optimize again after loading; or save model.state_dict(), which "
-    "is the same with and without ringfx."
+    "an optimized model is pickled as the model that was given to ringfx.optimize: after loading "
+    "it runs unsharded. Do: call ringfx.optimize again after loading; or save "
+    "model.state_dict(), which is the same with and without ringfx."
 )
 
 _COMPILED = (
-    "model.compile() has no effect on an optimized model: ringfx compiles it when it is called. "
-    "Do: leave it out; choose the compiler with ringfx.optimize(model, compiler=...)."
+    "model.compile() has no effect on an optimized model: ringfx compiles the model at its first "
+    "call. Do: remove this call; choose the compiler with ringfx.optimize(model, compiler=...)."
 )
 
 
@@ -63,7 +63,7 @@ class _Shared:
         if self._backend is None:
             raise RingfxError(
                 "this model has not run yet, and its plan depends on the shapes of its inputs. "
-                "Do: call it once, or use ringfx.plan(model, args, world_size=...)."
+                "Do: call the model once, or use ringfx.plan(model, args, world_size=...)."
             )
         return self._backend
 

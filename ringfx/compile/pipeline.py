@@ -151,13 +151,14 @@ def _refuse_unknown(
     touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
-            f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
-            "has no row that says how to split it. Do: pass on_unsupported='gather' to run it "
-            "whole on every rank (right, and as large as the unsplit model), or add a row to "
-            "passes/axes/rules."
+            f"{describe_node(touching[0])}: this operator reads split tokens, but the axis table "
+            "has no rule that says how to split it. Do: pass on_unsupported='gather' to "
+            "replicate it on every rank (correct, but as large as in the unsplit model), or add "
+            "a rule to passes/axes/rules."
         )
     return tuple(
-        f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
+        f"{describe_node(n)}: no axis rule; its inputs are gathered and it is replicated on every "
+        "rank"
         for n in touching
     )
 
@@ -194,13 +195,13 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
     notes = []
     if captured.graph_break is not None:
         notes.append(
-            f"graph break at {captured.graph_break}; what is split stays so where the next program "
-            "takes it split"
+            f"graph break at {captured.graph_break}; a split value stays split if the next "
+            "program can take it split"
         )
     if captured.uncompiled_caller is not None:
         notes.append(
             f"graph break in {captured.uncompiled_caller}, which runs uncompiled and calls "
-            "compiled parts; what is split stays so where the next one takes it split"
+            "compiled parts; a split value stays split if the next part can take it split"
         )
     return tuple(notes)
 
@@ -220,9 +221,10 @@ def _replicated(
             for i, reason in whole.items()
         )
         raise AttentionReplicated(
-            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would run whole on "
-            f"each of the {world.size} ranks:\n{places}\n"
-            "Do: drop strict to run them so, in the time and memory that one rank needs."
+            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would be "
+            f"replicated on each of the {world.size} ranks:\n"
+            f"{places}\n"
+            "Do: drop strict to run them replicated, in the time and memory of one rank."
         )
     return whole
 

@@ -148,7 +148,7 @@ class Channel:
         deadline, pause = time.monotonic() + self.timeout.total_seconds(), POLL_S[0]
         while not self._all_here():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"it did not come within {self.timeout.total_seconds():.0f} s")
+                raise RuntimeError(f"it did not arrive within {self.timeout.total_seconds():.0f} s")
             if (dead := self.dead_rank()) is not None:
                 raise RuntimeError(_ended(dead))
             time.sleep(pause)
@@ -276,7 +276,7 @@ class Channel:
             self._next_epoch(max(self.epoch, failure.epoch % GONE) + 1)
             return True, failure.text
         text = why or plain(error) or type(error).__name__
-        self.fail(f"rank {self.rank} gave up {doing}: {text}")
+        self.fail(f"rank {self.rank} stopped waiting in {doing}: {text}")
         return False, text
 
     def _cause(self) -> tuple[Failure | None, str]:
@@ -291,7 +291,7 @@ class Channel:
                     return None, _ended(dead)
                 time.sleep(0.05)
         except RuntimeError:
-            why = "the store cannot be reached: the process that serves it has ended"
+            why = "the store cannot be reached: the process that hosts it has ended"
         if why and self.heard is not None and self.heard.epoch >= self.epoch:
             return self.heard, ""
         while why and not self.known_cause() and time.monotonic() < deadline:
@@ -421,7 +421,7 @@ def is_settled(error: BaseException | None) -> bool:
 
 
 def _ended(rank: int) -> str:
-    ended = f"the process of rank {rank} has ended without a word"
+    ended = f"the process of rank {rank} has ended without an error message"
     return f"{ended} (killed? or after destroy_process_group)"
 
 

@@ -78,7 +78,7 @@ def _tell_one(channel: Channel, error: BaseException | None) -> None:
     is_served = _is_served(channel.store)
     cause = _cause_elsewhere(channel, error, is_served)
     if cause:
-        log.error("rank %d ends after another one: %s", channel.rank, cause)
+        log.error("rank %d ends because another rank failed: %s", channel.rank, cause)
     if not is_served:
         return
     text, is_error = _said(error)
@@ -105,7 +105,7 @@ def _said(error: BaseException | None) -> tuple[str, bool]:
     if isinstance(error, SystemExit) and error.code and isinstance(error.__context__, Exception):
         error = error.__context__
     if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "has ended and does not come back", False
+        return "has ended without an error", False
     if isinstance(error, SystemExit):
         return f"has ended with exit code {error.code}", True
     return f"raised {describe_error(error)}, and has ended", True

@@ -40,9 +40,8 @@ PATIENT_TICKS = 20
 """After so many looks at the same places of all ranks, what was on its way has come."""
 
 _WHY = (
-    "One of them has caught an error that the others did not meet (in backward, say), or has left "
-    "out a call, a backward or a touch of an output, or made one more. Do: do the same on every "
-    "rank."
+    "One rank caught an error that the others did not get (in backward, for example); or it left "
+    "out, or added, a call, a backward or a use of an output. Do: do the same on every rank."
 )
 
 ABORT_TICKS = {True: 8, False: 40}
@@ -196,7 +195,7 @@ def _tell_user(channel: Channel, known: _Watched, where: str) -> None:
         return
     known.told = failure
     level = logging.ERROR if failure.is_error else logging.WARNING
-    log.log(level, "rank %d waits in %s, and %s", channel.rank, where, failure.text)
+    log.log(level, "rank %d waits in %s, but %s", channel.rank, where, failure.text)
 
 
 def _look_at_device(channel: Channel, known: _Watched) -> None:
@@ -209,6 +208,6 @@ def _look_at_device(channel: Channel, known: _Watched) -> None:
     failure = channel.failure(known.store)
     if failure is None or failure.is_of(channel.rank) or not failure.is_error:
         return
-    _tell_user(channel, known, "messages of its device")
+    _tell_user(channel, known, "communication of its device")
     if known.at_ticks >= ABORT_TICKS[failure.epoch == GONE]:
         known.aborted = abort(_group(channel))

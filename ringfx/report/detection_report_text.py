@@ -1,4 +1,4 @@
-"""A detection report as a person reads it: one table row a group of equal attentions, then the rest."""
+"""The text of a detection report: one table row a group of equal attentions, then the rest."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def render(report: DetectionReport) -> RenderableType:
     parts: list[RenderableType] = [Text(_count(report), "bold")]
     if report.sites:
         parts.append(_table(report.sites))
-    parts += _section("near misses, left as they stand", _lines(report.declined))
-    parts += _section("looks like attention and was MISSED", _lines(report.missed))
-    parts += _section("graph breaks (code between them is not seen)", report.graph_breaks)
+    parts += _section("attention-like regions not parallelized", _lines(report.declined))
+    parts += _section("looks like attention, NOT RECOGNISED", _lines(report.missed))
+    parts += _section("graph breaks (the code between them is not analysed)", report.graph_breaks)
     return Group(*parts)
 
 

@@ -47,7 +47,7 @@ def _explained(group: FoldedLayers, plan: Plan, profile: Profile) -> str:
         "forward",
         "backward",
         "compute",
-        "messages",
+        "comm",
         "exposed",
         "saved",
         "workspace",
@@ -81,7 +81,7 @@ def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
 
 def _noise_words(offer: Candidates) -> str:
     if offer.noise <= 1:
-        return "the profile does not say how much a repeated measurement differs"
+        return "the profile does not say how much repeated measurements differ"
     return f"times that differ by less than {offer.noise - 1:.0%} are ties"
 
 

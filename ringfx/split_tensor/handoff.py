@@ -72,7 +72,10 @@ class ProgramHandoff:
     def note(self, spec: SplitSpec, num_bytes: int, in_backward: bool) -> None:
         """Say that a value is gathered, in the plan and once to the user."""
         where = users_frame()
-        reason = f"{where}, {'whose backward' if in_backward else 'which'} no compiled program runs"
+        reason = (
+            f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
+            "programs"
+        )
         kind = "gather_gradient" if in_backward else "gather"
         self.moved.append(
             Resharding(

@@ -85,7 +85,7 @@ def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
         When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
     """
     ranks = Ranks.named(spec.group, spec.name)
-    what = f"a touch of {spec.name} {spec.shape}, number {spec.number}{part}"
+    what = f"a use of {spec.name} {spec.shape}, number {spec.number}{part}"
     try:
         meet(ranks, what)
     except Absent as absent:
@@ -93,8 +93,8 @@ def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
         raise settled(
             AgreementError(
                 f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
-                f"touched on rank {spec.rank}, but ranks {absent.ranks} did not touch it within "
-                f"{limit}; gathering needs all ranks. Do: touch it on every rank (compute before "
+                f"used on rank {spec.rank}, but ranks {absent.ranks} did not use it within "
+                f"{limit}; gathering needs all ranks. Do: use it on every rank (compute before "
                 "`if rank == 0`), or pass outputs='local' to get each rank's own part."
             )
         ) from absent

@@ -286,9 +286,10 @@ def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         value._spec = dataclasses.replace(value._spec, shape=tuple(found.shape))
     else:
         raise SplitWrite(
-            f"{value._spec.name} {value._spec.shape} is split over {value._spec.layout.world_size} "
-            f"ranks, and {func} changes its shape in place, which would take all of its tokens. "
-            "Do: take a new tensor, such as x = x.unsqueeze(0) for x.unsqueeze_(0)."
+            f"{value._spec.name} {value._spec.shape} is split over "
+            f"{value._spec.layout.world_size} ranks, and {func} changes its shape in place, which "
+            "needs all of its tokens. Do: make a new tensor, such as x = x.unsqueeze(0) instead "
+            "of x.unsqueeze_(0)."
         )
     shape = value._spec.shape
     with no_dispatch():  # contiguous, as every split tensor says it is
@@ -321,10 +322,10 @@ def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _lost_write_text(spec: SplitSpec) -> str:
     return (
-        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks, a part of it was "
-        "taken as a view (a slice, a row, another shape), and it or that view is written in place: "
-        "the write would not reach the other. Do: write before the part is taken, or take it with "
-        ".clone()."
+        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks. A view of a part "
+        "of it exists (a slice, a row, another shape), and one of the two is written in place: "
+        "the other would not see the write. Do: write before you take the view, or take the part "
+        "with .clone()."
     )
 
 
