@@ -28,7 +28,7 @@ from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import LayerPlan, MemoryTimeline
-from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy
+from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy, with_gloss
 from ringfx.ir.values import AttentionSite
 from ringfx.units.format import format_bytes, format_ms
 
@@ -90,7 +90,7 @@ def choose(
     ]
     for i, why in replicated.items():
         asked = overrides[i]
-        more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
+        more = "" if asked is None else f"; {asked.words} was requested but cannot run here"
         layers[i] = replace(layers[i], strategy=REPLICATED, reason=f"not split: {why}{more}")
     return tuple(layers)
 
@@ -180,11 +180,11 @@ def _named_option(offer: Candidates, strategy: str) -> Prediction:
 
 def _refusal(offer: Candidates, override: Override) -> str:
     refusal = offer.refused[override.strategy]
-    names = ", ".join(sorted(option.strategy for option in offer.options)) or "none"
+    names = ", ".join(sorted(with_gloss(option.strategy) for option in offer.options)) or "none"
     cheapest = ""
     if offer.options:
         best = offer.options[0]
-        cheapest = f" Cheapest: {best.strategy}, predicted {format_ms(best.total_ms)}."
+        cheapest = f" Cheapest: {with_gloss(best.strategy)}, predicted {format_ms(best.total_ms)}."
     drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
     return (
         f"{_where(offer.site)}: {_named(override.strategy, refusal.reason)}.\n"
@@ -237,17 +237,17 @@ def _reason(
         return "one rank: the local kernel"
     others = [o for o in offer.options if o.strategy != chosen.strategy]
     if override is not None:
-        return f"asked for by {override.words}{_if_slower(chosen, others)}"
+        return f"requested by {override.words}{_if_slower(chosen, others)}"
     if not others:
         return "the only one that can run here"
     best = others[0]
     if best.total_ms >= chosen.total_ms:
         fastest = f"fastest of {len(offer.options)}"
         tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
-        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower{tie}"
+        return f"{fastest}; next {with_gloss(best.strategy)}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"
     return (
-        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy} would be"
+        f"fastest that fits {format_bytes(gpu_memory)}; {with_gloss(best.strategy)} would be"
         f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
     )
 
@@ -255,7 +255,7 @@ def _reason(
 def _if_slower(chosen: Prediction, others: Sequence[Prediction]) -> str:
     if not others or others[0].total_ms >= chosen.total_ms:
         return ""
-    return f"; {others[0].strategy} is predicted {_percent(chosen, others[0])} faster"
+    return f"; {with_gloss(others[0].strategy)} is predicted {_percent(chosen, others[0])} faster"
 
 
 def _percent(slow: Prediction, fast: Prediction) -> str:

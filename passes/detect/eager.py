@@ -77,7 +77,7 @@ def _no_product(behind: ScoreOperands, ahead: ValueProduct | NearMiss | None) ->
     if not behind.projections:
         return None
     return NearMiss(
-        "its scores are a projection of one value, no products of queries with keys (a learned "
+        "its scores are a projection of one value, not products of queries with keys (a learned "
         "query that pools, a gate, mixed heads or linear attention)"
     )
 

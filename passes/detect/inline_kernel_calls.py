@@ -52,7 +52,7 @@ def _others_used(node: Node) -> str | None:
         if user.args[1] != 0 and user.users:
             names = node.target._schema.returns  # type: ignore[union-attr]
             name = names[user.args[1]].name or f"result {user.args[1]}"  # type: ignore[index]
-            return f"its {name} is used, which no split attention returns"
+            return f"its {name} is used, which a split attention does not return"
     return None
 
 

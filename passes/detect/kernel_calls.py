@@ -149,7 +149,7 @@ def math_(
     enable_gqa: bool,
 ) -> Tensor:
     if dropout_mask is not None:
-        raise ValueError("it is given its dropout mask, which no split attention takes")
+        raise ValueError("it is given its dropout mask, which a split attention does not accept")
     return folded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

@@ -166,11 +166,11 @@ class _Namer:
         parts = call.operands
         known = [p in self._names.values for p in parts]
         if len(parts) != 2 or sum(known) != 1:
-            raise Refused("several values are joined to its scores")
+            raise Refused("several values are concatenated to its scores")
         at = call.dim("dim", len(call.result_shape))
         scores, sink = parts if known[0] else parts[::-1]
         if sink.meta["val"].shape[at] != 1:
-            raise Refused("more than one column of logits joins its scores")
+            raise Refused("more than one column of logits is concatenated to its scores")
         dims = self._names.dims(scores)
         column = self._names.enter(sink)
         self._names.alias(sink, column)
@@ -216,9 +216,9 @@ def check_users(named: Named, result: Node) -> None:
             continue
         what = "weights" if _sums_to_one(node, named) else "scores"
         if any(u.op == "output" for u in others):
-            raise Refused(f"its {what} are an output too, so they must exist as a matrix")
+            raise Refused(f"its {what} are also an output, so they must exist as a matrix")
         by = ", ".join(sorted({op_name(u) for u in others}))
-        raise Refused(f"its {what} are used again (by {by}), so they must exist as a matrix")
+        raise Refused(f"its {what} have other users ({by}), so they must exist as a matrix")
 
 
 def _sums_to_one(node: Node, named: Named) -> bool:

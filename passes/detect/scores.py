@@ -59,7 +59,7 @@ class ScoreReader(Lifter):
         if any(part == SHIFT for part in walk(scores)):
             raise Refused("a number is added to the sum of exponentials that its row has scaled")
         if self.sinks is not None:
-            raise Refused("a column of logits and a number join its scores")
+            raise Refused("a column of logits and a number are both added to its softmax")
         self.sinks = const(math.log(added))
 
     def _kept(self, call: Node) -> Expr:
@@ -137,7 +137,7 @@ class ScoreReader(Lifter):
     def _joined(self, node: Node) -> Expr:
         join = self._named.joins[node]
         if self.sinks is not None:
-            raise Refused("two columns of logits join its scores")
+            raise Refused("two columns of logits are concatenated to its scores")
         self.sinks = self.element(join.sink, ())
         return self.element(join.scores, ())
 

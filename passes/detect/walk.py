@@ -196,7 +196,7 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
         current = user
     sides = [i for i, f in enumerate(product.factors) if f is current]
     if len(sides) != 1:
-        return NearMiss("its weights are multiplied with themselves")
+        return NearMiss("its attention weights are multiplied with themselves")
     after = _divided(product.node, softmax)
     if isinstance(after, NearMiss):
         return after
@@ -239,11 +239,13 @@ def _used_again(value: Node, users: Sequence[Node]) -> NearMiss | None:
         return None
     others = [u for u in users if not (_product_of(u, value) or _leads_to_product(u))]
     if any(u.op == "output" for u in users):
-        return NearMiss("its weights are an output too, so they must exist as a matrix")
+        return NearMiss("its attention weights are also an output, so they must exist as a matrix")
     if not others:
-        return NearMiss("its weights are multiplied with several values")
+        return NearMiss("its attention weights are multiplied with several values")
     names = ", ".join(sorted({op_name(u) for u in others}))
-    return NearMiss(f"its weights are used again (by {names}), so they must exist as a matrix")
+    return NearMiss(
+        f"its attention weights have other users ({names}), so they must exist as a matrix"
+    )
 
 
 def _leads_to_product(node: Node) -> bool:
@@ -262,7 +264,9 @@ def _stopped(user: Node) -> NearMiss | None:
     """Something other than a product takes the weights."""
     if user.op == "output" or not any(_ahead(user)):
         return None
-    return NearMiss(f"its weights go through {op_name(user)} before they meet the values")
+    return NearMiss(
+        f"its attention weights pass through {op_name(user)} before the product with the values"
+    )
 
 
 def _ahead(node: Node) -> Iterator[bool]:

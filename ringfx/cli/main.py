@@ -69,7 +69,11 @@ def plan(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help='A strategy\'s name, or "GLOB=NAME" (may be repeated); default: auto.',
+            help=(
+                "simple (reference ring), collective (all-gather of K/V), production (overlapped "
+                'ring) or ulysses (all-to-all of heads); or "GLOB=NAME" (may be repeated). '
+                "Default: auto."
+            ),
             rich_help_panel=MAKING,
         ),
     ] = None,
@@ -124,7 +128,7 @@ def plan(
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
+        bool, typer.Option("--json", help="Print JSON, to save the plan.", rich_help_panel=SHOWING)
     ] = False,
     html: Annotated[
         Path | None,

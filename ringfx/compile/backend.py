@@ -199,7 +199,7 @@ class Backend:
             for x in lowered.plan.missed
         ]
         loud += [
-            f"{x.name} ({x.source}): its attention is replicated on every rank: {x.reason}. Do: "
+            f"{x.name} ({x.source}): its attention is replicated on every rank, {x.reason}. Do: "
             "pass strict=True to refuse this"
             for x in lowered.plan.replicated_layers
         ]

@@ -238,9 +238,9 @@ def _along(
         found = carried.get(layer.site.node)
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
-                f"{layer.name} ({layer.source}): planned as {layer.strategy}, and in the rewritten "
-                f"program it is {'whole' if found is None else 'split'}. This is a defect of "
-                "ringfx; please report it with the model."
+                f"{layer.name} ({layer.source}): the plan says {layer.strategy}, but in the "
+                f"rewritten program it is {'replicated' if found is None else 'sharded'}. This is "
+                "a defect of ringfx; please report it with the model."
             )
         axis = "" if found is None else _axis_name(lines, found)
         told.append(replace(layer, axis=axis))

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
+from ringfx.ir.strategies import with_gloss
 from ringfx.ir.values import Declined, Resharding
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
@@ -22,6 +23,7 @@ __all__ = [
     "fold",
     "fold_names",
     "kernel_words",
+    "reason_words",
     "render",
     "table_lines",
     "to_text",
@@ -174,7 +176,7 @@ def _layer_table(plan: Plan) -> RenderableType:
     return Padding(Group(*lines), (1, 0, 0, 0))
 
 
-_TITLES = ("attention", "", "strategy", "compute", "messages", "exposed", "total", "saved")
+_TITLES = ("attention", "", "strategy", "compute", "comm", "exposed", "total", "saved")
 
 
 def _cells(group: FoldedLayers) -> tuple[str, ...]:
@@ -210,9 +212,15 @@ def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     yield _attention_words(layer)
     again = "; checkpointed: its inputs are recomputed" if layer.site.checkpoint else ""
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
-    yield layer.reason
+    yield reason_words(layer)
     if names_axis and layer.axis:
         yield f"split along {layer.axis}"
+
+
+def reason_words(layer: LayerPlan) -> str:
+    """Why this strategy, with its gloss; a layer that is not split has a reason only."""
+    strategy = with_gloss(layer.strategy)
+    return layer.reason if strategy == layer.strategy else f"{strategy}: {layer.reason}"
 
 
 def _attention_words(layer: LayerPlan) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ringfx.ir.values import AttentionSite
 
-__all__ = ["REPLICATED", "STRATEGIES", "Refusal", "Strategy"]
+__all__ = ["REPLICATED", "STRATEGIES", "Refusal", "Strategy", "with_gloss"]
 
 REPLICATED = "replicated"
 """In place of a strategy: attention that every rank computes whole, with the local kernel."""
@@ -37,6 +37,8 @@ class Strategy:
     """(site, world size) -> None, or why not."""
     own_queries: bool = True
     """A rank computes its own queries only, and needs no other rows of a mask or bias."""
+    gloss: str = ""
+    """Two or three words beside the name wherever people read it: ``overlapped ring``."""
 
 
 def _no_dropout(site: AttentionSite, world_size: int) -> Refusal | None:
@@ -72,24 +74,38 @@ STRATEGIES: Mapping[str, Strategy] = {
     for strategy in (
         Strategy(
             name="simple",
+            gloss="reference ring",
             summary="ring of K/V, plain matmul and softmax on bounded tiles; the reference",
             admits=_no_dropout,
         ),
         Strategy(
             name="collective",
+            gloss="all-gather of K/V",
             summary="one all-gather of K/V, then fused attention of the local queries",
             admits=_no_dropout,
         ),
         Strategy(
             name="production",
+            gloss="overlapped ring",
             summary="ring of K/V with the next block in flight, fused kernels, empty tiles skipped",
             admits=_no_dropout,
         ),
         Strategy(
             name="ulysses",
+            gloss="all-to-all of heads",
             summary="all-to-all of heads for tokens, fused attention of whole sequences, and back",
             admits=_heads_divide,
             own_queries=False,
         ),
     )
 }
+
+
+def with_gloss(name: str) -> str:
+    """The name as people read it.
+
+    >>> with_gloss("production"), with_gloss("replicated")
+    ('production (overlapped ring)', 'replicated')
+    """
+    row = STRATEGIES.get(name)
+    return f"{name} ({row.gloss})" if row is not None and row.gloss else name

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from ringfx.errors import RingfxError
 from ringfx.ir.plan import MemoryPart, Plan
-from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words
+from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms
@@ -113,7 +113,7 @@ def _layer_row(group: FoldedLayers) -> str:
     found += f"; split along {layer.axis}" if layer.axis else ""
     return (
         f"<tr><td><b>{escape(group.name)}</b><br><small>{escape(found)}</small>"
-        f"<td class=text>{escape(layer.strategy)}<br><small>{escape(layer.reason)}</small>"
+        f"<td class=text>{escape(layer.strategy)}<br><small>{escape(reason_words(layer))}</small>"
         f"{cells}<td>{format_bytes(layer.saved_bytes)}</tr>"
     )
 

@@ -55,6 +55,7 @@ def _explained(group: FoldedLayers, plan: Plan, profile: Profile) -> str:
     rows = [_option_row(option, layer) for option in offer.options]
     lines = [f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"]
     lines += ["  " + line for line in table_lines([titles, *rows], left=(0, 1, 2))]
+    lines += [f"  {x.strategy}: {STRATEGIES[x.strategy].summary}" for x in offer.options]
     lines += [f"  {name} cannot run: {no.reason}" for name, no in offer.refused.items()]
     lines += [f"  chosen: {layer.reason}", f"  {_noise_words(offer)}"]
     return "\n".join(lines)

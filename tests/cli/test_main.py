@@ -286,7 +286,7 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:make", "--dtype", "int8"],
-            "ringfx: 'int8' is no floating dtype. Choices: float32, bfloat16, float16, float64.",
+            "ringfx: 'int8' is not a floating dtype. Choices: float32, bfloat16, float16, float64.",
         ),
         (["absent.py:make"], "ringfx: there is no file absent.py."),
         (["absent.json"], "ringfx: there is no file absent.json."),

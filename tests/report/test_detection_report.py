@@ -64,9 +64,11 @@ def test_the_text_names_every_attention_and_every_near_miss(model: str) -> None:
     assert lines[3].split() == ["{0,1,3}", "3", "x", "sdpa", "written.py:17", "causal"]
     assert lines[4].strip() == "softmax(0.3536 q k^T) v where k <= q"
     assert lines[5].strip() == "3 x 2 heads x 64 x 64 tokens, head dim 8, float32"
-    assert lines[6] == "near misses, left as they stand"
+    assert lines[6] == "attention-like regions not parallelized"
     rest = " ".join(line.strip() for line in lines[7:])
-    assert rest == ("2 (written.py:14): its logsumexp is used, which no split attention returns")
+    assert rest == (
+        "2 (written.py:14): its logsumexp is used, which a split attention does not return"
+    )
 
 
 def test_json_holds_the_same(model: str) -> None:
@@ -93,7 +95,7 @@ def test_strict_fails_on_what_was_missed_with_its_place(
     )
     relaxed = run(f"{model}:make", "--seq-len", "64")
     assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout
-    assert "looks like attention and was MISSED" in relaxed.stdout
+    assert "looks like attention, NOT RECOGNISED" in relaxed.stdout
     strict = run(f"{model}:make", "--seq-len", "64", "--strict")
     assert strict.exit_code == 2
     assert "4 of the program's attentions were not recognised" in strict.stderr

@@ -142,7 +142,7 @@ def test_blocks_of_the_model_are_folded_largest_first() -> None:
         by_block=tuple(blocks),
     )
     text = str(dataclasses.replace(_plan(), memory=memory))
-    lines = text[text.index("of it, by block of the model") :].split("\n")
+    lines = text[text.index("by block of the model") :].split("\n")
     assert [line.strip() for line in lines[1:3]] == [
         "8.00 MiB  model.layers.{0..7}, 1.00 MiB each",
         "4.00 MiB  lm_head",
@@ -209,7 +209,7 @@ def test_diff_compares_with_a_saved_plan(saved: Path) -> None:
         (["--diff", "absent.json"], "ringfx: absent.json cannot be read: No such file"),
         (["--max-seq-len"], "ringfx: the longest sequence needs a budget."),
         (["--explain", "decoder"], "ringfx: the plan has no attention named 'decoder'."),
-        (["--seq-len", "8k"], "is a saved plan: its length and ranks are fixed."),
+        (["--seq-len", "8k"], "is a saved plan: its length and number of ranks are fixed."),
         (
             ["--infer", "--dtype", "float16"],
             "is a saved plan, which --infer, --dtype cannot change",

@@ -208,7 +208,9 @@ def test_a_forced_kernel_without_figures_is_priced_as_another_and_said(
     layers = choose([causal_site()], world_size=4, profile=profile)
     assert layers[0].kernel == "cuda_flash3"
     (note,) = unpriced(layers, profile)
-    assert note.endswith("has no figures of cuda_flash3: those of cuda_flash stand in")
+    assert note.endswith(
+        "has no figures for cuda_flash3: the figures of cuda_flash are used instead"
+    )
     monkeypatch.delenv(KERNEL_VARIABLE)
     assert unpriced(choose([causal_site()], world_size=4, profile=profile), profile) == ()
 

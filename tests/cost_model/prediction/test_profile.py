@@ -190,7 +190,7 @@ def test_float32_stands_in_for_a_missing_dtype_and_is_announced() -> None:
     cpu = shipped("cpu-default")
     assert cpu.kernel("math", "float64", "forward") == cpu.kernel("math", "float32", "forward")
     assert cpu.missing_rows(["float64", "float32"]) == (
-        "profile cpu-default has no float64 kernels: float32 figures stand in",
+        "profile cpu-default has no float64 kernels: float32 figures are used instead",
     )
 
 

@@ -142,11 +142,13 @@ def test_strict_mode_names_every_place() -> None:
     with pytest.raises(AttentionMissed) as error:
         refuse_missed((near, replace(near, name="layers.2")))
     assert str(error.value) == (
-        "2 of the program's attentions were not recognised and would run whole on every rank:\n"
+        "2 of the program's attentions were not recognised and would be "
+        "replicated on every rank:\n"
         "  layers.1 (model.py:17), softmax_3\n"
         "  layers.2 (model.py:17), softmax_3\n"
         "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
-        "`ringfx explain` lists what was found and each near miss."
+        "`ringfx explain` lists every attention that was found and every "
+        "rejected one."
     )
 
 
