@@ -14,9 +14,9 @@ from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.flex import flex_attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
-from ringfx.passes.capture.precision import Autocast, Obeying, autocast_off
+from ringfx.passes.capture.precision import Autocast, AutocastInterpreter, autocast_off
 from ringfx.passes.capture.regions import REGION, flatten_region
-from ringfx.passes.capture.selective import Asked, policy_of
+from ringfx.passes.capture.selective import PolicyTags, policy_of
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
 
@@ -58,7 +58,7 @@ def _reason(node: torch.fx.Node) -> str | None:
     return None
 
 
-class Inliner(Obeying):
+class Inliner(AutocastInterpreter):
     """Runs Dynamo's graph and, in place, the bodies of the higher-order operators in INLINED.
 
     Nodes of a checkpointed body are tagged as AOTAutograd's partitioner reads it, so that
@@ -129,7 +129,7 @@ class Inliner(Obeying):
                 f"{self._where}: torch.utils.checkpoint is given a context_fn that is not "
                 "selective checkpointing. Do: make it with create_selective_checkpoint_contexts."
             )
-        return Asked(policy)
+        return PolicyTags(policy)
 
     def _own_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward, backward, *operands = args

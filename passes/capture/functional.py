@@ -19,7 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from ringfx.errors import CaptureRefused
-from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, storage_of
+from ringfx.passes.capture.aliases import (
+    Alias,
+    can_write_back,
+    same_elements,
+    storage_of,
+    write_back,
+)
 from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.overloads import (
@@ -203,7 +209,7 @@ class _Functionalizer:
     def _assign(self, alias: Alias, value: Node) -> None:
         self._check(alias)
         while alias.parent is not None:
-            value = put(self.emit, alias, value)
+            value = write_back(self.emit, alias, value)
             alias = alias.parent
         alias.current = value
         if alias not in self.written:
@@ -228,7 +234,7 @@ class _Functionalizer:
         while alias.parent is not None:
             if tracked and alias.detached:
                 self._refuse("it writes through a detached view of a value that has a gradient")
-            if not can_put(alias):
+            if not can_write_back(alias):
                 self._refuse(f"it writes through {alias.made_by.target}, which has no inverse")
             alias = alias.parent
 

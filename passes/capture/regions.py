@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
-from ringfx.passes.capture.precision import Obeying
+from ringfx.passes.capture.precision import AutocastInterpreter
 from ringfx.torch_compat.releases import transforms_run
 
 __all__ = ["REGION", "flatten_region", "fold_regions", "trace_below_autograd"]
@@ -47,7 +47,7 @@ def fold_regions(gm: GraphModule) -> None:
 
 def flatten_region(region: GraphModule, operands: Sequence[Any]) -> GraphModule:
     """The region as plain operators on whole batches, for these (fake) operands."""
-    return trace_below_autograd(Obeying(region).run, operands)
+    return trace_below_autograd(AutocastInterpreter(region).run, operands)
 
 
 def trace_below_autograd(function: Callable[..., Any], operands: Sequence[Any]) -> GraphModule:

@@ -25,7 +25,7 @@ import torch
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
 from ringfx.comm.grad_accumulation import NOT_REACHED
-from ringfx.comm.token_lookup import nothing
+from ringfx.comm.token_lookup import additive_zero
 
 __all__ = [
     "all_gather_grad_reduce_scatter",
@@ -155,7 +155,7 @@ def pick_token(
     assert outer == inner == 1, "a token that is picked stands alone in its dimension"
     here = own == element
     row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
-    return torch.where(here.any(), row, nothing(x))
+    return torch.where(here.any(), row, additive_zero(x))
 
 
 def take_own_tokens(

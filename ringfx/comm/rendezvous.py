@@ -20,7 +20,7 @@ from ringfx.errors import AgreementError, CommunicationError
 from ringfx.failures.channel import Channel, settled
 from ringfx.failures.describe import call_site, plain
 
-__all__ = ["Absent", "meet", "tell"]
+__all__ = ["Absent", "all_gather_texts", "meet"]
 
 _NUMBERS, _SIZES, _WORDS = 900_001, 900_002, 900_003
 """Tags that no message of a program has."""
@@ -50,12 +50,14 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
     said = _together(ranks, what, [label, *numbers, *padding])
     if any(row[0] != label for row in said):
         here = f"{what}, from {call_site()}"
-        raise settled(AgreementError(_different(ranks, tell(ranks, what, here.encode()))))
+        raise settled(
+            AgreementError(_different(ranks, all_gather_texts(ranks, what, here.encode())))
+        )
     ranks.channel.has_met = True
     return [row[1 : 1 + len(numbers)] for row in said]
 
 
-def tell(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
+def all_gather_texts(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
     """What every rank has to say, of any length."""
     with unset_fake_temporarily(), _disable_current_modes():
         mine = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
@@ -109,7 +111,7 @@ def _send_and_take(
 def _absent(
     channel: Channel, what: str, came: Sequence[int], error: RuntimeError
 ) -> CommunicationError:
-    waits = channel.said_to_wait()
+    waits = channel.ranks_waiting()
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
         return CommunicationError(

@@ -30,7 +30,7 @@ from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
 from ringfx.compile.why_unsplit import in_transform, why_unsplit
 from ringfx.errors import RingfxError
-from ringfx.failures.watchdog import attend
+from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
 
 __all__ = ["Optimized", "optimized"]
@@ -171,7 +171,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     """A face of the model, of the same parameters; the model is not changed."""
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
-    _attend(mesh)
+    _start_watching(mesh)
     inner, shared = _twin(type(model), dict(model.__dict__)), _Shared(settings, mesh)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
@@ -181,12 +181,12 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     return _make_outer(inner, shared)
 
 
-def _attend(mesh: Any) -> None:
+def _start_watching(mesh: Any) -> None:
     """Look after the ranks from now on, where there are some; refuse what are none at once."""
     if mesh is not None or (dist.is_available() and dist.is_initialized()):
         world = World.of(mesh)
         if world.size > 1:
-            attend(world.group)
+            start_watching(world.group)
 
 
 def _make_outer(inner: M, shared: _Shared, *, is_part: bool = False) -> M:

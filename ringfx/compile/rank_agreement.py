@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ringfx.comm.process_group import Ranks
-from ringfx.comm.rendezvous import meet, tell
+from ringfx.comm.rendezvous import all_gather_texts, meet
 from ringfx.comm.world import World
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
@@ -194,7 +194,9 @@ class Agreement:
         shapes = [_shape(v) for v in inputs]
         modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
         mine = (self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn)
-        told = tell(self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode())
+        told = all_gather_texts(
+            self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode()
+        )
         said, numbers, sites = zip(*map(json.loads, told), strict=True)
         raise settled(AgreementError(_difference(said) + _different_calls(numbers, sites)))
 

@@ -337,7 +337,7 @@ class Channel:
                 self.retired.remove(entry)
                 _close(entry[1], self.neighbour())
 
-    def said_to_wait(self) -> dict[int, str]:
+    def ranks_waiting(self) -> dict[int, str]:
         """What other ranks are said to wait in."""
         said = {}
         with contextlib.suppress(RuntimeError):

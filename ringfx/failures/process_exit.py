@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import TCPStore
 from ringfx.failures.channel import Channel, channel_of, channels, is_settled
 from ringfx.failures.describe import describe_error
 
-__all__ = ["tell_when_leaving"]
+__all__ = ["register_exit_report"]
 
 log = logging.getLogger("ringfx")
 
@@ -34,7 +34,7 @@ _HOOKED: set[int] = set()
 _TOLD: set[Channel] = set()
 
 
-def tell_when_leaving() -> None:
+def register_exit_report() -> None:
     """From now on, whatever ends the process; once in each."""
     if os.getpid() in _HOOKED:
         return
@@ -58,7 +58,7 @@ def tell_when_leaving() -> None:
 def _tell_in_child(_: Any) -> None:
     """A worker of a DataLoader is no rank, though it has its parent's groups."""
     if not (dist.is_available() and dist.is_initialized()):
-        tell_when_leaving()
+        register_exit_report()
 
 
 def _leave() -> None:

@@ -27,7 +27,7 @@ from ringfx.failures.channel import GONE, Channel, Failure, Wait, channel_of, ch
 from ringfx.failures.user_collectives import Outside, main_thread_at, where_outside
 from ringfx.failures.wait_graph import Stand, in_vain
 
-__all__ = ["attend", "watch"]
+__all__ = ["start_watching", "watch"]
 
 log = logging.getLogger("ringfx")
 
@@ -77,7 +77,7 @@ _WATCHED: weakref.WeakKeyDictionary[Channel, _Watched] = weakref.WeakKeyDictiona
 _STARTED = threading.Event()
 
 
-def attend(name: str) -> None:
+def start_watching(name: str) -> None:
     """Look after the group of that name before its ranks' first message."""
     with contextlib.suppress(RuntimeError):  # a store that is none: torch's fake process group
         channel = channel_of(_resolve_process_group(cast(Any, name)))
@@ -91,9 +91,9 @@ def watch(channel: Channel) -> None:
         is_device = may_be_aborted(_group(channel))
         _WATCHED[channel] = _Watched(store=channel.clone_of_store(), is_device=is_device)
     if not _STARTED.is_set():
-        from ringfx.failures.process_exit import tell_when_leaving
+        from ringfx.failures.process_exit import register_exit_report
 
-        tell_when_leaving()
+        register_exit_report()
         _STARTED.set()
         threading.Thread(target=_watch, name="ringfx-watch", daemon=True).start()
 

@@ -41,7 +41,7 @@ class SplitSpec(Arrival):
         """How it is split, as a program is told that takes it."""
         return Arrival(**_of_arrival(self))
 
-    def lying(self, arrival: Arrival, shape: tuple[int, ...], number: str) -> SplitSpec:
+    def with_arrival(self, arrival: Arrival, shape: tuple[int, ...], number: str) -> SplitSpec:
         """What is computed from it and split so."""
         return replace(self, **_of_arrival(arrival), shape=shape, number=number)
 
@@ -52,7 +52,7 @@ class SplitSpec(Arrival):
             self.layout, self.offset, self.length, from_the_end, self.outer, self.inner, self.group
         )  # fmt: skip
 
-    def everywhere(self) -> bool:
+    def is_on_every_rank(self) -> bool:
         """Whether each rank has a token of it."""
         size, end = self.layout.chunk_length, self.offset + self.length
         starts = map(self.layout.chunk_starts, range(self.layout.world_size))

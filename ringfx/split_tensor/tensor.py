@@ -337,7 +337,7 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     source = max(given, key=torch.Tensor.dim)
     to_one = reduce_to_one(func, kwargs)
-    if to_one is not None and len(args) == 1 and source._spec.everywhere():
+    if to_one is not None and len(args) == 1 and source._spec.is_on_every_rank():
         return source._reduced(func, to_one, kwargs)
     asked = _few_tokens(func, source, args, kwargs)
     if asked is not None:
@@ -419,7 +419,7 @@ def _made_split(
             source._hand_out()
         return result
     shape, arrival = how
-    spec = source._spec.lying(arrival, shape, number)
+    spec = source._spec.with_arrival(arrival, shape, number)
     return _viewing(result, source, spec, is_view)
 
 

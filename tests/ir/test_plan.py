@@ -157,7 +157,7 @@ def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
         "profile h100-sxm-published, of unknown age: published figures",
         "causal; 8,192 tokens, 32/8 heads of 128, bfloat16; flash kernel",
         "found as sdpa at llama/modeling_llama.py:254",
-        "fastest of 4; next ulysses, 12% slower",
+        "production (overlapped ring): fastest of 4; next ulysses, 12% slower",
         "4 attention calls: 56.0 ms a step on each rank (48.0 ms compute, 8.00 ms exposed",
         "40.0 MiB saved for backward, up to 3.00 MiB of workspace",
         "gather, 1.00 MiB at router (moe.py:4): sort orders all tokens",

@@ -133,7 +133,7 @@ def test_the_choice_under_a_budget_is_exact(seed: int) -> None:
 def test_a_strategy_by_name_holds_for_every_layer() -> None:
     layers = _choose(causal_site(0), causal_site(1), strategy="simple")
     assert [x.strategy for x in layers] == ["simple", "simple"]
-    assert layers[0].reason.startswith('asked for by strategy="simple"; ')
+    assert layers[0].reason.startswith('requested by strategy="simple"; ')
     assert layers[0].reason.endswith("faster")
 
 
@@ -146,7 +146,10 @@ def test_the_last_glob_that_matches_wins_and_the_rest_stays_free() -> None:
 
 
 def test_an_unknown_strategy_lists_the_choices() -> None:
-    message = "unknown strategy 'fastest'. Choices: auto, simple, collective, production, ulysses."
+    message = (
+        "unknown strategy 'fastest'. Choices: auto, simple (reference ring), collective (all-gather"
+        " of K/V), production (overlapped ring), ulysses (all-to-all of heads)."
+    )
     for strategy in ("fastest", {"*": "fastest"}):
         with pytest.raises(InvalidArgument) as caught:
             _choose(causal_site(), strategy=strategy)
@@ -172,7 +175,10 @@ def test_a_strategy_that_cannot_run_is_refused_with_numbers_and_remedies() -> No
         "model.layers.7.self_attn (/opt/models/llama/modeling_llama.py:254,"
         ' found as "sdpa"): "ulysses" needs heads % ranks == 0; here 12 heads, 8 ranks.'
     )
-    assert second.startswith("  Admissible: collective, production, simple. Cheapest: ")
+    assert second.startswith(
+        "  Admissible: collective (all-gather of K/V), production (overlapped ring), "
+        "simple (reference ring). Cheapest: "
+    )
     assert ", predicted " in second
     assert third == (
         "  Do: drop the override for model.layers.7.*,"
