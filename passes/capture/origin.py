@@ -57,7 +57,7 @@ def source_line(node: torch.fx.Node) -> str:
 
 
 def inlined_call(node: torch.fx.Node) -> str | None:
-    """The call that this operator spells out, such as ``flash_attn_func``."""
+    """The call that this operator was inlined from, such as ``flash_attn_func``."""
     if "ringfx_inlined_call" in node.meta:
         return str(node.meta["ringfx_inlined_call"])
     for file, _, function in _FRAME.findall(node.meta.get("stack_trace") or ""):

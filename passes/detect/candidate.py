@@ -77,7 +77,7 @@ class Candidate:
     sinks: Expr | None = None
     """A logit for each head that joins the softmax alone."""
     fully_masked: Literal["zero", "nan"] = "zero"
-    """What the spelling gives for a row of -inf: 0, or NaN as a plain softmax does."""
+    """The result for a row of -inf: 0, or NaN as a plain softmax does."""
     dropout: float = 0.0
     region: Region | None = field(default=None, repr=False)
     otherwise: Callable[[], Sequence[Candidate]] = field(default=tuple, repr=False)

@@ -1,8 +1,8 @@
 """Calls of attention kernels become ``scaled_dot_product_attention``, in the program itself.
 
 A call is replaced by a plain function of its operands, traced on their fake values. The program
-computes the same; what follows has one form to read. A call that cannot be written so is left as it
-stands, with the reason.
+computes the same; what follows has one form to read. A call without a plain form stays, with the
+reason.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["KernelCall", "inline", "inline_kernel_calls"]
 KernelCall = Callable[..., torch.Tensor]
 """Takes a call's arguments by the names of its schema and returns its first result.
 
-Raises ValueError, with the reason, where no plain spelling has the same meaning."""
+Raises ValueError, with the reason, if plain SDPA cannot compute the same."""
 
 
 def inline_kernel_calls(
-    graph: torch.fx.Graph, spelling_of: Callable[[Node], KernelCall | None]
+    graph: torch.fx.Graph, plain_form_of: Callable[[Node], KernelCall | None]
 ) -> dict[Node, str]:
-    """Rewrite every call that has a spelling; returns why the others stay as they are."""
+    """Rewrite every call that has a plain form; returns the reason for each that has to stay."""
     refused: dict[Node, str] = {}
     for node in list(graph.nodes):
-        spelling = spelling_of(node)
-        if spelling is None:
+        plain_form = plain_form_of(node)
+        if plain_form is None:
             continue
-        reason = _others_used(node) or _replace(node, spelling)
+        reason = _others_used(node) or _replace(node, plain_form)
         if reason is not None:
             refused[node] = reason
     return refused
@@ -56,10 +56,10 @@ def _others_used(node: Node) -> str | None:
     return None
 
 
-def _replace(node: Node, spelling: KernelCall) -> str | None:
+def _replace(node: Node, plain_form: KernelCall) -> str | None:
     arguments = Call(node).arguments
     try:
-        made = inline(node, lambda **given: spelling(**given), **arguments)
+        made = inline(node, lambda **given: plain_form(**given), **arguments)
     except ValueError as error:
         return str(error)
     value = node.meta["val"]

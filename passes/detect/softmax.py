@@ -1,4 +1,4 @@
-"""Every way to say softmax: the function, or exponentials divided by their sum."""
+"""Softmax in all its forms: the function, or exponentials divided by their sum."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Divisors:
 
 
 def softmax_call(node: Node) -> Softmax | None:
-    """The softmax that this call is the heart of, or None."""
+    """The softmax that has this call as its root (see ``ROOTS``), or None."""
     rule = ROOTS.get(node.target)
     return rule(node) if rule is not None else None
 

@@ -1,4 +1,4 @@
-"""What lies around a softmax: back to the products behind it, on to the product that uses it."""
+"""The calls around a softmax: back to the products in its scores, on to the product with V."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def is_elementwise(node: Node) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """The operator's name as a user knows it."""
+    """The operator's name without its namespace."""
     name = getattr(node.target, "_schema", None)
     return str(name.name).split("::")[-1] if name is not None else str(node.target)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoreOperands:
-    """What a softmax is taken of."""
+    """The calls from which the scores of a softmax are computed."""
 
     products: tuple[Product, ...]
     """Products of two values of the program, nearest first."""
@@ -75,7 +75,7 @@ class ScoreOperands:
 
 
 def walk_to_products(start: Node, parameters: frozenset[Node]) -> ScoreOperands:
-    """Everything elementwise, viewed or reduced behind a value, up to products."""
+    """Walk back over elementwise calls, views and reductions, up to products."""
     products: list[Product] = []
     projections: list[Product] = []
     seen: set[Node] = set()
@@ -207,7 +207,7 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
 
 
 def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
-    """``where(isnan(p), 0, p)`` in its spellings, the calls in program order; empty for others."""
+    """``where(isnan(p), 0, p)`` in all its forms, the calls in program order; empty for others."""
     *asked, last = sorted(users, key=lambda n: n._sort_key) or [value]
     if not asked or any(list(n.users) != [last] for n in asked):
         return []

@@ -1,18 +1,18 @@
-"""Conjugate communication: every transfer between whole and split, with its transpose as backward.
+"""Conjugate communication: conversions between placements, with their transpose as backward.
 
-| forward                     | backward                     | name           |
-|-----------------------------|------------------------------|----------------|
-| take this rank's tokens     | all-gather                   | slice_tokens   |
-| all-gather                  | take this rank's tokens      | all_gather_grad_slice  |
-| all-gather                  | reduce-scatter               | all_gather_grad_reduce_scatter  |
-| all-reduce of partial sums  | identity                     | sum_partials   |
-| identity                    | all-reduce                   | share          |
-| identity, in two halves     | all-reduce, in two halves    | enter, leave   |
+| name                           | forward           | backward           |
+|--------------------------------|-------------------|--------------------|
+| slice_tokens                   | slice             | all-gather         |
+| all_gather_grad_slice          | all-gather        | slice              |
+| all_gather_grad_reduce_scatter | all-gather        | reduce-scatter     |
+| identity_grad_all_reduce       | identity          | all-reduce         |
+| grad_bucket_wait, _start       | identity          | all-reduce in two  |
+| sum_partials                   | all-reduce        | identity           |
 
-With these alone, gradients of a split program are right by construction. All are plain functions
-of tensors, Python numbers and a text ``what`` that errors name, so that they can stand in an fx
-graph; the rank enters only through the index tensors. Shapes are written [outer, tokens, inner],
-flattened into one dimension ``dim``.
+With these alone, gradients of a split program are right by construction (docs/glossary.md defines
+the placements). All are plain functions of tensors, Python numbers and a text ``what`` that errors
+name, so that they can stand in an fx graph; the rank enters only through the index tensors. Shapes
+are written [outer, tokens, inner], flattened into one dimension ``dim``.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def pick_token(
 def take_own_tokens(
     x: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
-    """This rank's tokens of a whole value, zero where a token is padding."""
+    """This rank's tokens of a replicated value, zero where a token is padding."""
     return mask_tokens(take_tokens(x, index, dim, outer, inner), valid, 0, dim, outer, inner)
 
 
@@ -248,12 +248,12 @@ class _IdentityAllReduce(Function):
 
 
 class _GradBucketWait(Function):
-    """The end of a sum of gradients: it stands where the tensors enter the program.
+    """Identity; its backward waits for the all-reduce. It stands at the start of the program.
 
     Besides the tensors it gives a carrier, a view of one zero in the shape of the flat message,
-    which exists to bring that message back. Autograd runs what entered first last, so that the wait
-    comes after everything else that backward has to do. The tensors' own gradients only tell which
-    of them the loss reaches: the others get none, as in the unsplit program.
+    through which the summed message comes back. In backward autograd runs the first call last, so
+    the wait comes after all other work. The tensors' own gradients only show which of them the loss
+    reaches: the others get none, as in the unsplit program.
     """
 
     @staticmethod
@@ -279,7 +279,7 @@ class _GradBucketWait(Function):
 
 
 class _GradBucketStart(Function):
-    """The start of a sum of gradients: it stands before the first call that uses one of them."""
+    """Identity; its backward starts the all-reduce. It stands before the first use of a tensor."""
 
     @staticmethod
     def forward(ctx: Any, call: torch.Tensor, settings: tuple[Any, ...], *tensors: Any) -> Any:
@@ -338,7 +338,7 @@ def all_gather_grad_slice(
     x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
-    """The whole of a split value for computations that every rank repeats."""
+    """A sharded value, replicated for computations that every rank repeats."""
     return _apply(_AllGatherSlice, x, index, order, valid, ranks, group, dim, outer, inner, what)
 
 
@@ -346,7 +346,7 @@ def all_gather_grad_reduce_scatter(
     x: torch.Tensor, order: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
-    """The whole of a split value for computations that each rank does for its own tokens."""
+    """A sharded value, replicated for computations that each rank does for its own tokens."""
     return _apply(_AllGatherReduceScatter, x, order, ranks, group, dim, outer, inner, what)
 
 
@@ -356,12 +356,12 @@ def sum_partials(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
 
 
 def identity_grad_all_reduce(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
-    """A whole value that each rank uses for its own tokens: its gradient is summed over ranks."""
+    """A replicated value that each rank uses for its own tokens; gradients are summed."""
     return _apply(_IdentityAllReduce, x, group, what)
 
 
 def grad_bucket_wait(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The tensors of a bucket and its carrier, for ``leave``."""
+    """The tensors of a bucket and its carrier, for ``grad_bucket_start``."""
     entered = _GradBucketWait.apply(*tensors)  # type: ignore[no-untyped-call]
     return cast(tuple[torch.Tensor, ...], entered)
 
@@ -369,7 +369,7 @@ def grad_bucket_wait(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...
 def grad_bucket_start(
     entered: tuple[torch.Tensor, ...], call: torch.Tensor, members: list[int], group: str, what: str
 ) -> tuple[torch.Tensor, ...]:
-    """The tensors, for computations that each rank does for its own tokens.
+    """The tensors of a bucket, for computations that each rank does for its own tokens.
 
     ``call`` and ``members`` tell a parameter's gradient from others, see
     ``ringfx.comm.grad_accumulation``.

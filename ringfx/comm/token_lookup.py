@@ -35,7 +35,7 @@ def local_rows(
 
 
 def additive_zero(x: torch.Tensor) -> torch.Tensor:
-    """What adds nothing to numbers of x's type: -0.0, since 0.0 would make 0.0 of a -0.0."""
+    """The neutral element of addition in x's type: -0.0, since -0.0 + 0.0 is 0.0."""
     zero = complex(-0.0, -0.0) if x.is_complex() else -0.0 if x.is_floating_point() else 0
     return torch.full((), zero, dtype=x.dtype, device=x.device)
 

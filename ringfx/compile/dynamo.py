@@ -36,7 +36,7 @@ way down to it: 2^n visits for n checkpoints inside each other. Capture flattens
 
 
 def prepare_tracing() -> None:
-    """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
+    """Before a program is traced: packages replaced by plain torch, log lines deferred."""
     keep_substituting()
     defer_logs(is_for_ringfx)
     _keep_compiling()

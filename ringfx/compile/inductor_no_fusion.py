@@ -1,10 +1,10 @@
-"""Keeps Inductor from fusing attention that ringfx left as it stands.
+"""Keeps Inductor from fusing attention that ringfx declined.
 
 Inductor recognises attention in products and softmaxes by patterns of its own, and gets an unusual
-order of K's dimensions wrong where their sizes agree (pytorch #195320), silently. What ringfx
-declined was declined with a reason, so it is compiled as it is written: while Inductor looks for
-patterns an identity stands behind every batched product, and is taken out again afterwards. The
-compiled program is the same but for the fusion.
+order of K's dimensions silently wrong where their sizes agree (pytorch #195320). Ringfx declines a
+region for a reason, so the region must be compiled as it is written. While Inductor matches
+patterns, an identity (``fusion_barrier``) follows every batched product; it is removed afterwards.
+The compiled program differs in the fusion only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FUSION_BARRIER = torch.ops.ringfx.fusion_barrier.default
 
 
 class _InsertBarriers(CustomGraphPass):
-    """Puts an identity behind every batched product."""
+    """Inserts a barrier after every batched product."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -54,7 +54,7 @@ class _InsertBarriers(CustomGraphPass):
 
 
 class _RemoveBarriers(CustomGraphPass):
-    """Takes the identities out again."""
+    """Removes the barriers."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -67,7 +67,7 @@ class _RemoveBarriers(CustomGraphPass):
 
 
 def config_without_attention_fusion() -> Mapping[str, Any]:
-    """Settings of Inductor for one compilation, beside the user's own passes."""
+    """Inductor's settings for one compilation; the user's own passes stay."""
     return {
         "joint_custom_pre_pass": _beside(config.joint_custom_pre_pass, _InsertBarriers()),
         "joint_custom_post_pass": _beside(config.joint_custom_post_pass, _RemoveBarriers()),

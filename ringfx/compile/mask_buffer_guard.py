@@ -1,10 +1,10 @@
-"""Masks that modules keep: does a buffer still hold what it held when the program was made?
+"""Mask buffers of modules: does a buffer still have the values it had at compilation?
 
 A mask buffer becomes a function of positions when the program is made. A write into the buffer
 since then would leave the program computing with the old mask, and neither its version nor its
-address tells of every write (through ``.data``, or numpy). So every call compares all of it with a
-copy: at the speed of memory, which a hash is not. What has not changed needs no checksum for the
-other ranks either (``agreement.py``).
+address shows every write (through ``.data``, or numpy). So every call compares the whole buffer
+with a copy, which is faster than a hash. An unchanged buffer needs no checksum for the other ranks
+either (``rank_agreement.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 
 class BufferSnapshot:
-    """What modules' buffers held when a program was made: one copy of those that are equal."""
+    """The values of modules' buffers at compilation; equal buffers share one copy."""
 
     def __init__(self, buffers: Mapping[int, Tensor]) -> None:
         self._copies: dict[int, Tensor] = {}
@@ -38,7 +38,7 @@ class BufferSnapshot:
             self._copies[i] = same
 
     def unchanged(self, inputs: Sequence[Any]) -> frozenset[int]:
-        """The numbers of those that hold the same still; each place in memory is looked at once."""
+        """The numbers of the unchanged buffers; each place in memory is compared once."""
         found: dict[tuple[int, torch.Size, int], bool] = {}
         same = set()
         for i, copy in self._copies.items():
@@ -51,8 +51,8 @@ class BufferSnapshot:
 
 
 def buffers_to_watch(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
-    """Buffers to keep a copy of: those that masks count on, and all that are summed in every call,
-    which numbers with a fraction are not."""
+    """Buffers to copy: those that masks depend on, and all that have a checksum in every call,
+    which floating-point buffers have not."""
     return {
         i: value
         for i, value in captured.buffers.items()

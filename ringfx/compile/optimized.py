@@ -1,10 +1,10 @@
 """The model that ``optimize`` returns: two objects that share one state.
 
-The *face* is what users hold. Its class is made for it, ``Optimized`` in front of the model's own
-class, and every way to run it (a call, ``forward``, a part of it called by itself) leads to
-``_run``. The *inner* module is what Dynamo traces: an object of the model's own class, so that
-nothing of ringfx stands in the program. Both have one ``__dict__``: what is set on the face (a
-parameter, a hook, a patched ``forward``) is there when the inner module runs.
+The *outer* model is what users hold. Its class is made for it, ``Optimized`` in front of the
+model's own class, and every way to run it (a call, ``forward``, a part of it called by itself)
+leads to ``_run``. The *inner* module is what Dynamo traces: an object of the model's own class, so
+that nothing of ringfx stands in the program. Both have one ``__dict__``: what is set on the outer
+model (a parameter, a hook, a patched ``forward``) is there when the inner module runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _COMPILED = (
 
 
 class _Shared:
-    """What the faces of one model share: the options, and the backend that compiles for them."""
+    """Shared by the outer model and its parts: the options, and the backend that compiles."""
 
     def __init__(self, settings: Settings, mesh: Any) -> None:
         self.settings = settings
@@ -94,7 +94,7 @@ class Optimized:
     _ringfx_programs: tuple[Any, Callable[..., Any]] | None
     """The compiled call, and what it was made for."""
     _ringfx_parts: dict[str, Optimized]
-    """Faces of submodules that have been asked for."""
+    """Outer models of submodules that have been asked for."""
     _ringfx_is_part: bool
     """Whether it is one of those: it may hold no attention."""
 
@@ -138,14 +138,14 @@ class Optimized:
         self._ringfx_shared.backend_now().announce(_COMPILED)
 
     def __getattr__(self, name: str) -> Any:
-        """What the module's dict does not hold; a part that may attend has a face of its own."""
+        """What the module's dict does not hold; a part that may attend has an outer model."""
         value = super().__getattr__(name)  # type: ignore[misc]
         if _is_part(value) and not _is_running(self):
             return _part(self, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """``model.a = model.a``: the module itself is kept, not the face of it."""
+        """``model.a = model.a``: the module itself is kept, not its outer model."""
         inner = value._ringfx_inner if isinstance(value, Optimized) else value
         super().__setattr__(name, inner)
         if name == "__class__":  # fully_shard puts a class of its own in front
@@ -168,7 +168,7 @@ class Optimized:
 
 
 def optimized(model: M, settings: Settings, mesh: Any) -> M:
-    """A face of the model, of the same parameters; the model is not changed."""
+    """An outer model with the same parameters; the given model is not changed."""
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
     _start_watching(mesh)
@@ -222,7 +222,7 @@ def _outer_class(given: type[M]) -> type[M]:
 
 
 def _given_class(outer_class: type) -> Any:
-    """The class behind a face's, also where fully_shard has put one of its own in front."""
+    """The given class behind an outer class, also where fully_shard has put one of its own in front."""
     mro = outer_class.__mro__
     return mro[mro.index(Optimized) + 1]
 

@@ -31,7 +31,7 @@ LINGER_S = 1.5
 _HOOKED: set[int] = set()
 """Processes that tell; one that was forked from another starts anew."""
 
-_TOLD: set[Channel] = set()
+_REPORTED: set[Channel] = set()
 
 
 def register_exit_report() -> None:
@@ -67,9 +67,9 @@ def _leave() -> None:
 
 def _tell(error: BaseException | None) -> None:
     for channel in _channels():
-        if channel in _TOLD:
+        if channel in _REPORTED:
             continue
-        _TOLD.add(channel)
+        _REPORTED.add(channel)
         with contextlib.suppress(RuntimeError):
             _tell_one(channel, error)
 

@@ -59,7 +59,7 @@ def wrap(
 ) -> torch.Tensor:
     """This rank's part as a tensor of the global shape, differentiable.
 
-    ``told`` is told of every gather of it, and of what is computed from it.
+    ``on_gather`` is called for every gather of it and of values computed from it.
     """
     numbered = dataclasses.replace(spec, number=next_number(spec.group))
     cell = Cell(local.detach(), on_gather=on_gather)
@@ -110,6 +110,6 @@ def _place_in_memory(x: torch.Tensor) -> tuple[Any, ...]:
 
 
 def part(split: SplitTensor, on_gather: GatherObserver | None = None) -> torch.Tensor:
-    """This rank's tokens, differentiable; ``told`` is told where the gradient is gathered."""
+    """This rank's tokens, differentiable; ``on_gather`` is called if the gradient is gathered."""
     mine: torch.Tensor = _Part.apply(split, on_gather)  # type: ignore[no-untyped-call]
     return mine

@@ -28,7 +28,7 @@ __all__ = ["ProgramHandoff", "global_example", "is_split", "local_example"]
 
 
 class ProgramHandoff:
-    """What is moved between the programs of one model on one rank."""
+    """Hands values from one program of a model to the next, on one rank."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
@@ -50,7 +50,7 @@ class ProgramHandoff:
             self.running = before
 
     def on_gather(self, graph_break: str | None) -> GatherObserver | None:
-        """Who is told of gathers of a program's results."""
+        """The observer of gathers of a program's results."""
         if self.called:
             return _HandoffObserver(handoff=self) if self.running else None
         return None if graph_break is None else _HandoffObserver(handoff=self, always=True)
@@ -70,7 +70,7 @@ class ProgramHandoff:
         return slice_tokens(whole, index, order, *where)
 
     def note(self, spec: SplitSpec, num_bytes: int, in_backward: bool) -> None:
-        """Say that a value is gathered, in the plan and once to the user."""
+        """Record a gather in the plan, and warn the user once."""
         where = users_frame()
         reason = (
             f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
@@ -121,7 +121,7 @@ def is_split(value: Any) -> TypeGuard[SplitTensor]:
 
 
 def global_example(value: Any) -> Any:
-    """What stands for a value while the program is made: it needs a gradient as the value does."""
+    """A tensor of the global shape for compilation; it requires a gradient if the value does."""
     if not isinstance(value, SplitTensor):
         return value
     context = TracingContext.try_get()
@@ -136,7 +136,7 @@ def global_example(value: Any) -> Any:
 
 
 def local_example(value: SplitTensor) -> torch.Tensor:
-    """What stands for this rank's part of it."""
+    """A tensor of the local shape for compilation."""
     return torch.empty_like(
         value._local, memory_format=torch.contiguous_format, requires_grad=value.requires_grad
     )

@@ -1,4 +1,4 @@
-"""How a value outside the programs is split, and how the ranks agree to touch it together."""
+"""How a value outside the programs is sharded, and the rendezvous of ranks before a gather."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class SplitSpec(Arrival):
 
     @staticmethod
     def of(arrival: Arrival, **rest: Any) -> SplitSpec:
-        """Of a value that lies so."""
+        """Of a value with this placement."""
         return SplitSpec(**_of_arrival(arrival), **rest)
 
     def arrival(self) -> Arrival:
-        """How it is split, as a program is told that takes it."""
+        """Its placement, for a program that takes it as an input."""
         return Arrival(**_of_arrival(self))
 
     def with_arrival(self, arrival: Arrival, shape: tuple[int, ...], number: str) -> SplitSpec:
-        """What is computed from it and split so."""
+        """The spec of a result computed from it, with this placement."""
         return replace(self, **_of_arrival(arrival), shape=shape, number=number)
 
     def tokens(self) -> tuple[Any, ...]:
-        """What values that are split alike agree in, as far as broadcasting goes."""
+        """Equal for values that are sharded alike, up to broadcasting."""
         from_the_end = len(self.shape) - self.dim
         return (
             self.layout, self.offset, self.length, from_the_end, self.outer, self.inner, self.group
         )  # fmt: skip
 
     def is_on_every_rank(self) -> bool:
-        """Whether each rank has a token of it."""
+        """Whether every rank has at least one of its tokens."""
         size, end = self.layout.chunk_length, self.offset + self.length
         starts = map(self.layout.chunk_starts, range(self.layout.world_size))
         return all(any(s < end and s + size > self.offset for s in chunks) for chunks in starts)
@@ -67,22 +67,22 @@ def _of_arrival(value: Arrival) -> dict[str, Any]:
 
 
 class GatherObserver(Protocol):
-    """Is given a value that is gathered and its size in bytes."""
+    """Called with every value that is gathered and its size in bytes."""
 
     @property
     def model_runs(self) -> bool:
-        """Whether the model runs: every rank then runs the same calls."""
+        """Whether the model is running: every rank then makes the same calls."""
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None: ...
 
 
 def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
-    """All ranks say that they touch this output before any of them starts to gather.
+    """Wait until all ranks use this output; only then may a gather start.
 
     Raises
     ------
     AgreementError
-        When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
+        If some ranks do not arrive: without it ``if rank == 0: print(logits)`` would hang.
     """
     ranks = Ranks.named(spec.group, spec.name)
     what = f"a use of {spec.name} {spec.shape}, number {spec.number}{part}"

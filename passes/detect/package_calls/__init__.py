@@ -1,7 +1,7 @@
-"""Calls of other packages as plain torch: one entry a function.
+"""Functions of other packages in plain torch: one entry a function.
 
-While Dynamo traces for ringfx, a call of ``module.function`` is traced as the spelling given here
-(passes/detect/substitute.py). Masks that a package takes as numbers (causal, windows, document
+While Dynamo traces for ringfx, a call of ``module.function`` is traced as the replacement given
+here (passes/detect/substitute.py). Masks that a package takes as numbers (causal, windows, document
 lengths) become comparisons of positions, and from there on they are masks like any other.
 """
 
@@ -29,4 +29,4 @@ PACKAGE_CALLS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "torch.nn.attention.bias":                  TORCH_BIAS,
     "torch.nn.attention.flex_attention":        TORCH_FLEX,
 }  # fmt: skip
-"""Spellings have the package's parameter names; an older or newer signature is matched by name."""
+"""Replacements have the package's parameter names; older and newer signatures match by name."""
