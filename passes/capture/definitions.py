@@ -1,4 +1,4 @@
-"""Operators whose call hides writes, or a whole layer, spelled out in what they are made of."""
+"""Decompositions of operators that hide writes, or that are a complete layer."""
 
 from __future__ import annotations
 

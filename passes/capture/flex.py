@@ -1,4 +1,4 @@
-"""flex_attention, spelled out: its score and mask functions become ordinary operators.
+"""Decompose flex_attention: its score and mask functions become ordinary operators.
 
     flex(q, k, v) = softmax(where(keep(b, h, i, j), score_mod(q k^T scale, b, h, i, j), -inf)) v
 
@@ -147,7 +147,7 @@ def _flat(
 def _added(score: GraphModule) -> GraphModule | bool | None:
     """What is added to the score: a program for it, True for nothing, None if more is done.
 
-    Only ``score`` itself and ``score + bias`` are read so; anything else is spelled out.
+    Only ``score`` itself and ``score + bias`` are read so; anything else is decomposed.
     """
     first = next(n for n in score.graph.nodes if n.op == "placeholder")
     result: Any = score.graph.output_node().args[0]

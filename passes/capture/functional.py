@@ -239,7 +239,7 @@ class _Functionalizer:
             alias = alias.parent
 
     def _show(self, alias: Alias) -> None:
-        """Make the views of a new value again, as far as somebody still reads them."""
+        """Make the views of a new value again, if they still have readers."""
         for child in alias.children:
             if not child.needed_after(self.time):
                 continue

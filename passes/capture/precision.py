@@ -1,4 +1,4 @@
-"""Autocast, spelled out: every cast that it would make is a call of the flat program.
+"""Write autocast into the program: every cast that it would make becomes a call.
 
 Autocast works below the level at which a program is recorded: the calls stand there with the
 operands that the user gave, and their types would be known only when the program runs. So each

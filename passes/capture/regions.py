@@ -122,7 +122,7 @@ def _origin(region: Sequence[Node]) -> dict[str, Any]:
 
 
 def _refuse_gradient_modes(region: Sequence[Node]) -> None:
-    """Below autograd a region without gradients cannot be told from one with."""
+    """Below autograd a region without gradients looks like one with gradients."""
     modes = [n.args[0] for n in region if n.target is torch._C._set_grad_enabled]
     if True in modes and False in modes[modes.index(True) :]:
         modes = modes[: modes.index(True)]  # torch.func.grad turns gradients on, and back

@@ -152,7 +152,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 def keep_value(fake: torch.Tensor, value: torch.Tensor) -> None:
-    """A fake tensor that stands for a module's tensor, of which the values can be looked at."""
+    """A fake tensor that stands for a module's tensor, with readable values."""
     fake.ringfx_value = value  # type: ignore[attr-defined]
 
 
@@ -161,7 +161,7 @@ def _with_values(given: Any) -> Any:
 
 
 def _is_buffer(node: torch.fx.Node, value: Any) -> bool:
-    """A tensor that a module holds, no parameter, whose values can be looked at."""
+    """A module's tensor, no parameter, whose values can be read."""
     plain = type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
     return plain and _is_held(node)
 

@@ -1,4 +1,4 @@
-"""An attention as detection hands it on, whatever it was spelled as."""
+"""An attention as detection returns it, in whatever form it was written."""
 
 from __future__ import annotations
 

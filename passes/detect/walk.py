@@ -216,11 +216,11 @@ def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
     nothing = [*zeros, 0, 0.0]
     for test in tests:
         filled = [(test, zero, value) for zero in nothing]
-        spelled: dict[Any, list[Any]] = {
+        forms: dict[Any, list[Any]] = {
             aten.masked_fill.Scalar: [(value, test, 0), (value, test, 0.0)],
             aten.where.self: filled, aten.where.ScalarSelf: filled,
         }  # fmt: skip
-        if len(tests) + len(zeros) == len(asked) and last.args in spelled.get(last.target, ()):
+        if len(tests) + len(zeros) == len(asked) and last.args in forms.get(last.target, ()):
             return [*asked, last]
     return []
 

@@ -49,7 +49,7 @@ class Target:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     has_own_length: bool = False
-    """The inputs are the factory's, which was not told how long they should be."""
+    """The inputs are the factory's own; it does not take a length."""
 
 
 def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Callable[..., Any]:

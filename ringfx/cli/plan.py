@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What of it is shown; with nothing asked for, the plan."""
+    """Which views of the plan are printed; by default the plan itself."""
 
     as_json: bool = False
     html: Path | None = None

@@ -50,9 +50,9 @@ def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
         if 0 <= to < chunks * ranks.size and _owner(to, ranks.size)[0] != ranks.rank:
             operations.append(Transfer(sends=True, buffer=x[slot], peer=_owner(to, ranks.size)[0]))
     if operations:
-        works = ranks.guarded("borders", "its neighbours", lambda: ranks.start(operations))
+        works = ranks.guarded("halo exchange", "its neighbours", lambda: ranks.start(operations))
         for work in works:
-            ranks.guarded("borders", "its neighbours", work.wait)
+            ranks.guarded("halo exchange", "its neighbours", work.wait)
     return result
 
 

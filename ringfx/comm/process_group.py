@@ -72,7 +72,7 @@ class Ranks:
 
     @property
     def channel(self) -> Channel:
-        """What the ranks tell each other beside their messages."""
+        """Reports of failures between the ranks, beside their messages."""
         assert self.group is not None, "one rank alone has nobody to talk to"
         return channel_of(self.group)
 
@@ -134,7 +134,7 @@ class Ranks:
     ) -> Exchange:
         """Starts sending one buffer and receiving another; both contiguous, of equal size.
 
-        All ranks call it in the same order. ``tag`` tells apart messages between the same two ranks
+        All ranks call it in the same order. ``tag`` separates messages between the same two ranks
         that are under way together (gloo; NCCL goes by the order).
         """
         assert self.group is not None, "one rank alone has nobody to talk to"

@@ -1,7 +1,7 @@
 """All ranks come together and say what they came for: a rank that is elsewhere is found out.
 
 Messages of a program pair by their order, so two ranks that are in different places of the user's
-code would mix them up. Whatever all ranks must do together (a call of the model, a touch of a split
+code would mix them up. Whatever all ranks must do together (a call of the model, a use of a split
 output) therefore begins with a meeting, whose small message carries what the rank is about to do.
 It goes over connections of the CPU, and waits for no accelerator.
 """

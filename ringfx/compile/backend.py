@@ -120,7 +120,7 @@ class Backend:
 
     @contextlib.contextmanager
     def call(self, model: torch.nn.Module, *, is_part: bool) -> Iterator[None]:
-        """One call of the model: programs run inside; at its end what ran is looked at.
+        """One call of the model: programs run inside; at its end it checks which ran.
 
         ``is_part``: it is a part of the model, and need not hold attention.
 

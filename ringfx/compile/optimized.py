@@ -222,7 +222,7 @@ def _outer_class(given: type[M]) -> type[M]:
 
 
 def _given_class(outer_class: type) -> Any:
-    """The given class behind an outer class, also where fully_shard has put one of its own in front."""
+    """The given class behind an outer class, also if fully_shard has put its own in front."""
     mro = outer_class.__mro__
     return mro[mro.index(Optimized) + 1]
 

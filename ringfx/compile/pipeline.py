@@ -175,7 +175,7 @@ def _whole_masks(sites: Sites, local: LocalProgram, world: World) -> tuple[str, 
 
 
 def _unvalued(captured: Captured, sites: Sites) -> tuple[str, ...]:
-    """What a run would look at, and a plan of a model without values cannot."""
+    """Mask buffers without values: a run reads them, a plan of a model on meta cannot."""
     if not sites.unvalued:
         return ()
     first, more = captured.input_names[sites.unvalued[0]], len(sites.unvalued) - 1

@@ -1,7 +1,7 @@
-"""What the ranks of a group tell each other beside their messages: who failed, where, and why.
+"""Reports of failures between the ranks of a group: which rank failed, where, and why.
 
 A rank that fails would leave the others waiting. So each failure is posted under one key of the
-group's store, and the connections over which the ranks talked are given up: whoever waits hears of
+group's store, and the connections of the ranks are closed: a rank that waits learns of
 it at once, reads the key, and raises an error with the cause.
 
 Connections are ringfx's own (gloo), so that the user's group stays as it is. Those of one *epoch*
@@ -327,7 +327,7 @@ class Channel:
             self.retired.append((time.monotonic(), twin))
 
     def close(self) -> None:
-        """Give up the connections: whoever waits in them hears at once."""
+        """Close the connections: ranks that wait in them notice at once."""
         if self._twin is not None:
             _close(self._twin, self.neighbour())
 
@@ -374,7 +374,7 @@ def channel_of(group: dist.ProcessGroup) -> Channel:
 
 @contextlib.contextmanager
 def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
-    """What ends it with an error on this rank is told to the other ranks of that group.
+    """An error that leaves it on this rank is reported to the other ranks of the group.
 
     ``begins``: it is an outermost call of the model, and not a part of one.
     """

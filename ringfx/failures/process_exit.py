@@ -1,6 +1,6 @@
-"""A process that ends tells the ranks that may wait for it: with an error of the user's, or done.
+"""A process that ends reports it to the ranks that may wait for it: with its error, or done.
 
-What kills it at once (SIGKILL, ``os._exit``) is not told; others see a broken connection.
+What kills it at once (SIGKILL, ``os._exit``) is not reported; others see a broken connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LINGER_S = 1.5
 """A rank that serves the store leaves it to the others for so long, to read why it ends."""
 
 _HOOKED: set[int] = set()
-"""Processes that tell; one that was forked from another starts anew."""
+"""Processes that report; one that was forked from another starts anew."""
 
 _REPORTED: set[Channel] = set()
 

@@ -5,7 +5,7 @@ nothing. What ends a wait before the group's timeout is a failure that was poste
 break the connection that is waited for (rank 2 waits for rank 0, which computes; rank 1 failed), a
 process that has ended, and ranks that wait for each other (``ringfx.failures.wait_graph``).
 
-A rank that waits in a collective of the user's is told in the log what has failed elsewhere. On a
+A rank that waits in a collective of the user's reads in its log what has failed elsewhere. On a
 device its messages are ended.
 """
 

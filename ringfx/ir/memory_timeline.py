@@ -66,7 +66,7 @@ CAUSES: Mapping[str, Kind] = {
     WORKSPACE: "attention",
     "outside attention": "split",
 }
-"""What memory is held for, in the order in which plans are told."""
+"""The causes of memory, in the order in which plans print them."""
 
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def peak(
 
 
 def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
-    """A peak as a plan tells it."""
+    """A peak as a plan prints it."""
     where = found.moment.where
     details = {"temporaries": f"{found.moment.operator} of {where}", WORKSPACE: where}
     named: Mapping[str, tuple[str, Kind]] = {

@@ -1,4 +1,4 @@
-"""Other ways to look at a plan: one layer with all its strategies, two plans, many plans."""
+"""Other views of a plan: one layer with all its strategies, two plans, many plans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["diff_text", "strategy_options_text", "sweep_text"]
 
 
 def strategy_options_text(plan: Plan, pattern: str, profile: Profile) -> str:
-    """Every strategy of the layers that a glob names: its numbers, or why it cannot run.
+    """Compare all strategies for the layers that a glob matches: numbers, or why one cannot run.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def _noise_words(offer: Candidates) -> str:
 
 
 def diff_text(before: Plan, after: Plan) -> str:
-    """What changes from one plan to the other; says so when nothing does."""
+    """The differences of two plans; a sentence if there are none."""
     lines = [*_setting_changes(before, after), *_layer_changes(before, after)]
     if not lines:
         return "the plans are equal"

@@ -1,4 +1,4 @@
-"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on touch.
+"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on use.
 
 The logits of a causal language model that nobody reads are never gathered: at 128k tokens and a
 vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched outputs locally.
@@ -57,7 +57,7 @@ class Cell:
     made: Counter[str] = field(default_factory=Counter)
     """What was computed from it without gathering, to number the results."""
     on_gather: GatherObserver | None = None
-    """Is told of a gather, where programs of one model hand the value on."""
+    """Called for a gather, where programs of one model hand the value on."""
     gathered_at: int | None = None
     """Version at which it was gathered: written since, it is no longer this rank's part."""
     viewed: int | None = None
@@ -200,7 +200,7 @@ class SplitTensor(torch.Tensor):
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
-        """The whole value; gathered once, on first touch, by all ranks together."""
+        """The complete value; gathered once, on first use, by all ranks together."""
         cell, spec = self._cell, self._spec
         if cell.whole is None:
             if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only

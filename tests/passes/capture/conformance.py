@@ -51,7 +51,7 @@ class Row:
 
 HOW = {
     "activation checkpointing": "the body is run in place; its calls are tagged for AOTAutograd's "
-    "partitioner, which recomputes them in backward, as the policy of selective checkpointing says",
+    "partitioner, which recomputes them in backward, as a policy of selective checkpointing says",
     "gradients": "regions keep their mode; a torch.autograd.Function stays one call with its own "
     "backward; it is split if both bodies prove it, else it runs on gathered values, announced",
     "writes in place": "every write is a value; views are put back into their base and made again",
@@ -61,8 +61,8 @@ HOW = {
     "flex attention": "score and mask functions are mapped over positions and recovered from there",
     "layers": "fused operators are decomposed",
     "random operators": "each rank draws for the complete tensor, so that any split draws the same",
-    "control flow": "log lines are printed at the end of their program; control flow that depends on "
-    "data breaks the graph; sharded values stay sharded if the next program can take them so",
+    "control flow": "log lines are printed at the end of their program; control flow that depends "
+    "on data breaks the graph; sharded values stay sharded if the next program can take them so",
     "numbers": "complex values are carried as they are",
     "results": "outputs of the model may stay sharded",
 }
