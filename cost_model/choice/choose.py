@@ -28,9 +28,9 @@ from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import LayerPlan, MemoryTimeline
-from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy, with_gloss
+from ringfx.ir.strategies import REPLICATED, STRATEGIES, Strategy
 from ringfx.ir.values import AttentionSite
-from ringfx.units.format import format_bytes, format_ms
+from ringfx.units.format import format_bytes, format_ms, with_gloss
 
 __all__ = ["choose", "longest_fitting"]
 
@@ -180,11 +180,11 @@ def _named_option(offer: Candidates, strategy: str) -> Prediction:
 
 def _refusal(offer: Candidates, override: Override) -> str:
     refusal = offer.refused[override.strategy]
-    names = ", ".join(sorted(with_gloss(option.strategy) for option in offer.options)) or "none"
+    names = ", ".join(sorted(_named_in_words(option) for option in offer.options)) or "none"
     cheapest = ""
     if offer.options:
         best = offer.options[0]
-        cheapest = f" Cheapest: {with_gloss(best.strategy)}, predicted {format_ms(best.total_ms)}."
+        cheapest = f" Cheapest: {_named_in_words(best)}, predicted {format_ms(best.total_ms)}."
     drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
     return (
         f"{_where(offer.site)}: {_named(override.strategy, refusal.reason)}.\n"
@@ -202,6 +202,10 @@ def _no_strategy(offer: Candidates, world_size: int) -> str:
 def _named(strategy: str, reason: str) -> str:
     """The reason as a sentence that says which strategy it is about."""
     return reason if f'"{strategy}"' in reason else f'"{strategy}" cannot run here: {reason}'
+
+
+def _named_in_words(option: Prediction) -> str:
+    return with_gloss(option.strategy, STRATEGIES[option.strategy].gloss)
 
 
 def _where(site: AttentionSite) -> str:
@@ -244,10 +248,10 @@ def _reason(
     if best.total_ms >= chosen.total_ms:
         fastest = f"fastest of {len(offer.options)}"
         tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
-        return f"{fastest}; next {with_gloss(best.strategy)}, {_percent(best, chosen)} slower{tie}"
+        return f"{fastest}; next {_named_in_words(best)}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"
     return (
-        f"fastest that fits {format_bytes(gpu_memory)}; {with_gloss(best.strategy)} would be"
+        f"fastest that fits {format_bytes(gpu_memory)}; {_named_in_words(best)} would be"
         f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
     )
 
@@ -255,7 +259,7 @@ def _reason(
 def _if_slower(chosen: Prediction, others: Sequence[Prediction]) -> str:
     if not others or others[0].total_ms >= chosen.total_ms:
         return ""
-    return f"; {with_gloss(others[0].strategy)} is predicted {_percent(chosen, others[0])} faster"
+    return f"; {_named_in_words(others[0])} is predicted {_percent(chosen, others[0])} faster"
 
 
 def _percent(slow: Prediction, fast: Prediction) -> str:

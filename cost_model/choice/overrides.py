@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from ringfx.errors import InvalidArgument
-from ringfx.ir.strategies import with_gloss
 from ringfx.ir.values import AttentionSite
 
 __all__ = ["AUTO", "Override", "StrategyChoice", "resolve_overrides"]
@@ -61,9 +60,7 @@ def _override(site: AttentionSite, globs: Mapping[str, str], whole_model: bool) 
 
 def _check_name(name: object, names: Sequence[str]) -> None:
     if name not in (AUTO, *names):
-        raise InvalidArgument(
-            f"unknown strategy {name!r}. Choices: {', '.join(map(with_gloss, (AUTO, *names)))}."
-        )
+        raise InvalidArgument(f"unknown strategy {name!r}. Choices: {', '.join((AUTO, *names))}.")
 
 
 def _check_glob(glob: str, sites: Sequence[AttentionSite]) -> None:

@@ -85,7 +85,7 @@ def _check_interval(value: object) -> None:
 
 def _check_strategy(strategy: object) -> None:
     """Unknown names are refused at once, not when the model first runs."""
-    from ringfx.ir.strategies import STRATEGIES, with_gloss
+    from ringfx.ir.strategies import STRATEGIES
 
     names = ("auto", *STRATEGIES)
     if isinstance(strategy, Mapping) and not all(isinstance(glob, str) for glob in strategy):
@@ -96,6 +96,6 @@ def _check_strategy(strategy: object) -> None:
     for name in asked:
         if name not in names:
             raise InvalidArgument(
-                f"unknown strategy {name!r}. Strategies: {', '.join(map(with_gloss, names))}; or "
+                f"unknown strategy {name!r}. Strategies: {', '.join(names)}; or "
                 "a mapping from globs of module paths to these names."
             )

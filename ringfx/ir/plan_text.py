@@ -12,10 +12,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
-from ringfx.ir.strategies import with_gloss
+from ringfx.ir.strategies import STRATEGIES
 from ringfx.ir.values import Declined, Resharding
 from ringfx.units.age import age_words
-from ringfx.units.format import format_bytes, format_ms, index_set
+from ringfx.units.format import format_bytes, format_ms, index_set, with_gloss
 
 __all__ = [
     "TEXT_WIDTH",
@@ -219,8 +219,9 @@ def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
 
 def reason_words(layer: LayerPlan) -> str:
     """Why this strategy, with its gloss; a layer that is not split has a reason only."""
-    strategy = with_gloss(layer.strategy)
-    return layer.reason if strategy == layer.strategy else f"{strategy}: {layer.reason}"
+    if layer.strategy not in STRATEGIES:
+        return layer.reason
+    return f"{with_gloss(layer.strategy, STRATEGIES[layer.strategy].gloss)}: {layer.reason}"
 
 
 def _attention_words(layer: LayerPlan) -> str:

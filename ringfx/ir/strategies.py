@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ringfx.ir.values import AttentionSite
 
-__all__ = ["REPLICATED", "STRATEGIES", "Refusal", "Strategy", "with_gloss"]
+__all__ = ["REPLICATED", "STRATEGIES", "Refusal", "Strategy"]
 
 REPLICATED = "replicated"
 """In place of a strategy: attention that every rank computes whole, with the local kernel."""
@@ -99,13 +99,3 @@ STRATEGIES: Mapping[str, Strategy] = {
         ),
     )
 }
-
-
-def with_gloss(name: str) -> str:
-    """The name as people read it.
-
-    >>> with_gloss("production"), with_gloss("replicated")
-    ('production (overlapped ring)', 'replicated')
-    """
-    row = STRATEGIES.get(name)
-    return f"{name} ({row.gloss})" if row is not None and row.gloss else name

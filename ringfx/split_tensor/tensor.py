@@ -32,7 +32,7 @@ from ringfx.split_tensor.local_rules import (
     reduce_to_one,
     writes_where_it_is,
 )
-from ringfx.split_tensor.single_op import Given, single_op_program
+from ringfx.split_tensor.single_op import OperandSpec, single_op_program
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
 
 __all__ = ["Cell", "SplitTensor"]
@@ -402,9 +402,11 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return tree_unflatten(wrapped, call.structure)
 
 
-def _described(value: torch.Tensor) -> Given:
+def _described(value: torch.Tensor) -> OperandSpec:
     arrival = value._spec.arrival() if isinstance(value, SplitTensor) else None
-    return Given(shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival)
+    return OperandSpec(
+        shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival
+    )
 
 
 def _made_split(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["format_bytes", "format_ms", "index_set"]
+__all__ = ["format_bytes", "format_ms", "index_set", "with_gloss"]
 
 
 def format_bytes(count: float) -> str:
@@ -80,3 +80,12 @@ def _run_text(run: Sequence[int]) -> str:
     if run[1] - run[0] == 1:
         return f"{run[0]}..{run[-1]}"
     return f"{run[0]},{run[1]}..{run[-1]}"
+
+
+def with_gloss(name: str, gloss: str) -> str:
+    """A name as people read it: what it means stands beside it.
+
+    >>> with_gloss("production", "overlapped ring"), with_gloss("mine", "")
+    ('production (overlapped ring)', 'mine')
+    """
+    return f"{name} ({gloss})" if gloss else name
