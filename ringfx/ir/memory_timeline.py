@@ -37,13 +37,13 @@ __all__ = [
     "peak", "pruned", "whole_bytes",
 ]  # fmt: skip
 
-GIVEN = "masks given whole"
-KEPT = "activations kept for backward"
-KEPT_BY_ATTENTION = "kept by attention"
-AGAIN_FOR_ATTENTION = "computed again for attention"
+GIVEN = "dense input masks"
+KEPT = "activations saved for backward"
+KEPT_BY_ATTENTION = "saved by attention"
+AGAIN_FOR_ATTENTION = "recomputed for attention"
 WORKSPACE = "attention's workspace"
-ROWS = "rows of whole masks"
-MESSAGES = "gradients joined and summed"
+ROWS = "rows of dense masks"
+MESSAGES = "gradient buckets"
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
 
@@ -57,7 +57,7 @@ CAUSES: Mapping[str, Kind] = {
     "parameter gradients": "whole",
     MESSAGES: "whole",
     KEPT: "split",
-    "computed again for a checkpoint": "split",
+    "recomputed for checkpoints": "split",
     KEPT_BY_ATTENTION: "attention",
     AGAIN_FOR_ATTENTION: "attention",
     "gradients of activations": "split",

@@ -409,7 +409,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     )
 
 
-KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+KEPT = ("parameter", "optimiser state", "activations saved for backward", "saved by attention")
 """Beginnings of causes that stay from one program's end to its backward, or always."""
 
 

@@ -206,7 +206,7 @@ def test_when_nothing_fits_the_nearest_that_would_is_named_and_does_fit() -> Non
     first, second, third = str(caught.value).split("\n")
     assert first.startswith("no choice of strategies fits: 8 ranks need at least ")
     assert first.endswith(" each, the budget is 40.0 GiB.")
-    assert second.startswith("  Made of: kept by attention ")
+    assert second.startswith("  Made of: saved by attention ")
     assert second.endswith(", outside attention 2.00 GiB.")
     words = third.replace(",", "").split()
     ranks, tokens = int(words[words.index("use") + 1]), int(words[words.index("to") + 1])

@@ -49,8 +49,8 @@ def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
         "2.00 MiB: each rank takes the rows of its own queries, 512 KiB"
     ]
     parts = {p.cause: p.bytes for p in plan.memory.parts} if plan.memory else {}
-    assert parts["masks given whole"] == 2 * MIB
-    assert parts["rows of whole masks"] == MIB // 2  # once for both attentions
+    assert parts["dense input masks"] == 2 * MIB
+    assert parts["rows of dense masks"] == MIB // 2  # once for both attentions
 
 
 def line() -> int:
@@ -82,4 +82,4 @@ def test_one_that_does_not_fit_is_refused_with_its_bytes() -> None:
     assert roomy.layers
     with pytest.raises(OutOfMemory) as caught:
         lowered(Given(), *operands(), ranks=4, gpu_memory=int(1.9 * MIB))
-    assert re.search(r"masks given whole", str(caught.value)), caught.value
+    assert re.search(r"dense input masks", str(caught.value)), caught.value
