@@ -1,4 +1,4 @@
-"""The command ``ringfx``: see what would happen to a model, before any device is rented."""
+"""The command ``ringfx``: see the plan of a model before any device is rented."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringfx.errors import RingfxError
 __all__ = ["app", "main"]
 
 USER_MISTAKE = 2
-"""Exit code of everything that the user can put right."""
+"""Exit code of every error that the user can correct."""
 
 MOST_ROWS, MOST_HERE = 2**16, 1024
 """Sequences in a batch, heads and their length; ranks that are started on one machine."""
@@ -169,9 +169,9 @@ def plan(
         typer.Option(help="Show the differences from this saved plan.", rich_help_panel=SHOWING),
     ] = None,
 ) -> None:
-    """Print which strategy each attention layer gets, what it costs, and why.
+    """Print the strategy of each attention layer, its cost, and the reason.
 
-    Runs on fake tensors: no device, no process group and no memory for the model are needed.
+    Runs on fake tensors: needs no device, no process group and no memory for the model.
     """
     with _one_line_errors():
         from ringfx.cli.plan import Request, View, run
@@ -219,7 +219,7 @@ def explain(
     ] = 1,
     train: Annotated[
         bool,
-        typer.Option("--train/--infer", help="In training mode, or in eval without gradients."),
+        typer.Option("--train/--infer", help="Training mode, or eval mode without gradients."),
     ] = True,
     dtype: Annotated[
         str | None, typer.Option(help="Floating type of the parameters, such as bfloat16.")
@@ -233,11 +233,11 @@ def explain(
             "--strict", help="Fail if something looks like attention and was not recognised."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print each attention of a model, what it computes and how it was found; and each near miss.
+    """Print each attention of a model: its formula, and how it was found. Print near misses too.
 
-    Runs on fake tensors, without choosing a strategy: it answers even where no plan can be made.
+    Runs on fake tensors and chooses no strategy: it works even if no plan can be made.
     """
     with _one_line_errors():
         from ringfx.cli.explain import run
@@ -258,19 +258,19 @@ def calibrate(
     ] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the time: a rough profile.")
+        bool, typer.Option("--quick", help="Take a tenth of the time, for a rough profile.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Profile file; default: where plans look for it.")
+        Path | None, typer.Option(help="Profile file; default: the folder where plans find it.")
     ] = None,
     records: Annotated[
         Path | None, typer.Option(help="Also write every measurement, as JSON lines.")
     ] = None,
 ) -> None:
-    """Measure this machine in a few minutes, and write the profile that plans predict with.
+    """Measure this machine in a few minutes, and write a profile for predictions.
 
-    Under torchrun every rank takes part, and the links between the machines are measured.
+    Under torchrun every rank takes part, and the links between machines are measured.
     """
     with _one_line_errors():
         from ringfx.cli.calibrate import run
@@ -290,7 +290,8 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
     causal: Annotated[bool, typer.Option("--causal/--full")] = True,
     window: Annotated[
-        int | None, typer.Option(help="Keys that a query sees.", min=1, max=2**40)
+        int | None,
+        typer.Option(help="Window: keys that a query sees.", min=1, max=2**40),
     ] = None,
     train: Annotated[bool, typer.Option("--train/--infer")] = True,
     ranks: Annotated[
@@ -299,10 +300,10 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     profile: Annotated[str | None, typer.Option(help="Profile to predict with.")] = None,
     rounds: Annotated[
-        int, typer.Option(help="Times that each strategy is run.", min=1, max=10**6)
+        int, typer.Option(help="How often each strategy is run.", min=1, max=10**6)
     ] = 7,
 ) -> None:
-    """Measure every strategy at one attention, beside what was predicted."""
+    """Measure every strategy at one attention, and print the predictions beside it."""
     with _one_line_errors():
         from ringfx.cli.bench import Attention, run
 
@@ -328,7 +329,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A mistake of the user gives its text and exit code 2, never a traceback."""
+    """A user error prints its text and gives exit code 2, never a traceback."""
     try:
         yield
     except RingfxError as error:

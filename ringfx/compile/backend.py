@@ -477,7 +477,7 @@ def _summary(plan: Plan) -> str:
 def _gather_text(move: Resharding) -> str:
     size = format_bytes(move.bytes_moved)
     where = ", ".join(x for x in (move.name, move.source) if x)
-    what = "of a gradient in backward" if move.in_backward else f"for {move.reason}"
+    what = "for a gradient in backward" if move.in_backward else f"for {move.reason}"
     return f"{where}: gathers {size} on every rank {what}"
 
 
