@@ -214,7 +214,7 @@ def test_diff_compares_with_a_saved_plan(saved: Path) -> None:
             ["--infer", "--dtype", "float16"],
             "is a saved plan, which --infer, --dtype cannot change",
         ),
-        (["--optimizer", "adamw"], "which --optimizer cannot change. Do: leave it out, or plan"),
+        (["--optimizer", "adamw"], "which --optimizer cannot change. Do: remove it, or plan"),
         (["--strategy", "nonsense"], "ringfx: unknown strategy 'nonsense'."),
         (["--profile", "absent"], "ringfx: there is no profile 'absent'."),
         (["--gpu-memory", "1MiB"], "ringfx: no choice of strategies fits: 12 ranks need"),
@@ -234,7 +234,7 @@ def test_a_model_needs_its_length_and_ranks() -> None:
     assert result.exit_code == 2
     assert result.stderr.strip() == (
         "ringfx: planning models:make needs --seq-len and --world-size;"
-        " just a saved plan goes without."
+        " only a saved plan needs neither."
     )
 
 

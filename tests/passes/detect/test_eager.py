@@ -123,7 +123,7 @@ REASONS = {
     "exponentials weighed": "not known to be 0 or 1",
     "written over": "between its product and its softmax stands slice_scatter",
     "masked_scatter": "between its product and its softmax stands masked_scatter",
-    "masked after, not renormalised": "its weights go through mul",
+    "masked after, not renormalised": "its attention weights pass through mul",
 }
 
 
