@@ -94,7 +94,7 @@ types: $(INSTALLED)
 corpus: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.corpus $(CORPUS_ARGS)
 
-# Two thousand random spellings of attention; make test runs a hundred.
+# Two thousand random forms of attention; make test runs a hundred.
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.detect.fuzz_attention 0 2000 \
 	  --record tests/passes/detect/fuzz_record.json

@@ -1,4 +1,4 @@
-"""The ways in: ``optimize`` a model to run it, ``plan`` it to read what would happen."""
+"""The public functions: ``optimize`` a model to run it, ``plan`` it without running it."""
 
 from __future__ import annotations
 
@@ -66,46 +66,47 @@ def optimize(
 ) -> M:
     """The same model with its sequence split over the ranks of ``mesh``.
 
-    Every rank calls it with the same whole inputs and gets the same outputs and the same complete
-    gradients as the unsplit model would give.
+    Every rank calls it with the same full inputs. Every rank gets the outputs and the complete
+    gradients of the unsplit model.
 
     Parameters
     ----------
     model
         Any module with attention over a sequence. It is not changed; parameters are shared with it.
     mesh
-        A one-dimensional DeviceMesh or a process group; by default the whole world, and one rank
-        where torch.distributed is not initialised. With data parallelism beside it, give one
-        dimension of the mesh (``mesh["sp"]``) and the other one's group to
-        DistributedDataParallel, around the optimized model or inside it. Gradients are summed over
-        the sequence's ranks, so that they are complete, and averaged over the others, as
-        DistributedDataParallel does.
+        A one-dimensional DeviceMesh or a process group. Default: all ranks, or one rank if
+        torch.distributed is not initialised. With data parallelism beside it, pass one dimension of
+        the mesh (``mesh["sp"]``), and the group of the other one to DistributedDataParallel, around
+        the optimized model or inside it. Gradients are summed over the sequence's ranks, so that
+        they are complete, and averaged over the others, as DistributedDataParallel does.
     strategy
-        ``"auto"``, a name of ``strategies``, or a mapping from globs of module paths to these
-        names.
+        ``"auto"``; a name of ``strategies``, of ringfx's own ``simple`` (reference ring),
+        ``collective`` (all-gather of K/V), ``production`` (overlapped ring) and ``ulysses``
+        (all-to-all of heads); or a mapping from globs of module paths to these names.
     gpu_memory
         Budget of one rank, in bytes or as ``"80GiB"``.
     profile
-        Name or path of a measurement profile; by default the one of this device.
+        Name or path of a measurement profile. Default: the one of this device.
     optimizer
-        Whose state counts against ``gpu_memory``: ``"adamw"``, ``"momentum"``, ``"sgd"``, ..., or
-        bytes of state for each parameter. By default none, and the plan says so.
+        The optimizer whose state counts against ``gpu_memory``: ``"adamw"``, ``"momentum"``,
+        ``"sgd"``, ..., or bytes of state for each parameter. Default: none; the plan notes it.
     compiler
         ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
     outputs
-        ``"global"``: split outputs have the global shape and are gathered when touched.
-        ``"local"``: each rank gets its own part, with ``ringfx_positions``.
+        ``"global"``: sharded outputs have the global shape and are gathered when used.
+        ``"local"``: each rank gets its own shard, with ``ringfx_positions``.
     on_unsupported
-        What to do about an operator that no axis rule covers: ``"error"``, or ``"gather"`` its
-        inputs and run it whole.
+        For an operator without an axis rule: ``"error"``, or ``"gather"`` its inputs and replicate
+        it.
     check_inputs
-        Compare what ranks are given by checksums: inputs on every call, parameters and float
-        buffers whole on a program's first call and then a part on each call that keeps gradients,
-        so that all are compared once in 100 calls, or in N where it is a number. ``False``: never.
+        Compare checksums between ranks. Inputs are compared on every call. All parameters and float
+        buffers are compared on a program's first call, then a part of them on each call that keeps
+        gradients, so that all are compared once in 100 calls (in N calls for a number N).
+        ``False``: never.
     strict
-        Refuse a model in which something looks like attention, by a count that is independent of
-        detection, and is neither found nor declined with a reason (AttentionMissed), or in which an
-        attention that was found cannot be split (AttentionReplicated).
+        Refuse a model with a region that looks like attention, by a count that is independent of
+        detection, and was neither found nor declined (AttentionMissed); and a model with an
+        attention that was found and cannot be split (AttentionReplicated).
     strategies
         Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
         ``ringfx.Strategy``.
@@ -122,8 +123,8 @@ def optimize(
         raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, OptimizedModule):
         raise InvalidArgument(
-            "model comes from torch.compile, which would run it as it is. Do: pass the model "
-            "itself; ringfx compiles it, see compiler=."
+            "model is already compiled by torch.compile. Do: pass the original model; ringfx "
+            "compiles it itself (option compiler=)."
         )
     _refuse_nested(model)
     settings = Settings.of(
@@ -150,8 +151,8 @@ def _refuse_nested(model: torch.nn.Module) -> None:
     for name, part in model.named_modules():
         if part not in outer and isinstance(part, (Optimized, OptimizedModule)):
             raise InvalidArgument(
-                f"{name} is compiled by itself (by ringfx.optimize or torch.compile), and ringfx "
-                "compiles the whole model. Do: optimize either the model or its parts, and pass "
+                f"{name} is already compiled (by ringfx.optimize or torch.compile), but ringfx "
+                "compiles the complete model. Do: optimize either the model or its parts; pass "
                 "modules that are not compiled."
             )
 
@@ -170,10 +171,10 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
     """
     if not isinstance(model, Optimized):
         raise InvalidArgument(
-            f"stats: {type(model).__name__} does not come from ringfx.optimize. "
-            "Do: pass the model that optimize returned."
+            f"stats: {type(model).__name__} does not come from ringfx.optimize. Do: pass the "
+            "model that ringfx.optimize returned."
         )
-    names = {layer.name for plan in model._ringfx_faces.backend.plans for layer in plan.layers}
+    names = {layer.name for plan in model._ringfx_shared.backend.plans for layer in plan.layers}
     return {name: found for name, found in snapshot().items() if name in names}
 
 
@@ -250,32 +251,37 @@ def plan(
 
 
 def check_call(where: str, model: object, args: object, kwargs: object) -> None:
-    """What a model may be called with, offline.
+    """Check the arguments of an offline call.
 
     Raises
     ------
     InvalidArgument
-        For what is no module, no tuple of arguments or no mapping of keywords.
+        If it is not a module, a tuple of arguments and a mapping of keywords.
     """
     if not isinstance(model, torch.nn.Module):
         raise InvalidArgument(
             f"{where}: model must be a torch.nn.Module, not {type(model).__name__}"
         )
     if isinstance(model, OptimizedModule):
-        raise InvalidArgument("model comes from torch.compile. Do: pass the model itself.")
+        raise InvalidArgument(
+            "model is already compiled by torch.compile. Do: pass the original model."
+        )
     if not isinstance(args, tuple | list):
         raise InvalidArgument(f"args is a {type(args).__name__}. Do: pass a tuple of arguments.")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(f"kwargs is a {type(kwargs).__name__}. Do: pass a mapping.")
     if wrong := [name for name in kwargs or () if not isinstance(name, str)]:
-        raise InvalidArgument(f"kwargs has the key {wrong[0]!r}. Do: name arguments by texts.")
+        raise InvalidArgument(
+            f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
+            "arguments as keys."
+        )
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
-    """Runs the model on fake tensors; says in words where that could not go on.
+    """Run the model on fake tensors; returns notes, such as where it could not continue.
 
-    Programs that the process has compiled stay: those that are traced here have a backend of their
-    own, and are gone with the model's fake copy.
+    Programs that the process has compiled stay. Programs traced here have a backend of their own
+    and are freed with the model's fake copy.
     """
     model = model._ringfx_inner if isinstance(model, Optimized) else model
     mode = _mode_of(model, args, kwargs)
@@ -295,8 +301,8 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
         return (
             *notes,
-            f"planning stopped where the model's own code reads values ({unknown.func}); what runs "
-            "after that is not in this plan",
+            "planning stopped where the model's Python code reads tensor values "
+            f"({unknown.func}); the plan does not contain the code after that",
         )
     except TorchDynamoException as failure:
         _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
@@ -328,8 +334,10 @@ def _refuse_untraceable(
         raise CaptureRefused(
             f"torch.compile cannot trace this model, with or without ringfx: {reason}"
             + (f" ({where})" if where else "")
-            + ". Do: make torch.compile(model, backend='eager') work first; Dynamo's whole report "
-            "is attached to this error."
+            + (
+                ". Do: make torch.compile(model, backend='eager') work first; Dynamo's full "
+                "report is attached as the cause of this error."
+            )
         ) from failure
     except Exception:  # of the model's own code: what failed first is said
         return

@@ -57,8 +57,8 @@ latency_us=None)
         name, _, value = pair.partition("=")
         if name.strip() not in FIELDS or not value:
             raise InvalidArgument(
-                f"{pair!r} is no change. Do: give pairs such as world-size=16,link=50GB/s;"
-                f" names: {', '.join(FIELDS)}."
+                f"{pair!r} is not a change. Do: give pairs such as world-size=16,link=50GB/s; "
+                f"names: {', '.join(FIELDS)}."
             )
         field, parse = FIELDS[name.strip()]
         given[field] = parse(value.strip())
@@ -88,13 +88,13 @@ def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
         steps.append(replace(start, **{field: low}))
         low *= 2
     if not steps:
-        raise InvalidArgument(f"{text!r} sweeps over nothing: {first} is above {last}.")
+        raise InvalidArgument(f"{text!r} is an empty range: {first} is above {last}.")
     return name, tuple(steps)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 12 or not 0 < int(text) <= MOST_RANKS:
-        raise InvalidArgument(f"{text[:60]!r} is not a whole number from 1 to {MOST_RANKS:,}.")
+        raise InvalidArgument(f"{text[:60]!r} is not an integer from 1 to {MOST_RANKS:,}.")
     return int(text)
 
 
@@ -157,8 +157,8 @@ def replicated_layers(plan: Plan) -> Mapping[int, str]:
 
 
 NOT_DERIVED = (
-    "not derived again: where values are split, and what moves outside attention (left out);"
-    " memory is that of the same program at this length and over these ranks"
+    "not computed again: which values are split, and the communication outside attention (left "
+    "out); memory is that of the same program at this length and over these ranks"
 )
 
 

@@ -30,7 +30,7 @@ from ringfx.passes.axes.call import AxisRules, Call, Labels, OpAxes, Share
 from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.own_backward import OwnBackward
-from ringfx.passes.capture.precision import Obeying
+from ringfx.passes.capture.precision import AutocastInterpreter
 
 __all__ = ["own_backward"]
 
@@ -237,8 +237,8 @@ def _trace(call: Call) -> GraphModule:
         given = list(args)
         for i, tensor in zip(at, tensors, strict=False):
             given[i] = tensor
-        results, saved = Obeying(function.forward).run(*given)
-        gradients = Obeying(function.backward).run(*tensors[len(at) :], *saved)
+        results, saved = AutocastInterpreter(function.forward).run(*given)
+        gradients = AutocastInterpreter(function.backward).run(*tensors[len(at) :], *saved)
         gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
         return _tensors(results), [gradients[i] for i in at]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["Alias", "Emit", "can_put", "put", "storage_of"]
+__all__ = ["Alias", "Emit", "can_write_back", "storage_of", "write_back"]
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def can_put(alias: Alias) -> bool:
+def can_write_back(alias: Alias) -> bool:
     """Whether a new value of this view can be put back into its parent."""
     assert alias.parent is not None
     if same_elements(alias.made_by.meta["val"], alias.parent.made_by.meta["val"]):
@@ -77,7 +77,7 @@ def can_put(alias: Alias) -> bool:
     return view.target in _PUT
 
 
-def put(emit: Emit, alias: Alias, new: Node) -> Node:
+def write_back(emit: Emit, alias: Alias, new: Node) -> Node:
     """The parent's new value once this view holds ``new``."""
     assert alias.parent is not None
     old = alias.parent.made_by.meta["val"]

@@ -1,4 +1,4 @@
-"""Operators whose call hides writes, or a whole layer, spelled out in what they are made of."""
+"""Decompositions of operators that hide writes, or that are a complete layer."""
 
 from __future__ import annotations
 
@@ -175,9 +175,9 @@ def drawn_between(x: Tensor, low: int, high: int | None, *, generator: Any = Non
     if high is None or generator is not None:
         raise CaptureRefused(
             f"x.random_({low}, {high}) on a tensor of shape {tuple(x.shape)} with "
-            f"{'no upper end' if high is None else 'a generator of its own'}: it has no "
-            "counterpart that draws the same numbers without writing in place. Do: give both ends "
-            "and no generator, or use torch.randint."
+            f"{'no upper end' if high is None else 'a generator of its own'}: no out-of-place "
+            "operator draws the same numbers. Do: give both ends and no generator, or use "
+            "torch.randint."
         )
     return x.copy_(torch.randint_like(x, low, high))
 

@@ -1,4 +1,4 @@
-"""flex_attention, spelled out: its score and mask functions become ordinary operators.
+"""Decompose flex_attention: its score and mask functions become ordinary operators.
 
     flex(q, k, v) = softmax(where(keep(b, h, i, j), score_mod(q k^T scale, b, h, i, j), -inf)) v
 
@@ -53,9 +53,9 @@ def _drop(gm: GraphModule, call: Node) -> None:
     *rest, block_q, _, keep = block_mask
     if block_q != _LARGE_SPARSE_BLOCK_SIZE and _is_noop(getattr(gm, str(keep.target))):
         raise CaptureRefused(
-            f"{describe_node(call)}: flex_attention is given a BlockMask whose mask_mod keeps all, "
-            "so that its blocks alone would say what is masked. Do: make it with "
-            "create_block_mask, or pass from_kv_blocks a mask_mod."
+            f"{describe_node(call)}: flex_attention is given a BlockMask whose mask_mod keeps "
+            "every pair, so that only its blocks say what is masked. Do: make it with "
+            "create_block_mask, or pass a mask_mod to from_kv_blocks."
         )
     unread = [x for x in rest if isinstance(x, Node)]
     kept = tuple(None if isinstance(x, Node) else x for x in rest)
@@ -147,7 +147,7 @@ def _flat(
 def _added(score: GraphModule) -> GraphModule | bool | None:
     """What is added to the score: a program for it, True for nothing, None if more is done.
 
-    Only ``score`` itself and ``score + bias`` are read so; anything else is spelled out.
+    Only ``score`` itself and ``score + bias`` are read so; anything else is decomposed.
     """
     first = next(n for n in score.graph.nodes if n.op == "placeholder")
     result: Any = score.graph.output_node().args[0]

@@ -19,7 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from ringfx.errors import CaptureRefused
-from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, storage_of
+from ringfx.passes.capture.aliases import (
+    Alias,
+    can_write_back,
+    same_elements,
+    storage_of,
+    write_back,
+)
 from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.overloads import (
@@ -167,7 +173,7 @@ class _Functionalizer:
             return
         targets = written_operands(node)
         if any(t not in self.aliases for t in targets):
-            self._refuse("what it writes into cannot be followed")
+            self._refuse("ringfx cannot follow which tensor it writes into")
         values = self._values(node, targets)
         for target, value in zip(targets, values, strict=True):
             self._assign(self.aliases[target], self._fitted(target, value))
@@ -203,7 +209,7 @@ class _Functionalizer:
     def _assign(self, alias: Alias, value: Node) -> None:
         self._check(alias)
         while alias.parent is not None:
-            value = put(self.emit, alias, value)
+            value = write_back(self.emit, alias, value)
             alias = alias.parent
         alias.current = value
         if alias not in self.written:
@@ -216,24 +222,24 @@ class _Functionalizer:
         bases = [a for a in self.by_storage[storage_of(here.meta["val"])] if a.parent is None]  # type: ignore[index]
         if len(bases) > 1:
             names = ", ".join(a.made_by.name for a in bases)
-            self._refuse(f"the program was given the memory it writes into twice ({names})")
+            self._refuse(f"two inputs of the program share the memory it writes into ({names})")
         if root.made_by.op == "get_attr":
             self._refuse("it writes into a constant of the program")
         tracked = needs_grad(root.current)
         if tracked and not self.grad_enabled:
             self._refuse(
-                "it writes without gradients into a value that has one: later uses would have to "
-                "pass the gradient of what was overwritten"
+                "it writes without gradients into a value that has a gradient: later uses would "
+                "have to pass on the gradient of the overwritten value"
             )
         while alias.parent is not None:
             if tracked and alias.detached:
                 self._refuse("it writes through a detached view of a value that has a gradient")
-            if not can_put(alias):
+            if not can_write_back(alias):
                 self._refuse(f"it writes through {alias.made_by.target}, which has no inverse")
             alias = alias.parent
 
     def _show(self, alias: Alias) -> None:
-        """Make the views of a new value again, as far as somebody still reads them."""
+        """Make the views of a new value again, if they still have readers."""
         for child in alias.children:
             if not child.needed_after(self.time):
                 continue

@@ -32,7 +32,7 @@ from torch._dynamo.variables.misc import (
     StringFormatVariable,
 )
 
-__all__ = ["absorb_logs"]
+__all__ = ["defer_logs"]
 
 FUNCTIONS: Sequence[Callable[..., None]] = (
     builtins.print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error,
@@ -47,7 +47,7 @@ ASKING = frozenset({"isEnabledFor", "getEffectiveLevel", "hasHandlers"})
 """Methods of a logger whose answer, as of tracing, is a constant."""
 
 
-def absorb_logs(is_for_ringfx: Callable[[Any], bool]) -> None:
+def defer_logs(is_for_ringfx: Callable[[Any], bool]) -> None:
     """Let programs go on across log lines, where ``is_for_ringfx(compiler)``."""
     method = LoggingLoggerVariable.call_method
     if not hasattr(method, "ringfx"):
@@ -100,8 +100,8 @@ class _Saying(DebuggingVariable):
                 gb_type="attempted to reorder a debugging function that can't actually be "
                 "reordered",
                 context=f"fn: {self.value}, args: {args}, kwargs: {kwargs}",
-                explanation="What this line says may change before it is said.",
-                hints=["Say tensors, numbers and texts only."],
+                explanation="The tensors in this log line may change before the line is printed.",
+                hints=["Log tensors, numbers and strings only."],
             )
         return _say_later(tx, line)
 

@@ -13,10 +13,10 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ask_for_numbers"]
+__all__ = ["specialize_floats"]
 
 
-def ask_for_numbers(gm: torch.fx.GraphModule) -> None:
+def specialize_floats(gm: torch.fx.GraphModule) -> None:
     """Makes Dynamo trace again where a float came as a tensor; returns where none did."""
     found = [name for n in gm.graph.nodes if (name := _float_symbol(n)) is not None]
     new = [name for name in found if not TensorifyState.should_specialize(name)]

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from ringfx.passes.capture.aliases import storage_of
-from ringfx.passes.capture.precision import Autocast, Obeying
+from ringfx.passes.capture.precision import Autocast, AutocastInterpreter
 from ringfx.passes.capture.regions import trace_below_autograd
 
 __all__ = ["OwnBackward", "writes_operands"]
@@ -76,7 +76,7 @@ class OwnBackward:
 
 def writes_operands(forward: GraphModule, operands: Sequence[Any]) -> bool:
     """Whether a forward changes what it is given, by any of its views."""
-    flat = trace_below_autograd(Obeying(forward).run, operands)
+    flat = trace_below_autograd(AutocastInterpreter(forward).run, operands)
     given = {storage_of(n.meta.get("val")) for n in flat.graph.nodes if n.op == "placeholder"} - {
         None
     }

@@ -1,4 +1,4 @@
-"""Autocast, spelled out: every cast that it would make is a call of the flat program.
+"""Write autocast into the program: every cast that it would make becomes a call.
 
 Autocast works below the level at which a program is recorded: the calls stand there with the
 operands that the user gave, and their types would be known only when the program runs. So each
@@ -23,7 +23,13 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Autocast", "Obeying", "autocast_off", "enters_autocast", "spelled_out"]
+__all__ = [
+    "Autocast",
+    "AutocastInterpreter",
+    "autocast_off",
+    "decompositions_with_casts",
+    "enters_autocast",
+]
 
 aten = torch.ops.aten
 Decomposition = Callable[..., Any]
@@ -100,7 +106,7 @@ def enters_autocast(gm: torch.fx.GraphModule) -> bool:
     )
 
 
-class Obeying(torch.fx.Interpreter):
+class AutocastInterpreter(torch.fx.Interpreter):
     """Enters and leaves autocast where the program does; tracing would only record that."""
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
@@ -116,7 +122,9 @@ class Obeying(torch.fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def spelled_out(table: Mapping[OpOverload, Decomposition]) -> dict[OpOverload, Decomposition]:
+def decompositions_with_casts(
+    table: Mapping[OpOverload, Decomposition],
+) -> dict[OpOverload, Decomposition]:
     """A table of decompositions for tracing under autocast: its casts first, then the table's."""
     rules = _Rules(table)
     return {**table, **{op: functools.partial(rules.call, op) for op in _concerned()}}

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from ringfx.torch_compat.releases import asked_by_policy
 
-__all__ = ["Asked", "policy_of"]
+__all__ = ["PolicyTags", "policy_of"]
 
 Policy = Callable[..., Any]
 _STRENGTH = (
@@ -39,7 +39,7 @@ def policy_of(context_fn: Callable[[], Any]) -> Policy | None:
     return caching.policy_fn if isinstance(caching, _CachingTorchDispatchMode) else None
 
 
-class Asked(TorchDispatchMode):
+class PolicyTags(TorchDispatchMode):
     """Tags the calls of the program that is being traced as the policy wishes."""
 
     def __init__(self, policy: Policy) -> None:

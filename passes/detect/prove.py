@@ -44,7 +44,7 @@ PERMUTES = frozenset({
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Claim:
-    """What the canonical operator is about to be told."""
+    """The arguments of the canonical operator, to be proved."""
 
     products: Mapping[int, float]
     factors: tuple[Expr, ...]
@@ -319,7 +319,7 @@ def _small_sizes(candidate: Candidate, region: Region) -> dict[int, int]:
 
 
 def structure(candidate: Candidate, claim: Claim) -> Hashable:
-    """Equal for layers that are spelled alike: one proof serves them all."""
+    """Equal for layers of the same structure: one proof serves them all."""
     region = candidate.region
     assert region is not None, "only spelled-out attention has a region"
     numbers: dict[Node, int] = {}

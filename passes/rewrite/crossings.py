@@ -29,7 +29,8 @@ aten = torch.ops.aten
 _GRADIENT = "completes a gradient"
 _SENDS = frozenset(
     {
-        attention, conjugate.gather_shared, conjugate.gather_tokens, conjugate.sum_partials,
+        attention, conjugate.all_gather_grad_reduce_scatter, conjugate.all_gather_grad_slice,
+        conjugate.sum_partials,
         redistribute.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
     }
 )  # fmt: skip
@@ -211,7 +212,7 @@ class Crossings:
         if not split and form is Form.SHARED:
             self.report(value, "all_reduce", _bytes(value), _GRADIENT, in_backward=True)
             args: tuple[Any, ...] = (natural, self.group, _words(value))
-            return self.graph.call_function(conjugate.share, args)
+            return self.graph.call_function(conjugate.identity_grad_all_reduce, args)
         assert isinstance(carried, Carried), f"{value.name} carries no token axis"
         where = self._where(carried, value)
         index, order, valid = (self._member_node(carried, k) for k in ("index", "order", "valid"))
@@ -226,9 +227,9 @@ class Crossings:
             size = _bytes(value) // where[0]
             self.report(value, "reduce_scatter", size, _GRADIENT, in_backward=True)
             args = (natural, order, *where)
-            return self.graph.call_function(conjugate.gather_shared, args)
+            return self.graph.call_function(conjugate.all_gather_grad_reduce_scatter, args)
         args = (natural, index, order, valid, *where)
-        return self.graph.call_function(conjugate.gather_tokens, args)
+        return self.graph.call_function(conjugate.all_gather_grad_slice, args)
 
     def _where(self, carried: Carried, value: Node) -> tuple[Any, ...]:
         ranks = self.placement.lines.lines[carried.line].layout.world_size

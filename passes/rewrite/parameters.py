@@ -95,12 +95,12 @@ def _enter(graph: Graph, bucket: Sequence[Node], crossings: Crossings, members: 
     size = sum(map(_bytes, bucket))
     crossings.report(bucket[0], "all_reduce", size, f"completes {what}", in_backward=True)
     natural = [crossings.natural_of(n) for n in bucket]
-    entered = graph.call_function(conjugate.enter, (natural,))
+    entered = graph.call_function(conjugate.grad_bucket_wait, (natural,))
     entered.meta["ringfx_crossing"] = True
 
     def leave() -> None:
         args = (entered, crossings.call, members, crossings.group, what)
-        shared = graph.call_function(conjugate.leave, args)
+        shared = graph.call_function(conjugate.grad_bucket_start, args)
         for i, value in enumerate(bucket):
             with graph.inserting_after(shared):
                 item = graph.call_function(operator.getitem, (shared, i))

@@ -44,8 +44,8 @@ def split_along(captured: Captured, sites: Sites, local: LocalProgram) -> Mappin
             or held != line.layout.local_length * carried.inner
         ):
             raise VerificationError(
-                f"{site.name} ({site.source}): attention over several ranks is given {held:,} "
-                f"queries of {site.q_len:,}, which are not this rank's part. This is a defect of "
+                f"{site.name} ({site.source}): attention over several ranks is given {held:,} of "
+                f"{site.q_len:,} queries, which are not this rank's shard. This is a defect of "
                 "ringfx; please report it with the model."
             )
         found[site.node] = carried

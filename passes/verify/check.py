@@ -98,9 +98,9 @@ def _check(value: Node, made: Node, local: LocalProgram) -> None:
     expected = local_shape(local.placement, value) if split else tuple(whole.shape)
     if tuple(part.shape) != expected or part.dtype != whole.dtype:
         raise VerificationError(
-            f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, "
-            f"expected {expected} {whole.dtype} ({'split' if split else 'whole'}). "
-            "This is a defect of ringfx; please report it with the model."
+            f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, expected "
+            f"{expected} {whole.dtype} ({'sharded' if split else 'replicated'}). This is a "
+            "defect of ringfx; please report it with the model."
         )
 
 

@@ -122,7 +122,7 @@ def _exchange(
             parcel = _bytes(rows[send[peer].to(x.device)].contiguous())
             operations.append(Transfer(sends=True, buffer=parcel, peer=peer))
     if operations:
-        operation = f"exchange of {what}"
+        operation = f"reshard of {what}"
         start = functools.partial(ranks.start, operations)
         for work in ranks.guarded(operation, "the ranks that have its tokens", start):
             ranks.guarded(operation, "the ranks that have its tokens", work.wait)

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo import trace_rules
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 
-from ringfx.passes.capture.logs import absorb_logs
+from ringfx.passes.capture.logs import defer_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
 from ringfx.torch_compat.releases import ISOLATED
 
@@ -36,9 +36,9 @@ way down to it: 2^n visits for n checkpoints inside each other. Capture flattens
 
 
 def prepare_tracing() -> None:
-    """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
+    """Before a program is traced: packages replaced by plain torch, log lines deferred."""
     keep_substituting()
-    absorb_logs(is_for_ringfx)
+    defer_logs(is_for_ringfx)
     _keep_compiling()
 
 

@@ -271,7 +271,8 @@ class GivenMode(FakeTensorMode):
 
     def _say(self, what: str) -> None:
         self.notes[
-            f"planning assumed {what}: {_users_line()} reads values, and they are not known"
+            f"planning assumed {what}: {_users_line()} reads tensor values, which are unknown "
+            "while planning"
         ] = None
 
 

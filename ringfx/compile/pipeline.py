@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from ringfx.comm.world import World
-from ringfx.compile.gc_freeze import left_alone
+from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
 from ringfx.cost_model import (
     alive_in,
@@ -65,7 +65,7 @@ LONGEST_CHAIN = 16
 time for each."""
 
 
-@left_alone()
+@gc_frozen()
 def lower(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -162,13 +162,14 @@ def _refuse_unknown(
     touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
-            f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
-            "has no row that says how to split it. Do: pass on_unsupported='gather' to run it "
-            "whole on every rank (right, and as large as the unsplit model), or give a rule for "
-            "it, rules=ringfx.RULES | {operator: rule}."
+            f"{describe_node(touching[0])}: this operator reads split tokens, but the axis table "
+            "has no rule that says how to split it. Do: pass on_unsupported='gather' to "
+            "replicate it on every rank (correct, but as large as in the unsplit model), or give "
+            "a rule for it, rules=ringfx.RULES | {operator: rule}."
         )
     return tuple(
-        f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
+        f"{describe_node(n)}: no axis rule; its inputs are gathered and it is replicated on every "
+        "rank"
         for n in touching
     )
 
@@ -195,7 +196,7 @@ def _whole_masks(sites: Sites, local: LocalProgram, world: World) -> tuple[str, 
 
 
 def _unvalued(captured: Captured, sites: Sites) -> tuple[str, ...]:
-    """What a run would look at, and a plan of a model without values cannot."""
+    """Mask buffers without values: a run reads them, a plan of a model on meta cannot."""
     if not sites.unvalued:
         return ()
     first, more = captured.input_names[sites.unvalued[0]], len(sites.unvalued) - 1
@@ -215,13 +216,13 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
     notes = []
     if captured.graph_break is not None:
         notes.append(
-            f"graph break at {captured.graph_break}; what is split stays so where the next program "
-            "takes it split"
+            f"graph break at {captured.graph_break}; a split value stays split if the next "
+            "program can take it split"
         )
     if captured.uncompiled_caller is not None:
         notes.append(
             f"graph break in {captured.uncompiled_caller}, which runs uncompiled and calls "
-            "compiled parts; what is split stays so where the next one takes it split"
+            "compiled parts; a split value stays split if the next part can take it split"
         )
     return tuple(notes)
 
@@ -241,9 +242,10 @@ def _replicated(
             for i, reason in whole.items()
         )
         raise AttentionReplicated(
-            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would run whole on "
-            f"each of the {world.size} ranks:\n{places}\n"
-            "Do: drop strict to run them so, in the time and memory that one rank needs."
+            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would be "
+            f"replicated on each of the {world.size} ranks:\n"
+            f"{places}\n"
+            "Do: drop strict to run them replicated, in the time and memory of one rank."
         )
     return whole
 
@@ -257,9 +259,9 @@ def _along(
         found = carried.get(layer.site.node)
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
-                f"{layer.name} ({layer.source}): planned as {layer.strategy}, and in the rewritten "
-                f"program it is {'whole' if found is None else 'split'}. This is a defect of "
-                "ringfx; please report it with the model."
+                f"{layer.name} ({layer.source}): the plan says {layer.strategy}, but in the "
+                f"rewritten program it is {'replicated' if found is None else 'sharded'}. This is "
+                "a defect of ringfx; please report it with the model."
             )
         axis = "" if found is None else _axis_name(lines, found)
         told.append(replace(layer, axis=axis))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ringfx.ir.values import Arrival
 from ringfx.passes.rewrite import LocalProgram
 from ringfx.split_tensor.local_rules import writes_where_it_is
-from ringfx.split_tensor.single_op import Given, one_call
+from ringfx.split_tensor.single_op import OperandSpec, single_op_program
 
 __all__ = ["arrived", "hand_on", "leave_split", "run_whole"]
 
@@ -67,7 +67,7 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
         return
     if not arrived(tree_leaves((args, kwargs))):
         return
-    call = one_call(func, args, kwargs, _given, 0, "ringfx")
+    call = single_op_program(func, args, kwargs, _given, 0, "ringfx")
     if call is None:
         return
     for result, output in zip(tree_leaves(made), call.outputs, strict=True):
@@ -75,8 +75,8 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
             setattr(result, _MARK, output[1])
 
 
-def _given(x: torch.Tensor) -> Given:
-    return Given(
+def _given(x: torch.Tensor) -> OperandSpec:
+    return OperandSpec(
         shape=tuple(x.shape), dtype=x.dtype, device=x.device, arrival=getattr(x, _MARK, None)
     )
 

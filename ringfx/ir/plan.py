@@ -287,8 +287,8 @@ class Plan:
         causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
         why = f": {'; '.join(causes)}" if causes else ""
         return (
-            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the whole model, as one "
-            f"alone would, in its time and memory{why}"
+            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the complete model, in "
+            f"the time and memory of one rank{why}"
         )
 
     @property
@@ -301,7 +301,7 @@ class Plan:
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
         whole = len(self.replicated_layers)
-        words += [f"{whole} replicated (whole on every rank)"] if whole else []
+        words += [f"{whole} replicated (every rank computes all of it)"] if whole else []
         return ", ".join(words)
 
     @property
@@ -420,7 +420,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     )
 
 
-KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+KEPT = ("parameter", "optimiser state", "activations saved for backward", "saved by attention")
 """Beginnings of causes that stay from one program's end to its backward, or always."""
 
 
@@ -440,8 +440,8 @@ def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
 
 
 SEVERAL_PROGRAMS = (
-    "what Python holds between the programs (graph breaks); parameters that several of them use "
-    "count for each"
+    "tensors that Python holds between programs (after graph breaks); parameters that several "
+    "programs use count once for each"
 )
 
 

@@ -1,4 +1,4 @@
-"""The values that cross the borders between passes: frozen, comparable, printable."""
+"""The values that passes hand to each other: frozen, comparable, printable."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Declined:
-    """Something that resembles attention and is left as it stands, with the reason."""
+    """A region that looks like attention and is not parallelized, with the reason."""
 
     node: Text
     name: Text

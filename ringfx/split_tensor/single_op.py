@@ -24,11 +24,11 @@ from ringfx.passes.rewrite.calls import local_shape
 from ringfx.passes.token_axes import find_lines
 from ringfx.passes.verify.check import line_inputs
 
-__all__ = ["Given", "OneCall", "one_call"]
+__all__ = ["OperandSpec", "SingleOpProgram", "single_op_program"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class OperandSpec:
     """A tensor that the operator is given, as far as its plan depends on it."""
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Given:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OneCall:
+class SingleOpProgram:
     """What one rank runs, on its parts of what is split."""
 
     run: Callable[..., tuple[torch.Tensor, ...]]
@@ -50,9 +50,14 @@ class OneCall:
     """Whether the ranks talk to each other."""
 
 
-def one_call(
-    func: Any, args: Any, kwargs: Any, given: Callable[[torch.Tensor], Given], rank: int, group: str
-) -> OneCall | None:
+def single_op_program(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    given: Callable[[torch.Tensor], OperandSpec],
+    rank: int,
+    group: str,
+) -> SingleOpProgram | None:
     """The program of a call; None where it would gather, or cannot be planned."""
     leaves, structure = tree_flatten((args, kwargs))
     keys = tuple(given(x) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves)
@@ -66,7 +71,7 @@ def one_call(
 @functools.lru_cache(maxsize=4096)
 def _planned(
     func: Any, leaves: tuple[Hashable, ...], structure: TreeSpec, rank: int, group: str
-) -> OneCall | None:
+) -> SingleOpProgram | None:
     if torch.Tag.nondeterministic_seeded in func.tags:
         return None  # ranks that draw for themselves are compared first
     alone = _planned_as(func, leaves, structure, rank, group, decompositions={})
@@ -83,14 +88,14 @@ def _planned_as(
     rank: int,
     group: str,
     decompositions: Mapping[Any, Callable[..., Any]],
-) -> OneCall | None:
+) -> SingleOpProgram | None:
     traced = _traced(func, leaves, structure, decompositions)
     if traced is None:
         return None
     captured, shape = traced
     graph = captured.graph_module.graph
     inputs = graph.find_nodes(op="placeholder")
-    tensors = [x for x in leaves if isinstance(x, Given)]
+    tensors = [x for x in leaves if isinstance(x, OperandSpec)]
     split = {n: x.arrival for n, x in zip(inputs, tensors, strict=True) if x.arrival is not None}
     ranks = next(iter(split.values())).layout.world_size
     axes = name_axes(graph)
@@ -116,7 +121,7 @@ def _planned_as(
             )
         return made
 
-    return OneCall(
+    return SingleOpProgram(
         run=run,
         outputs=tuple(
             None if x is None else (x.shape, lines.arrival(x.carried)) for x in local.outputs
@@ -147,14 +152,14 @@ def _traced(
         fakes = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in leaves
-            if isinstance(x, Given)
+            if isinstance(x, OperandSpec)
         ]
     shape: list[TreeSpec] = []
 
     def call(*tensors: torch.Tensor) -> tuple[Any, ...]:
         given = iter(tensors)
         args, kwargs = tree_unflatten(
-            [next(given) if isinstance(x, Given) else x[1] for x in leaves],  # type: ignore[index]
+            [next(given) if isinstance(x, OperandSpec) else x[1] for x in leaves],  # type: ignore[index]
             structure,
         )
         results, found = tree_flatten(func(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on touch.
+"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on use.
 
 The logits of a causal language model that nobody reads are never gathered: at 128k tokens and a
 vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched outputs locally.
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
-from ringfx.comm.conjugate import gather_plain, take_tokens
+from ringfx.comm.conjugate import all_gather_tokens, take_tokens
 from ringfx.comm.token_lookup import local_rows, mask_rows
 from ringfx.errors import SplitWrite
 from ringfx.ir.values import Arrival
@@ -32,8 +32,8 @@ from ringfx.split_tensor.local_rules import (
     reduce_to_one,
     writes_where_it_is,
 )
-from ringfx.split_tensor.single_op import Given, one_call
-from ringfx.split_tensor.spec import SplitSpec, Told, agree_to_touch
+from ringfx.split_tensor.single_op import OperandSpec, single_op_program
+from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
 
 __all__ = ["Cell", "SplitTensor"]
 
@@ -56,8 +56,8 @@ class Cell:
     """Once gathered it is the value: views of it may be written."""
     made: Counter[str] = field(default_factory=Counter)
     """What was computed from it without gathering, to number the results."""
-    told: Told | None = None
-    """Is told of a gather, where programs of one model hand the value on."""
+    on_gather: GatherObserver | None = None
+    """Called for a gather, where programs of one model hand the value on."""
     gathered_at: int | None = None
     """Version at which it was gathered: written since, it is no longer this rank's part."""
     viewed: int | None = None
@@ -172,7 +172,7 @@ class SplitTensor(torch.Tensor):
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
+        rendezvous_before_gather(spec, f"{asked}{self._next(str(asked))}")
         index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
         own = spec.layout.positions(spec.rank, local.device) - spec.offset
         rows = local_rows(index, own, spec.length, 1, 1)
@@ -185,7 +185,7 @@ class SplitTensor(torch.Tensor):
     def _reduced(self, func: Any, to_one: ToOne, kwargs: dict[str, Any]) -> torch.Tensor:
         """One number of all tokens, from one of each rank's own."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{func}{self._next(str(func))}")
+        rendezvous_before_gather(spec, f"{func}{self._next(str(func))}")
         _, valid = spec.index(local.device)
         mine = take_tokens(local, valid.nonzero().view(-1), spec.dim, spec.outer, spec.inner)
         number = to_one.part(mine, **kwargs)
@@ -200,18 +200,18 @@ class SplitTensor(torch.Tensor):
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
-        """The whole value; gathered once, on first touch, by all ranks together."""
+        """The complete value; gathered once, on first use, by all ranks together."""
         cell, spec = self._cell, self._spec
         if cell.whole is None:
             if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only
                 return cell.local.new_empty(spec.shape)
             self._refuse_lost_writes()
-            if cell.told is not None and cell.told.inside:
-                cell.told(spec, self.numel() * self.element_size())
-            agree_to_touch(spec)
+            if cell.on_gather is not None and cell.on_gather.model_runs:
+                cell.on_gather(spec, self.numel() * self.element_size())
+            rendezvous_before_gather(spec)
             cell.gathered_at = None if self.is_inference() else self._version
             with torch.no_grad():
-                cell.whole = gather_plain(
+                cell.whole = all_gather_tokens(
                     cell.local, spec.order(cell.local.device), spec.layout.world_size,
                     spec.group, spec.dim, spec.outer, spec.inner, spec.name,
                 )  # fmt: skip
@@ -240,7 +240,7 @@ class SplitTensor(torch.Tensor):
 
     def _is_inside(self) -> bool:
         """Whether it is a value between programs of a model that runs."""
-        return self._cell.told is not None and self._cell.told.inside
+        return self._cell.on_gather is not None and self._cell.on_gather.model_runs
 
     def _hand_out(self) -> None:
         if self._cell.viewed is None and not self.is_inference():
@@ -286,9 +286,10 @@ def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         value._spec = dataclasses.replace(value._spec, shape=tuple(found.shape))
     else:
         raise SplitWrite(
-            f"{value._spec.name} {value._spec.shape} is split over {value._spec.layout.world_size} "
-            f"ranks, and {func} changes its shape in place, which would take all of its tokens. "
-            "Do: take a new tensor, such as x = x.unsqueeze(0) for x.unsqueeze_(0)."
+            f"{value._spec.name} {value._spec.shape} is split over "
+            f"{value._spec.layout.world_size} ranks, and {func} changes its shape in place, which "
+            "needs all of its tokens. Do: make a new tensor, such as x = x.unsqueeze(0) instead "
+            "of x.unsqueeze_(0)."
         )
     shape = value._spec.shape
     with no_dispatch():  # contiguous, as every split tensor says it is
@@ -321,10 +322,10 @@ def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _lost_write_text(spec: SplitSpec) -> str:
     return (
-        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks, a part of it was "
-        "taken as a view (a slice, a row, another shape), and it or that view is written in place: "
-        "the write would not reach the other. Do: write before the part is taken, or take it with "
-        ".clone()."
+        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks. A view of a part "
+        "of it exists (a slice, a row, another shape), and one of the two is written in place: "
+        "the other would not see the write. Do: write before you take the view, or take the part "
+        "with .clone()."
     )
 
 
@@ -336,7 +337,7 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     source = max(given, key=torch.Tensor.dim)
     to_one = reduce_to_one(func, kwargs)
-    if to_one is not None and len(args) == 1 and source._spec.everywhere():
+    if to_one is not None and len(args) == 1 and source._spec.is_on_every_rank():
         return source._reduced(func, to_one, kwargs)
     asked = _few_tokens(func, source, args, kwargs)
     if asked is not None:
@@ -387,12 +388,12 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return None
     source = split[0]
     spec = source._spec
-    call = one_call(func, args, kwargs, _described, spec.rank, spec.group)
+    call = single_op_program(func, args, kwargs, _described, spec.rank, spec.group)
     if call is None:
         return None
     number = f"{spec.number}/{func}{source._next(str(func))}"
     if call.sends:
-        agree_to_touch(spec, number)
+        rendezvous_before_gather(spec, number)
     results = call.run(*(x._local if isinstance(x, SplitTensor) else x for x in given))
     wrapped = [
         _made_split(result, source, how, f"{number}.{i}", func.is_view)
@@ -401,9 +402,11 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return tree_unflatten(wrapped, call.structure)
 
 
-def _described(value: torch.Tensor) -> Given:
+def _described(value: torch.Tensor) -> OperandSpec:
     arrival = value._spec.arrival() if isinstance(value, SplitTensor) else None
-    return Given(shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival)
+    return OperandSpec(
+        shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival
+    )
 
 
 def _made_split(
@@ -418,14 +421,14 @@ def _made_split(
             source._hand_out()
         return result
     shape, arrival = how
-    spec = source._spec.lying(arrival, shape, number)
+    spec = source._spec.with_arrival(arrival, shape, number)
     return _viewing(result, source, spec, is_view)
 
 
 def _viewing(
     result: torch.Tensor, source: SplitTensor, spec: SplitSpec, is_view: bool
 ) -> torch.Tensor:
-    cell = Cell(result, told=source._cell.told)
+    cell = Cell(result, on_gather=source._cell.on_gather)
     if is_view:
         cell.viewed = None if source.is_inference() else source._version
         source._cell.views.add(cell)

@@ -123,7 +123,7 @@ def said_by_both() -> tuple[list[str], list[str], int]:
     model: Any = ringfx.optimize(copy.deepcopy(stock), compiler="eager")
     with torch.no_grad():
         ours = said(model)
-        return ours, said(stock), len(model._ringfx_faces.backend.ran)
+        return ours, said(stock), len(model._ringfx_shared.backend.ran)
 
 
 def inputs() -> tuple[torch.Tensor, ...]:

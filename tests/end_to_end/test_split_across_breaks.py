@@ -354,7 +354,7 @@ def _crossed(case: Case) -> Crossed:
     batch, length = case.inputs()[0].shape[:2]  # type: ignore[index]
     part = batch * (length // dist.get_world_size()) * HIDDEN * 8
     wide = sum(m == "all_gather" and m.num_bytes >= part for m in messages)
-    return Crossed(comparison, len(made[0]._ringfx_faces.backend.ran), tuple(moved), wide)
+    return Crossed(comparison, len(made[0]._ringfx_shared.backend.ran), tuple(moved), wide)
 
 
 def lengths_in_turn(lengths: Sequence[int]) -> list[dict[str, float]]:
@@ -452,7 +452,7 @@ def test_what_python_needs_whole_is_gathered_once_and_announced(ranks2: RankPool
         gathers = [x for x in lines if "gathers" in x and "test_split_across_breaks" in x]
         assert len(gathers) == 1, lines
         assert "output 0 (first" in gathers[0]
-        assert "in needs_all, which no compiled program runs" in gathers[0]
+        assert "in needs_all, which runs outside the compiled programs" in gathers[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -485,11 +485,11 @@ def test_a_shape_changed_in_place_where_all_tokens_would_be_needed_is_refused(
     for text in raises(ranks2, compare_here, outside):
         assert "SplitWrite" in text
         assert "changes its shape in place" in text
-        assert "Do: take a new tensor" in text
+        assert "Do: make a new tensor" in text
 
 
 def test_a_write_that_a_row_taken_before_would_not_show_is_refused(ranks2: RankPool) -> None:
     for text in raises(ranks2, crossed, (case(Lost),)):
         assert "SplitWrite" in text
         assert "output 0 (first" in text
-        assert "the write would not reach the other" in text
+        assert "the other would not see the write" in text

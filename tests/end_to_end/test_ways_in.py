@@ -409,7 +409,7 @@ def test_a_stance_is_named(ranks2: RankPool) -> None:
     for kind, texts in ranks2.run(under_a_stance):
         assert kind == "Tensor"
         assert len(texts) == 1
-        assert "ran whole on every rank: torch.compiler.set_stance('force_eager')" in texts[0]
+        assert "ran unsharded on every rank: torch.compiler.set_stance('force_eager')" in texts[0]
 
 
 def in_a_transform() -> list[str]:
@@ -427,7 +427,7 @@ def in_a_transform() -> list[str]:
 
 def test_a_transform_is_named(ranks2: RankPool) -> None:
     for texts in ranks2.run(in_a_transform):
-        assert [t for t in texts if "inside a transform of torch.func" in t]
+        assert [t for t in texts if "inside a torch.func transform" in t]
 
 
 def compiled_too() -> list[str]:

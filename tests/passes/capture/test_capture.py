@@ -271,5 +271,5 @@ def test_a_size_that_is_read_from_a_tensor_is_refused_by_name() -> None:
     value, rows = graph.placeholder("value"), graph.placeholder("rows")
     graph.output((graph.call_method("view", (value, rows, 3, 8)),))
     gm = torch.fx.GraphModule(nn.Module(), graph)
-    with pytest.raises(CaptureRefused, match="a size or a number is read from the values of a ten"):
+    with pytest.raises(CaptureRefused, match="a size or a number is read from tensor values"):
         capture(gm, [torch.randn(12, 8), torch.tensor(4)], known=find_rule)

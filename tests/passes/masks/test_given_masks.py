@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringfx.errors import OutOfMemory
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 from tests.support.programs import lowered
 
 Tensor = torch.Tensor
@@ -49,8 +49,8 @@ def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
         "2.00 MiB: each rank takes the rows of its own queries, 512 KiB"
     ]
     parts = {p.cause: p.bytes for p in plan.memory.parts} if plan.memory else {}
-    assert parts["masks given whole"] == 2 * MIB
-    assert parts["rows of whole masks"] == MIB // 2  # once for both attentions
+    assert parts["dense input masks"] == 2 * MIB
+    assert parts["rows of dense masks"] == MIB // 2  # once for both attentions
 
 
 def line() -> int:
@@ -67,7 +67,7 @@ def test_a_function_of_positions_and_padding_are_not_given_whole() -> None:
 
 
 def test_explain_names_it() -> None:
-    found = explain(Given(), operands(torch.bool))
+    found = report_detection(Given(), operands(torch.bool))
     assert [s.matrix_bytes for s in found.sites] == [MIB // 2, MIB // 2]
     said = text(found)
     assert "a mask given as input" in said
@@ -82,4 +82,4 @@ def test_one_that_does_not_fit_is_refused_with_its_bytes() -> None:
     assert roomy.layers
     with pytest.raises(OutOfMemory) as caught:
         lowered(Given(), *operands(), ranks=4, gpu_memory=int(1.9 * MIB))
-    assert re.search(r"masks given whole", str(caught.value)), caught.value
+    assert re.search(r"dense input masks", str(caught.value)), caught.value

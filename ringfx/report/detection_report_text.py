@@ -1,4 +1,4 @@
-"""An explanation as a person reads it: one table row a group of equal attentions, then the rest."""
+"""The text of a detection report: one table row a group of equal attentions, then the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringfx.ir.plan_text import fold_names, table_lines
 from ringfx.ir.tiles import Expr
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import AttentionSite, Declined
-from ringfx.report.explanation import Explanation
+from ringfx.report.detection_report import DetectionReport
 
 __all__ = ["formula", "render", "tile_text"]
 
@@ -27,23 +27,23 @@ LONGEST = 200
 """Characters of a mask's expression; the words say it anyway."""
 
 
-def render(explanation: Explanation) -> RenderableType:
+def render(report: DetectionReport) -> RenderableType:
     """The count, a table of what was found, near misses, what was missed, graph breaks."""
-    parts: list[RenderableType] = [Text(_count(explanation), "bold")]
-    if explanation.sites:
-        parts.append(_table(explanation.sites))
-    parts += _section("near misses, left as they stand", _lines(explanation.declined))
-    parts += _section("looks like attention and was MISSED", _lines(explanation.missed))
-    parts += _section("graph breaks (code between them is not seen)", explanation.graph_breaks)
+    parts: list[RenderableType] = [Text(_count(report), "bold")]
+    if report.sites:
+        parts.append(_table(report.sites))
+    parts += _section("attention-like regions not parallelized", _lines(report.declined))
+    parts += _section("looks like attention, NOT RECOGNISED", _lines(report.missed))
+    parts += _section("graph breaks (the code between them is not analysed)", report.graph_breaks)
     return Group(*parts)
 
 
-def _count(explanation: Explanation) -> str:
-    found, total = len(explanation.sites), explanation.attentions
-    declined = total - found - len(explanation.missed)
+def _count(report: DetectionReport) -> str:
+    found, total = len(report.sites), report.attentions
+    declined = total - found - len(report.missed)
     words = [f"attention: {found}/{total} found"]
     words += [f"{declined} declined"] if declined else []
-    words += [f"{len(explanation.missed)} MISSED"] if explanation.missed else []
+    words += [f"{len(report.missed)} MISSED"] if report.missed else []
     return ", ".join(words)
 
 

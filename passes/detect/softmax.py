@@ -1,4 +1,4 @@
-"""Every way to say softmax: the function, or exponentials divided by their sum."""
+"""Softmax in all its forms: the function, or exponentials divided by their sum."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = [
     "CASTS",
     "ROOTS",
     "Divisors",
-    "Normalised",
+    "Softmax",
     "leaves_out",
     "merge_exponentials",
-    "normalised",
+    "softmax_call",
 ]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Normalised:
+class Softmax:
     """weights = softmax of scores over a dimension."""
 
     scores: Node
@@ -76,8 +76,8 @@ class Divisors:
         return len(others) == 1 and others[0] in self.multiply
 
 
-def normalised(node: Node) -> Normalised | None:
-    """The softmax that this call is the heart of, or None."""
+def softmax_call(node: Node) -> Softmax | None:
+    """The softmax that has this call as its root (see ``ROOTS``), or None."""
     rule = ROOTS.get(node.target)
     return rule(node) if rule is not None else None
 
@@ -93,7 +93,7 @@ def merge_exponentials(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def softmax(node: Node) -> Normalised | None:
+def softmax(node: Node) -> Softmax | None:
     """The function; its weights may be masked and divided by their sum once more."""
     call = Call(node)
     plain = _plain(call["self"], call["dim"], node, frozenset({node}))
@@ -103,16 +103,16 @@ def softmax(node: Node) -> Normalised | None:
     return again
 
 
-def safe_softmax(node: Node) -> Normalised | None:
+def safe_softmax(node: Node) -> Softmax | None:
     call = Call(node)
     scores: Node = call["self"]
-    return Normalised(
+    return Softmax(
         scores=scores, dim=_dim(call["dim"], scores), weights=node, inner=frozenset({node}),
         masked="zero",
     )  # fmt: skip
 
 
-def exponential(node: Node) -> Normalised | None:
+def exponential(node: Node) -> Softmax | None:
     """exp(log_softmax(x)), exp(x - logsumexp(x)), or exp(x) and a division by its sum."""
     source = node.args[0]
     if not isinstance(source, Node):
@@ -123,13 +123,13 @@ def exponential(node: Node) -> Normalised | None:
     return _by_logsumexp(node, source) or _by_sum(node, source)
 
 
-def power_of_two(node: Node) -> Normalised | None:
+def power_of_two(node: Node) -> Softmax | None:
     source = node.args[0]
     found = _by_sum(node, source) if isinstance(source, Node) else None
     return None if found is None else replace(found, factor=math.log(2.0))
 
 
-def _by_logsumexp(node: Node, source: Node) -> Normalised | None:
+def _by_logsumexp(node: Node, source: Node) -> Softmax | None:
     if source.target is not aten.sub.Tensor or Call(source)["alpha"] != 1:
         return None
     scores, shift = source.args
@@ -141,7 +141,7 @@ def _by_logsumexp(node: Node, source: Node) -> Normalised | None:
     return None if more else _plain(scores, dim, node, frozenset({total, *views, source, node}))
 
 
-def _by_sum(node: Node, source: Node) -> Normalised | None:
+def _by_sum(node: Node, source: Node) -> Softmax | None:
     """Exponentials, perhaps some left out, and their sum."""
     kept = tuple(_left_out(node))
     last = kept[-1] if kept else node
@@ -151,7 +151,7 @@ def _by_sum(node: Node, source: Node) -> Normalised | None:
             continue
         dim, inner = _dim(divisors.dim, source), frozenset({node, *kept, *divisors.every})
         of_sum = partial(
-            Normalised, scores=source, dim=dim, divisors=divisors,
+            Softmax, scores=source, dim=dim, divisors=divisors,
             kept=tuple(n for n in kept if not _is_same(n)),
         )  # fmt: skip
         for divided in last.users:
@@ -223,8 +223,8 @@ CASTS = frozenset({
 })  # fmt: skip
 
 
-def _plain(scores: Node, dim: int, weights: Node, inner: frozenset[Node]) -> Normalised:
-    return Normalised(scores=scores, dim=_dim(dim, scores), weights=weights, inner=inner)
+def _plain(scores: Node, dim: int, weights: Node, inner: frozenset[Node]) -> Softmax:
+    return Softmax(scores=scores, dim=_dim(dim, scores), weights=weights, inner=inner)
 
 
 def _dim(dim: int, scores: Node) -> int:
@@ -247,7 +247,7 @@ def _views_of(value: Node) -> Iterator[Node]:
             yield from _views_of(user)
 
 
-ROOTS: Mapping[object, Callable[[Node], Normalised | None]] = {
+ROOTS: Mapping[object, Callable[[Node], Softmax | None]] = {
     aten.softmax.int: softmax,
     aten._softmax.default: softmax,
     aten._safe_softmax.default: safe_softmax,

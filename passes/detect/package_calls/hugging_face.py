@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringfx.passes.detect.spellings.dense import Pairs, attend, in_documents, positions, window
+from ringfx.passes.detect.package_calls.dense import Pairs, attend, in_documents, positions, window
 
 __all__ = ["HUGGING_FACE", "HUGGING_FACE_MASKS"]
 

@@ -25,11 +25,11 @@ from ringfx.validation.arguments import switch
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["DetectionReport", "report_detection"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explanation:
+class DetectionReport:
     """Detection's answer for one call of a model, without choosing or splitting anything."""
 
     sites: tuple[AttentionSite, ...]
@@ -43,19 +43,19 @@ class Explanation:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def __rich__(self) -> RenderableType:
-        from ringfx.report import explanation_text
+        from ringfx.report import detection_report_text
 
-        return explanation_text.render(self)
+        return detection_report_text.render(self)
 
 
-def explain(
+def report_detection(
     model: torch.nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     strict: bool = False,
     rules: AxisRules = RULES,
-) -> Explanation:
+) -> DetectionReport:
     """Capture the model on fake tensors and say what detection makes of it.
 
     Raises
@@ -68,7 +68,7 @@ def explain(
     api.check_call("explain", model, args, kwargs)
     switch("explain", "strict", strict)
     rules = checked_rules(rules)
-    parts: list[Explanation] = []
+    parts: list[DetectionReport] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         captured = capture(gm, example_inputs, known=partial(find_rule, rules=rules))
@@ -78,7 +78,7 @@ def explain(
             refuse_missed(overlooked)
         broken = () if captured.graph_break is None else (captured.graph_break,)
         parts.append(
-            Explanation(
+            DetectionReport(
                 sites=sites.found,
                 declined=sites.declined,
                 missed=overlooked,
@@ -91,7 +91,7 @@ def explain(
         return gm.forward
 
     stopped = api.trace(model, args, dict(kwargs or {}), backend)
-    return Explanation(
+    return DetectionReport(
         sites=tuple(x for p in parts for x in p.sites),
         declined=tuple(x for p in parts for x in p.declined),
         missed=tuple(x for p in parts for x in p.missed),

@@ -1,8 +1,8 @@
 """Calls of attention kernels become ``scaled_dot_product_attention``, in the program itself.
 
 A call is replaced by a plain function of its operands, traced on their fake values. The program
-computes the same; what follows has one form to read. A call that cannot be written so is left as it
-stands, with the reason.
+computes the same; what follows has one form to read. A call without a plain form stays, with the
+reason.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringfx.passes.axes.call import Call
 from ringfx.passes.capture.gradients import needs_grad
 
-__all__ = ["KernelCall", "inline", "respell"]
+__all__ = ["KernelCall", "inline", "inline_kernel_calls"]
 
 KernelCall = Callable[..., torch.Tensor]
 """Takes a call's arguments by the names of its schema and returns its first result.
 
-Raises ValueError, with the reason, where no plain spelling has the same meaning."""
+Raises ValueError, with the reason, if plain SDPA cannot compute the same."""
 
 
-def respell(
-    graph: torch.fx.Graph, spelling_of: Callable[[Node], KernelCall | None]
+def inline_kernel_calls(
+    graph: torch.fx.Graph, plain_form_of: Callable[[Node], KernelCall | None]
 ) -> dict[Node, str]:
-    """Rewrite every call that has a spelling; returns why the others stay as they are."""
+    """Rewrite every call that has a plain form; returns the reason for each that has to stay."""
     refused: dict[Node, str] = {}
     for node in list(graph.nodes):
-        spelling = spelling_of(node)
-        if spelling is None:
+        plain_form = plain_form_of(node)
+        if plain_form is None:
             continue
-        reason = _others_used(node) or _replace(node, spelling)
+        reason = _others_used(node) or _replace(node, plain_form)
         if reason is not None:
             refused[node] = reason
     return refused
@@ -52,14 +52,14 @@ def _others_used(node: Node) -> str | None:
         if user.args[1] != 0 and user.users:
             names = node.target._schema.returns  # type: ignore[union-attr]
             name = names[user.args[1]].name or f"result {user.args[1]}"  # type: ignore[index]
-            return f"its {name} is used, which no split attention returns"
+            return f"its {name} is used, which a split attention does not return"
     return None
 
 
-def _replace(node: Node, spelling: KernelCall) -> str | None:
+def _replace(node: Node, plain_form: KernelCall) -> str | None:
     arguments = Call(node).arguments
     try:
-        made = inline(node, lambda **given: spelling(**given), **arguments)
+        made = inline(node, lambda **given: plain_form(**given), **arguments)
     except ValueError as error:
         return str(error)
     value = node.meta["val"]
@@ -99,7 +99,7 @@ def inline(
             if old not in copied:
                 copied[old] = _copy(node, old, copied)
                 if not named:
-                    del copied[old].meta["ringfx_spelled"]
+                    del copied[old].meta["ringfx_inlined_call"]
     (result,) = traced.graph.output_node().args
     made: Node = copied[result]  # type: ignore[index]
     return made
@@ -109,7 +109,7 @@ def _copy(origin: Node, old: Node, copied: Mapping[Node, Any]) -> Node:
     """A traced node in the program; it comes from where the call came from."""
     new = origin.graph.node_copy(old, copied.__getitem__)
     kept = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}
-    new.meta = kept | {"val": old.meta["val"], "ringfx_spelled": _name(origin)}
+    new.meta = kept | {"val": old.meta["val"], "ringfx_inlined_call": _name(origin)}
     floating = isinstance(old.meta["val"], torch.Tensor) and old.meta["val"].is_floating_point()
     new.meta["ringfx_needs_grad"] = floating and any(needs_grad(n) for n in new.all_input_nodes)
     return new

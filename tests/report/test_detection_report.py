@@ -14,8 +14,8 @@ from ringfx.ir.plan_text import to_text
 from ringfx.ir.tiles import CAUSAL
 from ringfx.ir.values import Declined
 from ringfx.passes.detect import Detected
-from ringfx.report.explanation import Explanation
-from ringfx.report.explanation_text import formula, tile_text
+from ringfx.report.detection_report import DetectionReport
+from ringfx.report.detection_report_text import formula, tile_text
 
 MODEL = """
 import torch
@@ -64,9 +64,11 @@ def test_the_text_names_every_attention_and_every_near_miss(model: str) -> None:
     assert lines[3].split() == ["{0,1,3}", "3", "x", "sdpa", "written.py:17", "causal"]
     assert lines[4].strip() == "softmax(0.3536 q k^T) v where k <= q"
     assert lines[5].strip() == "3 x 2 heads x 64 x 64 tokens, head dim 8, float32"
-    assert lines[6] == "near misses, left as they stand"
+    assert lines[6] == "attention-like regions not parallelized"
     rest = " ".join(line.strip() for line in lines[7:])
-    assert rest == ("2 (written.py:14): its logsumexp is used, which no split attention returns")
+    assert rest == (
+        "2 (written.py:14): its logsumexp is used, which a split attention does not return"
+    )
 
 
 def test_json_holds_the_same(model: str) -> None:
@@ -89,11 +91,11 @@ def test_strict_fails_on_what_was_missed_with_its_place(
 ) -> None:
     """With a detection that sees nothing."""
     monkeypatch.setattr(
-        "ringfx.report.explanation.detect", lambda _: Detected(candidates=(), declined=())
+        "ringfx.report.detection_report.detect", lambda _: Detected(candidates=(), declined=())
     )
     relaxed = run(f"{model}:make", "--seq-len", "64")
     assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout
-    assert "looks like attention and was MISSED" in relaxed.stdout
+    assert "looks like attention, NOT RECOGNISED" in relaxed.stdout
     strict = run(f"{model}:make", "--seq-len", "64", "--strict")
     assert strict.exit_code == 2
     assert "4 of the program's attentions were not recognised" in strict.stderr
@@ -108,13 +110,13 @@ def test_plan_has_the_count_and_strict_too(model: str) -> None:
 
 
 def test_graph_breaks_are_listed() -> None:
-    broken = Explanation(sites=(), graph_breaks=("model.py:3, in forward: print",))
+    broken = DetectionReport(sites=(), graph_breaks=("model.py:3, in forward: print",))
     assert to_text(broken).splitlines()[-1].strip() == "model.py:3, in forward: print"
 
 
 def test_equal_near_misses_are_folded() -> None:
     near = [Declined(node="", name=f"layers.{i}", source="a.py:1", reason="why") for i in range(3)]
-    assert "layers.{0..2} (a.py:1): why" in to_text(Explanation(sites=(), declined=tuple(near)))
+    assert "layers.{0..2} (a.py:1): why" in to_text(DetectionReport(sites=(), declined=tuple(near)))
 
 
 def test_a_formula_says_everything_that_the_operator_does() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringfx.passes.detect.spellings.dense import (
+from ringfx.passes.detect.package_calls.dense import (
     Pairs,
     attend,
     in_documents,
