@@ -10,14 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.stats import LayerStats, snapshot
@@ -36,6 +28,14 @@ from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, Ri
 from ringfx.ir.plan import Plan, joined
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
+from ringfx.torch_compat.dynamo import BackendCompilerFailed, OptimizedModule, TorchDynamoException
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from ringfx.torch_compat.pytree import keystr, tree_leaves, tree_map_with_path
 from ringfx.torch_compat.releases import ISOLATED
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
@@ -265,7 +265,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
     if not ISOLATED:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     traced = compiled(fake_model, backend)
     try:
         with mode:
@@ -286,7 +286,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
         raise
     finally:
         if not ISOLATED:
-            torch._dynamo.reset()
+            torch.compiler.reset()
     return tuple(notes)
 
 
@@ -324,7 +324,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
     Where that run cannot be made, none: tracing then says what there is to say.
     """
     model = model._ringfx_inner if isinstance(model, Optimized) else model
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     if not all(x is None or isinstance(x, torch.Tensor | int | float | str) for x in leaves):
         return []  # an object, such as a cache, that the run would change
     mode = _mode_of(model, args, kwargs)
@@ -341,7 +341,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     yield from (x for x in leaves if isinstance(x, torch.Tensor))
 
 
@@ -389,9 +389,9 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         place = getattr(path[1], "idx", None)
         if place is not None and path[0].idx == 0 and place < len(names):
             return fake(x, names[place])
-        return fake(x, torch.utils._pytree.keystr(path[1:]))
+        return fake(x, keystr(path[1:]))
 
-    return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
+    return twin_model, *tree_map_with_path(named, (args, kwargs))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import RingfxError
+from ringfx.torch_compat.autograd import after_backward, version_of
 
 __all__ = ["NOT_REACHED", "NO_CALL", "Accumulation", "parts_to_send"]
 
@@ -79,7 +80,7 @@ class Accumulation:
                 self._held[id(reference())] = _Held(reference, part.clone())
             else:
                 held.part += part
-        _after_backward(self._note_versions)
+        after_backward(self._note_versions)
 
     def release(
         self, parameters: Sequence[Parameter], parts: Sequence[torch.Tensor]
@@ -88,7 +89,7 @@ class Accumulation:
         if not self._held:
             return list(parts)
         self._forget_cleared()
-        _after_backward(self._flush)  # for parameters that this backward does not reach
+        after_backward(self._flush)  # for parameters that this backward does not reach
         held = [self._held.pop(id(reference()), None) for reference in parameters]
         return [
             part if kept is None else part + kept.part
@@ -102,9 +103,9 @@ class Accumulation:
             if held.version is None:
                 continue  # held back by the backward that is running
             grad = None if parameter is None else parameter.grad
-            if grad is None or (grad._version != held.version and not grad.any()):
+            if grad is None or (version_of(grad) != held.version and not grad.any()):
                 del self._held[number]
-            elif grad._version != held.version:
+            elif version_of(grad) != held.version:
                 raise RingfxError(
                     "the gradients of this model were changed in place while parts of them were "
                     "held back by no_sync(): those parts cannot be changed alike. Do: run one "
@@ -115,7 +116,7 @@ class Accumulation:
         for held in self._held.values():
             parameter = held.parameter()
             if parameter is not None and parameter.grad is not None:
-                held.version = parameter.grad._version
+                held.version = version_of(parameter.grad)
 
     def _flush(self) -> None:
         """Sums what is held for parameters that the last backward did not reach."""
@@ -167,10 +168,6 @@ def parts_to_send(
         return found.owner.release(parameters, parts)
     found.owner.hold(parameters, parts)
     return None
-
-
-def _after_backward(function: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 @torch.no_grad()

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
-from ringfx.comm.autograd_function import without_saved_tensor_hooks
 from ringfx.comm.double_backward import refuse_in_compiled
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.stats import snapshot
@@ -50,6 +48,9 @@ from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.autograd import wrap_all
 from ringfx.split_tensor.handoff import Between, is_split, part_example, whole_example
 from ringfx.split_tensor.spec import SplitSpec
+from ringfx.torch_compat.autograd import without_saved_tensor_hooks
+from ringfx.torch_compat.dynamo import TorchDynamoException, aot_eager
+from ringfx.torch_compat.inductor import compiled_by_inductor
 from ringfx.units.format import format_bytes
 
 __all__ = ["Backend", "ringfx_backend"]
@@ -371,12 +372,8 @@ def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     if compiler == "eager":
         return gm.forward
     if compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
         return cast(Compiled, aot_eager(gm, inputs))
-    from torch._inductor.compile_fx import compile_fx
-
-    return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
+    return cast(Compiled, compiled_by_inductor(gm, inputs, unfused()))
 
 
 def other_kernels(plan: Plan) -> list[str]:

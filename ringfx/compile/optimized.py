@@ -18,20 +18,22 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.autograd_function import uncompiled
 from ringfx.comm.world import World
 from ringfx.compile.backend import Backend
-from ringfx.compile.dynamo import compiled_call, has_hooks
+from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
-from ringfx.compile.why_unsplit import in_transform, why_unsplit
+from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import RingfxError
 from ringfx.failures.watchdog import attend
 from ringfx.ir.plan import Plan
+from ringfx.torch_compat.autograd import in_transform
+from ringfx.torch_compat.dynamo import BackendCompilerFailed
+from ringfx.torch_compat.graphs import children_of, has_hooks
 
 __all__ = ["Optimized", "optimized"]
 
@@ -173,7 +175,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
         inside = _twin(type(inner.module), dict(inner.module.__dict__))
         carry_state(inner.module, inside)
-        inner.__dict__["_modules"] = {**inner._modules, "module": _face(inside, faces)}
+        inner.__dict__["_modules"] = {**children_of(inner), "module": _face(inside, faces)}
     return _face(inner, faces)
 
 
@@ -235,7 +237,7 @@ def _is_part(value: Any) -> bool:
     """A module that can be called and may hold attention; a plain layer runs as it is."""
     if not isinstance(value, torch.nn.Module) or isinstance(value, Optimized):
         return False
-    return bool(value._modules) and not isinstance(value, (ModuleList, ModuleDict))
+    return bool(children_of(value)) and not isinstance(value, (ModuleList, ModuleDict))
 
 
 def _is_running(face: Optimized) -> bool:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ringfx.ir.values import Arrival, Captured
 from ringfx.passes.axes import name_axes
@@ -23,6 +21,9 @@ from ringfx.passes.rewrite import rewrite
 from ringfx.passes.rewrite.calls import local_shape
 from ringfx.passes.token_axes import find_lines
 from ringfx.passes.verify.check import line_inputs
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import decompositions
+from ringfx.torch_compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["Given", "OneCall", "one_call"]
 
@@ -70,7 +71,7 @@ def _planned(
     if torch.Tag.nondeterministic_seeded in func.tags:
         return None  # ranks that draw for themselves are compared first
     alone = _planned_as(func, leaves, structure, rank, group, decompositions={})
-    table = torch._decomp.decomposition_table
+    table = decompositions()
     if alone is not None or func not in table:
         return alone
     return _planned_as(func, leaves, structure, rank, group, decompositions={func: table[func]})

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-from torch._ops import OpOverload
 
 from ringfx.passes.axes.call import AxisRule
 from ringfx.passes.axes.rules import (
@@ -26,6 +25,7 @@ from ringfx.passes.axes.rules import (
     views,
 )
 from ringfx.passes.capture.own_backward import OwnBackward
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["AXIS_RULES", "find_rule"]
 
