@@ -2,7 +2,7 @@
 # make test    formatting, lint, types, tests, doctests; what CI runs
 # make quick   the tests that need neither ranks nor a compiler, in under 90 s on two cores
 #
-# Both make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
+# All make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -14,17 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.stats import LayerStats, snapshot
 from ringfx.comm.world import World
-from ringfx.compile.backend import no_attention_text
+from ringfx.compile.backend import lower_or_say, no_attention_text
 from ringfx.compile.dynamo import compiled
 from ringfx.compile.given_values import GivenMode
 from ringfx.compile.optimized import Optimized, optimized
-from ringfx.compile.pipeline import lower
 from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
+from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
@@ -214,7 +214,7 @@ def plan(
         if reads_gradients(gm):
             return gm.forward
         arrivals = arrived(example_inputs)
-        lowered = lower(gm, example_inputs, settings, world, arrivals)
+        lowered = lower_or_say(gm, example_inputs, settings, world, arrivals)
         if lowered.captured.graph_break is None and is_outermost():
             plans.append(lowered.plan)
             raise Planned
@@ -229,7 +229,7 @@ def plan(
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
-    return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
+    return dataclasses.replace(whole, notes=(*whole.notes, *noted(stopped)))
 
 
 def check_call(where: str, model: object, args: object, kwargs: object) -> None:
@@ -272,7 +272,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
             traced(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         if not isinstance(failure.inner_exception, Planned):
             raise
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:

@@ -22,7 +22,7 @@ from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.fully_sharded import is_dtensor
 from ringfx.compile.inductor_no_fusion import unfused
 from ringfx.compile.mask_buffer_guard import Kept, counted_on, refuse_changed
-from ringfx.compile.pipeline import NO_VALUES, Lowered, lower
+from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
 from ringfx.compile.why_unsplit import why_unsplit
@@ -36,8 +36,8 @@ from ringfx.errors import (
     VerificationError,
 )
 from ringfx.failures.channel import shared_call
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import LayerPlan, Plan, joined
-from ringfx.ir.tiles.words import WHOLE_MASK
 from ringfx.ir.values import Arrival, Resharding
 from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
@@ -187,7 +187,8 @@ class Backend:
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
-        loud = [n for n in lowered.plan.notes if n.startswith("graph break") or WHOLE_MASK in n]
+        notes = lowered.plan.notes
+        loud = texts_of(notes, NoteKind.GRAPH_BREAK, NoteKind.DENSE_MASK)
         loud += [
             f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
             for x in lowered.plan.missed
@@ -199,10 +200,10 @@ class Backend:
         ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
         self.announce(*loud)
-        for note in lowered.plan.notes:
-            if note not in self._announced:
-                log.info(note)
-        self._announced |= {*lowered.plan.notes}
+        for note in notes:
+            if note.text not in self._announced:
+                log.info(note.text)
+        self._announced |= {note.text for note in notes}
 
     def announce(self, *texts: str) -> None:
         """Warn of each once."""
@@ -402,14 +403,13 @@ def _refused(layer: LayerPlan) -> str:
 def no_attention_text(plans: Sequence[Plan]) -> str:
     declined = [d for plan in plans for d in (*plan.declined, *plan.missed)]
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
-    breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
-    broken = "".join(f"\n  {note}" for note in breaks)
-    unseen = dict.fromkeys(n for p in plans for n in p.notes if n.startswith(NO_VALUES))
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    broken = "".join(f"\n  {text}" for text in texts_of(notes, NoteKind.GRAPH_BREAK))
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
         + (f"Near misses:{near}\n" if near else "")
         + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
-        + "".join(f"{note[0].upper()}{note[1:]}\n" for note in unseen)
+        + "".join(f"{x[0].upper()}{x[1:]}\n" for x in texts_of(notes, NoteKind.NO_VALUES))
         + "Ringfx recognises scaled_dot_product_attention and its kernels, nn.MultiheadAttention, "
         "flex_attention, flash-attn, xformers, and any spelling of softmax(q k^T) v over tokens; "
         "layers that mix tokens otherwise (convolutions, Fourier transforms, recurrences) hold "

@@ -270,7 +270,7 @@ def _run(face: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _programs(face, backend)(*args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         raise
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.strategies import REPLICATED
 from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
 from ringfx.validation.fields import (
@@ -246,7 +247,7 @@ class Plan:
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
-    notes: tuple[Text, ...] = ()
+    notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
     profile_date: Date = ""

@@ -15,9 +15,7 @@ from ringfx.ir.values import AttentionSite, Declined
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.breaks import is_outermost
-from ringfx.passes.detect import detect
-from ringfx.passes.detect.count_attention import missed, refuse_missed
-from ringfx.passes.masks import recover
+from ringfx.passes.steps import find_attention
 from ringfx.validation.arguments import switch
 
 if TYPE_CHECKING:
@@ -68,17 +66,14 @@ def explain(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         captured = capture(gm, example_inputs, known=find_rule)
-        sites = recover(captured, detect(captured))
-        overlooked, attentions = missed(captured, sites)
-        if strict:
-            refuse_missed(overlooked)
+        found = find_attention(captured, strict=strict)
         broken = () if captured.graph_break is None else (captured.graph_break,)
         parts.append(
             Explanation(
-                sites=sites.found,
-                declined=sites.declined,
-                missed=overlooked,
-                attentions=attentions,
+                sites=found.sites.found,
+                declined=found.sites.declined,
+                missed=found.missed,
+                attentions=found.count,
                 graph_breaks=broken,
             )
         )

@@ -15,11 +15,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.ir.values import Arrival, Captured
-from ringfx.passes.axes import name_axes
 from ringfx.passes.place import Placement, place
 from ringfx.passes.rewrite import rewrite
 from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes import find_lines
+from ringfx.passes.steps import find_tokens
 from ringfx.passes.verify.check import line_inputs
 from ringfx.torch_compat.fake_tensors import FakeTensorMode
 from ringfx.torch_compat.operators import decompositions
@@ -94,8 +93,7 @@ def _planned_as(
     tensors = [x for x in leaves if isinstance(x, Given)]
     split = {n: x.arrival for n, x in zip(inputs, tensors, strict=True) if x.arrival is not None}
     ranks = next(iter(split.values())).layout.world_size
-    axes = name_axes(graph)
-    lines = find_lines(graph, axes, [], ranks, split)
+    axes, lines = find_tokens(graph, [], ranks, split, normalized=False)
     if axes.missing or lines.arrived != set(split):
         return None
     placement = place(graph, lines)

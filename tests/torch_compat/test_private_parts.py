@@ -105,13 +105,16 @@ def test_every_name_of_torch_compat_says_what_it_is_for() -> None:
 def undocumented(tree: ast.Module) -> Iterator[str]:
     if "Without" in (ast.get_docstring(tree) or "").replace('"Without"', ""):
         return
+    names = exported(tree)
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            if ast.get_docstring(node) is None:
-                yield node.name
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in exported(tree):
-            if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
-                yield ast.unparse(node.targets[0])
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            text: object = ast.get_docstring(node)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
+            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        else:
+            continue
+        if not text:
+            yield ast.unparse(node).split("\n")[0]
 
 
 def exported(tree: ast.Module) -> set[str]:
