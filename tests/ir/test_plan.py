@@ -92,7 +92,7 @@ def test_notes_of_plans_that_were_saved_as_texts_are_read() -> None:
     read = Plan.from_json(json.dumps(fields))
     assert read.notes == (Note(text="graph break at model.py:3"), *_plan().notes)
     fields["notes"] = [{"text": "x", "kind": "rumour"}]
-    with pytest.raises(ringfx.RingfxError, match=r"notes\[0\]\.kind must be .*'rumour'"):
+    with pytest.raises(InvalidArgument, match=r"notes\[0\]\.kind must be .*'rumour'"):
         Plan.from_json(json.dumps(fields))
 
 

@@ -19,15 +19,15 @@ DOORS = (
     "ringfx.optimize", "ringfx.plan", "ringfx.api", "ringfx.compile", "ringfx.passes.capture",
     "ringfx.report.explanation", "ringfx.cli",                       # they capture a model
     "torch.compile", "torch._dynamo", "torch._inductor", "transformers", "accelerate",
-    "subprocess", "multiprocessing", "tests.support.ranks.RankPool()",      # further processes
+    "subprocess", "multiprocessing", "RankPool()", "LocalRanks()",          # further processes
 )  # fmt: skip
 """Names that compile a model or start a process, with all that is below them."""
 
 LONG = ("ranks", "slow", "inductor", "gpu")
 """Markers of tests that are not quick in a file that is."""
 
-UNREAD = {ROOT / "tests" / "support" / "ranks.py"}
-"""Whether a test borrows ranks is seen from its fixtures; files import this one for its types."""
+STARTS = ("RankPool", "LocalRanks")
+"""Starts processes; ranks that a test borrows are seen from its fixtures."""
 
 
 def why_not_quick(path: Path) -> str | None:
@@ -41,7 +41,7 @@ def _reached(path: Path, seen: set[Path]) -> str | None:
         if any(name == door or name.startswith(f"{door}.") for door in DOORS):
             return f"{path.name}: {name}"
         helper = _helper(name)
-        if helper is not None and helper not in seen | UNREAD:
+        if helper is not None and helper not in seen:
             further = _reached(helper, seen)
             if further is not None:
                 return further
@@ -62,8 +62,8 @@ def _read_names(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "RankPool":
-            yield "tests.support.ranks.RankPool()"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in STARTS:
+            yield f"{ast.unparse(node.func)}()"
 
 
 def _helper(name: str) -> Path | None:
