@@ -184,7 +184,7 @@ def plan(
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
     No process group and no accelerator is needed. The model and its inputs may be real, on
-    ``meta``, or fake (see ``offline``).
+    ``meta``, or fake (see ``ringfx.api.offline``).
 
     Raises
     ------

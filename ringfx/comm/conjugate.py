@@ -25,7 +25,6 @@ import torch
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
 from ringfx.comm.grad_accumulation import NOT_REACHED
-from ringfx.comm.token_lookup import nothing
 
 __all__ = [
     "choose_tokens",
@@ -36,7 +35,6 @@ __all__ = [
     "gather_tokens",
     "leave",
     "mask_tokens",
-    "pick_token",
     "repeat_token",
     "share",
     "slice_tokens",
@@ -143,19 +141,6 @@ def scatter_sum(
     slots = given.new_zeros(ranks * tokens, *given.shape[1:]).index_copy(0, order, given)
     mine = collective_ops.reduce_scatter(slots.unflatten(0, (ranks, tokens)), group, what)
     return _tokens_back(mine, x.shape, dim, outer, inner)
-
-
-def pick_token(
-    x: torch.Tensor, own: torch.Tensor, element: int, dim: int, outer: int, inner: int
-) -> torch.Tensor:
-    """The row of one token where this rank has it, nothing elsewhere; ``dim`` is removed.
-
-    ``own`` is int64 [local tokens]: the element that each local token is.
-    """
-    assert outer == inner == 1, "a token that is picked stands alone in its dimension"
-    here = own == element
-    row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
-    return torch.where(here.any(), row, nothing(x))
 
 
 def take_plain(

@@ -212,11 +212,6 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
 
     @property
-    def replicated_bytes(self) -> int:
-        """Of these, what grows with the sequence: activations that are whole on every rank."""
-        return sum(part.bytes for part in self.parts if part.kind == "replicated")
-
-    @property
     def split_bytes(self) -> int:
         """Outside attention: what falls with more ranks."""
         return sum(part.bytes for part in self.parts if part.kind == "split")

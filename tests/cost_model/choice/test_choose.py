@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ringfx.cost_model import choose
-from ringfx.cost_model.choice.budget import Menu, assign, least_memory, peak
+from ringfx.cost_model.choice.budget import Menu, assign, peak, smallest
 from ringfx.cost_model.prediction.formulas import Phase, Prediction
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
@@ -106,8 +106,9 @@ def test_the_choice_under_a_budget_is_exact(seed: int) -> None:
     plans = list(itertools.product(*(range(len(m)) for m in menus)))
     peaks = {plan: peak(menus, plan) for plan in plans}
     least = min(peaks.values())
-    saved = [option.saved_bytes for option in least_memory(menus)]
-    workspaces = [option.workspace_bytes for option in least_memory(menus)]
+    least = [menu[i] for menu, i in zip(menus, smallest(menus), strict=True)]
+    saved = [option.saved_bytes for option in least]
+    workspaces = [option.workspace_bytes for option in least]
     assert sum(saved) + max(workspaces) == least
     assert assign(menus, least - 1) is None
     for room in (least, (least + max(peaks.values())) // 2, max(peaks.values())):
