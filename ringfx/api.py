@@ -10,35 +10,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.stats import LayerStats, snapshot
 from ringfx.comm.world import World
-from ringfx.compile.backend import no_attention_text
+from ringfx.compile.backend import lower_naming_internal_errors, no_attention_text
 from ringfx.compile.dynamo import compiled
 from ringfx.compile.given_values import GivenMode
 from ringfx.compile.optimized import Optimized, optimized
-from ringfx.compile.pipeline import lower
 from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
+from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
 from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.torch_compat.dynamo import BackendCompilerFailed, OptimizedModule, TorchDynamoException
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from ringfx.torch_compat.pytree import keystr, tree_leaves, tree_map_with_path
 from ringfx.torch_compat.releases import ISOLATED
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
@@ -200,7 +200,7 @@ def plan(
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
     No process group and no accelerator is needed. The model and its inputs may be real, on
-    ``meta``, or fake (see ``offline``).
+    ``meta``, or fake (see ``ringfx.api.offline``).
 
     Raises
     ------
@@ -232,7 +232,7 @@ def plan(
         if reads_gradients(gm):
             return gm.forward
         arrivals = arrived(example_inputs)
-        lowered = lower(gm, example_inputs, settings, world, arrivals)
+        lowered = lower_naming_internal_errors(gm, example_inputs, settings, world, arrivals)
         if lowered.captured.graph_break is None and is_outermost():
             plans.append(lowered.plan)
             raise Planned
@@ -247,7 +247,7 @@ def plan(
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
-    return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
+    return dataclasses.replace(whole, notes=(*whole.notes, *noted(stopped)))
 
 
 def check_call(where: str, model: object, args: object, kwargs: object) -> None:
@@ -288,14 +288,14 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
     if not ISOLATED:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     traced = compiled(fake_model, backend)
     try:
         with mode:
             traced(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         if not isinstance(failure.inner_exception, Planned):
             raise
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
@@ -309,7 +309,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
         raise
     finally:
         if not ISOLATED:
-            torch._dynamo.reset()
+            torch.compiler.reset()
     return tuple(notes)
 
 
@@ -349,7 +349,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
     Where that run cannot be made, none: tracing then says what there is to say.
     """
     model = model._ringfx_inner if isinstance(model, Optimized) else model
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     if not all(x is None or isinstance(x, torch.Tensor | int | float | str) for x in leaves):
         return []  # an object, such as a cache, that the run would change
     mode = _mode_of(model, args, kwargs)
@@ -366,7 +366,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     yield from (x for x in leaves if isinstance(x, torch.Tensor))
 
 
@@ -414,9 +414,9 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         place = getattr(path[1], "idx", None)
         if place is not None and path[0].idx == 0 and place < len(names):
             return fake(x, names[place])
-        return fake(x, torch.utils._pytree.keystr(path[1:]))
+        return fake(x, keystr(path[1:]))
 
-    return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
+    return twin_model, *tree_map_with_path(named, (args, kwargs))
 
 
 @contextlib.contextmanager

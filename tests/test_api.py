@@ -11,6 +11,7 @@ from torch import nn
 
 import ringfx
 from ringfx.compile.backend import ringfx_backend
+from ringfx.errors import VerificationError
 from ringfx.passes.detect.substitute import for_ringfx
 from ringfx.report.detection_report import report_detection
 from ringfx.torch_compat.releases import ISOLATED
@@ -47,6 +48,24 @@ def test_the_model_keeps_its_class_names_and_parameters() -> None:
     assert isinstance(model, Attention)
     assert list(model.state_dict()) == list(stock.state_dict())
     assert model.qkv.weight is stock.qkv.weight
+
+
+def test_a_defect_is_the_same_named_error_from_plan_and_optimize(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("axis 3")
+
+    monkeypatch.setattr("ringfx.compile.pipeline.place", broken)
+    x = torch.randn(1, 8, 16)
+    optimized: Any = ringfx.optimize(Attention(), compiler="eager")
+    texts = []
+    for call in (lambda: ringfx.plan(Attention(), (x,), world_size=2), lambda: optimized(x)):
+        with pytest.raises(VerificationError, match=r"KeyError .'axis 3'.* in broken, ") as raised:
+            call()
+        assert isinstance(raised.value.__cause__, KeyError)
+        texts.append(str(raised.value))
+    assert texts[0] == texts[1]
 
 
 def test_a_plan_is_asked_for_before_the_first_call() -> None:

@@ -22,7 +22,6 @@ from enum import Enum
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -31,6 +30,7 @@ from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.own_backward import OwnBackward
 from ringfx.passes.capture.precision import AutocastInterpreter
+from ringfx.torch_compat.fake_tensors import detect_fake_mode
 
 __all__ = ["own_backward"]
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from ringfx.torch_compat.operators import OpOverload, schema_of
+
 __all__ = ["AxisRule", "AxisRules", "Call", "Labels", "OpAxes", "Share", "Window", "given_input"]
 
 Labels: TypeAlias = tuple[tuple[str, ...], ...]
@@ -165,11 +167,11 @@ def _tensor_operands(node: Node) -> list[Node]:
 
 def _bind(node: Node) -> dict[str, Any]:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         positional: dict[Any, Any] = dict(enumerate(node.args))
         return positional | dict(node.kwargs)
     bound: dict[str, Any] = {}
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(schema_of(target).arguments):
         if i < len(node.args) and not argument.kwarg_only:
             bound[argument.name] = node.args[i]
         elif argument.name in node.kwargs:

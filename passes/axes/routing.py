@@ -26,6 +26,7 @@ from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.propagate import AxisMap
 from ringfx.passes.axes.rules.contraction import GROUPED
 from ringfx.passes.axes.space import AxisClash, Dim
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["Route", "find_routes"]
 
@@ -258,7 +259,7 @@ def _ends(value: Node, axes: AxisMap, ordered: Dim) -> set[Node] | None:
 
 
 def is_grouped(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GROUPED
+    return isinstance(node.target, OpOverload) and node.target.name() in GROUPED
 
 
 def _borders(node: Node) -> Node | None:

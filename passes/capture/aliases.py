@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringfx.torch_compat.autograd import storage_id
+from ringfx.torch_compat.operators import schema_of
+
 __all__ = ["Alias", "Emit", "can_write_back", "storage_of", "write_back"]
 
 aten = torch.ops.aten
@@ -55,7 +58,7 @@ def storage_of(value: object) -> int | None:
     """Identity of the memory behind a tensor; fake tensors share it as real ones do."""
     if not isinstance(value, torch.Tensor) or value.is_sparse:
         return None
-    return int(value.untyped_storage()._cdata)
+    return storage_id(value)
 
 
 def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -109,7 +112,7 @@ class _Put:
     new: Node
 
     def argument(self, name: str) -> Any:
-        schema = self.view.target._schema  # type: ignore[union-attr]
+        schema = schema_of(self.view.target)
         for i, argument in enumerate(schema.arguments):
             if argument.name == name:
                 given = self.view.args[i] if i < len(self.view.args) else None

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.errors import CaptureRefused
@@ -17,6 +16,8 @@ from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
 from ringfx.passes.capture.precision import Autocast, AutocastInterpreter, autocast_off
 from ringfx.passes.capture.regions import REGION, flatten_region
 from ringfx.passes.capture.selective import PolicyTags, policy_of
+from ringfx.torch_compat.fake_tensors import DataDependentOutputException
+from ringfx.torch_compat.operators import HigherOrderOperator
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
 
@@ -48,7 +49,7 @@ def refuse_unsupported(gm: torch.fx.GraphModule) -> None:
 def _reason(node: torch.fx.Node) -> str | None:
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         name = node.target.name()
         if name in INLINED or name in ("flex_attention", "autograd_function_apply"):
             return None
@@ -72,7 +73,7 @@ class Inliner(AutocastInterpreter):
         self._where = ""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, HigherOrderOperator):
             return self._inline(target.name(), args, kwargs)
         return super().call_function(target, args, kwargs)
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.errors import CaptureRefused
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["DEFINITIONS"]
 
@@ -182,7 +183,7 @@ def drawn_between(x: Tensor, low: int, high: int | None, *, generator: Any = Non
     return x.copy_(torch.randint_like(x, low, high))
 
 
-DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
     aten._transformer_encoder_layer_fwd.default: encoder_layer,

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from ringfx.errors import CaptureRefused
@@ -34,6 +32,9 @@ from ringfx.passes.capture.overloads import (
     functional_overload,
     written_operands,
 )
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["Functional", "functionalize", "mutates"]
 
@@ -67,7 +68,7 @@ def functionalize(gm: GraphModule, mode: FakeTensorMode, inputs_need: Sequence[b
 
 def mutates(node: Node) -> bool:
     """Whether the call writes into one of its operands."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 class _Functionalizer:
@@ -110,7 +111,7 @@ class _Functionalizer:
         return self.plain[node] if alias is None else alias.current
 
     def _keep(self, node: Node, need: bool) -> None:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             self.grad_enabled = bool(node.args[0])
         new = self._copy(node)
         if node.op == "placeholder":
@@ -193,7 +194,7 @@ class _Functionalizer:
         args, kwargs = arguments_for(op, node)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._current)
         new = self.emit(op, *args, **kwargs)
-        if len(op._schema.returns) == 1:
+        if len(schema_of(op).returns) == 1:
             return [new]
         return [self.emit(operator.getitem, new, i) for i in range(len(targets))]
 

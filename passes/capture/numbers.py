@@ -9,9 +9,9 @@ it is; another value then compiles another program, as another sequence length d
 from __future__ import annotations
 
 import torch
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._subclasses.fake_tensor import FakeTensor
+
+from ringfx.torch_compat.dynamo import TensorifyScalarRestartAnalysis, TensorifyState
+from ringfx.torch_compat.fake_tensors import FakeTensor, symbol_name
 
 __all__ = ["specialize_floats"]
 
@@ -29,10 +29,8 @@ def specialize_floats(gm: torch.fx.GraphModule) -> None:
 def _float_symbol(node: torch.fx.Node) -> str | None:
     """The name under which Dynamo knows a float, if this placeholder is one."""
     value = node.meta.get("example_value")
-    if node.op != "placeholder" or not isinstance(value, FakeTensor) or value.item_memo is None:
+    if node.op != "placeholder" or not isinstance(value, FakeTensor):
         return None
     if not all(user.target == "item" for user in node.users):
         return None
-    # The symbol, not what it was replaced with: Dynamo looks it up in the same way.
-    name: str | None = getattr(value.item_memo.node._expr, "name", None)
-    return name
+    return symbol_name(value)

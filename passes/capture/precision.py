@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._C import DispatchKey
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ringfx.torch_compat import pytree
+from ringfx.torch_compat.autograd import ENTER_AUTOCAST, EXIT_AUTOCAST, autocast_is_enabled
+from ringfx.torch_compat.dispatch import TorchDispatchMode
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from ringfx.torch_compat.operators import DispatchKey, OpOverload, names_with_kernel, schema_of
 
 __all__ = [
     "Autocast",
@@ -33,7 +37,7 @@ __all__ = [
 
 aten = torch.ops.aten
 Decomposition = Callable[..., Any]
-_ENTERS = (torch.amp.autocast_mode._enter_autocast, torch.set_autocast_enabled)
+_ENTERS = (ENTER_AUTOCAST, torch.set_autocast_enabled)
 _NARROW = (torch.float16, torch.bfloat16)
 _PRODUCTS = (aten.einsum.default, aten.tensordot.default)
 """Made of one product if they have two operands: casting these is what autocast does, and keeps
@@ -74,7 +78,7 @@ class Autocast:
     def entered(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Autocast:
         """As inside ``torch.autocast(device, dtype, enabled)``, which knows what is supported."""
         inside = torch.autocast(device, dtype=dtype, enabled=enabled)
-        new = (device, inside.fast_dtype, inside._enabled)
+        new = (device, inside.fast_dtype, autocast_is_enabled(inside))
         return Autocast(states=(*(s for s in self.states if s[0] != device), new))
 
     @contextlib.contextmanager
@@ -114,10 +118,10 @@ class AutocastInterpreter(torch.fx.Interpreter):
         self._outer: list[Autocast] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
+        if target is ENTER_AUTOCAST:
             self._outer.append(Autocast.now())
             return self._outer[-1].entered(*args[:3]).set()
-        if target is torch.amp.autocast_mode._exit_autocast:
+        if target is EXIT_AUTOCAST:
             return self._outer.pop().set()
         return super().call_function(target, args, kwargs)
 
@@ -134,11 +138,9 @@ def decompositions_with_casts(
 def _concerned() -> tuple[OpOverload, ...]:
     """Operators with a rule for some type of device, and those made of others."""
     keys = [key.name for key in _keys().values()] + ["CompositeImplicitAutograd"]
-    names = {
-        name for key in keys for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    }
+    names = {name for key in keys for name in names_with_kernel(key)}
     found = (_overload(name) for name in sorted(names))
-    return tuple(op for op in found if op is not None and not op._schema.is_mutable)
+    return tuple(op for op in found if op is not None and not schema_of(op).is_mutable)
 
 
 def _overload(name: str) -> OpOverload | None:
@@ -239,7 +241,7 @@ def _watched(
     narrow = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _is_narrow(x)]
     if not narrow or torch.float32 not in seen.results:
         return _Rule()
-    if any(a.name == "dtype" for a in op._schema.arguments):
+    if any(a.name == "dtype" for a in schema_of(op).arguments):
         return _Rule(dtype=torch.float32)
     return _Rule(casts=dict.fromkeys(narrow, torch.float32))
 

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import AutocastInterpreter
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
 from ringfx.torch_compat.releases import transforms_run
 
 __all__ = ["REGION", "flatten_region", "fold_regions", "trace_below_autograd"]
@@ -123,7 +124,7 @@ def _origin(region: Sequence[Node]) -> dict[str, Any]:
 
 def _refuse_gradient_modes(region: Sequence[Node]) -> None:
     """Below autograd a region without gradients looks like one with gradients."""
-    modes = [n.args[0] for n in region if n.target is torch._C._set_grad_enabled]
+    modes = [n.args[0] for n in region if n.target is SET_GRAD_ENABLED]
     if True in modes and False in modes[modes.index(True) :]:
         modes = modes[: modes.index(True)]  # torch.func.grad turns gradients on, and back
     if False in modes:

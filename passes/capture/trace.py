@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.ir.values import Captured
@@ -30,6 +28,7 @@ from ringfx.passes.capture.precision import (
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, TracingContext
 
 __all__ = ["capture", "input_name", "keep_value"]
 

@@ -20,6 +20,7 @@ from ringfx.errors import AttentionMissed
 from ringfx.ir.values import Captured, Declined, Sites
 from ringfx.ops.operator import attention
 from ringfx.passes.detect.candidate import decline
+from ringfx.torch_compat.operators import HigherOrderOperator, OpOverload, schema_of
 
 __all__ = ["LooksLike", "find_attention_like", "missed", "refuse_missed"]
 
@@ -161,8 +162,8 @@ def _is_matrix(node: Node) -> bool:
 
 def _name(node: Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).split("::")[1]
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return str(schema_of(target).name).split("::")[1]
+    if isinstance(target, HigherOrderOperator):
         return str(target.name())
     return ""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.passes.axes.call import Call
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import schema_of
 
 __all__ = ["KernelCall", "inline", "inline_kernel_calls"]
 
@@ -50,7 +51,7 @@ def _others_used(node: Node) -> str | None:
         if user.target is not operator.getitem:
             return "its results are used together"
         if user.args[1] != 0 and user.users:
-            names = node.target._schema.returns  # type: ignore[union-attr]
+            names = schema_of(node.target).returns
             name = names[user.args[1]].name or f"result {user.args[1]}"  # type: ignore[index]
             return f"its {name} is used, which a split attention does not return"
     return None

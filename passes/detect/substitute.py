@@ -15,9 +15,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch._dynamo.callback import CallbackArgs, callback_handler
-
 from ringfx.passes.detect.package_calls import PACKAGE_CALLS
+from ringfx.torch_compat.dynamo import CallbackArgs, callback_handler
+from ringfx.torch_compat.dynamo_variables import (
+    PolyfilledFunctionVariable,
+    install_identity_guard,
+    rows_by_identity,
+    wrapped,
+)
 
 __all__ = ["for_ringfx", "is_for_ringfx", "keep_substituting", "substitute_loaded"]
 
@@ -43,7 +48,7 @@ def _at_start(_: CallbackArgs) -> None:
 
 def substitute_loaded() -> None:
     """Add a row for each function of a loaded module that has a replacement."""
-    rows = _dynamo_rows()
+    rows = rows_by_identity()
     for module_name, functions in PACKAGE_CALLS.items():
         module = sys.modules.get(module_name)
         for name, replacement in functions.items() if module is not None else ():
@@ -83,26 +88,15 @@ def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     return [n for n, p in parameters.items() if p.default is p.empty]
 
 
-def _dynamo_rows() -> dict[int, Callable[[Any, Any], Any]]:
-    """Dynamo's table from the identity of an object to how it is traced."""
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    rows: dict[int, Callable[[Any, Any], Any]] = VariableBuilder._id_dispatch()
-    return rows
-
-
 def _row(original: Any, traced: Callable[..., Any], builder: Any, value: Any) -> Any:
-    from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.variables import PolyfilledFunctionVariable
-
-    rows = _dynamo_rows()
+    rows = rows_by_identity()
     if value is not original or not is_for_ringfx(builder.tx.output.compiler_fn):
         row = rows.pop(id(value))
         try:
-            return builder._wrap(value)
+            return wrapped(builder, value)
         finally:
             rows[id(value)] = row
-    guards = builder.install_guards(GuardBuilder.ID_MATCH)
+    guards = install_identity_guard(builder)
     return PolyfilledFunctionVariable(traced, source=builder.source, **guards)
 
 

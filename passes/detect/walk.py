@@ -18,6 +18,7 @@ from ringfx.passes.detect.candidate import NearMiss
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
 from ringfx.passes.detect.products import Product, as_product
 from ringfx.passes.detect.softmax import CASTS, Softmax
+from ringfx.torch_compat.graphs import position_key
 
 __all__ = [
     "SHIFTS",
@@ -208,7 +209,7 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
 
 def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
     """``where(isnan(p), 0, p)`` in all its forms, the calls in program order; empty for others."""
-    *asked, last = sorted(users, key=lambda n: n._sort_key) or [value]
+    *asked, last = sorted(users, key=position_key) or [value]
     if not asked or any(list(n.users) != [last] for n in asked):
         return []
     tests = [n for n in asked if n.target is aten.isnan.default]

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.ir.tiles import Expr, K, Q
 from ringfx.ir.values import Captured
@@ -24,6 +22,8 @@ from ringfx.passes.exprs.elements.rule import typed
 from ringfx.passes.exprs.emitter import Emitter
 from ringfx.passes.exprs.matrices import Formula, Matrix, formula_of
 from ringfx.passes.exprs.simplify import const
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import FakeTensor, unset_fake_temporarily
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter
@@ -92,7 +92,7 @@ class Buffers:
 
     def _look(self, node: Node) -> _Known | None:
         value = self._values[node]
-        with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        with unset_fake_temporarily(), disable_current_modes(), torch.no_grad():
             for other in self._known.values():
                 if other is not None and _equal(value, self._values[other.node]):
                     return other

@@ -15,6 +15,7 @@ from ringfx.passes.place import Placement
 from ringfx.passes.place.split_modes import Form, Lookup, Reach, Split, Turn
 from ringfx.passes.rewrite.crossings import Crossings, is_narrow
 from ringfx.passes.token_axes import Carried
+from ringfx.torch_compat.operators import schema_of
 
 __all__ = ["local_call", "local_shape", "shifted"]
 
@@ -100,7 +101,7 @@ def _set_argument(new: Node, node: Node, name: str, value: Any) -> None:
     if name in new.kwargs:
         new.kwargs = {**new.kwargs, name: value}
         return
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in schema_of(node.target).arguments]
     new.update_arg(names.index(name), value)
 
 

@@ -22,6 +22,7 @@ from ringfx.passes.place.split_modes import Form
 from ringfx.passes.token_axes import Carried
 from ringfx.passes.token_axes.axis_on_line import Member
 from ringfx.passes.token_axes.find_token_lines import Tangle
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
 
 __all__ = ["Crossings", "is_narrow", "save_messages"]
 
@@ -136,7 +137,7 @@ class Crossings:
         """The end of the program so far, or before the no-grad region that it ends in."""
         while self._seen.next.op != "root":
             self._seen = self._seen.next
-            if self._seen.target is torch._C._set_grad_enabled:
+            if self._seen.target is SET_GRAD_ENABLED:
                 self._enabled = bool(self._seen.args[0])
             if self._enabled:
                 self._last_enabled = self._seen

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from ringfx.comm.grad_accumulation import NO_CALL
@@ -16,6 +15,8 @@ from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.rewrite import LocalProgram
 from ringfx.passes.rewrite.calls import local_shape
 from ringfx.passes.token_axes.find_token_lines import Lines
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode
 
 __all__ = ["line_inputs", "verify"]
 
@@ -85,7 +86,7 @@ def _interpret(gm: torch.fx.GraphModule, mode: FakeTensorMode, inputs: tuple[Any
         try:
             _Recorder(gm, mode).run(*inputs)
         finally:
-            torch._C._set_grad_enabled(grad)
+            SET_GRAD_ENABLED(grad)
 
 
 def _check(value: Node, made: Node, local: LocalProgram) -> None:

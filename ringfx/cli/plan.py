@@ -28,6 +28,7 @@ from ringfx.cost_model.choice.whatif import (
     tokens,
 )
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.plan import Plan
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
@@ -212,7 +213,7 @@ def _made(request: Request) -> Plan:
     if not made.has_own_length:
         return plan
     note = f"--seq-len was not used: {request.target} takes no seq_len and returns its own inputs"
-    return replace(plan, notes=(*plan.notes, note))
+    return replace(plan, notes=(*plan.notes, Note(text=note)))
 
 
 def _optimizer(word: str) -> str | int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from ringfx.comm.double_backward import refuse_double_backward
 from ringfx.comm.grad_accumulation import parts_to_send
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import CommunicationError
+from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter"]
 
@@ -154,5 +154,5 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _place(flat: Tensor) -> int:
-    place: Any = flat.untyped_storage()._cdata
+    place = storage_id(flat)
     return int(place)

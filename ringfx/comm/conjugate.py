@@ -25,7 +25,6 @@ import torch
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
 from ringfx.comm.grad_accumulation import NOT_REACHED
-from ringfx.comm.token_lookup import additive_zero
 
 __all__ = [
     "all_gather_grad_reduce_scatter",
@@ -37,7 +36,6 @@ __all__ = [
     "grad_bucket_wait",
     "identity_grad_all_reduce",
     "mask_tokens",
-    "pick_token",
     "repeat_token",
     "slice_tokens",
     "sum_partials",
@@ -143,19 +141,6 @@ def scatter_sum(
     slots = given.new_zeros(ranks * tokens, *given.shape[1:]).index_copy(0, order, given)
     mine = collective_ops.reduce_scatter(slots.unflatten(0, (ranks, tokens)), group, what)
     return _tokens_back(mine, x.shape, dim, outer, inner)
-
-
-def pick_token(
-    x: torch.Tensor, own: torch.Tensor, element: int, dim: int, outer: int, inner: int
-) -> torch.Tensor:
-    """The row of one token where this rank has it, nothing elsewhere; ``dim`` is removed.
-
-    ``own`` is int64 [local tokens]: the element that each local token is.
-    """
-    assert outer == inner == 1, "a token that is picked stands alone in its dimension"
-    here = own == element
-    row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
-    return torch.where(here.any(), row, additive_zero(x))
 
 
 def take_own_tokens(

@@ -17,6 +17,7 @@ import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import RingfxError
+from ringfx.torch_compat.autograd import after_backward, version_of
 
 __all__ = ["NOT_REACHED", "NO_CALL", "Accumulation", "parts_to_send"]
 
@@ -79,7 +80,7 @@ class Accumulation:
                 self._pending[id(reference())] = _PendingGradient(reference, part.clone())
             else:
                 pending.part += part
-        _after_backward(self._note_versions)
+        after_backward(self._note_versions)
 
     def release(
         self, parameters: Sequence[Parameter], parts: Sequence[torch.Tensor]
@@ -88,7 +89,7 @@ class Accumulation:
         if not self._pending:
             return list(parts)
         self._forget_cleared()
-        _after_backward(self._flush)  # for parameters that this backward does not reach
+        after_backward(self._flush)  # for parameters that this backward does not reach
         pending = [self._pending.pop(id(reference()), None) for reference in parameters]
         return [
             part if kept is None else part + kept.part
@@ -102,9 +103,9 @@ class Accumulation:
             if pending.version is None:
                 continue  # held back by the backward that is running
             grad = None if parameter is None else parameter.grad
-            if grad is None or (grad._version != pending.version and not grad.any()):
+            if grad is None or (version_of(grad) != pending.version and not grad.any()):
                 del self._pending[number]
-            elif grad._version != pending.version:
+            elif version_of(grad) != pending.version:
                 raise RingfxError(
                     "the gradients of this model were changed in place while no_sync() held "
                     "parts of them back, and the same change cannot be made to those parts. Do: "
@@ -115,7 +116,7 @@ class Accumulation:
         for pending in self._pending.values():
             parameter = pending.parameter()
             if parameter is not None and parameter.grad is not None:
-                pending.version = parameter.grad._version
+                pending.version = version_of(parameter.grad)
 
     def _flush(self) -> None:
         """Sums what is held for parameters that the last backward did not reach."""
@@ -167,10 +168,6 @@ def parts_to_send(
         return found.owner.release(parameters, parts)
     found.owner.add_pending(parameters, parts)
     return None
-
-
-def _after_backward(function: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 @torch.no_grad()

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.comm import stats
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.failures.channel import Channel, channel_of, is_settled, settled
+from ringfx.torch_compat.distributed import group_named
 from ringfx.torch_compat.releases import all_gather_single, reduce_scatter_single
 
 __all__ = ["Exchange", "Ranks", "Transfer"]
@@ -58,7 +58,7 @@ class Ranks:
         if not group:
             return Ranks(0, 1, None, layer)
         try:
-            found = _resolve_process_group(cast(Any, group))
+            found = group_named(group)
         except RuntimeError as error:
             raise InvalidArgument(
                 f"{layer or 'attention'}: no process group is named {group!r} in this process. "

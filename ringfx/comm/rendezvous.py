@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import AgreementError, CommunicationError
 from ringfx.failures.channel import Channel, settled
 from ringfx.failures.describe import call_site, plain
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 
 __all__ = ["Absent", "all_gather_texts", "meet"]
 
@@ -59,7 +59,7 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
 
 def all_gather_texts(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
     """What every rank has to say, of any length."""
-    with unset_fake_temporarily(), _disable_current_modes():
+    with unset_fake_temporarily(), disable_current_modes():
         mine = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
         lengths = torch.zeros(ranks.size, 1, dtype=torch.int64)
         lengths[ranks.rank] = len(text)
@@ -72,7 +72,7 @@ def all_gather_texts(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
 
 def _together(ranks: Ranks, what: str, numbers: Sequence[int]) -> list[list[int]]:
     channel = ranks.channel
-    with unset_fake_temporarily(), _disable_current_modes():
+    with unset_fake_temporarily(), disable_current_modes():
         mine = torch.tensor(numbers, dtype=torch.int64)
         while True:
             found = [torch.empty_like(mine) for _ in range(ranks.size)]

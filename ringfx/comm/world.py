@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.errors import InvalidArgument
+from ringfx.torch_compat.distributed import group_named
 
 __all__ = ["World", "process_group", "several_processes"]
 
@@ -50,9 +51,7 @@ class World:
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    group: dist.ProcessGroup = resolve(name)
-    return group
+    return group_named(name)
 
 
 def several_processes() -> bool:

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
-from ringfx.comm.autograd_function import without_saved_tensor_hooks
 from ringfx.comm.double_backward import refuse_in_compiled
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.stats import snapshot
@@ -28,7 +26,7 @@ from ringfx.compile.mask_buffer_guard import (
     buffers_to_watch,
     refuse_changed_buffers,
 )
-from ringfx.compile.pipeline import NO_VALUES, Lowered, lower
+from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
 from ringfx.compile.why_unsplit import why_unsplit
@@ -42,8 +40,8 @@ from ringfx.errors import (
     VerificationError,
 )
 from ringfx.failures.channel import shared_call
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import LayerPlan, Plan, joined
-from ringfx.ir.tiles.words import WHOLE_MASK
 from ringfx.ir.values import Arrival, Resharding
 from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
@@ -55,6 +53,9 @@ from ringfx.split_tensor.autograd import wrap_all
 from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.strategies import Strategy
+from ringfx.torch_compat.autograd import without_saved_tensor_hooks
+from ringfx.torch_compat.dynamo import TorchDynamoException, aot_eager
+from ringfx.torch_compat.inductor import compiled_by_inductor
 from ringfx.units.format import format_bytes
 
 __all__ = ["Backend", "ringfx_backend"]
@@ -193,7 +194,8 @@ class Backend:
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
-        loud = [n for n in lowered.plan.notes if n.startswith("graph break") or WHOLE_MASK in n]
+        notes = lowered.plan.notes
+        loud = texts_of(notes, NoteKind.GRAPH_BREAK, NoteKind.DENSE_MASK)
         loud += [
             f"{x.name} ({x.source}): this looks like attention but was not recognised; it runs "
             "unsharded on every rank"
@@ -206,10 +208,10 @@ class Backend:
         ]
         loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
         self.announce(*loud)
-        for note in lowered.plan.notes:
-            if note not in self._announced:
-                log.info(note)
-        self._announced |= {*lowered.plan.notes}
+        for note in notes:
+            if note.text not in self._announced:
+                log.info(note.text)
+        self._announced |= {note.text for note in notes}
 
     def announce(self, *texts: str) -> None:
         """Warn of each once."""
@@ -379,14 +381,8 @@ def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> 
     if compiler == "eager":
         return gm.forward
     if compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
         return cast(Compiled, aot_eager(gm, inputs))
-    from torch._inductor.compile_fx import compile_fx
-
-    return cast(
-        Compiled, compile_fx(gm, inputs, config_patches=dict(config_without_attention_fusion()))
-    )
+    return cast(Compiled, compiled_by_inductor(gm, inputs, config_without_attention_fusion()))
 
 
 def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
@@ -416,14 +412,13 @@ def _refused(layer: LayerPlan, strategies: Mapping[str, Strategy]) -> str:
 def no_attention_text(plans: Sequence[Plan]) -> str:
     declined = [d for plan in plans for d in (*plan.declined, *plan.missed)]
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
-    breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
-    broken = "".join(f"\n  {note}" for note in breaks)
-    unseen = dict.fromkeys(n for p in plans for n in p.notes if n.startswith(NO_VALUES))
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    broken = "".join(f"\n  {text}" for text in texts_of(notes, NoteKind.GRAPH_BREAK))
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
         + (f"Attention-like regions not parallelized:{near}\n" if near else "")
         + (f"A graph break may keep attention outside the compiler:{broken}\n" if broken else "")
-        + "".join(f"{note[0].upper()}{note[1:]}\n" for note in unseen)
+        + "".join(f"{x[0].upper()}{x[1:]}\n" for x in texts_of(notes, NoteKind.NO_VALUES))
         + (
             "Ringfx recognises scaled_dot_product_attention and its kernels, "
             "nn.MultiheadAttention, flex_attention, flash-attn, xformers, and softmax(q k^T) v "

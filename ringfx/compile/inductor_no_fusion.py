@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
+
+from ringfx.torch_compat.inductor import CustomGraphPass, config, hash_of_files
 
 __all__ = ["config_without_attention_fusion"]
 
@@ -50,7 +50,7 @@ class _InsertBarriers(CustomGraphPass):
                 )
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return hash_of_files((__file__,))
 
 
 class _RemoveBarriers(CustomGraphPass):
@@ -63,7 +63,7 @@ class _RemoveBarriers(CustomGraphPass):
                 graph.erase_node(node)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return hash_of_files((__file__,))
 
 
 def config_without_attention_fusion() -> Mapping[str, Any]:

@@ -18,20 +18,22 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.autograd_function import uncompiled
 from ringfx.comm.world import World
 from ringfx.compile.backend import Backend
-from ringfx.compile.dynamo import compiled_call, has_hooks
+from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
-from ringfx.compile.why_unsplit import in_transform, why_unsplit
+from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import RingfxError
 from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
+from ringfx.torch_compat.autograd import in_transform
+from ringfx.torch_compat.dynamo import BackendCompilerFailed
+from ringfx.torch_compat.graphs import children_of, has_hooks
 
 __all__ = ["Optimized", "optimized"]
 
@@ -177,7 +179,7 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
         inside = _twin(type(inner.module), dict(inner.module.__dict__))
         carry_state(inner.module, inside)
-        inner.__dict__["_modules"] = {**inner._modules, "module": _make_outer(inside, shared)}
+        inner.__dict__["_modules"] = {**children_of(inner), "module": _make_outer(inside, shared)}
     return _make_outer(inner, shared)
 
 
@@ -239,7 +241,7 @@ def _is_part(value: Any) -> bool:
     """A module that can be called and may hold attention; a plain layer runs as it is."""
     if not isinstance(value, torch.nn.Module) or isinstance(value, Optimized):
         return False
-    return bool(value._modules) and not isinstance(value, (ModuleList, ModuleDict))
+    return bool(children_of(value)) and not isinstance(value, (ModuleList, ModuleDict))
 
 
 def _is_running(outer: Optimized) -> bool:
@@ -272,7 +274,7 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             return _programs(outer, backend)(*args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         raise
 
 

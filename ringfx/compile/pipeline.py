@@ -14,6 +14,7 @@ from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
 from ringfx.cost_model import (
+    Profile,
     alive_in,
     choose,
     load_profile,
@@ -22,27 +23,23 @@ from ringfx.cost_model import (
     unpriced,
 )
 from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
-from ringfx.ir.plan import LayerPlan, Plan
+from ringfx.ir.note import NoteKind, noted
+from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
-from ringfx.passes.axes import AxisMap, name_axes
+from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
-from ringfx.passes.detect import detect
-from ringfx.passes.detect.count_attention import missed, refuse_missed
-from ringfx.passes.masks import recover
-from ringfx.passes.normalize import insert_relays, part_columns, respell
 from ringfx.passes.place import Placement, place, why_whole
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.token_axes import Carried, Lines, TokenLine, find_lines
+from ringfx.passes.steps import Attentions, find_attention, find_tokens
+from ringfx.passes.token_axes import Carried, Lines, TokenLine
 from ringfx.passes.verify import split_along, verify
 
-__all__ = ["NO_VALUES", "Lowered", "lower"]
-
-NO_VALUES = "masks read buffers that have no values here"
+__all__ = ["Lowered", "lower"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,11 +55,6 @@ class Lowered:
     """Inputs of which the program takes this rank's part."""
     digest: str
     """Equal on all ranks that run the same program under the same plan."""
-
-
-LONGEST_CHAIN = 16
-"""Times that the program is respelled at most; twice is common, a stack of convolutions needs one
-time for each."""
 
 
 @gc_frozen()
@@ -86,26 +78,12 @@ def lower(
 def _lowered(
     captured: Captured, settings: Settings, world: World, arrivals: Mapping[int, Arrival]
 ) -> Lowered:
-    sites = recover(captured, detect(captured, settings.rules))
-    overlooked, attentions = missed(captured, sites)
-    if settings.strict:
-        refuse_missed(overlooked)
-    graph = captured.graph_module.graph
+    attentions = find_attention(captured, strict=settings.strict, rules=settings.rules)
+    sites, graph = attentions.sites, captured.graph_module.graph
 
-    axes = name_axes(graph, settings.rules)
     given = [n for n in graph.nodes if n.op == "placeholder"]
     split = {given[i]: arrival for i, arrival in arrivals.items()}
-    lines = find_lines(graph, axes, sites.found, world.size, split)
-    for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
-        changed = world.size > 1 and (
-            respell(graph, axes, lines)
-            or part_columns(graph, lines)
-            or insert_relays(graph, axes, lines)
-        )
-        if not changed:
-            break
-        axes = name_axes(graph, settings.rules)
-        lines = find_lines(graph, axes, sites.found, world.size, split)
+    axes, lines = find_tokens(graph, sites.found, world.size, split, rules=settings.rules)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)
@@ -124,25 +102,14 @@ def _lowered(
         replicated=whole,
     )  # fmt: skip
 
-    dtypes = {site.dtype for site in sites.found}
     chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
     local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
 
-    plan = Plan(
-        world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
-        profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
-        layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
-        axes=_token_axes(local), reshardings=local.reshardings,
-        outside_ms=outside_ms(local.reshardings, world.size, profile),
-        memory=alive.plan({layer.site.node: layer for layer in layers}),
-        notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile),
-               *(unmeasured(layers, profile) if world.size > 1 else ()), *unknown,
-               *_whole_masks(sites, local, world), *_unvalued(captured, sites),
-               *_graph_break(captured), *_given_rules(graph, settings.rules)),
-    )  # fmt: skip
+    memory = alive.plan({layer.site.node: layer for layer in layers})
+    plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
     return Lowered(
         captured=captured,
         plan=plan,
@@ -151,6 +118,43 @@ def _lowered(
         arrived=frozenset(i for i, n in enumerate(given) if n in lines.arrived),
         digest=_digest(captured, plan, arrivals),
     )
+
+
+def _plan_of(
+    captured: Captured,
+    attentions: Attentions,
+    layers: tuple[LayerPlan, ...],
+    local: LocalProgram,
+    memory: MemoryPlan,
+    profile: Profile,
+    unknown: tuple[str, ...],
+    settings: Settings,
+    world: World,
+) -> Plan:
+    sites = attentions.sites
+    dtypes = {site.dtype for site in sites.found}
+    about_profile = (
+        *profile.notes,
+        *profile.missing_rows(dtypes),
+        *unpriced(layers, profile),
+        *(unmeasured(layers, profile) if world.size > 1 else ()),
+    )
+    graph = captured.graph_module.graph
+    return Plan(
+        world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
+        profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
+        layers=layers, declined=sites.declined, missed=attentions.missed,
+        attentions=attentions.count, axes=_token_axes(local), reshardings=local.reshardings,
+        outside_ms=outside_ms(local.reshardings, world.size, profile), memory=memory,
+        notes=(
+            *noted(about_profile, NoteKind.PROFILE),
+            *noted(unknown),
+            *noted(_whole_masks(sites, local, world), NoteKind.DENSE_MASK),
+            *noted(_unvalued(captured, sites), NoteKind.NO_VALUES),
+            *noted(_graph_break(captured), NoteKind.GRAPH_BREAK),
+            *noted(_given_rules(graph, settings.rules)),
+        ),
+    )  # fmt: skip
 
 
 def _refuse_unknown(
@@ -201,7 +205,8 @@ def _unvalued(captured: Captured, sites: Sites) -> tuple[str, ...]:
         return ()
     first, more = captured.input_names[sites.unvalued[0]], len(sites.unvalued) - 1
     return (
-        f"{NO_VALUES}: {first}{f' and {more} more' if more else ''} (the model is on meta, or "
+        f"masks read buffers that have no values here: {first}"
+        f"{f' and {more} more' if more else ''} (the model is on meta, or "
         "fake); planned as given with each call, where a run looks and may find a rule in it, such "
         "as causal. Do: build the model on cpu, or give these buffers values, and plan again.",
     )

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
-from torch.utils._pytree import tree_leaves
 
 from ringfx.ir.values import Arrival
 from ringfx.passes.rewrite import LocalProgram
 from ringfx.split_tensor.local_rules import writes_where_it_is
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
+from ringfx.torch_compat.fake_tensors import TracingContext
+from ringfx.torch_compat.operators import schema_of
+from ringfx.torch_compat.pytree import tree_leaves
 
 __all__ = ["arrived", "hand_on", "leave_split", "run_whole"]
 
@@ -61,7 +62,7 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
     """
     if _INSIDE.depth or TracingContext.try_get() is not None:
         return
-    if func._schema.is_mutable:
+    if schema_of(func).is_mutable:
         if args and hasattr(args[0], _MARK) and not writes_where_it_is(func):
             delattr(args[0], _MARK)
         return

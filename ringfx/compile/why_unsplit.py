@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["in_transform", "why_unsplit"]
+from ringfx.torch_compat import dynamo
+from ringfx.torch_compat.autograd import in_transform, is_scripted
+from ringfx.torch_compat.dispatch import active_modes
+
+__all__ = ["why_unsplit"]
 
 _WHOLE = "this call of the model was not compiled and ran unsharded on every rank: "
 
@@ -17,14 +20,9 @@ def why_unsplit() -> str:
     return _WHOLE + next((text for holds, text in _causes() if holds), _UNKNOWN)
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return bool(torch._C._functorch.get_dynamic_layer_stack_depth() > 0)
-
-
 def _causes() -> list[tuple[bool, str]]:
-    stance = torch._dynamo.eval_frame._stance.stance
-    modes = ", ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    stance = dynamo.stance()
+    modes = ", ".join(type(mode).__name__ for mode in active_modes())
     return [
         (
             in_transform(),
@@ -38,7 +36,7 @@ def _causes() -> list[tuple[bool, str]]:
             "'default' around calls of the model.",
         ),
         (
-            os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1" or torch._dynamo.config.disable,
+            os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1" or dynamo.config.disable,
             "compilation is turned off (TORCH_COMPILE_DISABLE=1 or TORCHDYNAMO_DISABLE=1 or "
             "torch._dynamo.config.disable). Do: turn it on.",
         ),
@@ -48,7 +46,7 @@ def _causes() -> list[tuple[bool, str]]:
             "leave the mode before you call the model.",
         ),
         (
-            torch._C._get_tracing_state() is not None or torch.compiler.is_exporting(),
+            is_scripted() or torch.compiler.is_exporting(),
             "torch.jit.trace or torch.export traces it. Do: trace the original model, which "
             "ringfx.optimize was given.",
         ),

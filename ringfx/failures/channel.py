@@ -22,15 +22,15 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
 from ringfx.failures.describe import describe_error, plain
 from ringfx.failures.process import Process
 from ringfx.failures.wait_graph import Counts, Stand
+from ringfx.torch_compat.distributed import default_store, group_named, timeout_of
 
 __all__ = [
     "Channel",
@@ -120,7 +120,7 @@ class Channel:
         self._waits = 0
         self._processes: dict[int, Process] = {}
         self._twin: Any = None
-        default: Any = dist.distributed_c10d._get_default_store()
+        default = default_store()
         self._given_store = default
         self.store = self._prefixed(default)
 
@@ -129,7 +129,7 @@ class Channel:
         return self._prefixed(self._given_store.clone())
 
     def _prefixed(self, store: Any) -> Any:
-        return PrefixStore(f"ringfx/{self.name}", store)
+        return dist.PrefixStore(f"ringfx/{self.name}", store)
 
     # --- connections
 
@@ -155,7 +155,7 @@ class Channel:
             pause = min(2 * pause, POLL_S[1])
         self.dead_rank()  # reads which process each is, while there is a store
         self.call = max(self.call, *(place.call for place in self.others))
-        store = PrefixStore(f"epoch{self.epoch}", self.store)
+        store = dist.PrefixStore(f"epoch{self.epoch}", self.store)
         self._twin = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
 
     def _all_here(self) -> bool:
@@ -381,7 +381,7 @@ def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
     if not group:
         yield
         return
-    channel = channel_of(_resolve_process_group(cast(Any, group)))
+    channel = channel_of(group_named(group))
     if begins:
         channel.begin_call()
     try:
@@ -393,7 +393,7 @@ def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
 
 def next_number(group: str) -> str:
     """Counts what the ranks of a group make, in the same words on all of them."""
-    channel = channel_of(_resolve_process_group(cast(Any, group)))
+    channel = channel_of(group_named(group))
     channel.made += 1
     return f"{channel.epoch}.{channel.made}"
 
@@ -427,9 +427,4 @@ def _ended(rank: int) -> str:
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
     """How long the group's own messages wait."""
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if options is not None:
-            found: datetime.timedelta = options._timeout
-            return found
-    return datetime.timedelta(minutes=30)
+    return timeout_of(group) or datetime.timedelta(minutes=30)

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from ringfx.failures.channel import Channel, channel_of, channels, is_settled
 from ringfx.failures.describe import describe_error
@@ -125,7 +124,7 @@ def _is_served(store: Any) -> bool:
     """Whether the store's process still answers: a call that fails fills the log."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    if not isinstance(store, TCPStore):
+    if not isinstance(store, dist.TCPStore):
         return True
     try:
         socket.create_connection((store.host, store.port), timeout=2).close()

@@ -17,15 +17,15 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.failures.abort import abort, may_be_aborted
 from ringfx.failures.channel import GONE, Channel, Failure, Wait, channel_of, channels
 from ringfx.failures.user_collectives import Outside, main_thread_at, where_outside
 from ringfx.failures.wait_graph import Stand, in_vain
+from ringfx.torch_compat.distributed import group_named
 
 __all__ = ["start_watching", "watch"]
 
@@ -80,7 +80,7 @@ _STARTED = threading.Event()
 def start_watching(name: str) -> None:
     """Look after the group of that name before its ranks' first message."""
     with contextlib.suppress(RuntimeError):  # a store that is none: torch's fake process group
-        channel = channel_of(_resolve_process_group(cast(Any, name)))
+        channel = channel_of(group_named(name))
         channel.introduce()
         watch(channel)
 
@@ -99,7 +99,7 @@ def watch(channel: Channel) -> None:
 
 
 def _group(channel: Channel) -> Any:
-    return _resolve_process_group(cast(Any, channel.name))
+    return group_named(channel.name)
 
 
 def _watch() -> None:

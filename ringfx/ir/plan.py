@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
@@ -222,11 +223,6 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
 
     @property
-    def replicated_bytes(self) -> int:
-        """Of these, what grows with the sequence: activations that are whole on every rank."""
-        return sum(part.bytes for part in self.parts if part.kind == "replicated")
-
-    @property
     def split_bytes(self) -> int:
         """Outside attention: what falls with more ranks."""
         return sum(part.bytes for part in self.parts if part.kind == "split")
@@ -257,7 +253,7 @@ class Plan:
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
-    notes: tuple[Text, ...] = ()
+    notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
     profile_date: Date = ""

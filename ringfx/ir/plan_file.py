@@ -39,7 +39,10 @@ def read_plan(text: str, name: str) -> Plan:
             f"{_named('this plan', name)} has schema version {shown(schema)}; this ringfx reads"
             f" version {SCHEMA_VERSION}. Do: make the plan again with this version of ringfx."
         )
-    return validated(Plan, {**fields, "schema": SCHEMA_VERSION}, source, _problems)
+    found = {**fields, "schema": SCHEMA_VERSION}
+    if isinstance(fields.get("notes"), list):
+        found["notes"] = [{"text": x} if isinstance(x, str) else x for x in fields["notes"]]
+    return validated(Plan, found, source, _problems)
 
 
 def _named(words: str, name: str) -> str:

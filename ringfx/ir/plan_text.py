@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from ringfx.ir.note import texts_of
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
 from ringfx.ir.values import Declined, Resharding
 from ringfx.units.age import age_words
@@ -51,7 +52,7 @@ def render(plan: Plan) -> RenderableType:
     if plan.memory.parts:
         parts += _section(_memory_title(plan), _memory_lines(plan.memory))
         parts += _section("by block of the model", _block_lines(plan.memory))
-    parts += _section("notes", plan.notes)
+    parts += _section("notes", texts_of(plan.notes))
     return Group(*parts)
 
 

@@ -17,9 +17,7 @@ from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, checked_rules, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.breaks import is_outermost
-from ringfx.passes.detect import detect
-from ringfx.passes.detect.count_attention import missed, refuse_missed
-from ringfx.passes.masks import recover
+from ringfx.passes.steps import find_attention
 from ringfx.validation.arguments import switch
 
 if TYPE_CHECKING:
@@ -72,17 +70,14 @@ def report_detection(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         captured = capture(gm, example_inputs, known=partial(find_rule, rules=rules))
-        sites = recover(captured, detect(captured, rules))
-        overlooked, attentions = missed(captured, sites)
-        if strict:
-            refuse_missed(overlooked)
+        found = find_attention(captured, strict=strict, rules=rules)
         broken = () if captured.graph_break is None else (captured.graph_break,)
         parts.append(
             DetectionReport(
-                sites=sites.found,
-                declined=sites.declined,
-                missed=overlooked,
-                attentions=attentions,
+                sites=found.sites.found,
+                declined=found.sites.declined,
+                missed=found.missed,
+                attentions=found.count,
                 graph_breaks=broken,
             )
         )

@@ -12,6 +12,7 @@ from math import log10
 from typing import TypeAlias
 
 from ringfx.errors import RingfxError
+from ringfx.ir.note import texts_of
 from ringfx.ir.plan import MemoryPart, Plan
 from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
@@ -64,7 +65,7 @@ def to_html(plan: Plan, lengths: Curve = (), ranks: Curve = ()) -> str:
             "Attention-like regions not parallelized",
             [f"{d.name} ({d.source}): {d.reason}" for d in plan.declined],
         ),
-        _list("Notes", plan.notes),
+        _list("Notes", texts_of(plan.notes)),
     ]
     body = "\n".join(section for section in sections if section)
     return (

@@ -14,6 +14,7 @@ from ringfx.comm.conjugate import mask_tokens, take_own_tokens
 from ringfx.failures.channel import next_number
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import Cell, SplitTensor
+from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["part", "wrap", "wrap_all"]
 
@@ -80,7 +81,7 @@ def wrap_all(
     split = [x for x in wrapped if isinstance(x, SplitTensor)]
     for value, other in itertools.combinations(split, 2):
         mine, its = value._local, other._local
-        if mine.untyped_storage()._cdata != its.untyped_storage()._cdata:
+        if storage_id(mine) != storage_id(its):
             continue
         if value._spec == other._spec and _place_in_memory(mine) == _place_in_memory(its):
             other._cell = value._cell
@@ -99,7 +100,7 @@ def _with_whole_gradient(result: Any) -> Any:
     return result
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def whole_gradient(grad: torch.Tensor) -> torch.Tensor:
     """A gradient as a plain tensor."""
     return grad._gathered() if isinstance(grad, SplitTensor) else grad

@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any, TypeGuard
 
 import torch
-from torch._guards import TracingContext
 
 from ringfx.comm.conjugate import slice_tokens
 from ringfx.ir.values import Resharding
 from ringfx.split_tensor.autograd import part
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import SplitTensor
+from ringfx.torch_compat.autograd import in_backward
+from ringfx.torch_compat.fake_tensors import TracingContext
 from ringfx.units.format import format_bytes
 
 __all__ = ["ProgramHandoff", "global_example", "is_split", "local_example"]
@@ -98,11 +99,6 @@ class _HandoffObserver:
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None:
         self.handoff.note(spec, num_bytes, in_backward())
-
-
-def in_backward() -> bool:
-    """Whether autograd runs."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def users_frame() -> str:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ringfx.ir.values import Arrival, Captured
-from ringfx.passes.axes import name_axes
 from ringfx.passes.place import Placement, place
 from ringfx.passes.rewrite import rewrite
 from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes import find_lines
+from ringfx.passes.steps import find_tokens
 from ringfx.passes.verify.check import line_inputs
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import decompositions
+from ringfx.torch_compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["OperandSpec", "SingleOpProgram", "single_op_program"]
 
@@ -75,7 +75,7 @@ def _planned(
     if torch.Tag.nondeterministic_seeded in func.tags:
         return None  # ranks that draw for themselves are compared first
     alone = _planned_as(func, leaves, structure, rank, group, decompositions={})
-    table = torch._decomp.decomposition_table
+    table = decompositions()
     if alone is not None or func not in table:
         return alone
     return _planned_as(func, leaves, structure, rank, group, decompositions={func: table[func]})
@@ -98,8 +98,7 @@ def _planned_as(
     tensors = [x for x in leaves if isinstance(x, OperandSpec)]
     split = {n: x.arrival for n, x in zip(inputs, tensors, strict=True) if x.arrival is not None}
     ranks = next(iter(split.values())).layout.world_size
-    axes = name_axes(graph)
-    lines = find_lines(graph, axes, [], ranks, split)
+    axes, lines = find_tokens(graph, [], ranks, split, normalized=False)
     if axes.missing or lines.arrived != set(split):
         return None
     placement = place(graph, lines)

@@ -14,9 +14,6 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
@@ -34,6 +31,11 @@ from ringfx.split_tensor.local_rules import (
 )
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
+from ringfx.torch_compat.autograd import make_wrapper, version_of
+from ringfx.torch_compat.dispatch import no_dispatch
+from ringfx.torch_compat.fake_tensors import FakeTensor
+from ringfx.torch_compat.operators import schema_of
+from ringfx.torch_compat.pytree import tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["Cell", "SplitTensor"]
 
@@ -83,7 +85,7 @@ class SplitTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, cell: Cell, spec: SplitSpec) -> SplitTensor:
         local = cell.local
-        made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SplitTensor = make_wrapper(
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
         made._cell, made._spec = cell, spec
@@ -128,38 +130,38 @@ class SplitTensor(torch.Tensor):
 
     # What follows may be called by code that Dynamo looks at, such as a handler of log lines.
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self._gathered())
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def numpy(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """The whole value as a NumPy array."""
         return self._gathered().numpy(**kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self._gathered().__array__(*args, **kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tolist(self) -> Any:
         """The whole value as nested lists."""
         return self._gathered().tolist()
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._gathered().__reduce_ex__(protocol)
 
     # Uncompiled code of a compiled model may touch it: this is no program to split.
     @classmethod
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _LOCAL_OPS:
             return SplitTensor(args[0]._cell, args[0]._spec)
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
             return _with_whole(func, args, kwargs)
@@ -198,7 +200,7 @@ class SplitTensor(torch.Tensor):
         self._cell.made[what] += 1
         return f"#{self._cell.made[what]}"
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
         """The complete value; gathered once, on first use, by all ranks together."""
         cell, spec = self._cell, self._spec
@@ -209,7 +211,7 @@ class SplitTensor(torch.Tensor):
             if cell.on_gather is not None and cell.on_gather.model_runs:
                 cell.on_gather(spec, self.numel() * self.element_size())
             rendezvous_before_gather(spec)
-            cell.gathered_at = None if self.is_inference() else self._version
+            cell.gathered_at = None if self.is_inference() else version_of(self)
             with torch.no_grad():
                 cell.whole = all_gather_tokens(
                     cell.local, spec.order(cell.local.device), spec.layout.world_size,
@@ -219,14 +221,14 @@ class SplitTensor(torch.Tensor):
 
     def _refuse_lost_writes(self) -> None:
         """A part was handed out where torch promises a view, and has been written since."""
-        if self._cell.viewed is not None and self._version != self._cell.viewed:
+        if self._cell.viewed is not None and version_of(self) != self._cell.viewed:
             raise SplitWrite(_lost_write_text(self._spec))
 
     def _is_current(self) -> bool:
         """Whether this rank's part is the value: views of the whole may have been written since."""
         cell = self._cell
         known = cell.gathered_at is not None and not cell.aliased
-        return cell.whole is None or (known and cell.gathered_at == self._version)
+        return cell.whole is None or (known and cell.gathered_at == version_of(self))
 
     def _can_stay(self) -> bool:
         """Whether a call may use this rank's part.
@@ -244,7 +246,7 @@ class SplitTensor(torch.Tensor):
 
     def _hand_out(self) -> None:
         if self._cell.viewed is None and not self.is_inference():
-            self._cell.viewed = self._version
+            self._cell.viewed = version_of(self)
 
 
 def _with_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -260,7 +262,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _turn_in_place(func, args, kwargs)
     written = [
         value
-        for argument, value in zip(func._schema.arguments, args, strict=False)
+        for argument, value in zip(schema_of(func).arguments, args, strict=False)
         if argument.is_write and isinstance(value, SplitTensor)
     ]
     for value in written:
@@ -299,10 +301,12 @@ def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _view_of_its_kind(func: Any) -> Any:
     """``aten.squeeze.dim`` for ``aten.squeeze_.dim``."""
-    packet = getattr(aten, func._schema.name.partition("::")[2].removesuffix("_"), None)
+    packet = getattr(aten, schema_of(func).name.partition("::")[2].removesuffix("_"), None)
     overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
-    asked = [str(a.type) for a in func._schema.arguments]
-    return next((o for o in overloads if [str(a.type) for a in o._schema.arguments] == asked), None)
+    asked = [str(a.type) for a in schema_of(func).arguments]
+    return next(
+        (o for o in overloads if [str(a.type) for a in schema_of(o).arguments] == asked), None
+    )
 
 
 def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -430,7 +434,7 @@ def _viewing(
 ) -> torch.Tensor:
     cell = Cell(result, on_gather=source._cell.on_gather)
     if is_view:
-        cell.viewed = None if source.is_inference() else source._version
+        cell.viewed = None if source.is_inference() else version_of(source)
         source._cell.views.add(cell)
     return SplitTensor(cell, spec)
 

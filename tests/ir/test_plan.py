@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note, NoteKind
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.ir.plan_text import fold
 from ringfx.ir.values import Declined, Resharding, TokenAxis
@@ -68,7 +69,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
             ),
             unknown=("optimiser state",),
         ),
-        "notes": ("the profile is published, not measured",),
+        "notes": (Note(text="the profile is published, not measured", kind=NoteKind.PROFILE),),
     }
     return Plan(**{**fields, **changes})
 
@@ -80,6 +81,19 @@ def test_a_plan_comes_back_from_json_as_the_same_value() -> None:
     plan = _plan()
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(plan.to_json()).layers[0].site.spec.is_causal
+
+
+def test_notes_of_plans_that_were_saved_as_texts_are_read() -> None:
+    fields = json.loads(_plan().to_json())
+    assert fields["notes"] == [
+        {"text": "the profile is published, not measured", "kind": "profile"}
+    ]
+    fields["notes"] = ["graph break at model.py:3", *fields["notes"]]
+    read = Plan.from_json(json.dumps(fields))
+    assert read.notes == (Note(text="graph break at model.py:3"), *_plan().notes)
+    fields["notes"] = [{"text": "x", "kind": "rumour"}]
+    with pytest.raises(InvalidArgument, match=r"notes\[0\]\.kind must be .*'rumour'"):
+        Plan.from_json(json.dumps(fields))
 
 
 def test_another_schema_version_is_refused() -> None:

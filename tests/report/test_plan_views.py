@@ -15,6 +15,7 @@ from ringfx.cli.main import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
 from ringfx.ir.values import Declined
 from ringfx.report.plan_html import to_html
@@ -178,7 +179,7 @@ def test_a_saved_plan_is_chosen_again_under_another_word_or_profile(saved: Path)
     assert {layer.strategy for layer in by_word.layers} == {"simple"}
     elsewhere = Plan.from_json(_run(str(saved), "--profile", "a100-sxm-published", "--json").stdout)
     assert elsewhere.profile == "a100-sxm-published"
-    assert any(note.startswith("profile a100-sxm-published ") for note in elsewhere.notes)
+    assert any(note.text.startswith("profile a100-sxm-published ") for note in elsewhere.notes)
     assert elsewhere.total_ms > _plan().total_ms
 
 
@@ -296,7 +297,7 @@ def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
             over_program=(2**20, 2**30, 2**25),
             unknown=("optimiser state",),
         ),
-        notes=("a <b> & c",),
+        notes=(Note(text="a <b> & c"),),
     )
     page = to_html(plan)
     assert "Memory of one rank at the peak: 1.00 GiB" in page

@@ -33,6 +33,7 @@ from ringfx.cost_model.calibration.from_records import (
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
 from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
+from ringfx.ir.note import Note
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
 from ringfx.ir.values import Declined, Resharding, TokenAxis
 from ringfx.strategies import STRATEGIES
@@ -102,7 +103,7 @@ def _plan() -> Plan:
             over_program=(2**20, 2**30, 2**21),
             unknown=("optimiser state",),
         ),
-        notes=("a note",),
+        notes=(Note(text="a note"),),
     )
 
 

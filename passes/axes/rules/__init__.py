@@ -10,7 +10,6 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
 from ringfx.errors import InvalidArgument
 from ringfx.passes.axes.call import AxisRule, AxisRules
@@ -28,6 +27,7 @@ from ringfx.passes.axes.rules import (
     views,
 )
 from ringfx.passes.capture.own_backward import OwnBackward
+from ringfx.torch_compat.operators import OpOverload, OpOverloadPacket
 
 __all__ = ["RULES", "AxisRules", "checked_rules", "find_rule"]
 

@@ -7,6 +7,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -33,7 +34,7 @@ def counted(call: Call) -> OpAxes:
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(
         (
             aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default,

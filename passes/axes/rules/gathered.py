@@ -6,6 +6,7 @@ import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -30,7 +31,7 @@ def gathered(reason: str) -> AxisRule:
     return rule
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten._pdist_forward.default: gathered("it measures each pair of rows once"),
     aten.as_strided_scatter.default: gathered("it counts along memory"),
     aten.dist.default: gathered("it is one norm of all differences"),

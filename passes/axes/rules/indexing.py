@@ -8,6 +8,7 @@ from torch.fx import Node
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -233,7 +234,7 @@ def _opaque(call: Call, reason: str) -> OpAxes:
     return OpAxes(operands=operands, results=results, share=shares(whole=every), reason=reason)
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.embedding.default: embedding,
     aten.index_select.default: index_select,
     aten.index.Tensor: index,

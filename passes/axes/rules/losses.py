@@ -10,6 +10,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.pointwise import broadcast
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -73,7 +74,7 @@ def elementwise_loss(call: Call, fill: Mapping[str, float] = NOTHING) -> OpAxes:
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.cross_entropy_loss.default: cross_entropy,
     aten.nll_loss_nd.default: cross_entropy,
     aten.nll_loss.default: cross_entropy,

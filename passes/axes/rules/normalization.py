@@ -7,6 +7,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -39,7 +40,7 @@ def grouped(call: Call) -> OpAxes:
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.layer_norm.default: trailing,
     aten.rms_norm.default: trailing,
     aten.group_norm.default: grouped,

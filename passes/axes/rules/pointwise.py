@@ -9,6 +9,7 @@ import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES", "broadcast", "elementwise"]
 
@@ -85,7 +86,7 @@ _COMPOSITES = (
     aten.complex.default, aten.hardswish.default, aten._prelu_kernel.default,
 )  # fmt: skip
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
     aten.linalg_cross.default: crossed,

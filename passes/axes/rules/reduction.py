@@ -7,6 +7,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import along, numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -146,7 +147,7 @@ _WHOLE = reduce()
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.sum.default: reduce(partial=True),
     aten.sum.dim_IntList: reduce(partial=True),
     aten.mean.default: reduce(partial=True, mean=True),

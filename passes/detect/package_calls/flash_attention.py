@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringfx.passes.detect.package_calls.dense import (
@@ -21,6 +20,7 @@ from ringfx.passes.detect.package_calls.dense import (
     positions,
     window,
 )
+from ringfx.torch_compat.dynamo import graph_break
 
 __all__ = ["FLASH_2", "FLASH_3"]
 
@@ -303,7 +303,7 @@ def _masked(
 
 
 def _keep_the_package(name: str, reason: str) -> None:
-    torch._dynamo.graph_break(msg=f"{name} {reason}: the package's own function runs")
+    graph_break(msg=f"{name} {reason}: the package's own function runs")
 
 
 FLASH_2: Mapping[str, Callable[..., Any]] = {

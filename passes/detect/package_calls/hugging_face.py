@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringfx.passes.detect.package_calls.dense import Pairs, attend, in_documents, positions, window
+from ringfx.torch_compat.dynamo import graph_break
 
 __all__ = ["HUGGING_FACE", "HUGGING_FACE_MASKS"]
 
@@ -107,9 +108,7 @@ def _documents(
 
 
 def _keep_the_library(reason: str) -> None:
-    torch._dynamo.graph_break(
-        msg=f"_flash_attention_forward with {reason}: the library's own function runs"
-    )
+    graph_break(msg=f"_flash_attention_forward with {reason}: the library's own function runs")
 
 
 def flash_attention_mask(

@@ -18,6 +18,7 @@ from ringfx.passes.detect.package_calls.dense import (
     positions,
     window,
 )
+from ringfx.torch_compat.dynamo import graph_break
 
 __all__ = ["XFORMERS"]
 
@@ -107,9 +108,7 @@ def _from_object(mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor
         return window(_blocks(mask, q_len, k_len, False), mask._window_size - 1, 0), None
     if kind == "BlockDiagonalCausalLocalAttentionFromBottomRightMask":
         return window(_blocks(mask, q_len, k_len, True), mask._window_size - 1, 0), None
-    torch._dynamo.graph_break(
-        msg=f"memory_efficient_attention with {kind}: the package's own function runs"
-    )
+    graph_break(msg=f"memory_efficient_attention with {kind}: the package's own function runs")
     raise AssertionError("a graph break leaves this function")
 
 

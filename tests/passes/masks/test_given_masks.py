@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringfx.errors import OutOfMemory
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.report.detection_report import report_detection
 from tests.support.programs import lowered
 
@@ -43,7 +44,7 @@ def text(renderable: object) -> str:
 
 def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
     plan = lowered(Given(), *operands(), ranks=4).plan
-    said = [n for n in plan.notes if "given whole" in n]
+    said = texts_of(plan.notes, NoteKind.DENSE_MASK)
     assert said == [
         f"qkv (test_given_masks.py:{line()}) and 1 more: a mask or bias given whole, "
         "2.00 MiB: each rank takes the rows of its own queries, 512 KiB"
@@ -63,7 +64,7 @@ def line() -> int:
 def test_a_function_of_positions_and_padding_are_not_given_whole() -> None:
     x, _ = operands()
     plan = lowered(Given(), x, torch.ones(1, 1, 1, S, dtype=torch.bool), ranks=4).plan
-    assert not [n for n in plan.notes if "given whole" in n]
+    assert not texts_of(plan.notes, NoteKind.DENSE_MASK)
 
 
 def test_explain_names_it() -> None:
