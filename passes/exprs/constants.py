@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ringfx.ir.tiles import Expr
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.ir.tiles import Expr, const
+from ringfx.passes.exprs.simplify import simplify
 
 __all__ = ["fold_constant"]
 

@@ -14,9 +14,8 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
 from ringfx.ir.strategies import STRATEGIES
-from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction
+from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction, inputs_used
 from ringfx.ir.tiles.checked import checked_expr
-from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
 from ringfx.ops.attention import attention
 from ringfx.torch_compat.dynamo_marks import constant_result
