@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr, walk
+from ringfx.ir.tiles import Expr, const, walk
 from ringfx.passes.axes.call import Call
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
@@ -21,7 +21,7 @@ from ringfx.passes.detect.softmax import Softmax
 from ringfx.passes.detect.walk import SHIFTS, op_name
 from ringfx.passes.exprs.elements import ELEMENT_RULES, ElementRule, Index
 from ringfx.passes.exprs.lift import Lifter
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.passes.exprs.simplify import simplify
 
 __all__ = ["SHIFT", "ScoreReader"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.ir.tiles import Expr, const
+from ringfx.passes.exprs.simplify import simplify
 from ringfx.torch_compat.dispatch import disable_current_modes
 from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 

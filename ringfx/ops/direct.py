@@ -13,9 +13,8 @@ from ringfx.comm.group_argument import Group, name_and_size
 from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction
+from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction, inputs_used
 from ringfx.ir.tiles.checked import checked_expr
-from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
 from ringfx.ops.operator import attention
 from ringfx.strategies import DEFAULT, STRATEGIES, Strategy

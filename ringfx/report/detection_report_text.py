@@ -11,18 +11,15 @@ from rich.text import Text
 
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.plan_text import fold_names, table_lines
-from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles import TILE_OPS, Expr
+from ringfx.ir.tiles.operators import COMPARISONS
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import AttentionSite, Declined
 from ringfx.report.detection_report import DetectionReport
 
 __all__ = ["formula", "render", "tile_text"]
 
-INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "mod": "%", "le": "<=",
-    "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!=", "and": "and", "or": "or",
-    "xor": "!=",
-}  # fmt: skip
+INFIX = {name: op.infix for name, op in TILE_OPS.items() if op.infix is not None}
 LONGEST = 200
 """Characters of a mask's expression; the words say it anyway."""
 
@@ -137,7 +134,7 @@ def _operand(head: str, expr: Expr) -> str:
     """Comparisons need no brackets inside a conjunction; everything else that is infix does."""
     text = tile_text(expr)
     plain = expr[0] not in INFIX or (head in ("and", "or") and expr[0] not in ("or", "and", "xor"))
-    sums = head in ("le", "lt", "ge", "gt", "eq", "ne") and expr[0] in ("add", "sub", "mul")
+    sums = head in COMPARISONS and expr[0] in ("add", "sub", "mul")
     return text if plain or sums or expr[0] == head == "and" else f"({text})"
 
 
