@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.tiles import CAUSAL, Expr, conjunction
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 
 __all__ = ["along_the_line", "can_move"]
 
@@ -25,7 +25,7 @@ def can_move(spec: AttentionSpec) -> bool:
 
 
 def along_the_line(
-    spec: AttentionSpec, queries: Member, keys: Member, q_len: int, kv_len: int
+    spec: AttentionSpec, queries: AxisOnLine, keys: AxisOnLine, q_len: int, kv_len: int
 ) -> AttentionSpec:
     """The same attention, over all positions of the lines that hold its queries and keys.
 
@@ -52,7 +52,9 @@ def along_the_line(
     )
 
 
-def _moved(expr: Expr | None, queries: Member, keys: Member, read: bool = False) -> Expr | None:
+def _moved(
+    expr: Expr | None, queries: AxisOnLine, keys: AxisOnLine, read: bool = False
+) -> Expr | None:
     """The expression, positions counted from the windows; ``read``: as indices of a tensor."""
     if expr is None or expr[0] == "const":
         return expr
@@ -65,7 +67,7 @@ def _moved(expr: Expr | None, queries: Member, keys: Member, read: bool = False)
     return (*expr[:head], *inner)
 
 
-def _position(leaf: Expr, member: Member, read: bool) -> Expr:
+def _position(leaf: Expr, member: AxisOnLine, read: bool) -> Expr:
     place: Expr = ("sub", leaf, ("const", member.offset)) if member.offset else leaf
     if not read:
         return place

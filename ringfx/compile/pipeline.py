@@ -25,10 +25,10 @@ from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.count_attention import missed, refuse_missed
 from ringfx.passes.masks import recover
-from ringfx.passes.normalize import insert_relays, part_columns, respell
-from ringfx.passes.place import Placement, place, why_whole
+from ringfx.passes.normalize import insert_reshards, normalize, separate_columns
+from ringfx.passes.place import PlacementMap, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.token_axes import Carried, Lines, TokenLine, find_lines
+from ringfx.passes.token_axes import Lines, TokenDim, TokenLine, find_lines
 from ringfx.passes.verify import split_along, verify
 
 __all__ = ["NO_VALUES", "Lowered", "lower"]
@@ -52,7 +52,7 @@ class Lowered:
 
 
 LONGEST_CHAIN = 16
-"""Times that the program is respelled at most; twice is common, a stack of convolutions needs one
+"""Times that the program is normalized at most; twice is common, a stack of convolutions needs one
 time for each."""
 
 
@@ -87,11 +87,11 @@ def _lowered(
     given = [n for n in graph.nodes if n.op == "placeholder"]
     split = {given[i]: arrival for i, arrival in arrivals.items()}
     lines = find_lines(graph, axes, sites.found, world.size, split)
-    for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
+    for _ in range(LONGEST_CHAIN):  # a normalized call may show the next where tokens are
         changed = world.size > 1 and (
-            respell(graph, axes, lines)
-            or part_columns(graph, lines)
-            or insert_relays(graph, axes, lines)
+            normalize(graph, axes, lines)
+            or separate_columns(graph, lines)
+            or insert_reshards(graph, axes, lines)
         )
         if not changed:
             break
@@ -105,7 +105,7 @@ def _lowered(
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
     alive = alive_in(
-        captured, carries_tokens=placement.is_split if world.size > 1 else lines.carries_one,
+        captured, carries_tokens=placement.is_sharded if world.size > 1 else lines.carries_one,
         power=lines.power, world_size=world.size, optimizer=settings.optimizer,
         compiler=settings.compiler,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _refuse_unknown(
     """Operators that touch tokens without a row: an error, or a note that they are gathered for."""
     if world.size == 1:
         return ()
-    touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
+    touching = [n for n in axes.missing if any(lines.token_dim(i) for i in n.all_input_nodes)]
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
             f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
@@ -206,13 +206,13 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
 
 
 def _replicated(
-    graph: Graph, placement: Placement, sites: Sites, settings: Settings, world: World
+    graph: Graph, placement: PlacementMap, sites: Sites, settings: Settings, world: World
 ) -> dict[int, str]:
     """The attentions (by their number) that cannot be split, and why; strict mode refuses them."""
     if world.size == 1:
         return {}
     nodes = {n.name: n for n in graph.nodes}
-    why = {i: why_whole(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
+    why = {i: why_replicated(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
     whole = {i: reason for i, reason in why.items() if reason is not None}
     if whole and settings.strict:
         places = "\n".join(
@@ -228,12 +228,12 @@ def _replicated(
 
 
 def _along(
-    layers: Sequence[LayerPlan], carried: Mapping[str, Carried], lines: Lines, world: World
+    layers: Sequence[LayerPlan], token_dims: Mapping[str, TokenDim], lines: Lines, world: World
 ) -> tuple[LayerPlan, ...]:
     """Each layer with the axis along which the rewritten program splits it."""
     told = []
     for layer in layers:
-        found = carried.get(layer.site.node)
+        found = token_dims.get(layer.site.node)
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
                 f"{layer.name} ({layer.source}): planned as {layer.strategy}, and in the rewritten "
@@ -245,9 +245,9 @@ def _along(
     return tuple(told)
 
 
-def _axis_name(lines: Lines, carried: Carried) -> str:
-    name = _line_name(lines, lines.lines[carried.line])
-    return name if carried.inner == 1 else f"{name}, each of {carried.inner} of its queries"
+def _axis_name(lines: Lines, tokens: TokenDim) -> str:
+    name = _line_name(lines, lines.lines[tokens.line])
+    return name if tokens.inner == 1 else f"{name}, each of {tokens.inner} of its queries"
 
 
 def _line_name(lines: Lines, line: TokenLine) -> str:
@@ -258,8 +258,8 @@ def _token_axes(local: LocalProgram) -> tuple[TokenAxis, ...]:
     """The axes along which some value of the rewritten program is split; with one rank, all."""
     placement = local.placement
     lines = placement.lines
-    values = {v for value in local.values for v in (value, *value.users) if placement.is_split(v)}
-    used = {c.line for v in values if isinstance(c := lines.carried(v), Carried)}
+    values = {v for value in local.values for v in (value, *value.users) if placement.is_sharded(v)}
+    used = {c.line for v in values if isinstance(c := lines.token_dim(v), TokenDim)}
     return tuple(
         TokenAxis(
             axis=_line_name(lines, line),

@@ -18,7 +18,7 @@ import torch
 from torch._guards import TracingContext
 
 from ringfx.comm.conjugate import slice_tokens
-from ringfx.ir.values import Resharding
+from ringfx.ir.values import CommKind, Resharding
 from ringfx.split_tensor.autograd import part
 from ringfx.split_tensor.spec import SplitSpec, Told
 from ringfx.split_tensor.tensor import SplitTensor
@@ -73,7 +73,7 @@ class Between:
         """Say that a value is gathered, in the plan and once to the user."""
         where = users_frame()
         reason = f"{where}, {'whose backward' if in_backward else 'which'} no compiled program runs"
-        kind = "gather_gradient" if in_backward else "gather"
+        kind = CommKind.ALL_GATHER_GRADIENT if in_backward else CommKind.ALL_GATHER
         self.moved.append(
             Resharding(
                 node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,

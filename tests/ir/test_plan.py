@@ -9,7 +9,7 @@ import pytest
 from ringfx.errors import InvalidArgument
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.ir.plan_text import fold
-from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
 from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
@@ -48,7 +48,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="r",
                 name="lm_head",
                 source="model.py:9",
-                kind="all_reduce",
+                kind=CommKind.ALL_REDUCE,
                 bytes_moved=4096,
                 reason="a parameter's gradient",
             ),
@@ -56,7 +56,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="g",
                 name="router",
                 source="moe.py:4",
-                kind="gather",
+                kind=CommKind.ALL_GATHER,
                 bytes_moved=2**20,
                 reason="sort orders all tokens",
             ),
@@ -80,6 +80,30 @@ def test_a_plan_comes_back_from_json_as_the_same_value() -> None:
     plan = _plan()
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(plan.to_json()).layers[0].site.spec.is_causal
+
+
+@pytest.mark.parametrize(
+    ("old", "kind"),
+    [
+        ("gather", CommKind.ALL_GATHER),
+        ("gather_gradient", CommKind.ALL_GATHER_GRADIENT),
+        ("exchange", CommKind.ALL_TO_ALL),
+        ("borders", CommKind.HALO_EXCHANGE),
+        ("all_reduce", CommKind.ALL_REDUCE),
+    ],
+)
+def test_kinds_of_communication_are_read_by_the_names_of_older_plans(
+    old: str, kind: CommKind
+) -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', f'"kind": "{old}"')
+    (move,) = [m for m in Plan.from_json(text).reshardings if m.name == "router"]
+    assert move.kind is kind
+
+
+def test_an_unknown_kind_of_communication_is_refused() -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', '"kind": "shout"')
+    with pytest.raises(InvalidArgument, match=r"kind must be 'all_gather', .*got 'shout'"):
+        Plan.from_json(text)
 
 
 def test_another_schema_version_is_refused() -> None:

@@ -106,10 +106,10 @@ def test_what_is_moved_is_reported() -> None:
     program = lowered(shapes.Neighbours(), ids())
     reported = Counter(move.kind for move in program.plan.reshardings)
     made = moves(program)
-    assert reported["gather"] == made["gather_tokens"] + made["gather_shared"]
+    assert reported["all_gather"] == made["gather_tokens"] + made["gather_shared"]
     assert reported["reduce_scatter"] == made["gather_shared"]
     assert all(move.reason for move in program.plan.reshardings)
-    assert all(move.source for move in program.plan.reshardings if move.kind == "gather")
+    assert all(move.source for move in program.plan.reshardings if move.kind == "all_gather")
 
 
 def test_outputs_stay_split() -> None:
