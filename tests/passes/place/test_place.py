@@ -150,5 +150,5 @@ def test_a_mean_over_tokens_is_a_partial_sum_and_no_gather() -> None:
 
     program = lowered(Mean(), ids())
     assert gathers(program) == []
-    partial = [n for n, mode in program.local.placement.modes.items() if mode.partial]
+    partial = [n for n, mode in program.local.placement.modes.items() if mode.is_partial_sum]
     assert [str(n.target) for n in partial] == ["aten.mean.dim"]

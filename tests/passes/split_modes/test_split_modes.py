@@ -77,15 +77,17 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], type[SplitMode], tuple[Placem
 """The operator, its mode, the placements of its operands, and a call that one rank makes."""
 
 CONSTRUCTS: dict[str, tuple[str, type[SplitMode], tuple[Placement, ...], Any]] = {
-    "sort": ("experts, inverse order", LocalSort, (S,), aten.sort.stable),
+    "sort": ("experts, inverse order", LocalSort, (S,), aten.sort.default),
     "inverse order": ("experts, inverse order", InverseOrder, (L,), aten.argsort.default),
+    "product by expert": (
+        "experts, inverse order", GroupedProduct, (S, G, L), aten.cumsum.default
+    ),
     "reshard": ("rows of an image", Reshard, (S,), redistribute.move_tokens),
-}
+}  # fmt: skip
 
 ELSEWHERE = {
     SplitMode: "the base",
     TokensByNumber: "the base of TakeRange and LookUp",
-    GroupedProduct: "needs transformers' experts: tests/corpus (mixtral)",
     Arrived: "an input of a later program: tests/end_to_end/test_split_across_breaks.py",
 }
 
