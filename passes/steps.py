@@ -14,13 +14,13 @@ from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.count_attention import missed, refuse_missed
 from ringfx.passes.masks import recover
-from ringfx.passes.normalize import insert_relays, part_columns, respell
+from ringfx.passes.normalize import insert_reshards, normalize, separate_columns
 from ringfx.passes.token_axes import Lines, find_lines
 
 __all__ = ["Attentions", "find_attention", "find_tokens"]
 
 LONGEST_CHAIN = 16
-"""Times that the program is respelled at most; twice is common, a stack of convolutions needs one
+"""Times that the program is normalized at most; twice is common, a stack of convolutions needs one
 time for each."""
 
 
@@ -63,12 +63,12 @@ def find_tokens(
     """
     axes = name_axes(graph, rules)
     lines = find_lines(graph, axes, sites, world_size, split)
-    # A call that is respelled may tell the next where tokens are.
+    # A normalized call may show the next where tokens are.
     for _ in range(LONGEST_CHAIN if normalized and world_size > 1 else 0):
         changed = (
-            respell(graph, axes, lines)
-            or part_columns(graph, lines)
-            or insert_relays(graph, axes, lines)
+            normalize(graph, axes, lines)
+            or separate_columns(graph, lines)
+            or insert_reshards(graph, axes, lines)
         )
         if not changed:
             break

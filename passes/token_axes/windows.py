@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.tiles import CAUSAL, Expr, conjunction, map_children
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 
 __all__ = ["along_the_line", "can_move"]
 
@@ -25,7 +25,7 @@ def can_move(spec: AttentionSpec) -> bool:
 
 
 def along_the_line(
-    spec: AttentionSpec, queries: Member, keys: Member, q_len: int, kv_len: int
+    spec: AttentionSpec, queries: AxisOnLine, keys: AxisOnLine, q_len: int, kv_len: int
 ) -> AttentionSpec:
     """The same attention, over all positions of the lines that hold its queries and keys.
 
@@ -52,11 +52,11 @@ def along_the_line(
     )
 
 
-def _moved(expr: Expr | None, queries: Member, keys: Member) -> Expr | None:
+def _moved(expr: Expr | None, queries: AxisOnLine, keys: AxisOnLine) -> Expr | None:
     return None if expr is None else _from_windows(expr, queries, keys)
 
 
-def _from_windows(expr: Expr, queries: Member, keys: Member, read: bool = False) -> Expr:
+def _from_windows(expr: Expr, queries: AxisOnLine, keys: AxisOnLine, read: bool = False) -> Expr:
     """The expression, positions counted from the windows; ``read``: as indices of a tensor."""
     if expr == CAUSAL and queries.offset == keys.offset:
         return expr  # kernels know it as it stands
@@ -66,7 +66,7 @@ def _from_windows(expr: Expr, queries: Member, keys: Member, read: bool = False)
     return map_children(lambda e: _from_windows(e, queries, keys, reads), expr)
 
 
-def _position(leaf: Expr, member: Member, read: bool) -> Expr:
+def _position(leaf: Expr, member: AxisOnLine, read: bool) -> Expr:
     place: Expr = ("sub", leaf, ("const", member.offset)) if member.offset else leaf
     if not read:
         return place

@@ -13,8 +13,8 @@ from ringfx.ir.values import Captured, Sites
 from ringfx.ops import attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.rewrite import LocalProgram
-from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes.find_token_lines import Lines
+from ringfx.passes.split_modes import local_shape
+from ringfx.passes.token_axes.token_line import Lines
 from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
 from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode
 
@@ -57,8 +57,8 @@ def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMod
     with mode:
         extra = line_inputs(local.placement.lines, 0, device)
         for i, node in enumerate(inputs):
-            if local.placement.is_split(node):
-                given[i] = given[i].new_empty(local_shape(local.placement, node))
+            if local.placement.is_sharded(node):
+                given[i] = given[i].new_empty(local_shape(local.placement.lines, node))
     return mode, (*given, *extra)
 
 
@@ -90,18 +90,18 @@ def _interpret(gm: torch.fx.GraphModule, mode: FakeTensorMode, inputs: tuple[Any
 
 
 def _check(value: Node, made: Node, local: LocalProgram) -> None:
-    whole, part = value.meta.get("val"), made.meta.get("val")
-    if not isinstance(whole, torch.Tensor):
+    given, part = value.meta.get("val"), made.meta.get("val")
+    if not isinstance(given, torch.Tensor):
         return
     if not isinstance(part, torch.Tensor):
         raise VerificationError(f"{describe_node(value)}: the local value is {type(part).__name__}")
-    split = local.placement.is_split(value)
-    expected = local_shape(local.placement, value) if split else tuple(whole.shape)
-    if tuple(part.shape) != expected or part.dtype != whole.dtype:
+    sharded = local.placement.is_sharded(value)
+    expected = local_shape(local.placement.lines, value) if sharded else tuple(given.shape)
+    if tuple(part.shape) != expected or part.dtype != given.dtype:
         raise VerificationError(
-            f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, expected "
-            f"{expected} {whole.dtype} ({'sharded' if split else 'replicated'}). This is a "
-            "defect of ringfx; please report it with the model."
+            f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, "
+            f"expected {expected} {given.dtype} ({'sharded' if sharded else 'replicated'}). "
+            "This is a defect of ringfx; please report it with the model."
         )
 
 

@@ -206,7 +206,7 @@ class Backend:
             "pass strict=True to refuse this"
             for x in lowered.plan.replicated_layers
         ]
-        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
+        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.gathers]
         self.announce(*loud)
         for note in notes:
             if note.text not in self._announced:
@@ -449,7 +449,7 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:
     lines = lowered.local.placement.lines
     return SplitSpec.of(
-        lines.arrival(output.carried),
+        lines.arrival(output.token_dim),
         name=_output_name(lowered, index),
         shape=output.shape,
         rank=world.rank,

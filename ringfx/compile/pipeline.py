@@ -33,10 +33,10 @@ from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
-from ringfx.passes.place import Placement, place, why_whole
+from ringfx.passes.place import PlacementMap, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.steps import Attentions, find_attention, find_tokens
-from ringfx.passes.token_axes import Carried, Lines, TokenLine
+from ringfx.passes.token_axes import Lines, TokenDim, TokenLine
 from ringfx.passes.verify import split_along, verify
 
 __all__ = ["Lowered", "lower"]
@@ -92,7 +92,7 @@ def _lowered(
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
     alive = alive_in(
-        captured, carries_tokens=placement.is_split if world.size > 1 else lines.carries_one,
+        captured, carries_tokens=placement.is_sharded if world.size > 1 else lines.carries_one,
         power=lines.power, world_size=world.size, optimizer=settings.optimizer,
         compiler=settings.compiler,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def _refuse_unknown(
     """Operators that touch tokens without a row: an error, or a note that they are gathered for."""
     if world.size == 1:
         return ()
-    touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
+    touching = [n for n in axes.missing if any(lines.token_dim(i) for i in n.all_input_nodes)]
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
             f"{describe_node(touching[0])}: this operator reads split tokens, but the axis table "
@@ -233,13 +233,13 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
 
 
 def _replicated(
-    graph: Graph, placement: Placement, sites: Sites, settings: Settings, world: World
+    graph: Graph, placement: PlacementMap, sites: Sites, settings: Settings, world: World
 ) -> dict[int, str]:
     """The attentions (by their number) that cannot be split, and why; strict mode refuses them."""
     if world.size == 1:
         return {}
     nodes = {n.name: n for n in graph.nodes}
-    why = {i: why_whole(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
+    why = {i: why_replicated(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
     whole = {i: reason for i, reason in why.items() if reason is not None}
     if whole and settings.strict:
         places = "\n".join(
@@ -256,12 +256,12 @@ def _replicated(
 
 
 def _along(
-    layers: Sequence[LayerPlan], carried: Mapping[str, Carried], lines: Lines, world: World
+    layers: Sequence[LayerPlan], token_dims: Mapping[str, TokenDim], lines: Lines, world: World
 ) -> tuple[LayerPlan, ...]:
     """Each layer with the axis along which the rewritten program splits it."""
     told = []
     for layer in layers:
-        found = carried.get(layer.site.node)
+        found = token_dims.get(layer.site.node)
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
                 f"{layer.name} ({layer.source}): the plan says {layer.strategy}, but in the "
@@ -273,9 +273,9 @@ def _along(
     return tuple(told)
 
 
-def _axis_name(lines: Lines, carried: Carried) -> str:
-    name = _line_name(lines, lines.lines[carried.line])
-    return name if carried.inner == 1 else f"{name}, each of {carried.inner} of its queries"
+def _axis_name(lines: Lines, tokens: TokenDim) -> str:
+    name = _line_name(lines, lines.lines[tokens.line])
+    return name if tokens.inner == 1 else f"{name}, each of {tokens.inner} of its queries"
 
 
 def _line_name(lines: Lines, line: TokenLine) -> str:
@@ -286,8 +286,8 @@ def _token_axes(local: LocalProgram) -> tuple[TokenAxis, ...]:
     """The axes along which some value of the rewritten program is split; with one rank, all."""
     placement = local.placement
     lines = placement.lines
-    values = {v for value in local.values for v in (value, *value.users) if placement.is_split(v)}
-    used = {c.line for v in values if isinstance(c := lines.carried(v), Carried)}
+    values = {v for value in local.values for v in (value, *value.users) if placement.is_sharded(v)}
+    used = {c.line for v in values if isinstance(c := lines.token_dim(v), TokenDim)}
     return tuple(
         TokenAxis(
             axis=_line_name(lines, line),

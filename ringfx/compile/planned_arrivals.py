@@ -30,7 +30,7 @@ def leave_split(results: Sequence[Any], local: LocalProgram) -> list[Any]:
     lines = local.placement.lines
     for result, output in zip(results, local.outputs, strict=False):
         if output is not None and isinstance(result, torch.Tensor):
-            setattr(result, _MARK, lines.arrival(output.carried))
+            setattr(result, _MARK, lines.arrival(output.token_dim))
     return list(results)
 
 

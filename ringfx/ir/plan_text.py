@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ringfx.ir.note import texts_of
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
-from ringfx.ir.values import Declined, Resharding
+from ringfx.ir.values import CommKind, Declined, Resharding
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
 
@@ -278,7 +278,7 @@ def _moves_title(plan: Plan) -> str:
 def _moves(moves: Sequence[Resharding]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
     groups: dict[tuple[object, ...], list[Resharding]] = {}
-    for move in sorted(moves, key=lambda m: (m.kind != "gather", -m.bytes_moved)):
+    for move in sorted(moves, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)):
         key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
         groups.setdefault(key, []).append(move)
     return [_move_line(group) for group in groups.values()]

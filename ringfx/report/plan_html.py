@@ -15,6 +15,7 @@ from ringfx.errors import RingfxError
 from ringfx.ir.note import texts_of
 from ringfx.ir.plan import MemoryPart, Plan
 from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
+from ringfx.ir.values import CommKind
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms
@@ -128,7 +129,9 @@ def _moves(plan: Plan) -> list[str]:
     return [
         f"{move.kind}, {format_bytes(move.bytes_moved)} at {move.name} ({move.source}):"
         f" {move.reason}"
-        for move in sorted(plan.reshardings, key=lambda m: (m.kind != "gather", -m.bytes_moved))
+        for move in sorted(
+            plan.reshardings, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)
+        )
     ]
 
 

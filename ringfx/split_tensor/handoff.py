@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ringfx.comm.conjugate import slice_tokens
-from ringfx.ir.values import Resharding
+from ringfx.ir.values import CommKind, Resharding
 from ringfx.split_tensor.autograd import part
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import SplitTensor
@@ -77,7 +77,7 @@ class ProgramHandoff:
             f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
             "programs"
         )
-        kind = "gather_gradient" if in_backward else "gather"
+        kind = CommKind.ALL_GATHER_GRADIENT if in_backward else CommKind.ALL_GATHER
         self.moved.append(
             Resharding(
                 node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,

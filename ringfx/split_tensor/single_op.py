@@ -15,9 +15,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.ir.values import Arrival, Captured
-from ringfx.passes.place import Placement, place
+from ringfx.passes.place import PlacementMap, place
 from ringfx.passes.rewrite import rewrite
-from ringfx.passes.rewrite.calls import local_shape
+from ringfx.passes.split_modes import local_shape
+from ringfx.passes.split_modes.lookup import TokensByNumber
 from ringfx.passes.steps import find_tokens
 from ringfx.passes.verify.check import line_inputs
 from ringfx.torch_compat.fake_tensors import FakeTensorMode
@@ -103,13 +104,12 @@ def _planned_as(
         return None
     placement = place(graph, lines)
     local = rewrite(captured, placement, {}, group=group)
-    if any("gather" in move.kind for move in local.reshardings) or _moves_all(placement):
+    if any(move.kind.gathers for move in local.reshardings) or _moves_all(placement):
         return None
     extra = line_inputs(lines, rank, tensors[0].device)
     results: Any = graph.output_node().args[0]
     expected = [
-        local_shape(placement, n) if s else None
-        for n, s in zip(results, local.outputs, strict=True)
+        local_shape(lines, n) if s else None for n, s in zip(results, local.outputs, strict=True)
     ]
 
     def run(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -123,19 +123,19 @@ def _planned_as(
     return SingleOpProgram(
         run=run,
         outputs=tuple(
-            None if x is None else (x.shape, lines.arrival(x.carried)) for x in local.outputs
+            None if x is None else (x.shape, lines.arrival(x.token_dim)) for x in local.outputs
         ),
         structure=shape,
         sends=bool(local.reshardings),
     )
 
 
-def _moves_all(placement: Placement) -> bool:
+def _moves_all(placement: PlacementMap) -> bool:
     """Whether tokens are picked by number, and so many that it is no less than a gather."""
     return any(
         2 * node.meta["val"].numel() > node.all_input_nodes[0].meta["val"].numel()
         for node, mode in placement.modes.items()
-        if mode.looked_up is not None
+        if isinstance(mode, TokensByNumber)
     )
 
 

@@ -145,6 +145,7 @@ EXPECTED: Mapping[str, str] = {
     "less_than": "below {lt}",
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
+    "enum": "{expected}",
     "tuple_type": "a list",
     "dataclass_type": "an object with fields",
     "none_required": "null",

@@ -192,7 +192,7 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     wide, narrow = [], 0
     for move in plan.reshardings:
-        if move.kind != "gather":
+        if move.kind != "all_gather":
             continue
         width = _numbers_a_token(move.bytes_moved, plan, variant, ranks)
         if width >= hidden_size(variant.row) / 2:

@@ -350,7 +350,7 @@ def _crossed(case: Case) -> Crossed:
     with recorded() as messages:
         comparison = compare_here(dataclasses.replace(case, optimize=keep))
     plan = made[0].plan
-    moved = [f"{m.kind} {m.name}: {m.reason}" for m in plan.reshardings if "gather" in m.kind]
+    moved = [f"{m.kind} {m.name}: {m.reason}" for m in plan.reshardings if m.kind.gathers]
     batch, length = case.inputs()[0].shape[:2]  # type: ignore[index]
     part = batch * (length // dist.get_world_size()) * HIDDEN * 8
     wide = sum(m == "all_gather" and m.num_bytes >= part for m in messages)
@@ -443,7 +443,7 @@ def test_only_gradients_of_what_came_whole_are_gathered(ranks3: RankPool) -> Non
         for case, one in zip(TRAINED_BEFORE, found, strict=True):
             one.comparison.check()
             (gradient,) = {g.split(":")[0] for g in one.gathers}
-            assert gradient.startswith("gather_gradient"), case.label
+            assert gradient.startswith("all_gather_gradient"), case.label
             assert one.wide == 1 + len(one.gathers), case.label
 
 

@@ -10,7 +10,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.note import Note, NoteKind
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.ir.plan_text import fold
-from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
 from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
@@ -49,7 +49,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="r",
                 name="lm_head",
                 source="model.py:9",
-                kind="all_reduce",
+                kind=CommKind.ALL_REDUCE,
                 bytes_moved=4096,
                 reason="a parameter's gradient",
             ),
@@ -57,7 +57,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="g",
                 name="router",
                 source="moe.py:4",
-                kind="gather",
+                kind=CommKind.ALL_GATHER,
                 bytes_moved=2**20,
                 reason="sort orders all tokens",
             ),
@@ -94,6 +94,30 @@ def test_notes_of_plans_that_were_saved_as_texts_are_read() -> None:
     fields["notes"] = [{"text": "x", "kind": "rumour"}]
     with pytest.raises(InvalidArgument, match=r"notes\[0\]\.kind must be .*'rumour'"):
         Plan.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("old", "kind"),
+    [
+        ("gather", CommKind.ALL_GATHER),
+        ("gather_gradient", CommKind.ALL_GATHER_GRADIENT),
+        ("exchange", CommKind.ALL_TO_ALL),
+        ("borders", CommKind.HALO_EXCHANGE),
+        ("all_reduce", CommKind.ALL_REDUCE),
+    ],
+)
+def test_kinds_of_communication_are_read_by_the_names_of_older_plans(
+    old: str, kind: CommKind
+) -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', f'"kind": "{old}"')
+    (move,) = [m for m in Plan.from_json(text).reshardings if m.name == "router"]
+    assert move.kind is kind
+
+
+def test_an_unknown_kind_of_communication_is_refused() -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', '"kind": "shout"')
+    with pytest.raises(InvalidArgument, match=r"kind must be 'all_gather', .*got 'shout'"):
+        Plan.from_json(text)
 
 
 def test_another_schema_version_is_refused() -> None:

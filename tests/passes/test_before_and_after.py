@@ -19,7 +19,7 @@ from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.detect import detect
 from ringfx.passes.masks import recover
-from ringfx.passes.normalize import respell
+from ringfx.passes.normalize import normalize
 from ringfx.passes.place import place
 from ringfx.passes.rewrite import rewrite
 from ringfx.passes.token_axes import Lines, find_lines
@@ -194,7 +194,7 @@ def test_normalize_writes_differences_of_tokens_as_two_slices() -> None:
     _, sites, graph = found(Differences(), *operands())
     axes, lines = lines_of(graph, sites)
     before = graph_text(graph).splitlines()
-    assert respell(graph, axes, lines)
+    assert normalize(graph, axes, lines)
     after = graph_text(graph).splitlines()
     assert before[:-3] == after[:-5]
     same_text(

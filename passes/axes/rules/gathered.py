@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def gathered(reason: str) -> AxisRule:
-    """Every operand whole, every result new; plans list it with the reason."""
+    """Every operand replicated, every result new; plans list it with the reason."""
 
     def rule(call: Call) -> OpAxes:
         results: tuple[Labels, ...] = tuple(
@@ -24,7 +24,7 @@ def gathered(reason: str) -> AxisRule:
         return OpAxes(
             operands=(None,) * len(call.operands),
             results=results,
-            share=shares(whole=[x for dims in results for dim in dims for x in dim]),
+            share=shares(replicated=[x for dims in results for dim in dims for x in dim]),
             reason=reason,
         )
 

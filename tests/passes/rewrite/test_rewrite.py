@@ -114,11 +114,12 @@ def test_what_is_moved_is_reported() -> None:
     reported = Counter(move.kind for move in program.plan.reshardings)
     made = moves(program)
     assert (
-        reported["gather"] == made["all_gather_grad_slice"] + made["all_gather_grad_reduce_scatter"]
+        reported["all_gather"]
+        == made["all_gather_grad_slice"] + made["all_gather_grad_reduce_scatter"]
     )
     assert reported["reduce_scatter"] == made["all_gather_grad_reduce_scatter"]
     assert all(move.reason for move in program.plan.reshardings)
-    assert all(move.source for move in program.plan.reshardings if move.kind == "gather")
+    assert all(move.source for move in program.plan.reshardings if move.kind == "all_gather")
 
 
 def test_outputs_stay_split() -> None:
