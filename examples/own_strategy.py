@@ -160,6 +160,6 @@ def planned(seq_len: int) -> ringfx.Plan:
 
 
 if __name__ == "__main__":
-    for length in (SHORT, LONG):
-        print(planned(length))
-    on_ranks(compared)
+    if on_ranks(compared):
+        for length in (SHORT, LONG):
+            print(planned(length))
