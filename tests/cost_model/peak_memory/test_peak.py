@@ -265,7 +265,7 @@ def test_checkpointed_attention_keeps_its_results_and_computes_its_inputs_again(
     assert checkpointed.workspace_bytes == layer.workspace_bytes + inputs
     assert checkpointed.layers[0].total_ms == layer.total_ms
     assert checkpointed.memory.peak_bytes < 0.75 * whole.memory.peak_bytes
-    assert "checkpointed: its inputs are computed again" in str(checkpointed)
+    assert "checkpointed: its inputs are recomputed" in str(checkpointed)
 
 
 def test_a_budget_counts_a_checkpointed_region_once() -> None:
