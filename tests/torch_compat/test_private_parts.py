@@ -16,6 +16,8 @@ OURS = ("_ringfx",)
 OTHERS = {
     "_getframe": "sys: CPython's own, kept for compatibility",
     "_current_frames": "sys: documented by Python",
+    "_exit": "os: documented by Python",
+    "_exit_function": "multiprocessing.util: what a process that ends by _exit leaves out",
     "_reconstructor": "copyreg: the default of pickling, kept for old pickles",
     "_from_config": "transformers: what AutoModel.from_config calls",
     "_model_mapping": "transformers: the table behind AutoModel",
@@ -26,12 +28,13 @@ OTHERS = {
 
 
 def test_only_torch_compat_names_private_parts_of_torch() -> None:
-    files = [path for path in sources() if "torch_compat" not in path.parts]
-    defined = {name for path in files for name in definitions(ast.parse(path.read_text()))}
+    files = (path for path in sources() if "torch_compat" not in path.parts)
+    trees = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in files}
+    defined = {name for tree in trees.values() for name in definitions(tree)}
     found = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path in files
-        for line, name in private_parts(ast.parse(path.read_text()), defined)
+        f"{path}:{line}: {name}"
+        for path, tree in trees.items()
+        for line, name in private_parts(tree, defined)
     ]
     assert not found
 
