@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from ringfx.passes.axes.call import Call, OpAxes, result_values
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisSpace
-from tests.passes.axes.rule_samples import Sample
+from tests.passes.axes.sample import Sample
 
 __all__ = ["Dims", "Trial", "tried"]
 
