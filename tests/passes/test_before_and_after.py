@@ -286,12 +286,12 @@ def test_rewrite_gives_what_one_of_two_ranks_runs() -> None:
     (site,) = sites.found
     local = rewrite(program, placement, {site.node: "production"}, group="ringfx", kernels={})
     same_text(
-        graph_text(local.graph_module.graph, show=("strategy", "layout", "group")),
+        graph_text(local.graph_module.graph, show=("strategy", "layout", "group"), shapes=False),
         """
-        in0                                                                                         f32[12, 4]
-        in1                                                                                         f32[1, 6, 4]
-        in2                                                                                         f32[4, 4]
-        in3                                                                                         f32[1, 6, 4]
+        in0
+        in1
+        in2
+        in3
         in4
         in5
         in6

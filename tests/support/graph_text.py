@@ -36,7 +36,11 @@ def names_in(graph: Graph) -> dict[Node, str]:
 
 
 def graph_text(
-    graph: Graph, note: Callable[[Node], str] = lambda node: "", show: Collection[str] = ()
+    graph: Graph,
+    note: Callable[[Node], str] = lambda node: "",
+    *,
+    show: Collection[str] = (),
+    shapes: bool = True,
 ) -> str:
     """A line for each value: ``v0 = linear(in1, in0)  f32[1, 6, 24]``, and what ``note`` says.
 
@@ -51,10 +55,10 @@ def graph_text(
         is_input = node.op in ("placeholder", "get_attr")
         call = "" if is_input else f" = {_target(node.target)}({_arguments(node, names, show)})"
         value = node.meta.get("val", node.meta.get("example_value"))
-        lines.append((names[node] + call, _shape(value), note(node)))
+        lines.append((names[node] + call, _shape(value) if shapes else "", note(node)))
     width = max(len(left) for left, _, _ in lines)
-    shapes = max(len(shape) for _, shape, _ in lines)
-    return "\n".join(f"{a:{width}}  {b:{shapes}}  {c}".rstrip() for a, b, c in lines)
+    middle = max(len(shape) for _, shape, _ in lines)
+    return "\n".join(f"{a:{width}}  {b:{middle}}  {c}".rstrip() for a, b, c in lines)
 
 
 def same_text(found: str, expected: str) -> None:
