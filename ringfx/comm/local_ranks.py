@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ringfx.errors import CommunicationError
+from ringfx.torch_compat.distributed import PrefixStore, Store, TCPStore
 
 __all__ = ["LocalRanks", "OnReport"]
 
@@ -124,7 +125,7 @@ class LocalRanks:
             before_call=before_call, output=output,
         )  # fmt: skip
         self._ranks: list[_Rank] = []
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
 
@@ -188,7 +189,7 @@ class LocalRanks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # This process serves the store at a port of the kernel's choice: no race for a free one.
-        self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="ringfx-ranks-")
         port = self._store.port
         for rank in range(self.num_ranks):
@@ -292,7 +293,7 @@ def _work(setup: _Setup, rank: int, port: int, stacks: Path, pipe: Connection) -
     timeout = datetime.timedelta(seconds=setup.timeout_s)
     with stacks.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
-        store = dist.TCPStore(HOST, port, is_master=False, timeout=timeout)
+        store = TCPStore(HOST, port, is_master=False, timeout=timeout)
         while True:
             try:
                 job: _Job = pipe.recv()
@@ -301,11 +302,11 @@ def _work(setup: _Setup, rank: int, port: int, stacks: Path, pipe: Connection) -
                 multiprocessing.util._exit_function()  # type: ignore[attr-defined]
                 sys.stdout.flush()
                 os._exit(0)  # tearing torch down takes seconds, and there is nothing to save
-            call_store = dist.PrefixStore(f"call{job.number}", store)
+            call_store = PrefixStore(f"call{job.number}", store)
             pipe.send(_answer(job, setup, rank, call_store, pipe))
 
 
-def _answer(job: _Job, setup: _Setup, rank: int, store: dist.Store, pipe: Connection) -> _Answer:
+def _answer(job: _Job, setup: _Setup, rank: int, store: Store, pipe: Connection) -> _Answer:
     try:
         if setup.before_call is not None:
             setup.before_call()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from ringfx.failures.describe import describe_error, plain
 from ringfx.failures.process import Process
 from ringfx.failures.wait_graph import Counts, Stand
-from ringfx.torch_compat.distributed import default_store, group_named, timeout_of
+from ringfx.torch_compat.distributed import PrefixStore, default_store, group_named, timeout_of
 
 __all__ = [
     "Channel",
@@ -129,7 +129,7 @@ class Channel:
         return self._prefixed(self._given_store.clone())
 
     def _prefixed(self, store: Any) -> Any:
-        return dist.PrefixStore(f"ringfx/{self.name}", store)
+        return PrefixStore(f"ringfx/{self.name}", store)
 
     # --- connections
 
@@ -155,7 +155,7 @@ class Channel:
             pause = min(2 * pause, POLL_S[1])
         self.dead_rank()  # reads which process each is, while there is a store
         self.call = max(self.call, *(place.call for place in self.others))
-        store = dist.PrefixStore(f"epoch{self.epoch}", self.store)
+        store = PrefixStore(f"epoch{self.epoch}", self.store)
         self._twin = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
 
     def _all_here(self) -> bool:

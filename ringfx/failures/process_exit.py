@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ringfx.failures.channel import Channel, channel_of, channels, is_settled
 from ringfx.failures.describe import describe_error
+from ringfx.torch_compat.distributed import TCPStore
 
 __all__ = ["register_exit_report"]
 
@@ -124,7 +125,7 @@ def _is_served(store: Any) -> bool:
     """Whether the store's process still answers: a call that fails fills the log."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
+    if not isinstance(store, TCPStore):
         return True
     try:
         socket.create_connection((store.host, store.port), timeout=2).close()

@@ -9,12 +9,24 @@ import datetime
 from typing import Any
 
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
 __all__ = [
-    "backends_of", "carry_composable_state", "default_store", "device_types", "group_named",
-    "timeout_of",
+    "PrefixStore", "Store", "TCPStore", "backends_of", "carry_composable_state", "default_store",
+    "device_types", "group_named", "timeout_of",
 ]  # fmt: skip
+
+
+PrefixStore = c10d.PrefixStore
+"""A part of a store. torch.distributed has the three under these names too, without types.
+Without: ranks on this machine, hearing which rank failed and why."""
+
+Store = c10d.Store
+"""Values that the ranks of a group share."""
+
+TCPStore = c10d.TCPStore
+"""One that a process serves."""
 
 
 def group_named(name: str) -> dist.ProcessGroup:

@@ -44,7 +44,7 @@ def names_with_kernel(key: str) -> Iterable[str]:
     return names
 
 
-def decompositions() -> Mapping[OpOverload, Callable[..., Any]]:
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """torch's own definitions of operators by others; the module is loaded when asked for.
 
     Without: operators without a row of their own, and formatting of split tensors.

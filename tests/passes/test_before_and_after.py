@@ -169,7 +169,18 @@ def test_detect_reads_eager_attention_and_masks_make_it_one_call() -> None:
     same_text(
         graph_text(graph),
         """
-        in0                                                                                     f32[1, 2, 6, 4]
+        in0                              f32[1, 2, 6, 4]
+        in1                              f32[1, 2, 6, 4]
+        in2                              f32[1, 2, 6, 4]
+        v0 = mT(in0)                     f32[1, 2, 4, 6]
+        v1 = reshape(in1, [2, 1, 6, 4])  f32[2, 1, 6, 4]
+        v2 = reshape(v0, [2, 4, 6])      f32[2, 4, 6]
+        v3 = permute(v2, [0, 2, 1])      f32[2, 6, 4]
+        v4 = reshape(v3, [2, 1, 6, 4])   f32[2, 1, 6, 4]
+        v5 = reshape(in2, [2, 1, 6, 4])  f32[2, 1, 6, 4]
+        v6 = attention(v1, v4, v5, [])   f32[2, 1, 6, 4]
+        v7 = reshape(v6, [1, 2, 6, 4])   f32[1, 2, 6, 4]
+        return [v7]
         """,
     )
 
@@ -186,6 +197,24 @@ def test_axes_name_each_dimension_and_token_axes_say_which_holds_tokens() -> Non
     same_text(
         graph_text(graph, note),
         """
+        in0                                f32[12, 4]          abc d
+        in1                                f32[1, 6, 4]        1 e d  tokens in 1
+        in2                                f32[4, 4]           f bc
+        in3                                f32[1, 6, 4]        1 e f  tokens in 1
+        v0 = linear(in1, in0)              f32[1, 6, 12]       1 e abc  tokens in 1
+        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  1 e a b c  tokens in 1
+        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  a 1 b e c  tokens in 3
+        v3 = select(v2, 0, 0)              f32[1, 2, 6, 2]     1 b e c  tokens in 2
+        v4 = select(v2, 0, 1)              f32[1, 2, 6, 2]     1 b e c  tokens in 2
+        v5 = select(v2, 0, 2)              f32[1, 2, 6, 2]     1 b e c  tokens in 2
+        v6 = attention(v3, v4, v5, [])     f32[1, 2, 6, 2]     1 b e c  tokens in 2
+        v7 = transpose(v6, 1, 2)           f32[1, 6, 2, 2]     1 e b c  tokens in 1
+        v8 = flatten(v7, 2)                f32[1, 6, 4]        1 e bc  tokens in 1
+        v9 = linear(v8, in2)               f32[1, 6, 4]        1 e f  tokens in 1
+        v10 = mse_loss(v9, in3, 2)         f32[]
+        v11 = div(v10, 24)                 f32[]
+        v12 = to(v11, f32)                 f32[]
+        return [v12]
         """,
     )
 
@@ -200,27 +229,53 @@ def test_normalize_writes_differences_of_tokens_as_two_slices() -> None:
     same_text(
         "\n".join(before[-3:]),
         """
+        v10 = diff(v9, 1, 1)               f32[1, 5, 4]
+        v11 = sum(v10)                     f32[]
+        return [v11]
         """,
     )
     same_text(
         "\n".join(after[-5:]),
         """
+        v10 = slice(v9, 1, 1, 6)           f32[1, 5, 4]
+        v11 = slice(v9, 1, 0, 5)           f32[1, 5, 4]
+        v12 = sub(v10, v11)                f32[1, 5, 4]
+        v13 = sum(v12)                     f32[]
+        return [v13]
         """,
     )
 
 
-def test_place_says_what_runs_on_split_tokens() -> None:
+def test_place_says_what_is_sharded() -> None:
     _, sites, graph = found(Layer(), *operands())
     placement = place(graph, lines_of(graph, sites)[1])
 
     def note(node: Node) -> str:
         if placement.is_split(node):
-            return "split"
+            return "sharded"
         return "partial sum" if node in placement.modes else placement.reasons.get(node, "")
 
     same_text(
         graph_text(graph, note),
         """
+        in0                                f32[12, 4]
+        in1                                f32[1, 6, 4]
+        in2                                f32[4, 4]
+        in3                                f32[1, 6, 4]
+        v0 = linear(in1, in0)              f32[1, 6, 12]       sharded
+        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  split
+        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  split
+        v3 = select(v2, 0, 0)              f32[1, 2, 6, 2]     sharded
+        v4 = select(v2, 0, 1)              f32[1, 2, 6, 2]     sharded
+        v5 = select(v2, 0, 2)              f32[1, 2, 6, 2]     sharded
+        v6 = attention(v3, v4, v5, [])     f32[1, 2, 6, 2]     sharded
+        v7 = transpose(v6, 1, 2)           f32[1, 6, 2, 2]     sharded
+        v8 = flatten(v7, 2)                f32[1, 6, 4]        sharded
+        v9 = linear(v8, in2)               f32[1, 6, 4]        sharded
+        v10 = mse_loss(v9, in3, 2)         f32[]               partial sum
+        v11 = div(v10, 24)                 f32[]
+        v12 = to(v11, f32)                 f32[]
+        return [v12]
         """,
     )
 
@@ -231,7 +286,45 @@ def test_rewrite_gives_what_one_of_two_ranks_runs() -> None:
     (site,) = sites.found
     local = rewrite(program, placement, {site.node: "production"}, group="ringfx", kernels={})
     same_text(
-        graph_text(local.graph_module.graph),
+        graph_text(local.graph_module.graph, show=("strategy", "layout", "group"), shapes=False),
         """
+        in0
+        in1
+        in2
+        in3
+        in4
+        in5
+        in6
+        v0 = grad_bucket_wait([in0, in2])
+        v1 = sub(in4, 0)
+        v2 = remainder(v1, 6)
+        v3 = slice(in5, 0, 0, 6)
+        v4 = sub(in4, 0)
+        v5 = ge(v4, 0)
+        v6 = lt(v4, 6)
+        v7 = logical_and(v5, v6)
+        v8 = slice_tokens(in1, v2, v3, 2, 'ringfx', 1, 1, 1, 'input x')
+        v9 = slice_tokens(in3, v2, v3, 2, 'ringfx', 1, 1, 1, 'input target')
+        v10 = grad_bucket_start(v0, in6, [0, 2], 'ringfx', 'the gradients of qkv.weight an...')
+        v11 = getitem(v10, 1)
+        v12 = getitem(v10, 0)
+        v13 = linear(v8, v12)
+        v14 = reshape(v13, [1, 4, 3, 2, 2])
+        v15 = permute(v14, [2, 0, 3, 1, 4])
+        v16 = select(v15, 0, 0)
+        v17 = select(v15, 0, 1)
+        v18 = select(v15, 0, 2)
+        v19 = attention(v16, v17, v18, [], strategy='production', layout='zigzag', group='ringfx')
+        v20 = fill_padding(v19, v18, v7)
+        v21 = transpose(v20, 1, 2)
+        v22 = reshape(v21, [1, 4, 4])
+        v23 = linear(v22, v11)
+        v24 = mask_tokens(v23, v7, 0.0, 1, 1, 1)
+        v25 = mask_tokens(v9, v7, 0.0, 1, 1, 1)
+        v26 = mse_loss(v24, v25, 2)
+        v27 = sum_partials(v26, 'ringfx', 'out (test_before_and_after.py)...')
+        v28 = div(v27, 24)
+        v29 = to(v28, f32)
+        return [v29]
         """,
     )

@@ -91,7 +91,7 @@ def test_strict_fails_on_what_was_missed_with_its_place(
 ) -> None:
     """With a detection that sees nothing."""
     monkeypatch.setattr(
-        "ringfx.report.detection_report.detect", lambda _: Detected(candidates=(), declined=())
+        "ringfx.passes.steps.detect", lambda *_: Detected(candidates=(), declined=())
     )
     relaxed = run(f"{model}:make", "--seq-len", "64")
     assert "attention: 0/4 found, 4 MISSED" in relaxed.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ __all__ = ["graph_text", "names_in", "same_text"]
 
 LONG = 30
 """A longer text among the arguments is cut."""
-HIDDEN = frozenset({"device", "kernels", "pin_memory", "spec"})
-"""Arguments that are not shown."""
+HIDDEN = frozenset({
+    "device", "group", "kernels", "layout", "name", "pin_memory", "spec", "strategy",
+})  # fmt: skip
+"""Arguments that are shown where they are asked for only."""
 
 TYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.int64: "i64", torch.bool: "bool",
@@ -33,7 +35,13 @@ def names_in(graph: Graph) -> dict[Node, str]:
     }
 
 
-def graph_text(graph: Graph, note: Callable[[Node], str] = lambda node: "") -> str:
+def graph_text(
+    graph: Graph,
+    note: Callable[[Node], str] = lambda node: "",
+    *,
+    show: Collection[str] = (),
+    shapes: bool = True,
+) -> str:
     """A line for each value: ``v0 = linear(in1, in0)  f32[1, 6, 24]``, and what ``note`` says.
 
     Names that torch gives are not shown, nor are overloads, ``HIDDEN`` and lines of source.
@@ -45,12 +53,12 @@ def graph_text(graph: Graph, note: Callable[[Node], str] = lambda node: "") -> s
             lines.append((f"return {_shown(node.args[0], names)}", "", ""))
             continue
         is_input = node.op in ("placeholder", "get_attr")
-        call = "" if is_input else f" = {_target(node.target)}({_arguments(node, names)})"
+        call = "" if is_input else f" = {_target(node.target)}({_arguments(node, names, show)})"
         value = node.meta.get("val", node.meta.get("example_value"))
-        lines.append((names[node] + call, _shape(value), note(node)))
+        lines.append((names[node] + call, _shape(value) if shapes else "", note(node)))
     width = max(len(left) for left, _, _ in lines)
-    shapes = max(len(shape) for _, shape, _ in lines)
-    return "\n".join(f"{a:{width}}  {b:{shapes}}  {c}".rstrip() for a, b, c in lines)
+    middle = max(len(shape) for _, shape, _ in lines)
+    return "\n".join(f"{a:{width}}  {b:{middle}}  {c}".rstrip() for a, b, c in lines)
 
 
 def same_text(found: str, expected: str) -> None:
@@ -68,9 +76,9 @@ def _target(target: Any) -> str:
     return str(target.__name__)
 
 
-def _arguments(node: Node, names: dict[Node, str]) -> str:
+def _arguments(node: Node, names: dict[Node, str], show: Collection[str]) -> str:
     given = [_shown(x, names) for x in node.args]
-    kwargs = {name: x for name, x in node.kwargs.items() if name not in HIDDEN}
+    kwargs = {name: x for name, x in node.kwargs.items() if name in show or name not in HIDDEN}
     given += [f"{name}={_shown(x, names)}" for name, x in kwargs.items()]
     return ", ".join(given)
 

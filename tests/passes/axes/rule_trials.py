@@ -13,7 +13,7 @@ from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisSharing, Call, OpAxes, result_values
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisSpace
-from tests.passes.axes.rule_samples import Sample
+from tests.passes.axes.sample import Sample
 
 __all__ = ["Dims", "Trial", "sharing", "tried"]
 

@@ -23,8 +23,9 @@ from ringfx.passes.axes.call import AxisSharing
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
-from tests.passes.axes.rule_samples import Sample, samples
+from tests.passes.axes.rule_samples import samples
 from tests.passes.axes.rule_trials import Dims, Trial, sharing, tried
+from tests.passes.axes.sample import Sample
 
 aten = torch.ops.aten
 SIZES = {"different": (6, 7, 8, 9), "equal": (6, 6, 6, 6), "square": (6, 8, 8, 6)}
