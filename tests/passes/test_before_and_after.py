@@ -23,6 +23,7 @@ from ringfx.passes.normalize import normalize
 from ringfx.passes.place import place
 from ringfx.passes.rewrite import rewrite
 from ringfx.passes.token_axes import Lines, find_lines
+from ringfx.strategies.production import PRODUCTION
 from tests.support.graph_text import graph_text, names_in, same_text
 from tests.support.programs import captured, traced
 
@@ -191,7 +192,7 @@ def test_axes_name_each_dimension_and_token_axes_say_which_holds_tokens() -> Non
     letter = letters(axes)
 
     def note(node: Node) -> str:
-        dims = lines.token_dims(node)
+        dims = lines.dims_with_tokens(node)
         return letter(node) + (f"  tokens in {', '.join(map(str, dims))}" if dims else "")
 
     same_text(
@@ -251,7 +252,7 @@ def test_place_says_what_is_sharded() -> None:
     placement = place(graph, lines_of(graph, sites)[1])
 
     def note(node: Node) -> str:
-        if placement.is_split(node):
+        if placement.is_sharded(node):
             return "sharded"
         return "partial sum" if node in placement.modes else placement.reasons.get(node, "")
 
@@ -263,8 +264,8 @@ def test_place_says_what_is_sharded() -> None:
         in2                                f32[4, 4]
         in3                                f32[1, 6, 4]
         v0 = linear(in1, in0)              f32[1, 6, 12]       sharded
-        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  split
-        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  split
+        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  sharded
+        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  sharded
         v3 = select(v2, 0, 0)              f32[1, 2, 6, 2]     sharded
         v4 = select(v2, 0, 1)              f32[1, 2, 6, 2]     sharded
         v5 = select(v2, 0, 2)              f32[1, 2, 6, 2]     sharded
@@ -284,7 +285,7 @@ def test_rewrite_gives_what_one_of_two_ranks_runs() -> None:
     program, sites, graph = found(Layer(), *operands())
     placement = place(graph, lines_of(graph, sites)[1])
     (site,) = sites.found
-    local = rewrite(program, placement, {site.node: "production"}, group="ringfx", kernels={})
+    local = rewrite(program, placement, {site.node: PRODUCTION}, group="ringfx", kernels={})
     same_text(
         graph_text(local.graph_module.graph, show=("strategy", "layout", "group"), shapes=False),
         """
