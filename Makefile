@@ -1,7 +1,8 @@
 # make demo    trains a Llama with its sequence split over two ranks and checks it against the unsplit
 # make test    formatting, lint, types, tests, doctests; what CI runs
+# make quick   the tests that need neither ranks nor a compiler, in under 90 s on two cores
 #
-# Both make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
+# All make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 PINNED := accelerate|transformers|pydantic|rich|typer|hypothesis|pytest|scipy|numpy
 
-.PHONY: install demo test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
+.PHONY: install demo quick test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
   fuzz clean
 
 install: $(INSTALLED)
@@ -44,6 +45,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
+
+# tests/support/quick.py says which tests these are.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test: lint types
 	$(call tested,$(BIN)/python)
@@ -82,7 +87,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 
 # Strictness is set in pyproject.toml.
-TYPED_TESTS := cli compile corpus device end_to_end report support validation
+TYPED_TESTS := cli compile corpus device end_to_end report support torch_compat validation
 types: $(INSTALLED)
 	$(BIN)/python -m mypy -p ringfx
 	$(BIN)/python -m mypy \
@@ -94,7 +99,7 @@ types: $(INSTALLED)
 corpus: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.corpus $(CORPUS_ARGS)
 
-# Two thousand random spellings of attention; make test runs a hundred.
+# Two thousand random forms of attention; make test runs a hundred.
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.passes.detect.fuzz_attention 0 2000 \
 	  --record tests/passes/detect/fuzz_record.json

@@ -49,7 +49,7 @@ MOST_GROWTH = 1.3
 does not depend on layers at all."""
 PASSES = {
     "capture": "capture", "detect": "detect", "recover": "masks", "missed": "estimate",
-    "name_axes": "axes", "find_lines": "lines", "respell": "respell", "place": "place",
+    "name_axes": "axes", "find_lines": "lines", "normalize": "normalize", "place": "place",
     "choose": "choose", "predict_memory": "memory", "rewrite": "rewrite", "verify": "verify",
     "_digest": "digest",
 }  # fmt: skip

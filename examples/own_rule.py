@@ -66,7 +66,9 @@ def compared() -> tuple[float, ringfx.Plan]:
     torch.manual_seed(0)
     model, x = Model().double(), torch.randn(2, 41, 32, dtype=torch.float64)
     split = ringfx.optimize(model, rules=RULES, compiler="aot_eager")
-    return largest_difference(model, split, x), split.plan
+    difference, plan = largest_difference(model, split, x), split.plan
+    assert isinstance(plan, ringfx.Plan)
+    return difference, plan
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ def compared() -> tuple[float, ringfx.Plan]:
     split = ringfx.optimize(
         model, strategies=STRATEGIES, strategy="all_gather_halves", compiler="aot_eager"
     )
-    return largest_difference(model, split, x), split.plan
+    difference, plan = largest_difference(model, split, x), split.plan
+    assert isinstance(plan, ringfx.Plan)
+    return difference, plan
 
 
 PROFILE, RANKS = load_profile("h100-sxm-published", device="cuda"), 8
@@ -158,6 +160,6 @@ def planned(seq_len: int) -> ringfx.Plan:
 
 
 if __name__ == "__main__":
-    for length in (SHORT, LONG):
-        print(planned(length))
-    on_ranks(compared)
+    if on_ranks(compared):
+        for length in (SHORT, LONG):
+            print(planned(length))

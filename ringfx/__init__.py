@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ringfx.errors import RingfxError
-from ringfx.failures.process_exit import tell_when_leaving
+from ringfx.failures.process_exit import register_exit_report
 
 if TYPE_CHECKING:
     from ringfx import nn, ops
@@ -45,4 +45,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-tell_when_leaving()  # also of what ends this process before it has optimized a model
+register_exit_report()  # also of what ends this process before it has optimized a model

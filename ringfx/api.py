@@ -1,4 +1,4 @@
-"""The ways in: ``optimize`` a model to run it, ``plan`` it to read what would happen."""
+"""The public functions: ``optimize`` a model to run it, ``plan`` it without running it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.stats import LayerStats, snapshot
 from ringfx.comm.world import World
-from ringfx.compile.backend import no_attention_text
+from ringfx.compile.backend import lower_naming_internal_errors, no_attention_text
 from ringfx.compile.dynamo import compiled
 from ringfx.compile.given_values import GivenMode
 from ringfx.compile.optimized import Optimized, optimized
-from ringfx.compile.pipeline import lower
 from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
+from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
 from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.torch_compat.dynamo import BackendCompilerFailed, OptimizedModule, TorchDynamoException
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from ringfx.torch_compat.pytree import keystr, tree_leaves, tree_map_with_path
 from ringfx.torch_compat.releases import ISOLATED
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
@@ -66,46 +66,47 @@ def optimize(
 ) -> M:
     """The same model with its sequence split over the ranks of ``mesh``.
 
-    Every rank calls it with the same whole inputs and gets the same outputs and the same complete
-    gradients as the unsplit model would give.
+    Every rank calls it with the same full inputs. Every rank gets the outputs and the complete
+    gradients of the unsplit model.
 
     Parameters
     ----------
     model
         Any module with attention over a sequence. It is not changed; parameters are shared with it.
     mesh
-        A one-dimensional DeviceMesh or a process group; by default the whole world, and one rank
-        where torch.distributed is not initialised. With data parallelism beside it, give one
-        dimension of the mesh (``mesh["sp"]``) and the other one's group to
-        DistributedDataParallel, around the optimized model or inside it. Gradients are summed over
-        the sequence's ranks, so that they are complete, and averaged over the others, as
-        DistributedDataParallel does.
+        A one-dimensional DeviceMesh or a process group. Default: all ranks, or one rank if
+        torch.distributed is not initialised. With data parallelism beside it, pass one dimension of
+        the mesh (``mesh["sp"]``), and the group of the other one to DistributedDataParallel, around
+        the optimized model or inside it. Gradients are summed over the sequence's ranks, so that
+        they are complete, and averaged over the others, as DistributedDataParallel does.
     strategy
-        ``"auto"``, a name of ``strategies``, or a mapping from globs of module paths to these
-        names.
+        ``"auto"``; a name of ``strategies``, of ringfx's own ``simple`` (reference ring),
+        ``collective`` (all-gather of K/V), ``production`` (overlapped ring) and ``ulysses``
+        (all-to-all of heads); or a mapping from globs of module paths to these names.
     gpu_memory
         Budget of one rank, in bytes or as ``"80GiB"``.
     profile
-        Name or path of a measurement profile; by default the one of this device.
+        Name or path of a measurement profile. Default: the one of this device.
     optimizer
-        Whose state counts against ``gpu_memory``: ``"adamw"``, ``"momentum"``, ``"sgd"``, ..., or
-        bytes of state for each parameter. By default none, and the plan says so.
+        The optimizer whose state counts against ``gpu_memory``: ``"adamw"``, ``"momentum"``,
+        ``"sgd"``, ..., or bytes of state for each parameter. Default: none; the plan notes it.
     compiler
         ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
     outputs
-        ``"global"``: split outputs have the global shape and are gathered when touched.
-        ``"local"``: each rank gets its own part, with ``ringfx_positions``.
+        ``"global"``: sharded outputs have the global shape and are gathered when used.
+        ``"local"``: each rank gets its own shard, with ``ringfx_positions``.
     on_unsupported
-        What to do about an operator that no axis rule covers: ``"error"``, or ``"gather"`` its
-        inputs and run it whole.
+        For an operator without an axis rule: ``"error"``, or ``"gather"`` its inputs and replicate
+        it.
     check_inputs
-        Compare what ranks are given by checksums: inputs on every call, parameters and float
-        buffers whole on a program's first call and then a part on each call that keeps gradients,
-        so that all are compared once in 100 calls, or in N where it is a number. ``False``: never.
+        Compare checksums between ranks. Inputs are compared on every call. All parameters and float
+        buffers are compared on a program's first call, then a part of them on each call that keeps
+        gradients, so that all are compared once in 100 calls (in N calls for a number N).
+        ``False``: never.
     strict
-        Refuse a model in which something looks like attention, by a count that is independent of
-        detection, and is neither found nor declined with a reason (AttentionMissed), or in which an
-        attention that was found cannot be split (AttentionReplicated).
+        Refuse a model with a region that looks like attention, by a count that is independent of
+        detection, and was neither found nor declined (AttentionMissed); and a model with an
+        attention that was found and cannot be split (AttentionReplicated).
     strategies
         Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
         ``ringfx.Strategy``.
@@ -122,8 +123,8 @@ def optimize(
         raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, OptimizedModule):
         raise InvalidArgument(
-            "model comes from torch.compile, which would run it as it is. Do: pass the model "
-            "itself; ringfx compiles it, see compiler=."
+            "model is already compiled by torch.compile. Do: pass the original model; ringfx "
+            "compiles it itself (option compiler=)."
         )
     _refuse_nested(model)
     settings = Settings.of(
@@ -150,8 +151,8 @@ def _refuse_nested(model: torch.nn.Module) -> None:
     for name, part in model.named_modules():
         if part not in outer and isinstance(part, (Optimized, OptimizedModule)):
             raise InvalidArgument(
-                f"{name} is compiled by itself (by ringfx.optimize or torch.compile), and ringfx "
-                "compiles the whole model. Do: optimize either the model or its parts, and pass "
+                f"{name} is already compiled (by ringfx.optimize or torch.compile), but ringfx "
+                "compiles the complete model. Do: optimize either the model or its parts; pass "
                 "modules that are not compiled."
             )
 
@@ -170,10 +171,10 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
     """
     if not isinstance(model, Optimized):
         raise InvalidArgument(
-            f"stats: {type(model).__name__} does not come from ringfx.optimize. "
-            "Do: pass the model that optimize returned."
+            f"stats: {type(model).__name__} does not come from ringfx.optimize. Do: pass the "
+            "model that ringfx.optimize returned."
         )
-    names = {layer.name for plan in model._ringfx_faces.backend.plans for layer in plan.layers}
+    names = {layer.name for plan in model._ringfx_shared.backend.plans for layer in plan.layers}
     return {name: found for name, found in snapshot().items() if name in names}
 
 
@@ -199,7 +200,7 @@ def plan(
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
     No process group and no accelerator is needed. The model and its inputs may be real, on
-    ``meta``, or fake (see ``offline``).
+    ``meta``, or fake (see ``ringfx.api.offline``).
 
     Raises
     ------
@@ -231,7 +232,7 @@ def plan(
         if reads_gradients(gm):
             return gm.forward
         arrivals = arrived(example_inputs)
-        lowered = lower(gm, example_inputs, settings, world, arrivals)
+        lowered = lower_naming_internal_errors(gm, example_inputs, settings, world, arrivals)
         if lowered.captured.graph_break is None and is_outermost():
             plans.append(lowered.plan)
             raise Planned
@@ -246,64 +247,69 @@ def plan(
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
-    return dataclasses.replace(whole, notes=(*whole.notes, *stopped))
+    return dataclasses.replace(whole, notes=(*whole.notes, *noted(stopped)))
 
 
 def check_call(where: str, model: object, args: object, kwargs: object) -> None:
-    """What a model may be called with, offline.
+    """Check the arguments of an offline call.
 
     Raises
     ------
     InvalidArgument
-        For what is no module, no tuple of arguments or no mapping of keywords.
+        If it is not a module, a tuple of arguments and a mapping of keywords.
     """
     if not isinstance(model, torch.nn.Module):
         raise InvalidArgument(
             f"{where}: model must be a torch.nn.Module, not {type(model).__name__}"
         )
     if isinstance(model, OptimizedModule):
-        raise InvalidArgument("model comes from torch.compile. Do: pass the model itself.")
+        raise InvalidArgument(
+            "model is already compiled by torch.compile. Do: pass the original model."
+        )
     if not isinstance(args, tuple | list):
         raise InvalidArgument(f"args is a {type(args).__name__}. Do: pass a tuple of arguments.")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InvalidArgument(f"kwargs is a {type(kwargs).__name__}. Do: pass a mapping.")
     if wrong := [name for name in kwargs or () if not isinstance(name, str)]:
-        raise InvalidArgument(f"kwargs has the key {wrong[0]!r}. Do: name arguments by texts.")
+        raise InvalidArgument(
+            f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
+            "arguments as keys."
+        )
 
 
 def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
-    """Runs the model on fake tensors; says in words where that could not go on.
+    """Run the model on fake tensors; returns notes, such as where it could not continue.
 
-    Programs that the process has compiled stay: those that are traced here have a backend of their
-    own, and are gone with the model's fake copy.
+    Programs that the process has compiled stay. Programs traced here have a backend of their own
+    and are freed with the model's fake copy.
     """
     model = model._ringfx_inner if isinstance(model, Optimized) else model
     mode = _mode_of(model, args, kwargs)
     notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
     if not ISOLATED:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     traced = compiled(fake_model, backend)
     try:
         with mode:
             traced(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         if not isinstance(failure.inner_exception, Planned):
             raise
     except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
         return (
             *notes,
-            f"planning stopped where the model's own code reads values ({unknown.func}); what runs "
-            "after that is not in this plan",
+            "planning stopped where the model's Python code reads tensor values "
+            f"({unknown.func}); the plan does not contain the code after that",
         )
     except TorchDynamoException as failure:
         _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
         raise
     finally:
         if not ISOLATED:
-            torch._dynamo.reset()
+            torch.compiler.reset()
     return tuple(notes)
 
 
@@ -328,8 +334,10 @@ def _refuse_untraceable(
         raise CaptureRefused(
             f"torch.compile cannot trace this model, with or without ringfx: {reason}"
             + (f" ({where})" if where else "")
-            + ". Do: make torch.compile(model, backend='eager') work first; Dynamo's whole report "
-            "is attached to this error."
+            + (
+                ". Do: make torch.compile(model, backend='eager') work first; Dynamo's full "
+                "report is attached as the cause of this error."
+            )
         ) from failure
     except Exception:  # of the model's own code: what failed first is said
         return
@@ -341,7 +349,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
     Where that run cannot be made, none: tracing then says what there is to say.
     """
     model = model._ringfx_inner if isinstance(model, Optimized) else model
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     if not all(x is None or isinstance(x, torch.Tensor | int | float | str) for x in leaves):
         return []  # an object, such as a cache, that the run would change
     mode = _mode_of(model, args, kwargs)
@@ -358,7 +366,7 @@ def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tenso
 def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     yield from (x for x in leaves if isinstance(x, torch.Tensor))
 
 
@@ -406,9 +414,9 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         place = getattr(path[1], "idx", None)
         if place is not None and path[0].idx == 0 and place < len(names):
             return fake(x, names[place])
-        return fake(x, torch.utils._pytree.keystr(path[1:]))
+        return fake(x, keystr(path[1:]))
 
-    return twin_model, *torch.utils._pytree.tree_map_with_path(named, (args, kwargs))
+    return twin_model, *tree_map_with_path(named, (args, kwargs))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""Every error that a user of ringfx can meet; each says what, where, why and what to do."""
+"""Every error that a user can meet. Its text says what happened, where, and what to do."""
 
 from __future__ import annotations
 
 __all__ = [
     "AgreementError",
+    "AttentionMissed",
     "AttentionNotFound",
     "AttentionReplicated",
     "BufferChanged",
@@ -37,7 +38,7 @@ class AttentionNotFound(RingfxError):
 
 
 class AttentionMissed(RingfxError):
-    """Strict mode: something looks like attention and was neither found nor explained."""
+    """Strict mode: a region looks like attention and was neither found nor declined."""
 
 
 class AttentionReplicated(RingfxError):
@@ -45,11 +46,11 @@ class AttentionReplicated(RingfxError):
 
 
 class NoAxisRule(RingfxError):
-    """An operator touches split tokens and the axis table has no row for it."""
+    """An operator reads sharded tokens and the axis table has no row for it."""
 
 
 class StrategyRefused(RingfxError):
-    """A strategy was asked for where it cannot run."""
+    """A requested strategy cannot run at a layer."""
 
 
 class AgreementError(RingfxError):
@@ -57,11 +58,11 @@ class AgreementError(RingfxError):
 
 
 class BufferChanged(RingfxError):
-    """A buffer holds another mask than when the model was compiled."""
+    """A mask buffer has other values than when the model was compiled."""
 
 
 class SplitWrite(RingfxError):
-    """A write into a split value, or into a part of one, that the other would not see."""
+    """A write into a split value or into a view of it, which the other would not see."""
 
 
 class CommunicationError(RingfxError):
@@ -69,11 +70,11 @@ class CommunicationError(RingfxError):
 
 
 class OutOfMemory(RingfxError):
-    """No tile size fits the device; the text says what would."""
+    """No tile size fits the device memory; the text says how much would."""
 
 
 class ProfileError(RingfxError):
-    """A measurement profile cannot be read or does not fit what is asked of it."""
+    """A measurement profile cannot be read, or lacks rows for the request."""
 
 
 class VerificationError(RingfxError):

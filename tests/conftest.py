@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.quick import LONG, why_not_quick
 from tests.support.ranks import RankPool, avoid_broken_kernels
 
 # The same examples everywhere, and no deadline: machines that run tests differ and are shared.
 settings.register_profile("ringfx", deadline=None, derandomize=True)
 settings.load_profile("ringfx")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="only tests that need neither ranks nor a compiler"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--quick`` the other files are not even imported: transformers alone takes seconds."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    left_out = config.getoption("quick") and is_test and why_not_quick(collection_path) is not None
+    return True if left_out else None
 
 
 def pytest_configure() -> None:
@@ -22,12 +37,17 @@ def pytest_configure() -> None:
 POOLS = {"ranks2", "ranks3", "ranks4"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if POOLS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ranks)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    if config.getoption("quick"):
+        left_out = [x for x in items if any(x.get_closest_marker(name) for name in LONG)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:

@@ -11,8 +11,9 @@ from torch import nn
 
 import ringfx
 from ringfx.compile.backend import ringfx_backend
+from ringfx.errors import VerificationError
 from ringfx.passes.detect.substitute import for_ringfx
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 from ringfx.torch_compat.releases import ISOLATED
 
 LENGTHS = range(4, 16)
@@ -49,6 +50,24 @@ def test_the_model_keeps_its_class_names_and_parameters() -> None:
     assert model.qkv.weight is stock.qkv.weight
 
 
+def test_a_defect_is_the_same_named_error_from_plan_and_optimize(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("axis 3")
+
+    monkeypatch.setattr("ringfx.compile.pipeline.place", broken)
+    x = torch.randn(1, 8, 16)
+    optimized: Any = ringfx.optimize(Attention(), compiler="eager")
+    texts, text = [], r"KeyError .'axis 3'.* in _lowered, "
+    for call in (lambda: ringfx.plan(Attention(), (x,), world_size=2), lambda: optimized(x)):
+        with pytest.raises(VerificationError, match=text) as raised:
+            call()
+        assert isinstance(raised.value.__cause__, KeyError)
+        texts.append(str(raised.value))
+    assert texts[0] == texts[1]
+
+
 def test_a_plan_is_asked_for_before_the_first_call() -> None:
     model: Any = ringfx.optimize(Attention(), compiler="eager")
     with pytest.raises(ringfx.RingfxError, match="has not run yet"):
@@ -77,7 +96,7 @@ def test_a_model_may_be_optimized_again_with_other_options() -> None:
 
 
 def test_what_torch_compile_made_is_refused() -> None:
-    with pytest.raises(ringfx.errors.InvalidArgument, match="pass the model itself"):
+    with pytest.raises(ringfx.errors.InvalidArgument, match="pass the original model"):
         ringfx.optimize(torch.compile(Attention()))  # type: ignore[type-var]
 
 
@@ -86,7 +105,7 @@ def test_a_call_that_nothing_compiled_is_announced(caplog: pytest.LogCaptureFixt
     with caplog.at_level("WARNING", logger="ringfx"):
         for _ in range(2):
             torch.func.vmap(model)(torch.randn(3, 2, 5, 16))
-    assert sum("ran whole on every rank" in r.getMessage() for r in caplog.records) == 1
+    assert sum("ran unsharded on every rank" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_a_model_compiled_for_any_size_is_found_with_its_numbers_as_they_are() -> None:
@@ -152,7 +171,7 @@ def test_another_kernel_than_the_plan_counts_on_is_announced_once(
         model(torch.randn(2, 32, 16))
     said = [r.getMessage() for r in caplog.records if "kernel" in r.getMessage()]
     assert len(said) == 1
-    assert "the plan counts on the cpu_flash kernel, and math ran" in said[0]
+    assert "the plan expects the cpu_flash kernel, but math ran" in said[0]
 
 
 @pytest.mark.skipif(not ISOLATED, reason="this torch keeps all programs of a function in one list")
@@ -169,7 +188,7 @@ def test_planning_leaves_what_the_process_has_compiled() -> None:
     theirs(x)
     for length in LENGTHS:
         ringfx.plan(stock, (torch.randn(2, length, 16),), world_size=2)
-        explain(stock, (torch.randn(2, length, 16),))
+        report_detection(stock, (torch.randn(2, length, 16),))
     theirs(x)
     assert len(compiled) == 1
 

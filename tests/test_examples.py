@@ -96,10 +96,11 @@ def test_extra_memory_is_the_peak_and_not_what_remains() -> None:
     assert 60 * MIB < measured < 80 * MIB
 
 
-def test_a_failing_run_shows_the_end_of_its_output(tmp_path: Path) -> None:
+def test_a_failing_run_says_which_rank_failed_and_where(tmp_path: Path) -> None:
     setting = Setting(name="bad", ranks=1, threads=1, arguments=("--no-such-option",))
-    with pytest.raises(RunError, match=r"bad ended with exit code 2:\n(.|\n)*--no-such-option"):
+    with pytest.raises(RunError, match=r"bad: rank 0 of 1: Traceback(.|\n)*in _options"):
         execute(setting, tmp_path)
+    assert "--no-such-option" in (tmp_path / "bad.log").read_text()
 
 
 @pytest.mark.ranks

@@ -128,9 +128,9 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         for kernel in dict.fromkeys(case.kernel for case in kernel_cases(device, effort))
         for direction in get_args(Direction)
     }
-    steps.next("compute beside messages")
+    steps.next("compute during communication")
     contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
-    steps.next("noise: the same thing again")
+    steps.next("noise: repeated measurements")
     return Measurements(
         device=device,
         device_name=device_name(device) or device,

@@ -62,8 +62,8 @@ def observed_profile(
     names = {record.device for record in records}
     if len(names) != 1:
         raise ProfileError(
-            f"records of {len(names)} devices ({', '.join(sorted(names)[:4])}) make no profile."
-            " Do: give those of one device."
+            f"records of {len(names)} devices ({', '.join(sorted(names)[:4])}) cannot make one "
+            "profile. Do: give the records of one device."
         )
     suspects = [r for r in records if r.suspect_peak]
     return Profile(

@@ -237,11 +237,11 @@ def _of_message(record: MessageRecord) -> Iterator[str]:
 def _of_attention(record: AttentionRecord) -> Iterator[str]:
     """What no single field shows."""
     if record.heads % record.kv_heads:
-        yield f"heads {record.heads} is no multiple of kv_heads {record.kv_heads}"
+        yield f"heads {record.heads} is not a multiple of kv_heads {record.kv_heads}"
     if not record.kernel and not record.strategy:
         yield "it names neither a kernel nor a strategy"
     if record.out_of_memory and record.capacity_bytes is None:
-        yield "out_of_memory needs capacity_bytes, what was too little"
+        yield "out_of_memory needs capacity_bytes, the memory that was too small"
     if record.out_of_memory and (record.median_ms is not None or record.peak_bytes is not None):
         yield "out_of_memory has no time and no peak"
     if not record.out_of_memory and record.median_ms is None and record.peak_bytes is None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 
 from ringfx.comm.process_group import Ranks
-from ringfx.comm.rendezvous import meet, tell
+from ringfx.comm.rendezvous import all_gather_texts, meet
 from ringfx.comm.world import World
 from ringfx.cost_model.prediction.profile import Profile, load_profile, profile_json, read_profile
 from ringfx.errors import ProfileError
@@ -58,7 +58,7 @@ def _exchanged(mine: tuple[bool, str], world: World) -> Sequence[tuple[bool, str
     """What every rank says; called while Dynamo's fake tensors are in force."""
     ranks = Ranks.named(world.group, "before the call")
     meet(ranks, "the agreement on a profile before the model's first call")
-    said = tell(ranks, "the exchange of profiles", json.dumps(mine).encode())
+    said = all_gather_texts(ranks, "the exchange of profiles", json.dumps(mine).encode())
     return [(error, text) for error, text in map(json.loads, said)]
 
 

@@ -22,7 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ringfx.cost_model.prediction.predict import Prediction
 
-__all__ = ["Menu", "assign", "least_memory", "peak", "smallest"]
+__all__ = ["Menu", "assign", "peak", "smallest"]
 
 SOLVER_MARGIN = 1e-6
 """HiGHS meets constraints to 1e-7 of their scale; the room is shrunk by more than that."""
@@ -64,11 +64,6 @@ def peak(menus: Sequence[Menu], picked: Sequence[int]) -> int:
     options = [menu[i] for menu, i in zip(menus, picked, strict=True)]
     workspace = max((option.workspace_bytes for option in options), default=0)
     return sum(option.saved_bytes for option in options) + workspace
-
-
-def least_memory(menus: Sequence[Menu]) -> tuple[Prediction, ...]:
-    """The option of each layer in the assignment that needs least."""
-    return tuple(menu[i] for menu, i in zip(menus, smallest(menus), strict=True))
 
 
 def smallest(menus: Sequence[Menu]) -> tuple[int, ...]:

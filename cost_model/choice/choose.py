@@ -90,7 +90,7 @@ def choose(
     ]
     for i, why in replicated.items():
         asked = overrides[i]
-        more = "" if asked is None else f"; {asked.words} was asked for, and cannot run here"
+        more = "" if asked is None else f"; {asked.words} was requested but cannot run here"
         layers[i] = replace(
             layers[i],
             strategy=REPLICATED,
@@ -187,11 +187,11 @@ def _named_option(offer: Candidates, strategy: str) -> Prediction:
 
 def _refusal(offer: Candidates, override: Override) -> str:
     refusal = offer.refused[override.strategy]
-    names = ", ".join(sorted(option.strategy for option in offer.options)) or "none"
+    names = ", ".join(sorted(option.strategy_words for option in offer.options)) or "none"
     cheapest = ""
     if offer.options:
         best = offer.options[0]
-        cheapest = f" Cheapest: {best.strategy}, predicted {format_ms(best.total_ms)}."
+        cheapest = f" Cheapest: {best.strategy_words}, predicted {format_ms(best.total_ms)}."
     drop = f"drop the override for {override.glob}" if override.glob else f"drop {override.words}"
     return (
         f"{_where(offer.site)}: {_named(override.strategy, refusal.reason)}.\n"
@@ -246,17 +246,17 @@ def _reason(
         return "one rank: the local kernel"
     others = [o for o in offer.options if o.strategy != chosen.strategy]
     if override is not None:
-        return f"asked for by {override.words}{_if_slower(chosen, others)}"
+        return f"requested by {override.words}{_if_slower(chosen, others)}"
     if not others:
         return "the only one that can run here"
     best = others[0]
     if best.total_ms >= chosen.total_ms:
         fastest = f"fastest of {len(offer.options)}"
         tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
-        return f"{fastest}; next {best.strategy}, {_percent(best, chosen)} slower{tie}"
+        return f"{fastest}; next {best.strategy_words}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"
     return (
-        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy} would be"
+        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy_words} would be"
         f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
     )
 
@@ -264,7 +264,7 @@ def _reason(
 def _if_slower(chosen: Prediction, others: Sequence[Prediction]) -> str:
     if not others or others[0].total_ms >= chosen.total_ms:
         return ""
-    return f"; {others[0].strategy} is predicted {_percent(chosen, others[0])} faster"
+    return f"; {others[0].strategy_words} is predicted {_percent(chosen, others[0])} faster"
 
 
 def _percent(slow: Prediction, fast: Prediction) -> str:

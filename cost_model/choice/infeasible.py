@@ -94,8 +94,8 @@ def _trained_bytes(tensors: Collection[torch.Tensor], optimizer: str | int) -> i
 
 def _hopeless(what: str, size: int, budget: int) -> str:
     return (
-        f"no choice of strategies fits: {what} alone take {format_bytes(size)} on each"
-        f" rank, the budget is {format_bytes(budget)}.\n"
+        f"no choice of strategies fits: {what} alone take {format_bytes(size)} on each rank, but "
+        f"the budget is {format_bytes(budget)}.\n"
         "  Do: give more memory, or use a smaller dtype; more ranks do not help."
     )
 

@@ -19,6 +19,7 @@ from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.ir.layout import Layout
 from ringfx.ir.memory_timeline import in_order, memory_parts, peak
+from ringfx.ir.note import Note, NoteKind, noted
 from ringfx.ir.plan import MemoryPlan, Plan
 from ringfx.ir.values import TokenAxis
 from ringfx.strategies import STRATEGIES, Strategy
@@ -57,8 +58,8 @@ latency_us=None)
         name, _, value = pair.partition("=")
         if name.strip() not in FIELDS or not value:
             raise InvalidArgument(
-                f"{pair!r} is no change. Do: give pairs such as world-size=16,link=50GB/s;"
-                f" names: {', '.join(FIELDS)}."
+                f"{pair!r} is not a change. Do: give pairs such as world-size=16,link=50GB/s; "
+                f"names: {', '.join(FIELDS)}."
             )
         field, parse = FIELDS[name.strip()]
         given[field] = parse(value.strip())
@@ -88,13 +89,13 @@ def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
         steps.append(replace(start, **{field: low}))
         low *= 2
     if not steps:
-        raise InvalidArgument(f"{text!r} sweeps over nothing: {first} is above {last}.")
+        raise InvalidArgument(f"{text!r} is an empty range: {first} is above {last}.")
     return name, tuple(steps)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 12 or not 0 < int(text) <= MOST_RANKS:
-        raise InvalidArgument(f"{text[:60]!r} is not a whole number from 1 to {MOST_RANKS:,}.")
+        raise InvalidArgument(f"{text[:60]!r} is not an integer from 1 to {MOST_RANKS:,}.")
     return int(text)
 
 
@@ -133,7 +134,7 @@ def replan(
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     reshardings = plan.reshardings if same_program else ()
-    words = (*_notes(plan, profile), *_link_words(change))
+    notes = (*_notes(plan, profile), *noted(_link_words(change)))
     changed = replace(
         plan,
         world_size=world_size,
@@ -145,7 +146,7 @@ def replan(
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         reshardings=reshardings,
         outside_ms=outside_ms(reshardings, world_size, profile),
-        notes=tuple(dict.fromkeys((*words, *(() if same_program else (NOT_DERIVED,))))),
+        notes=tuple(dict.fromkeys((*notes, *(() if same_program else (NOT_DERIVED,))))),
     )
     return replace(changed, memory=changed_memory(changed, same_program))
 
@@ -156,19 +157,19 @@ def replicated_layers(plan: Plan) -> Mapping[int, str]:
     return {i: why.removeprefix("not split: ") for i, why in whole.items()}
 
 
-NOT_DERIVED = (
-    "not derived again: where values are split, and what moves outside attention (left out);"
-    " memory is that of the same program at this length and over these ranks"
+NOT_DERIVED = Note(
+    text="not computed again: which values are split, and the communication outside attention "
+    "(left out); memory is that of the same program at this length and over these ranks"
 )
 
 
-def _notes(plan: Plan, profile: Profile) -> Iterator[str]:
+def _notes(plan: Plan, profile: Profile) -> Iterator[Note]:
     """The plan's, but of another profile those of that one."""
     if plan.profile == profile.name:
         yield from plan.notes
         return
-    yield from (note for note in plan.notes if f"profile {plan.profile} " not in note)
-    yield from profile.notes
+    yield from (note for note in plan.notes if note.kind is not NoteKind.PROFILE)
+    yield from noted(profile.notes, NoteKind.PROFILE)
 
 
 def _link_words(change: Change) -> Iterator[str]:

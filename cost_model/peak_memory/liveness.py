@@ -19,6 +19,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringfx.torch_compat.operators import OpOverload, schema_of
+
 __all__ = ["Values", "kept_values", "needed_by", "op_name", "outputs_of", "values_of"]
 
 # fmt: off
@@ -80,8 +82,8 @@ class Values:
 def op_name(node: Node) -> str:
     """``aten.mul.Tensor`` -> ``mul``."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).split("::")[1]
+    if isinstance(target, OpOverload):
+        return str(schema_of(target).name).split("::")[1]
     return getattr(target, "__name__", str(target))
 
 
@@ -165,9 +167,9 @@ def _viewed(node: Node) -> Node | None:
         is_plain = source is not None and source.is_contiguous()
         return inputs[0] if is_plain else None
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return None
-    returns = target._schema.returns
+    returns = schema_of(target).returns
     return inputs[0] if returns and returns[0].alias_info is not None else None
 
 

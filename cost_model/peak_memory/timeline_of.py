@@ -46,7 +46,7 @@ __all__ = [
 MESSAGE_COPIES = 2
 """Gradients of some parameters joined to one message, and the message's result."""
 
-AGAIN = "computed again for a checkpoint"
+AGAIN = "recomputed for checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)

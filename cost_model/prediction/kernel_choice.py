@@ -60,8 +60,8 @@ def unpriced(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
     choices = [KernelChoice.of(layer.kernel) for layer in layers]
     names = {name for x in choices for pick in (x.forward, x.backward) for name in pick.names}
     return tuple(
-        f"profile {profile.name} has no figures of {name}: those of {priced_as(profile, name)}"
-        " stand in"
+        f"profile {profile.name} has no figures for {name}: the figures of "
+        f"{priced_as(profile, name)} are used instead"
         for name in sorted(names)
         if priced_as(profile, name) != name
     )

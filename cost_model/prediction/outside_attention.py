@@ -1,4 +1,4 @@
-"""The time of messages outside attention: values that change between whole and split, or sums.
+"""The time of collectives outside attention: values that change their placement, and sums.
 
 Nothing is taken to hide them, so the sum is an upper bound: backward overlaps some with compute.
 """
@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ringfx.cost_model.prediction.profile import Collective, Profile
 from ringfx.cost_model.prediction.terms import message_seconds
-from ringfx.ir.values import Resharding
+from ringfx.ir.values import CommKind, Resharding
 
 __all__ = ["outside_ms"]
 
-MESSAGES: Mapping[str, tuple[Collective, Callable[[int], float]]] = {
-    # kind:            collective, and what is received of the bytes that a rank has in the end
-    "gather":          ("all_gather", lambda p: (p - 1) / p),
-    "gather_gradient": ("all_gather", lambda p: (p - 1) / p),
-    "reduce_scatter":  ("reduce_scatter", lambda p: p - 1),
-    "all_reduce":      ("all_reduce", lambda p: 1),
-    "exchange":        ("all_to_all", lambda p: (p - 1) / p),
+COLLECTIVES: Mapping[CommKind, tuple[Collective, Callable[[int], float]]] = {
+    # kind:                       collective, and which share of the final bytes a rank receives
+    CommKind.ALL_GATHER:          ("all_gather", lambda p: (p - 1) / p),
+    CommKind.ALL_GATHER_GRADIENT: ("all_gather", lambda p: (p - 1) / p),
+    CommKind.REDUCE_SCATTER:      ("reduce_scatter", lambda p: p - 1),
+    CommKind.ALL_REDUCE:          ("all_reduce", lambda p: 1),
+    CommKind.ALL_TO_ALL:          ("all_to_all", lambda p: (p - 1) / p),
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def outside_ms(moves: Iterable[Resharding], world_size: int, profile: Profile) -
 
 
 def _seconds(move: Resharding, world_size: int, profile: Profile) -> float:
-    if move.kind not in MESSAGES or world_size == 1:
+    if move.kind not in COLLECTIVES or world_size == 1:
         return 0.0
-    operation, received = MESSAGES[move.kind]
+    operation, received = COLLECTIVES[move.kind]
     return message_seconds(profile, operation, world_size, received(world_size) * move.bytes_moved)

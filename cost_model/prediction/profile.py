@@ -229,7 +229,7 @@ class Profile:
         """One note for each dtype that is predicted with another dtype's figures."""
         known = {row.dtype for row in self.kernels}
         return tuple(
-            f"profile {self.name} has no {dtype} kernels: float32 figures stand in"
+            f"profile {self.name} has no {dtype} kernels: float32 figures are used instead"
             for dtype in sorted(set(dtypes) - known)
         )
 
@@ -252,7 +252,7 @@ def load_profile(name: str | Path | Profile | None = None, *, device: str) -> Pr
         There is no such profile, it cannot be read, or none ships for this device type.
     """
     if not isinstance(device, str) or not device:
-        raise InvalidArgument(f"device={shown(device)} is no device type. Do: give cpu or cuda.")
+        raise InvalidArgument(f"device={shown(device)} is not a device type. Do: give cpu or cuda.")
     check_profile_type(name)
     if isinstance(name, Profile):
         return name
@@ -344,8 +344,8 @@ def _find(device: str) -> Profile:
     if not candidates:
         known = sorted({p.device for p in available_profiles()})
         raise ProfileError(
-            f"no profile ships for devices of type {device!r}; there are some for"
-            f" {', '.join(known)}. Do: run `ringfx calibrate`, and pass the file as profile."
+            f"ringfx has no profile for devices of type {device!r}, only for {', '.join(known)}. "
+            "Do: run `ringfx calibrate`, and pass its file as profile."
         )
     kinds = get_args(Kind)
     return min(
@@ -376,8 +376,8 @@ def check_profile_type(name: object) -> None:
     """Raises InvalidArgument for what is no name, path or profile."""
     if name is not None and not isinstance(name, Profile | str | Path):
         raise InvalidArgument(
-            f"profile={shown(name)} is a {type(name).__name__}. Do: give the name of a profile, the"
-            " path of a file, or what load_profile gave."
+            f"profile={shown(name)} is a {type(name).__name__}. Do: give the name of a profile, "
+            "the path of a file, or a result of load_profile."
         )
 
 
@@ -407,8 +407,8 @@ def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
     doubts = []
     if profile.device != device:
         doubts.append(
-            f"the model's tensors are on {device}, profile {profile.name} is for {profile.device}:"
-            f" the times are those of {profile.device}"
+            f"the model's tensors are on {device}, but profile {profile.name} is for "
+            f"{profile.device}: the times are those of {profile.device}"
         )
     here = devices.device_name(profile.device)
     if profile.device == device and not _is_own(profile):
@@ -416,13 +416,13 @@ def _doubts(profile: Profile, device: str) -> tuple[str, ...]:
             f"this machine has {here}" if here else f"this machine has no {profile.device} device"
         )
         doubts.append(
-            f"profile {profile.name} describes {profile.device_name}, {this}:"
-            " the times are those of the profile's device"
+            f"profile {profile.name} describes {profile.device_name}, but {this}: the times are "
+            "those of the profile's device"
         )
     if profile.kind == "observed":
         doubts.append(
-            f"profile {profile.name} was observed on other code than ringfx's: it shows what that"
-            " code would cost"
+            f"profile {profile.name} was measured on other code than ringfx: it predicts the cost "
+            "of that code"
         )
     elif profile.kind != "measured":
         doubts.append(
@@ -437,8 +437,8 @@ def _stale(profile: Profile) -> Iterator[str]:
     here = torch.__version__.split("+")[0]
     if profile.torch and profile.torch != here:
         yield (
-            f"profile {profile.name} was measured with torch {profile.torch}, this is {here}:"
-            " `ringfx calibrate` measures again"
+            f"profile {profile.name} was measured with torch {profile.torch}, but this is {here}: "
+            "`ringfx calibrate` measures again"
         )
     if profile.kind == "measured" and (age_days(profile.date) or 0) > OLD_DAYS:
         yield (

@@ -22,15 +22,16 @@ from enum import Enum
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfx.passes.axes.call import AxisRules, Call, Labels, OpAxes, Share
+from ringfx.passes.axes import how
+from ringfx.passes.axes.call import AxisRules, AxisSharing, Call, Labels, OpAxes
 from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.own_backward import OwnBackward
-from ringfx.passes.capture.precision import Obeying
+from ringfx.passes.capture.precision import AutocastInterpreter
+from ringfx.torch_compat.fake_tensors import detect_fake_mode
 
 __all__ = ["own_backward"]
 
@@ -53,7 +54,7 @@ Kinds: TypeAlias = dict[Node, Kind]
 
 
 def own_backward(call: Call, rules: AxisRules) -> OpAxes:
-    """The labels of operands and results, each local or whole; worked out once for a call."""
+    """Labels of operands and results, each independent or replicated; worked out once a call."""
     known = call.node.meta.setdefault("ringfx_own_axes", {})
     if call.shapes not in known:
         known[call.shapes] = _read(call, rules)
@@ -70,7 +71,7 @@ def _read(call: Call, rules: AxisRules) -> OpAxes:
     return OpAxes(
         operands=tuple(labels[:num]),
         results=tuple(labels[num:]),
-        share={name: Share.WHOLE for name, a in names.items() if a not in local},
+        share={name: AxisSharing.REPLICATED for name, a in names.items() if a not in local},
         sizes={name: joint.axes.space.size((a,)) for name, a in names.items()},
         reason=REASON,
     )
@@ -132,7 +133,7 @@ class _Joint:
         )
 
     def _kind(self, node: Node, atom: int, kinds: Kinds) -> Kind | None:
-        """What a call makes of its operands on a part of the axis; None if it needs the whole."""
+        """What a call makes of its operands on a part of the axis; None if it needs all of it."""
         if node.target is operator.getitem:
             return kinds.get(node.args[0], Kind.FREE)  # type: ignore[arg-type]
         named = self.axes.ops.get(node)
@@ -154,17 +155,22 @@ class _Joint:
 
     def _runs_on_parts(self, named: NamedOp, atom: int, keeps: bool) -> bool:
         axes, dims = named.axes, self.axes.dims(named.call.node)
+        if named.clash or named.call.node in self.axes.missing:
+            return False
+        match axes.how:
+            case how.Draw() | how.Attend() | how.Reshard() | how.Halo():
+                return False
+            case how.Concat(dim=dim) if atom in dims[dim]:
+                return False
+            case how.Sum(mean=True) | how.Pick() if not keeps:
+                return False
+            case how.Reshape() | how.SizeArgument():
+                return keeps and self._follows(named.call, atom)
         moved = {label for w in axes.windows for label in (w.source, w.result)}
-        joined = axes.joins is not None and atom in dims[axes.joins]
-        if named.clash or named.call.node in self.axes.missing or axes.draws or axes.together:
-            return False
-        if axes.near or joined or (not keeps and (axes.mean or axes.pick is not None)):
-            return False
-        if axes.regroup or axes.size_arg is not None:
-            return keeps and self._follows(named.call, atom)
-        wanted = Share.LOCAL if keeps else Share.SUM
+        moved |= set(axes.how.numbers) if isinstance(axes.how, how.Lookup) else set()
+        wanted = AxisSharing.INDEPENDENT if keeps else AxisSharing.PARTIAL_SUM
         return all(
-            axes.share_of(label) is wanted and label not in moved and label not in axes.lookups
+            axes.share_of(label) is wanted and label not in moved
             for label, dim in named.bound.items()
             if atom in self.axes.space.resolve(dim)
         )
@@ -237,8 +243,8 @@ def _trace(call: Call) -> GraphModule:
         given = list(args)
         for i, tensor in zip(at, tensors, strict=False):
             given[i] = tensor
-        results, saved = Obeying(function.forward).run(*given)
-        gradients = Obeying(function.backward).run(*tensors[len(at) :], *saved)
+        results, saved = AutocastInterpreter(function.forward).run(*given)
+        gradients = AutocastInterpreter(function.backward).run(*tensors[len(at) :], *saved)
         gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
         return _tensors(results), [gradients[i] for i in at]
 

@@ -10,20 +10,25 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-__all__ = ["AxisRule", "AxisRules", "Call", "Labels", "OpAxes", "Share", "Window", "given_input"]
+from ringfx.passes.axes.how import How
+from ringfx.torch_compat.operators import OpOverload, schema_of
+
+__all__ = [
+    "AxisRule", "AxisRules", "AxisSharing", "Call", "Labels", "OpAxes", "Window", "given_input",
+]  # fmt: skip
 
 Labels: TypeAlias = tuple[tuple[str, ...], ...]
 """For each dimension the labels that it is made of; () for a size-1 or broadcast dimension."""
 
 
-class Share(Enum):
+class AxisSharing(Enum):
     """What an operator does when it is given only a part of the tokens along a label."""
 
-    LOCAL = "local"
-    """Works on its part alone; the result is split along the same label."""
-    SUM = "sum"
+    INDEPENDENT = "independent"
+    """Works on its part alone; the result is sharded along the same label."""
+    PARTIAL_SUM = "partial_sum"
     """The result is a partial sum."""
-    WHOLE = "whole"
+    REPLICATED = "replicated"
     """Needs all tokens."""
 
 
@@ -42,47 +47,22 @@ class OpAxes:
     """The axes of one call: labels of operands and results, and what may be split.
 
     ``operands`` follows the order of tensor arguments in the call (``Call.operands``); None stands
-    for an operand that must be whole whatever it carries.
+    for an operand that must be replicated, whatever its axes.
     """
 
     operands: tuple[Labels | None, ...]
     results: tuple[Labels, ...]
-    share: Mapping[str, Share] = field(default_factory=dict)
-    regroup: bool = False
-    """A row-major reshape of its only operand: results are given by sizes, not by labels."""
+    share: Mapping[str, AxisSharing] = field(default_factory=dict)
     windows: tuple[Window, ...] = ()
-    joins: int | None = None
-    """The operands are pieces of this dimension of the result, one after the other."""
-    pieces: tuple[int, ...] = ()
-    """Where in that dimension each operand starts."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Sizes of labels that operands carry only together with others in one dimension."""
-    near: frozenset[int] = frozenset()
-    """Dimensions along which the call sees a few neighbours."""
-    turns: Mapping[int, int] = field(default_factory=dict)
-    """Dimensions that are rolled: dimension -> by how much."""
-    lookups: Mapping[str, int] = field(default_factory=dict)
-    """Labels of the first operand that are read by number: label -> operand that holds them."""
-    size_arg: str | None = None
-    """The argument that holds result sizes and must be rewritten to local ones."""
-    fill: Mapping[int, float | int] = field(default_factory=dict)
-    """For a partial sum: operand -> the value that padded tokens must hold."""
-    together: frozenset[str] = frozenset()
-    """Labels that may be split at the same time: the operator itself moves what crosses."""
-    captured: frozenset[int] = frozenset()
-    """Operands whose whole gradient the operator gives to every rank that has them whole."""
-    pick: int | None = None
-    """The call takes this one element of its summed label: only its owner has it."""
-    mean: bool = False
-    """The call divides by the number of elements that it sums."""
-    draws: bool = False
-    """Random numbers for the whole tensor, by its first operand's shape alone: a rank that has a
-    part draws them all and keeps its own (see ``ringfx.comm.random_draws``)."""
+    """Sizes of labels that are only a part of a dimension in every operand."""
+    how: How | None = None
+    """What only its family of operators needs; None: labels say it all."""
     reason: str = ""
     """Why a label needs all tokens, in words."""
 
-    def share_of(self, label: str) -> Share:
-        return self.share.get(label, Share.LOCAL)
+    def share_of(self, label: str) -> AxisSharing:
+        return self.share.get(label, AxisSharing.INDEPENDENT)
 
 
 class Call:
@@ -144,7 +124,7 @@ def result_values(node: Node) -> tuple[torch.Tensor, ...]:
 
 
 def given_input(value: Node) -> Node | None:
-    """The input of the program that a value is, or is cut out of: every rank has that whole."""
+    """The input of the program that a value is, or is cut out of: every rank has all of that."""
     while value.target is torch.ops.aten.slice.Tensor:
         value = value.all_input_nodes[0]
     return value if value.op in ("placeholder", "get_attr") else None
@@ -165,11 +145,11 @@ def _tensor_operands(node: Node) -> list[Node]:
 
 def _bind(node: Node) -> dict[str, Any]:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         positional: dict[Any, Any] = dict(enumerate(node.args))
         return positional | dict(node.kwargs)
     bound: dict[str, Any] = {}
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(schema_of(target).arguments):
         if i < len(node.args) and not argument.kwarg_only:
             bound[argument.name] = node.args[i]
         elif argument.name in node.kwargs:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ringfx.passes.axes.call import AxisRules, Call, Labels, OpAxes, Share, Window, result_values
+from ringfx.passes.axes.call import (
+    AxisRules,
+    AxisSharing,
+    Call,
+    Labels,
+    OpAxes,
+    Window,
+    result_values,
+)  # fmt: skip
+from ringfx.passes.axes.how import Reshape
 from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
 
@@ -109,7 +118,7 @@ def fresh_dims(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:
 
 
 def _opaque(call: Call) -> OpAxes:
-    """No row: every axis is new and everything must be whole."""
+    """No row: every axis is new and everything is replicated."""
     results: tuple[Labels, ...] = tuple(
         tuple((f"r{n}.{i}",) if s != 1 else () for i, s in enumerate(shape))
         for n, shape in enumerate(call.result_shapes)
@@ -117,7 +126,7 @@ def _opaque(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=results,
-        share={x: Share.WHOLE for dims in results for dim in dims for x in dim},
+        share={x: AxisSharing.REPLICATED for dims in results for dim in dims for x in dim},
         reason=NO_RULE,
     )
 
@@ -173,7 +182,7 @@ def results_of(
 ) -> tuple[tuple[Dim, ...], ...]:
     """The results' dimensions; labels that only they carry are added to ``bound``."""
     shapes = call.result_shapes
-    if axes.regroup:
+    if isinstance(axes.how, Reshape):
         try:
             return (space.regroup(operands[0], [int(s) for s in shapes[0]]),)
         except AxisClash:

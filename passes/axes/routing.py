@@ -9,7 +9,7 @@
 The order is global, the result is not: what token i gets depends on token i alone. So each rank may
 sort its own tokens among themselves, count its own, and put them back. That is right if the order
 is used for nothing else, which is what is checked here: every user of an order is one that looks
-rows up by it or inverts it, and every count ends in the row borders of a grouped product.
+rows up by it or inverts it, and every count ends in the group ends of a grouped product.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.propagate import AxisMap
 from ringfx.passes.axes.rules.contraction import GROUPED
 from ringfx.passes.axes.space import AxisClash, Dim
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["Route", "find_routes"]
 
@@ -229,7 +230,7 @@ def _puts_numbers(user: Node, order: Node) -> bool:
 
 
 def _counts(graph: torch.fx.Graph, axes: AxisMap, trace: _Trace) -> set[Node]:
-    """Counts of the route's own rows that end in the row borders of its grouped products."""
+    """Counts of the route's own rows that end in the group ends of its grouped products."""
     ordered = axes.space.resolve(trace.ordered)
     found: set[Node] = set()
     for node in (
@@ -244,7 +245,7 @@ def _ends(value: Node, axes: AxisMap, ordered: Dim) -> set[Node] | None:
     """The values between a count and grouped products, if it is used for nothing else."""
     chain = {value}
     for user in value.users:
-        if is_grouped(user) and _borders(user) is value:
+        if is_grouped(user) and _group_ends(user) is value:
             if axes.dims(Call(user).operands[0])[0] != ordered:
                 return None
         elif user.target in FROM_COUNTS:
@@ -258,10 +259,10 @@ def _ends(value: Node, axes: AxisMap, ordered: Dim) -> set[Node] | None:
 
 
 def is_grouped(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GROUPED
+    return isinstance(node.target, OpOverload) and node.target.name() in GROUPED
 
 
-def _borders(node: Node) -> Node | None:
-    """The row borders of a grouped product."""
+def _group_ends(node: Node) -> Node | None:
+    """Where the groups of rows of a grouped product end."""
     found = Call(node).get("offs")
     return found if isinstance(found, Node) else None

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["Alias", "Emit", "can_put", "put", "storage_of"]
+from ringfx.torch_compat.autograd import storage_id
+from ringfx.torch_compat.operators import schema_of
+
+__all__ = ["Alias", "Emit", "can_write_back", "storage_of", "write_back"]
 
 aten = torch.ops.aten
 
@@ -55,7 +58,7 @@ def storage_of(value: object) -> int | None:
     """Identity of the memory behind a tensor; fake tensors share it as real ones do."""
     if not isinstance(value, torch.Tensor) or value.is_sparse:
         return None
-    return int(value.untyped_storage()._cdata)
+    return storage_id(value)
 
 
 def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -68,7 +71,7 @@ def same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def can_put(alias: Alias) -> bool:
+def can_write_back(alias: Alias) -> bool:
     """Whether a new value of this view can be put back into its parent."""
     assert alias.parent is not None
     if same_elements(alias.made_by.meta["val"], alias.parent.made_by.meta["val"]):
@@ -77,7 +80,7 @@ def can_put(alias: Alias) -> bool:
     return view.target in _PUT
 
 
-def put(emit: Emit, alias: Alias, new: Node) -> Node:
+def write_back(emit: Emit, alias: Alias, new: Node) -> Node:
     """The parent's new value once this view holds ``new``."""
     assert alias.parent is not None
     old = alias.parent.made_by.meta["val"]
@@ -109,7 +112,7 @@ class _Put:
     new: Node
 
     def argument(self, name: str) -> Any:
-        schema = self.view.target._schema  # type: ignore[union-attr]
+        schema = schema_of(self.view.target)
         for i, argument in enumerate(schema.arguments):
             if argument.name == name:
                 given = self.view.args[i] if i < len(self.view.args) else None

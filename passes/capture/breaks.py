@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
-from torch._dynamo import convert_frame, eval_frame
-from torch._dynamo.source import GradSource
+
+from ringfx.torch_compat.dynamo import COMPILER_MODULE, ENTRY_MODULE, GradSource, is_output
 
 __all__ = ["graph_break", "is_outermost", "reads_gradients", "uncompiled_caller"]
-
-_ENTRY = eval_frame.__name__
-_COMPILER = convert_frame.__name__
 
 
 def graph_break(gm: torch.fx.GraphModule) -> str | None:
@@ -63,7 +60,7 @@ def uncompiled_caller() -> str | None:
     Dynamo skips a frame with a break inside a loop and compiles what that frame calls.
     """
     for frame in _callers():
-        if frame.f_code not in convert_frame.output_codes:
+        if not is_output(frame.f_code):
             code = frame.f_code
             return f"{code.co_filename}:{frame.f_lineno}, in {code.co_name}"
     return None
@@ -75,10 +72,10 @@ def _callers() -> Iterator[FrameType]:
     found: list[FrameType] = []
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module == _ENTRY and frame.f_code.co_name == "compile_wrapper":
+        if module == ENTRY_MODULE and frame.f_code.co_name == "compile_wrapper":
             yield from found
             return
-        if module == _COMPILER:
+        if module == COMPILER_MODULE:
             found.clear()  # what the compiler itself calls: contextlib, the standard library
         elif module.partition(".")[0] not in ("torch", "ringfx"):
             found.append(frame)

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.flex import flex_attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
-from ringfx.passes.capture.precision import Autocast, Obeying, autocast_off
+from ringfx.passes.capture.precision import Autocast, AutocastInterpreter, autocast_off
 from ringfx.passes.capture.regions import REGION, flatten_region
-from ringfx.passes.capture.selective import Asked, policy_of
+from ringfx.passes.capture.selective import PolicyTags, policy_of
+from ringfx.torch_compat.fake_tensors import DataDependentOutputException
+from ringfx.torch_compat.operators import HigherOrderOperator
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
 
@@ -48,15 +49,17 @@ def refuse_unsupported(gm: torch.fx.GraphModule) -> None:
 def _reason(node: torch.fx.Node) -> str | None:
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         name = node.target.name()
         if name in INLINED or name in ("flex_attention", "autograd_function_apply"):
             return None
-        return REFUSED.get(name, f"the higher-order operator {name!r}, which has no rule.")
+        return REFUSED.get(
+            name, f"the higher-order operator {name!r}, for which ringfx has no rule."
+        )
     return None
 
 
-class Inliner(Obeying):
+class Inliner(AutocastInterpreter):
     """Runs Dynamo's graph and, in place, the bodies of the higher-order operators in INLINED.
 
     Nodes of a checkpointed body are tagged as AOTAutograd's partitioner reads it, so that
@@ -70,7 +73,7 @@ class Inliner(Obeying):
         self._where = ""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, HigherOrderOperator):
             return self._inline(target.name(), args, kwargs)
         return super().call_function(target, args, kwargs)
 
@@ -92,8 +95,8 @@ class Inliner(Obeying):
             return super().run_node(n)
         except DataDependentOutputException as unknown:
             raise CaptureRefused(
-                f"{self._where}: a size or a number is read from the values of a tensor, which are "
-                "not known while a program is made. Do: give it as a Python number (.tolist())."
+                f"{self._where}: a size or a number is read from tensor values, which are unknown "
+                "during compilation. Do: give it as a Python number (.tolist())."
             ) from unknown
 
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,7 +130,7 @@ class Inliner(Obeying):
                 f"{self._where}: torch.utils.checkpoint is given a context_fn that is not "
                 "selective checkpointing. Do: make it with create_selective_checkpoint_contexts."
             )
-        return Asked(policy)
+        return PolicyTags(policy)
 
     def _own_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward, backward, *operands = args

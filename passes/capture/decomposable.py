@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch._ops import OpOverload
+
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["DECOMPOSABLE"]
 

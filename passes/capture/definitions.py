@@ -1,4 +1,4 @@
-"""Operators whose call hides writes, or a whole layer, spelled out in what they are made of."""
+"""Decompositions of operators that hide writes, or that are a complete layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.errors import CaptureRefused
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["DEFINITIONS"]
 
@@ -175,14 +176,14 @@ def drawn_between(x: Tensor, low: int, high: int | None, *, generator: Any = Non
     if high is None or generator is not None:
         raise CaptureRefused(
             f"x.random_({low}, {high}) on a tensor of shape {tuple(x.shape)} with "
-            f"{'no upper end' if high is None else 'a generator of its own'}: it has no "
-            "counterpart that draws the same numbers without writing in place. Do: give both ends "
-            "and no generator, or use torch.randint."
+            f"{'no upper end' if high is None else 'a generator of its own'}: no out-of-place "
+            "operator draws the same numbers. Do: give both ends and no generator, or use "
+            "torch.randint."
         )
     return x.copy_(torch.randint_like(x, low, high))
 
 
-DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: batch_norm,
     aten.instance_norm.default: instance_norm,
     aten._transformer_encoder_layer_fwd.default: encoder_layer,

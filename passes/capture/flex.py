@@ -1,4 +1,4 @@
-"""flex_attention, spelled out: its score and mask functions become ordinary operators.
+"""Decompose flex_attention: its score and mask functions become ordinary operators.
 
     flex(q, k, v) = softmax(where(keep(b, h, i, j), score_mod(q k^T scale, b, h, i, j), -inf)) v
 
@@ -14,14 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE, _vmap_for_bhqkv
 
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.regions import trace_below_autograd
+from ringfx.torch_compat.flex import (
+    LARGE_BLOCK_SIZE,
+    TransformGetItemToIndex,
+    mapped_over_positions,
+    safe_softmax,
+)
+from ringfx.torch_compat.graphs import is_erased
 
 __all__ = ["drop_block_masks", "flex_attention"]
 
@@ -51,11 +56,11 @@ def drop_block_masks(gm: GraphModule) -> None:
 def _drop(gm: GraphModule, call: Node) -> None:
     block_mask = cast("tuple[Any, ...]", call.args[_BLOCK_MASK])
     *rest, block_q, _, keep = block_mask
-    if block_q != _LARGE_SPARSE_BLOCK_SIZE and _is_noop(getattr(gm, str(keep.target))):
+    if block_q != LARGE_BLOCK_SIZE and _is_noop(getattr(gm, str(keep.target))):
         raise CaptureRefused(
-            f"{describe_node(call)}: flex_attention is given a BlockMask whose mask_mod keeps all, "
-            "so that its blocks alone would say what is masked. Do: make it with "
-            "create_block_mask, or pass from_kv_blocks a mask_mod."
+            f"{describe_node(call)}: flex_attention is given a BlockMask whose mask_mod keeps "
+            "every pair, so that only its blocks say what is masked. Do: make it with "
+            "create_block_mask, or pass a mask_mod to from_kv_blocks."
         )
     unread = [x for x in rest if isinstance(x, Node)]
     kept = tuple(None if isinstance(x, Node) else x for x in rest)
@@ -73,7 +78,7 @@ def _erase_unread(gm: GraphModule, values: Sequence[Node]) -> None:
     stack = list(values)
     while stack:
         node = stack.pop()
-        if node.users or node.op in ("placeholder", "get_attr") or node._erased:
+        if node.users or node.op in ("placeholder", "get_attr") or is_erased(node):
             continue
         operands = list(node.all_input_nodes)
         gm.graph.erase_node(node)
@@ -106,7 +111,7 @@ def flex_attention(
     scores = Interpreter(score).run(scores, *places, *score_inputs)
     if keep is not None:
         scores = scores.masked_fill(~keep, -math.inf)
-    weights = torch._safe_softmax(scores, -1) if keep is not None else scores.softmax(-1)
+    weights = safe_softmax(scores, -1) if keep is not None else scores.softmax(-1)
     out = weights.to(q.dtype) @ wide_v.to(q.dtype)
     ln2 = math.log(2.0)  # the operator counts in powers of two
     return out, scores.logsumexp(-1) / ln2, scores.amax(-1) / ln2
@@ -135,7 +140,7 @@ def _flat(
     function: GraphModule, first: tuple[Tensor, ...], places: list[Tensor], inputs: tuple[Any, ...]
 ) -> GraphModule:
     """The function over all of batch, heads, queries and keys, as plain operators."""
-    over = _vmap_for_bhqkv(
+    over = mapped_over_positions(
         cast(Callable[..., Any], Interpreter(function).run),
         prefix=(0,) * len(first),
         suffix=(None,) * len(inputs),
@@ -147,7 +152,7 @@ def _flat(
 def _added(score: GraphModule) -> GraphModule | bool | None:
     """What is added to the score: a program for it, True for nothing, None if more is done.
 
-    Only ``score`` itself and ``score + bias`` are read so; anything else is spelled out.
+    Only ``score`` itself and ``score + bias`` are read so; anything else is decomposed.
     """
     first = next(n for n in score.graph.nodes if n.op == "placeholder")
     result: Any = score.graph.output_node().args[0]

@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from ringfx.errors import CaptureRefused
-from ringfx.passes.capture.aliases import Alias, can_put, put, same_elements, storage_of
+from ringfx.passes.capture.aliases import (
+    Alias,
+    can_write_back,
+    same_elements,
+    storage_of,
+    write_back,
+)
 from ringfx.passes.capture.gradients import mark, needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.overloads import (
@@ -28,6 +32,9 @@ from ringfx.passes.capture.overloads import (
     functional_overload,
     written_operands,
 )
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["Functional", "functionalize", "mutates"]
 
@@ -61,7 +68,7 @@ def functionalize(gm: GraphModule, mode: FakeTensorMode, inputs_need: Sequence[b
 
 def mutates(node: Node) -> bool:
     """Whether the call writes into one of its operands."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 class _Functionalizer:
@@ -104,7 +111,7 @@ class _Functionalizer:
         return self.plain[node] if alias is None else alias.current
 
     def _keep(self, node: Node, need: bool) -> None:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             self.grad_enabled = bool(node.args[0])
         new = self._copy(node)
         if node.op == "placeholder":
@@ -167,7 +174,7 @@ class _Functionalizer:
             return
         targets = written_operands(node)
         if any(t not in self.aliases for t in targets):
-            self._refuse("what it writes into cannot be followed")
+            self._refuse("ringfx cannot follow which tensor it writes into")
         values = self._values(node, targets)
         for target, value in zip(targets, values, strict=True):
             self._assign(self.aliases[target], self._fitted(target, value))
@@ -187,7 +194,7 @@ class _Functionalizer:
         args, kwargs = arguments_for(op, node)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._current)
         new = self.emit(op, *args, **kwargs)
-        if len(op._schema.returns) == 1:
+        if len(schema_of(op).returns) == 1:
             return [new]
         return [self.emit(operator.getitem, new, i) for i in range(len(targets))]
 
@@ -203,7 +210,7 @@ class _Functionalizer:
     def _assign(self, alias: Alias, value: Node) -> None:
         self._check(alias)
         while alias.parent is not None:
-            value = put(self.emit, alias, value)
+            value = write_back(self.emit, alias, value)
             alias = alias.parent
         alias.current = value
         if alias not in self.written:
@@ -216,24 +223,24 @@ class _Functionalizer:
         bases = [a for a in self.by_storage[storage_of(here.meta["val"])] if a.parent is None]  # type: ignore[index]
         if len(bases) > 1:
             names = ", ".join(a.made_by.name for a in bases)
-            self._refuse(f"the program was given the memory it writes into twice ({names})")
+            self._refuse(f"two inputs of the program share the memory it writes into ({names})")
         if root.made_by.op == "get_attr":
             self._refuse("it writes into a constant of the program")
         tracked = needs_grad(root.current)
         if tracked and not self.grad_enabled:
             self._refuse(
-                "it writes without gradients into a value that has one: later uses would have to "
-                "pass the gradient of what was overwritten"
+                "it writes without gradients into a value that has a gradient: later uses would "
+                "have to pass on the gradient of the overwritten value"
             )
         while alias.parent is not None:
             if tracked and alias.detached:
                 self._refuse("it writes through a detached view of a value that has a gradient")
-            if not can_put(alias):
+            if not can_write_back(alias):
                 self._refuse(f"it writes through {alias.made_by.target}, which has no inverse")
             alias = alias.parent
 
     def _show(self, alias: Alias) -> None:
-        """Make the views of a new value again, as far as somebody still reads them."""
+        """Make the views of a new value again, if they still have readers."""
         for child in alias.children:
             if not child.needed_after(self.time):
                 continue

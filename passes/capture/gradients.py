@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
+
 __all__ = ["mark", "needs_grad", "receives_grad", "stamp_gradients"]
 
 _KEY = "ringfx_needs_grad"
@@ -32,7 +34,7 @@ def stamp_gradients(graph: torch.fx.Graph, inputs_need: Sequence[bool]) -> None:
         if node.op == "placeholder":
             mark(node, next(needed) and enabled)
             continue
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             enabled = bool(node.args[0])
         mark(node, enabled)
 

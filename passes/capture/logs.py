@@ -21,18 +21,21 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch._dynamo.callback import CallbackArgs, callback_handler
-from torch._dynamo.exc import unimplemented
-from torch._dynamo.variables import ConstantVariable, TensorVariable
-from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.functions import FunctoolsPartialVariable
-from torch._dynamo.variables.misc import (
+from ringfx.torch_compat.dynamo import CallbackArgs, callback_handler, unimplemented
+from ringfx.torch_compat.dynamo_variables import (
+    ConstantVariable,
     DebuggingVariable,
+    FunctoolsPartialVariable,
     LoggingLoggerVariable,
     StringFormatVariable,
+    TensorVariable,
+    VariableTracker,
+    install_identity_guard,
+    rows_by_identity,
+    wrapped,
 )
 
-__all__ = ["absorb_logs"]
+__all__ = ["defer_logs"]
 
 FUNCTIONS: Sequence[Callable[..., None]] = (
     builtins.print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error,
@@ -47,7 +50,7 @@ ASKING = frozenset({"isEnabledFor", "getEffectiveLevel", "hasHandlers"})
 """Methods of a logger whose answer, as of tracing, is a constant."""
 
 
-def absorb_logs(is_for_ringfx: Callable[[Any], bool]) -> None:
+def defer_logs(is_for_ringfx: Callable[[Any], bool]) -> None:
     """Let programs go on across log lines, where ``is_for_ringfx(compiler)``."""
     method = LoggingLoggerVariable.call_method
     if not hasattr(method, "ringfx"):
@@ -62,9 +65,7 @@ def absorb_logs(is_for_ringfx: Callable[[Any], bool]) -> None:
 
 
 def _add_rows(is_for_ringfx: Callable[[Any], bool], _: CallbackArgs | None = None) -> None:
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    rows: dict[int, Callable[[Any, Any], Any]] = VariableBuilder._id_dispatch()
+    rows = rows_by_identity()
     for function in FUNCTIONS:
         if not isinstance(rows.get(id(function)), functools.partial):
             usual = rows.get(id(function))
@@ -74,17 +75,14 @@ def _add_rows(is_for_ringfx: Callable[[Any], bool], _: CallbackArgs | None = Non
 def _function_row(
     usual: Any, is_for_ringfx: Callable[[Any], bool], builder: Any, value: Any
 ) -> Any:
-    from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    rows = VariableBuilder._id_dispatch()
+    rows = rows_by_identity()
     if value not in FUNCTIONS or not is_for_ringfx(builder.tx.output.compiler_fn):
         row = rows.pop(id(value))
         try:
-            return usual(builder, value) if usual is not None else builder._wrap(value)
+            return usual(builder, value) if usual is not None else wrapped(builder, value)
         finally:
             rows[id(value)] = row
-    builder.install_guards(GuardBuilder.ID_MATCH)
+    install_identity_guard(builder)
     return _Saying(value, source=builder.source)
 
 
@@ -100,8 +98,8 @@ class _Saying(DebuggingVariable):
                 gb_type="attempted to reorder a debugging function that can't actually be "
                 "reordered",
                 context=f"fn: {self.value}, args: {args}, kwargs: {kwargs}",
-                explanation="What this line says may change before it is said.",
-                hints=["Say tensors, numbers and texts only."],
+                explanation="The tensors in this log line may change before the line is printed.",
+                hints=["Log tensors, numbers and strings only."],
             )
         return _say_later(tx, line)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ringfx.torch_compat.operators import OpOverload, schema_of
+
 __all__ = ["LOSS_DECOMPOSITIONS"]
 
 aten = torch.ops.aten
@@ -55,7 +57,7 @@ def _total(dtype: torch.dtype, loss: Callable[[int], torch.Tensor]) -> torch.Ten
 
 
 def negative_log_likelihood(
-    op: torch._ops.OpOverload,
+    op: OpOverload,
 ) -> Callable[..., Any]:
     """The mean of a loss that picks a class: the weighted sum over the total weight."""
 
@@ -84,9 +86,9 @@ def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
     return torch.where(kept, chosen, 0).sum(**wide)
 
 
-def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def elementwise(op: OpOverload) -> Callable[..., Any]:
     """The mean over all elements, of an operator that takes ``reduction`` at its own place."""
-    at = [a.name for a in op._schema.arguments].index("reduction")
+    at = [a.name for a in schema_of(op).arguments].index("reduction")
 
     def mean(x: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given = [x, target, *args]
@@ -108,7 +110,7 @@ def elementwise(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return mean
 
 
-LOSS_DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+LOSS_DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {
     aten.cross_entropy_loss.default: cross_entropy,
     **{
         op: negative_log_likelihood(op)

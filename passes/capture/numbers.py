@@ -9,14 +9,14 @@ it is; another value then compiles another program, as another sequence length d
 from __future__ import annotations
 
 import torch
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ask_for_numbers"]
+from ringfx.torch_compat.dynamo import TensorifyScalarRestartAnalysis, TensorifyState
+from ringfx.torch_compat.fake_tensors import FakeTensor, symbol_name
+
+__all__ = ["specialize_floats"]
 
 
-def ask_for_numbers(gm: torch.fx.GraphModule) -> None:
+def specialize_floats(gm: torch.fx.GraphModule) -> None:
     """Makes Dynamo trace again where a float came as a tensor; returns where none did."""
     found = [name for n in gm.graph.nodes if (name := _float_symbol(n)) is not None]
     new = [name for name in found if not TensorifyState.should_specialize(name)]
@@ -29,10 +29,8 @@ def ask_for_numbers(gm: torch.fx.GraphModule) -> None:
 def _float_symbol(node: torch.fx.Node) -> str | None:
     """The name under which Dynamo knows a float, if this placeholder is one."""
     value = node.meta.get("example_value")
-    if node.op != "placeholder" or not isinstance(value, FakeTensor) or value.item_memo is None:
+    if node.op != "placeholder" or not isinstance(value, FakeTensor):
         return None
     if not all(user.target == "item" for user in node.users):
         return None
-    # The symbol, not what it was replaced with: Dynamo looks it up in the same way.
-    name: str | None = getattr(value.item_memo.node._expr, "name", None)
-    return name
+    return symbol_name(value)

@@ -7,14 +7,14 @@ import re
 
 import torch
 
-__all__ = ["describe_node", "module_path", "source_line", "spelled_as", "stamp_origins"]
+__all__ = ["describe_node", "inlined_call", "module_path", "source_line", "stamp_origins"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _ROOT = re.compile(r"^L\['([^']*)'\]")
 _ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
 _DETECT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "detect")
-_SPELLINGS = os.path.join(_DETECT, "spellings")
+_PACKAGE_CALLS = os.path.join(_DETECT, "package_calls")
 
 
 def clean_path(text: str) -> str:
@@ -56,12 +56,12 @@ def source_line(node: torch.fx.Node) -> str:
     return f"{os.path.basename(file)}:{line}"
 
 
-def spelled_as(node: torch.fx.Node) -> str | None:
-    """The call that this operator spells out, such as ``flash_attn_func``."""
-    if "ringfx_spelled" in node.meta:
-        return str(node.meta["ringfx_spelled"])
+def inlined_call(node: torch.fx.Node) -> str | None:
+    """The call that this operator was inlined from, such as ``flash_attn_func``."""
+    if "ringfx_inlined_call" in node.meta:
+        return str(node.meta["ringfx_inlined_call"])
     for file, _, function in _FRAME.findall(node.meta.get("stack_trace") or ""):
-        if file.startswith(_SPELLINGS):
+        if file.startswith(_PACKAGE_CALLS):
             return str(function)
     return None
 

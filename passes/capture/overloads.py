@@ -8,8 +8,9 @@ from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["CLEARER", "Program", "arguments_for", "functional_overload", "written_operands"]
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 def written_operands(node: Node) -> list[Node]:
     """The operands that a call writes into, in the order of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = schema_of(node.target)
     found: list[Node] = []
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -37,7 +38,7 @@ def functional_overload(op: OpOverload) -> OpOverload | None:
     >>> functional_overload(torch.ops.aten.bernoulli_.float)
     <OpOverload(op='aten.bernoulli', overload='p')>
     """
-    name = op._schema.name.split("::")[1]
+    name = schema_of(op).name.split("::")[1]
     if name in _NO_VALUE:
         return None
     in_place = name.endswith("_")
@@ -46,14 +47,13 @@ def functional_overload(op: OpOverload) -> OpOverload | None:
     elif in_place:
         name = _RENAMED.get(name, name[:-1])
     packet = getattr(getattr(torch.ops, op.namespace), name, None)
-    wanted = [_parameter(a) for a in op._schema.arguments if in_place or not a.is_out]
+    wanted = [_parameter(a) for a in schema_of(op).arguments if in_place or not a.is_out]
     for overload in packet.overloads() if packet is not None else ():
         if keyword.iskeyword(overload):
             continue  # random.from: generated code cannot name it
         found: OpOverload = getattr(packet, overload)
-        if [
-            _parameter(a) for a in found._schema.arguments
-        ] == wanted and not found._schema.is_mutable:
+        schema = schema_of(found)
+        if [_parameter(a) for a in schema.arguments] == wanted and not schema.is_mutable:
             return found
     return None
 
@@ -73,13 +73,13 @@ def arguments_for(op: OpOverload, node: Node) -> tuple[tuple[Any, ...], dict[str
     A default of the in-place operator need not be one of the functional operator. What has a place
     is given by it: some names (``from``) are keywords of Python, and no code can say them.
     """
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = schema_of(node.target)
     given = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | node.kwargs
     for argument in schema.arguments[len(node.args) :]:
         if argument.has_default_value() and not argument.kwarg_only:
             given.setdefault(argument.name, argument.default_value)
-    known = [a for a in op._schema.arguments if a.name in given]
-    placed = takewhile(lambda a: a.name in given and not a.kwarg_only, op._schema.arguments)
+    known = [a for a in schema_of(op).arguments if a.name in given]
+    placed = takewhile(lambda a: a.name in given and not a.kwarg_only, schema_of(op).arguments)
     args = tuple(given[a.name] for a in placed)
     return args, {a.name: given[a.name] for a in known[len(args) :]}
 

@@ -18,11 +18,12 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor_tree,
 )
-from torch.utils import _pytree as pytree
 
 from ringfx.passes.capture.aliases import storage_of
-from ringfx.passes.capture.precision import Autocast, Obeying
+from ringfx.passes.capture.precision import Autocast, AutocastInterpreter
 from ringfx.passes.capture.regions import trace_below_autograd
+from ringfx.torch_compat.operators import OpOverload, schema_of
+from ringfx.torch_compat.pytree import tree_map
 
 __all__ = ["OwnBackward", "writes_operands"]
 
@@ -63,7 +64,7 @@ class OwnBackward:
         if mode is None or not getattr(mode, "pre_dispatch", False):
             return self._call(operands)
         tracer = cast(Any, mode.tracer)
-        proxies = pytree.tree_map(tracer.unwrap_proxy, operands)
+        proxies = tree_map(tracer.unwrap_proxy, operands)
         proxy = tracer.create_proxy("call_function", self, proxies, {}, name="own_backward")
         with disable_proxy_modes_tracing():
             results = self._call(operands)
@@ -76,10 +77,10 @@ class OwnBackward:
 
 def writes_operands(forward: GraphModule, operands: Sequence[Any]) -> bool:
     """Whether a forward changes what it is given, by any of its views."""
-    flat = trace_below_autograd(Obeying(forward).run, operands)
+    flat = trace_below_autograd(AutocastInterpreter(forward).run, operands)
     given = {storage_of(n.meta.get("val")) for n in flat.graph.nodes if n.op == "placeholder"} - {
         None
     }
-    calls = [n for n in flat.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    written = [n.args[0] for n in calls if n.target._schema.is_mutable and n.args]
+    calls = [n for n in flat.graph.nodes if isinstance(n.target, OpOverload)]
+    written = [n.args[0] for n in calls if schema_of(n.target).is_mutable and n.args]
     return any(isinstance(w, Node) and storage_of(w.meta.get("val")) in given for w in written)

@@ -1,4 +1,4 @@
-"""Autocast, spelled out: every cast that it would make is a call of the flat program.
+"""Write autocast into the program: every cast that it would make becomes a call.
 
 Autocast works below the level at which a program is recorded: the calls stand there with the
 operands that the user gave, and their types would be known only when the program runs. So each
@@ -16,18 +16,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._C import DispatchKey
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Autocast", "Obeying", "autocast_off", "enters_autocast", "spelled_out"]
+from ringfx.torch_compat import pytree
+from ringfx.torch_compat.autograd import ENTER_AUTOCAST, EXIT_AUTOCAST, autocast_is_enabled
+from ringfx.torch_compat.dispatch import TorchDispatchMode
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from ringfx.torch_compat.operators import DispatchKey, OpOverload, names_with_kernel, schema_of
+
+__all__ = [
+    "Autocast",
+    "AutocastInterpreter",
+    "autocast_off",
+    "decompositions_with_casts",
+    "enters_autocast",
+]
 
 aten = torch.ops.aten
 Decomposition = Callable[..., Any]
-_ENTERS = (torch.amp.autocast_mode._enter_autocast, torch.set_autocast_enabled)
+_ENTERS = (ENTER_AUTOCAST, torch.set_autocast_enabled)
 _NARROW = (torch.float16, torch.bfloat16)
 _PRODUCTS = (aten.einsum.default, aten.tensordot.default)
 """Made of one product if they have two operands: casting these is what autocast does, and keeps
@@ -68,7 +78,7 @@ class Autocast:
     def entered(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Autocast:
         """As inside ``torch.autocast(device, dtype, enabled)``, which knows what is supported."""
         inside = torch.autocast(device, dtype=dtype, enabled=enabled)
-        new = (device, inside.fast_dtype, inside._enabled)
+        new = (device, inside.fast_dtype, autocast_is_enabled(inside))
         return Autocast(states=(*(s for s in self.states if s[0] != device), new))
 
     @contextlib.contextmanager
@@ -100,7 +110,7 @@ def enters_autocast(gm: torch.fx.GraphModule) -> bool:
     )
 
 
-class Obeying(torch.fx.Interpreter):
+class AutocastInterpreter(torch.fx.Interpreter):
     """Enters and leaves autocast where the program does; tracing would only record that."""
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
@@ -108,15 +118,17 @@ class Obeying(torch.fx.Interpreter):
         self._outer: list[Autocast] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
+        if target is ENTER_AUTOCAST:
             self._outer.append(Autocast.now())
             return self._outer[-1].entered(*args[:3]).set()
-        if target is torch.amp.autocast_mode._exit_autocast:
+        if target is EXIT_AUTOCAST:
             return self._outer.pop().set()
         return super().call_function(target, args, kwargs)
 
 
-def spelled_out(table: Mapping[OpOverload, Decomposition]) -> dict[OpOverload, Decomposition]:
+def decompositions_with_casts(
+    table: Mapping[OpOverload, Decomposition],
+) -> dict[OpOverload, Decomposition]:
     """A table of decompositions for tracing under autocast: its casts first, then the table's."""
     rules = _Rules(table)
     return {**table, **{op: functools.partial(rules.call, op) for op in _concerned()}}
@@ -126,11 +138,9 @@ def spelled_out(table: Mapping[OpOverload, Decomposition]) -> dict[OpOverload, D
 def _concerned() -> tuple[OpOverload, ...]:
     """Operators with a rule for some type of device, and those made of others."""
     keys = [key.name for key in _keys().values()] + ["CompositeImplicitAutograd"]
-    names = {
-        name for key in keys for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    }
+    names = {name for key in keys for name in names_with_kernel(key)}
     found = (_overload(name) for name in sorted(names))
-    return tuple(op for op in found if op is not None and not op._schema.is_mutable)
+    return tuple(op for op in found if op is not None and not schema_of(op).is_mutable)
 
 
 def _overload(name: str) -> OpOverload | None:
@@ -231,7 +241,7 @@ def _watched(
     narrow = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _is_narrow(x)]
     if not narrow or torch.float32 not in seen.results:
         return _Rule()
-    if any(a.name == "dtype" for a in op._schema.arguments):
+    if any(a.name == "dtype" for a in schema_of(op).arguments):
         return _Rule(dtype=torch.float32)
     return _Rule(casts=dict.fromkeys(narrow, torch.float32))
 

@@ -19,7 +19,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 
 from ringfx.errors import CaptureRefused
 from ringfx.passes.capture.origin import describe_node
-from ringfx.passes.capture.precision import Obeying
+from ringfx.passes.capture.precision import AutocastInterpreter
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
 from ringfx.torch_compat.releases import transforms_run
 
 __all__ = ["REGION", "flatten_region", "fold_regions", "trace_below_autograd"]
@@ -47,7 +48,7 @@ def fold_regions(gm: GraphModule) -> None:
 
 def flatten_region(region: GraphModule, operands: Sequence[Any]) -> GraphModule:
     """The region as plain operators on whole batches, for these (fake) operands."""
-    return trace_below_autograd(Obeying(region).run, operands)
+    return trace_below_autograd(AutocastInterpreter(region).run, operands)
 
 
 def trace_below_autograd(function: Callable[..., Any], operands: Sequence[Any]) -> GraphModule:
@@ -122,12 +123,12 @@ def _origin(region: Sequence[Node]) -> dict[str, Any]:
 
 
 def _refuse_gradient_modes(region: Sequence[Node]) -> None:
-    """Below autograd a region without gradients cannot be told from one with."""
-    modes = [n.args[0] for n in region if n.target is torch._C._set_grad_enabled]
+    """Below autograd a region without gradients looks like one with gradients."""
+    modes = [n.args[0] for n in region if n.target is SET_GRAD_ENABLED]
     if True in modes and False in modes[modes.index(True) :]:
         modes = modes[: modes.index(True)]  # torch.func.grad turns gradients on, and back
     if False in modes:
         raise CaptureRefused(
-            f"{describe_node(region[0])}: the program contains a torch.func transform that turns "
-            "gradients off inside. Do: move torch.no_grad() out of the transformed function."
+            f"{describe_node(region[0])}: the program contains a torch.func transform with "
+            "torch.no_grad() inside. Do: move torch.no_grad() out of the transformed function."
         )

@@ -12,16 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    SAC_IGNORED_OPS,
-    CheckpointPolicy,
-    _CachingTorchDispatchMode,
-)
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 
+from ringfx.torch_compat.dispatch import CachingMode, TorchDispatchMode
 from ringfx.torch_compat.releases import asked_by_policy
 
-__all__ = ["Asked", "policy_of"]
+__all__ = ["PolicyTags", "policy_of"]
 
 Policy = Callable[..., Any]
 _STRENGTH = (
@@ -36,10 +32,10 @@ def policy_of(context_fn: Callable[[], Any]) -> Policy | None:
     """The policy that a ``context_fn`` carries; None if it is not selective checkpointing."""
     contexts = context_fn()
     caching = contexts[0] if isinstance(contexts, (tuple, list)) and contexts else None
-    return caching.policy_fn if isinstance(caching, _CachingTorchDispatchMode) else None
+    return caching.policy_fn if isinstance(caching, CachingMode) else None
 
 
-class Asked(TorchDispatchMode):
+class PolicyTags(TorchDispatchMode):
     """Tags the calls of the program that is being traced as the policy wishes."""
 
     def __init__(self, policy: Policy) -> None:

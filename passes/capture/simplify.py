@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["eliminate_dead", "simplify"]
 
@@ -60,7 +61,7 @@ def eliminate_dead(graph: torch.fx.Graph) -> None:
         if home == "ringfx.comm.random_draws":
             return True
         ours = home.startswith("ringfx") or node.target is operator.getitem
-        is_op = isinstance(node.target, torch._ops.OpOverload)
+        is_op = isinstance(node.target, OpOverload)
         return node.op == "call_function" and not (is_op or ours)
 
     graph.eliminate_dead_code(impure)

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.ir.values import Captured
@@ -19,12 +17,18 @@ from ringfx.passes.capture.flex import drop_block_masks
 from ringfx.passes.capture.functional import functionalize, mutates
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
-from ringfx.passes.capture.numbers import ask_for_numbers
+from ringfx.passes.capture.numbers import specialize_floats
 from ringfx.passes.capture.origin import clean_path, stamp_origins
-from ringfx.passes.capture.precision import Autocast, autocast_off, enters_autocast, spelled_out
+from ringfx.passes.capture.precision import (
+    Autocast,
+    autocast_off,
+    decompositions_with_casts,
+    enters_autocast,
+)
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, TracingContext
 
 __all__ = ["capture", "input_name", "keep_value"]
 
@@ -62,7 +66,7 @@ def _capture(
     known: Callable[[object], object | None],
     autocast: Autocast | None,
 ) -> Captured:
-    ask_for_numbers(gm)
+    specialize_floats(gm)
     constructs.refuse_unsupported(gm)
     fold_regions(gm)
     drop_block_masks(gm)
@@ -74,7 +78,7 @@ def _capture(
         traced = make_fx(
             lambda *args: constructs.Inliner(gm).run(*args),
             pre_dispatch=True,
-            decomposition_table=table if autocast is None else spelled_out(table),
+            decomposition_table=table if autocast is None else decompositions_with_casts(table),
         )(*fakes)
     names = tuple(input_name(n) for n in placeholders)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
@@ -147,7 +151,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 def keep_value(fake: torch.Tensor, value: torch.Tensor) -> None:
-    """A fake tensor that stands for a module's tensor, of which the values can be looked at."""
+    """A fake tensor that stands for a module's tensor, with readable values."""
     fake.ringfx_value = value  # type: ignore[attr-defined]
 
 
@@ -156,7 +160,7 @@ def _with_values(given: Any) -> Any:
 
 
 def _is_buffer(node: torch.fx.Node, value: Any) -> bool:
-    """A tensor that a module holds, no parameter, whose values can be looked at."""
+    """A module's tensor, no parameter, whose values can be read."""
     plain = type(value) is torch.Tensor and value.device.type != "meta" and not value.requires_grad
     return plain and _is_held(node)
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._decomp import decomposition_table
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringfx.passes.capture.decomposable import DECOMPOSABLE
+from ringfx.torch_compat.dispatch import TorchDispatchMode
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import DispatchKey, OpOverload, decompositions, schema_of
 
 __all__ = ["decompose_unknown"]
 
@@ -54,7 +53,7 @@ def _table(
     stay: set[OpOverload] = set()
     for node in gm.graph.nodes:
         op = node.target
-        if not isinstance(op, OpOverload) or known(op) is not None or op._schema.is_mutable:
+        if not isinstance(op, OpOverload) or known(op) is not None or schema_of(op).is_mutable:
             continue
         chosen = _chosen(op, node, mode)
         if chosen is None:
@@ -77,9 +76,9 @@ def _chosen(op: OpOverload, node: Node, mode: FakeTensorMode) -> Decomposition |
 
 
 def _candidates(op: OpOverload) -> Iterator[Decomposition]:
-    if op in DECOMPOSABLE and op in decomposition_table:
-        yield decomposition_table[op]
-    if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+    if op in DECOMPOSABLE and op in (known := decompositions()):
+        yield known[op]
+    if op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
         yield op.decompose
 
 
@@ -95,7 +94,7 @@ class _Seen(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self.has_gradients &= func.namespace != "prims"
-        self.writes |= func._schema.is_mutable
+        self.writes |= schema_of(func).is_mutable
         return func(*args, **(kwargs or {}))
 
 

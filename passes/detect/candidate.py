@@ -1,4 +1,4 @@
-"""An attention as detection hands it on, whatever it was spelled as."""
+"""An attention as detection returns it, in whatever form it was written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.detect.names import Factor
 from ringfx.passes.detect.products import Product
 
-__all__ = ["Candidate", "Detected", "Near", "Operand", "Region", "decline", "score"]
+__all__ = ["Candidate", "Detected", "NearMiss", "Operand", "Region", "decline", "score"]
 
 
 @dataclass(frozen=True)
-class Near:
+class NearMiss:
     """A near miss and why."""
 
     reason: str
@@ -77,7 +77,7 @@ class Candidate:
     sinks: Expr | None = None
     """A logit for each head that joins the softmax alone."""
     fully_masked: Literal["zero", "nan"] = "zero"
-    """What the spelling gives for a row of -inf: 0, or NaN as a plain softmax does."""
+    """The result for a row of -inf: 0, or NaN as a plain softmax does."""
     dropout: float = 0.0
     region: Region | None = field(default=None, repr=False)
     otherwise: Callable[[], Sequence[Candidate]] = field(default=tuple, repr=False)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ringfx.passes.axes.call import Call
-from ringfx.passes.detect.inline_kernels import inline
+from ringfx.passes.detect.inline_kernel_calls import inline
 from ringfx.passes.detect.names import VIEWS
-from ringfx.passes.detect.normalise import CASTS
 from ringfx.passes.detect.products import Product, as_product
+from ringfx.passes.detect.softmax import CASTS
 
 __all__ = ["distribute"]
 

@@ -20,8 +20,9 @@ from ringfx.errors import AttentionMissed
 from ringfx.ir.values import Captured, Declined, Sites
 from ringfx.ops.operator import attention
 from ringfx.passes.detect.candidate import decline
+from ringfx.torch_compat.operators import HigherOrderOperator, OpOverload, schema_of
 
-__all__ = ["LooksLike", "estimate", "missed", "refuse_missed"]
+__all__ = ["LooksLike", "find_attention_like", "missed", "refuse_missed"]
 
 aten = torch.ops.aten
 
@@ -52,9 +53,9 @@ def missed(captured: Captured, sites: Sites) -> tuple[tuple[Declined, ...], int]
     Called on the rewritten program: what was found is canonical there and no longer counted.
     """
     explained = {near.node for near in sites.declined}
-    left = estimate(captured)
+    left = find_attention_like(captured)
     unexplained = [x for x in left if not any(n.name in explained for n in x.region)]
-    reason = "it looks like attention (two products around an exponential) and was not recognised"
+    reason = "it looks like attention (two products around an exponential) but was not recognised"
     return tuple(decline(x.node, reason) for x in unexplained), len(sites.found) + len(left)
 
 
@@ -70,14 +71,15 @@ def refuse_missed(overlooked: Sequence[Declined]) -> None:
         return
     places = "\n".join(f"  {x.name or 'top level'} ({x.source}), {x.node}" for x in overlooked)
     raise AttentionMissed(
-        f"{len(overlooked)} of the program's attentions were not recognised and would run whole on "
-        f"every rank:\n{places}\n"
+        f"{len(overlooked)} of the program's attentions were not recognised and would be "
+        "replicated on every rank:\n"
+        f"{places}\n"
         "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
-        "`ringfx explain` lists what was found and each near miss."
+        "`ringfx explain` lists every attention that was found and every rejected one."
     )
 
 
-def estimate(captured: Captured) -> tuple[LooksLike, ...]:
+def find_attention_like(captured: Captured) -> tuple[LooksLike, ...]:
     """Everything in the program that looks like attention, in program order."""
     graph = captured.graph_module.graph
     activations = _activations(captured)
@@ -160,8 +162,8 @@ def _is_matrix(node: Node) -> bool:
 
 def _name(node: Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).split("::")[1]
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return str(schema_of(target).name).split("::")[1]
+    if isinstance(target, HigherOrderOperator):
         return str(target.name())
     return ""

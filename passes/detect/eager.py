@@ -10,41 +10,47 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from ringfx.passes.capture.origin import spelled_as
-from ringfx.passes.detect.candidate import Candidate, Near, Region
+from ringfx.passes.capture.origin import inlined_call
+from ringfx.passes.detect.candidate import Candidate, NearMiss, Region
 from ringfx.passes.detect.names import Factor, Names
-from ringfx.passes.detect.normalise import Normalised, normalised
 from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.program import Program
 from ringfx.passes.detect.region import Named, check_gradients, check_users, name_region
 from ringfx.passes.detect.roles import Pair, Refused, Roles, assign
 from ringfx.passes.detect.scores import ScoreReader
-from ringfx.passes.detect.walk import Back, Onward, back, onward, short
+from ringfx.passes.detect.softmax import Softmax, softmax_call
+from ringfx.passes.detect.walk import (
+    ScoreOperands,
+    ValueProduct,
+    op_name,
+    walk_to_products,
+    walk_to_value_product,
+)
 
 __all__ = ["find_eager"]
 
 
-def find_eager(node: Node, program: Program) -> Candidate | Near | None:
+def find_eager(node: Node, program: Program) -> Candidate | NearMiss | None:
     """The attention whose softmax this call is; a near miss; or None for another softmax."""
-    found = normalised(node)
+    found = softmax_call(node)
     if found is None:
         return None
-    behind = back(found.scores, program.parameters)
-    ahead = onward(found)
+    behind = walk_to_products(found.scores, program.parameters)
+    ahead = walk_to_value_product(found)
     if not behind.products:
         return _no_product(behind, ahead)
-    if not isinstance(ahead, Onward):
+    if not isinstance(ahead, ValueProduct):
         return ahead
     alone = partial(_by_one_product, program, found, behind, ahead)
     try:
         candidate = _candidate(program, found, behind, ahead)
     except Refused as refused:
-        return next(iter(alone()), Near(str(refused)))
+        return next(iter(alone()), NearMiss(str(refused)))
     return replace(candidate, otherwise=alone) if len(candidate.q) > 1 else candidate
 
 
 def _by_one_product(
-    program: Program, found: Normalised, behind: Back, ahead: Onward
+    program: Program, found: Softmax, behind: ScoreOperands, ahead: ValueProduct
 ) -> Sequence[Candidate]:
     """Readings with one product as the scores, the one that would take most memory first."""
     if len(behind.products) < 2:
@@ -62,21 +68,23 @@ def _elements(product: Product) -> int:
     return value.numel()
 
 
-def _no_product(behind: Back, ahead: Onward | Near | None) -> Near | None:
+def _no_product(behind: ScoreOperands, ahead: ValueProduct | NearMiss | None) -> NearMiss | None:
     """A softmax of something else than products of two values."""
-    if not isinstance(ahead, Onward):
+    if not isinstance(ahead, ValueProduct):
         return None
     if behind.stopped:
-        return Near(f"between its product and its softmax stands {short(behind.stopped[0])}")
+        return NearMiss(f"between its product and its softmax stands {op_name(behind.stopped[0])}")
     if not behind.projections:
         return None
-    return Near(
-        "its scores are a projection of one value, no products of queries with keys (a learned "
+    return NearMiss(
+        "its scores are a projection of one value, not products of queries with keys (a learned "
         "query that pools, a gate, mixed heads or linear attention)"
     )
 
 
-def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward) -> Candidate:
+def _candidate(
+    program: Program, found: Softmax, behind: ScoreOperands, ahead: ValueProduct
+) -> Candidate:
     named, inside = _named(program, found, behind, ahead)
     check_users(named, ahead.result)
     check_gradients(named)
@@ -86,10 +94,10 @@ def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward)
     v = named.factors[ahead.product.node][1 - ahead.side]
     roles = _roles(program, named, pairs, ahead)
     reader = ScoreReader(named, roles, inside)
-    scores = reader.normalised(found)
+    scores = reader.softmax(found)
     return Candidate(
         node=ahead.result,
-        found_by=spelled_as(ahead.result) or "eager",
+        found_by=inlined_call(ahead.result) or "eager",
         q=tuple(roles.q(p.q, named.source(p.q), i) for i, p in enumerate(pairs)),
         k=tuple(roles.k(p.k, named.source(p.k), i) for i, p in enumerate(pairs)),
         v=roles.v(v, named.source(v)),
@@ -107,7 +115,7 @@ def _candidate(program: Program, found: Normalised, behind: Back, ahead: Onward)
 
 
 def _named(
-    program: Program, found: Normalised, behind: Back, ahead: Onward
+    program: Program, found: Softmax, behind: ScoreOperands, ahead: ValueProduct
 ) -> tuple[Named, Sequence[Node]]:
     """The region of those products that are of queries with keys; others are biases."""
     products: Sequence[Product] = behind.products
@@ -130,7 +138,7 @@ def _named(
 
 
 def _is_followed(
-    program: Program, found: Normalised, behind: Back, ahead: Onward, product: Product
+    program: Program, found: Softmax, behind: ScoreOperands, ahead: ValueProduct, product: Product
 ) -> bool:
     """Whether one product's way to the softmax can be named, and it is of queries with keys.
 
@@ -166,7 +174,7 @@ def _pair(named: Named, product: Product) -> Pair:
     return pair
 
 
-def _roles(program: Program, named: Named, pairs: Sequence[Pair], ahead: Onward) -> Roles:
+def _roles(program: Program, named: Named, pairs: Sequence[Pair], ahead: ValueProduct) -> Roles:
     every = [a for dim in named.scores for a in dim]
     if len(set(every)) != len(every):
         raise Refused("two axes of its scores are one (scores added to their transpose)")
@@ -187,7 +195,7 @@ def _roles(program: Program, named: Named, pairs: Sequence[Pair], ahead: Onward)
     return assign(named.names, program, pairs, v, named.scores, named.keys)
 
 
-def _region(named: Named, ahead: Onward) -> Region:
+def _region(named: Named, ahead: ValueProduct) -> Region:
     resolved = named.names.resolved
     products = (*named.products, ahead.product)
 

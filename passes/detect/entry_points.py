@@ -12,9 +12,9 @@ from torch.fx import Node
 from ringfx.ir.tiles import CAUSAL, Expr
 from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.space import AxisClash, Dim
-from ringfx.passes.capture.origin import spelled_as
-from ringfx.passes.detect.candidate import Candidate, Near, score
-from ringfx.passes.detect.inline_kernels import KernelCall
+from ringfx.passes.capture.origin import inlined_call
+from ringfx.passes.detect.candidate import Candidate, NearMiss, score
+from ringfx.passes.detect.inline_kernel_calls import KernelCall
 from ringfx.passes.detect.kernel_calls import KERNEL_CALLS, folded, is_plain
 from ringfx.passes.detect.names import Factor, Names
 from ringfx.passes.detect.program import Program
@@ -26,11 +26,11 @@ aten = torch.ops.aten
 MINUS_INF: Expr = ("const", -math.inf)
 
 
-def scaled_dot_product(node: Node, program: Program) -> Candidate | Near:
+def scaled_dot_product(node: Node, program: Program) -> Candidate | NearMiss:
     call = Call(node)
     q, k = call.shape("query"), call.shape("key")
     if not is_plain(q, k, call.shape("value")):
-        return Near(f"its operands {tuple(q)}, {tuple(k)} have heads that do not divide")
+        return NearMiss(f"its operands {tuple(q)}, {tuple(k)} have heads that do not divide")
     names = Names(program.axes)
     factors = tuple(names.factor(call[n]) for n in ("query", "key", "value"))
     try:
@@ -39,7 +39,7 @@ def scaled_dot_product(node: Node, program: Program) -> Candidate | Near:
         scale: Any = call["scale"]
         scores = _scores(roles, call, float(scale) if scale is not None else 1 / math.sqrt(q[-1]))
     except (AxisClash, Refused) as refused:
-        return Near(str(refused))
+        return NearMiss(str(refused))
     q_source, k_source, v_source = ((f, names.resolved(f.dims[f.source])) for f in factors)
     return Candidate(
         node=node,
@@ -56,7 +56,7 @@ def scaled_dot_product(node: Node, program: Program) -> Candidate | Near:
 
 
 def _found_by(node: Node) -> str:
-    name = spelled_as(node)
+    name = inlined_call(node)
     return "sdpa" if name in (None, "scaled_dot_product_attention") else str(name)
 
 
@@ -122,6 +122,6 @@ def _result(roles: Roles, rank: int) -> tuple[Dim, ...]:
     return (roles.batch, *heads, roles.queries, roles.values)
 
 
-ENTRY_POINTS: Mapping[object, Callable[[Node, Program], Candidate | Near]] = {
+ENTRY_POINTS: Mapping[object, Callable[[Node, Program], Candidate | NearMiss]] = {
     aten.scaled_dot_product_attention.default: scaled_dot_product,
 }

@@ -7,14 +7,14 @@ from torch.fx import Node
 from ringfx.ir.values import Captured
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
-from ringfx.passes.detect.candidate import Candidate, Detected, Near, decline
+from ringfx.passes.detect.candidate import Candidate, Detected, NearMiss, decline
 from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
-from ringfx.passes.detect.inline_kernels import respell
-from ringfx.passes.detect.normalise import merge_exponentials
+from ringfx.passes.detect.inline_kernel_calls import inline_kernel_calls
 from ringfx.passes.detect.pairs import contract_in_pairs
 from ringfx.passes.detect.program import Program
+from ringfx.passes.detect.softmax import merge_exponentials
 from ringfx.passes.detect.written_calls import written_calls
 
 __all__ = ["detect"]
@@ -31,20 +31,20 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
     merge_exponentials(graph)
     contract_in_pairs(graph)
     distribute(graph)
-    refused = respell(graph, other_form)
+    refused = inline_kernel_calls(graph, other_form)
     program = Program(graph, _parameters(captured), rules)
     candidates: list[Candidate] = []
     declined = [decline(node, reason) for node, reason in refused.items()]
     for node in graph.nodes:
         answer = _ask(node, program)
-        if isinstance(answer, Near):
+        if isinstance(answer, NearMiss):
             declined.append(decline(node, answer.reason))
         elif answer is not None:
             candidates.append(answer)
     return Detected(candidates=tuple(candidates), declined=tuple(declined), written=written)
 
 
-def _ask(node: Node, program: Program) -> Candidate | Near | None:
+def _ask(node: Node, program: Program) -> Candidate | NearMiss | None:
     read = ENTRY_POINTS.get(node.target)
     return read(node, program) if read is not None else find_eager(node, program)
 

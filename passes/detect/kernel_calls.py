@@ -1,4 +1,4 @@
-"""The rows for respell.py: one function for each attention kernel that a program may call itself.
+"""Rows for inline_kernel_calls.py: one function for each attention kernel a program may call.
 
 Parameter names are those of the operators' schemas. What has no equal in plain torch is refused
 with a ValueError that says why.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ringfx.passes.detect.spellings.dense import Pairs, attend, in_documents, positions, window
+from ringfx.passes.detect.package_calls.dense import Pairs, attend, in_documents, positions, window
 
 __all__ = ["KERNEL_CALLS", "folded", "is_plain"]
 
@@ -149,7 +149,7 @@ def math_(
     enable_gqa: bool,
 ) -> Tensor:
     if dropout_mask is not None:
-        raise ValueError("it is given its dropout mask, which no split attention takes")
+        raise ValueError("it is given its dropout mask, which a split attention does not accept")
     return folded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from ringfx.passes.axes import AxisMap
-from ringfx.passes.axes.call import Call, Labels, OpAxes, result_values
+from ringfx.passes.axes.call import Call, OpAxes, result_values
 from ringfx.passes.axes.propagate import bind, results_of
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
@@ -168,7 +168,3 @@ class Names:
         for name, dim in more.items():
             if name in bound:
                 self.unify([bound[name]], [dim])
-
-
-def names_of(labels: Labels) -> frozenset[str]:
-    return frozenset(name for dim in labels for name in dim)

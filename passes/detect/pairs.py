@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ringfx.passes.axes.call import Call
-from ringfx.passes.detect.inline_kernels import inline
+from ringfx.passes.detect.inline_kernel_calls import inline
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
-from ringfx.passes.detect.normalise import ROOTS
+from ringfx.passes.detect.softmax import ROOTS
 from ringfx.passes.detect.walk import is_elementwise
 
 __all__ = ["contract_in_pairs"]

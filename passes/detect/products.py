@@ -1,4 +1,4 @@
-"""Contractions of two values, in every spelling, with the labels of their dimensions."""
+"""Contractions of two values, in every form, with the labels of their dimensions."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.ir.tiles import Expr, TileIndex, evaluate
 from ringfx.passes.axes.arrangement import Arrangement
@@ -25,6 +23,8 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.detect.candidate import Candidate, Operand, Region
 from ringfx.passes.detect.names import BROADCASTS, VIEWS, Factor
 from ringfx.passes.detect.products import Product
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 
 __all__ = ["Claim", "difference", "structure"]
 
@@ -44,7 +44,7 @@ PERMUTES = frozenset({
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Claim:
-    """What the canonical operator is about to be told."""
+    """The arguments of the canonical operator, to be proved."""
 
     products: Mapping[int, float]
     factors: tuple[Expr, ...]
@@ -67,7 +67,7 @@ class Claim:
 def difference(candidate: Candidate, claim: Claim) -> float:
     """How far the region's result is from the canonical form's, relative to its largest element."""
     assert candidate.region is not None, "only spelled-out attention has a region"
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+    with unset_fake_temporarily(), disable_current_modes(), torch.no_grad():
         trial = _Trial(candidate, candidate.region, claim)
         ours, theirs = trial.canonical(), trial.as_written()
     if ours.shape != theirs.shape:
@@ -319,7 +319,7 @@ def _small_sizes(candidate: Candidate, region: Region) -> dict[int, int]:
 
 
 def structure(candidate: Candidate, claim: Claim) -> Hashable:
-    """Equal for layers that are spelled alike: one proof serves them all."""
+    """Equal for layers of the same structure: one proof serves them all."""
     region = candidate.region
     assert region is not None, "only spelled-out attention has a region"
     numbers: dict[Node, int] = {}

@@ -14,10 +14,10 @@ from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.detect.names import Factor, Mismatch, Names
-from ringfx.passes.detect.normalise import Normalised
 from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.roles import Pair, Refused
-from ringfx.passes.detect.walk import SHIFTS, Onward, short
+from ringfx.passes.detect.softmax import Softmax
+from ringfx.passes.detect.walk import SHIFTS, ValueProduct, op_name
 
 __all__ = ["Join", "Named", "check_gradients", "check_users", "name_region"]
 
@@ -75,8 +75,8 @@ def name_region(
     names: Names,
     products: Sequence[Product],
     inside: Sequence[Node],
-    normalised: Normalised,
-    onward: Onward,
+    softmax: Softmax,
+    value_product: ValueProduct,
     order: Mapping[Node, int],
 ) -> Named:
     """Name every call from the products to the result.
@@ -86,37 +86,46 @@ def name_region(
     Refused
         Where the axes do not line up.
     """
-    inner = {p.inner for p in (*products, onward.product) if p.inner is not None}
-    every = {*inside, *normalised.inner, *onward.nodes, onward.product.node, *onward.after, *inner}
+    inner = {p.inner for p in (*products, value_product.product) if p.inner is not None}
+    every = {
+        *inside,
+        *softmax.inner,
+        *value_product.nodes,
+        value_product.product.node,
+        *value_product.after,
+        *inner,
+    }
     nodes = tuple(sorted(every, key=order.__getitem__))
-    namer = _Namer(names, {p.node: p for p in products}, onward)
+    namer = _Namer(names, {p.node: p for p in products}, value_product)
     try:
         for node in nodes:
             if node not in inner:
                 namer.name(node)
     except Mismatch as mismatch:
         raise Refused(f"the axes of its scores do not line up: {mismatch}") from None
-    scores = tuple(namer.unjoined(dim) for dim in names.dims(normalised.scores))
+    scores = tuple(namer.unjoined(dim) for dim in names.dims(softmax.scores))
     return Named(
         names=names, products=tuple(products), factors=namer.factors, nodes=nodes,
-        joins=namer.joins, scores=scores, keys=scores[normalised.dim],
+        joins=namer.joins, scores=scores, keys=scores[softmax.dim],
     )  # fmt: skip
 
 
 class _Namer:
-    def __init__(self, names: Names, products: Mapping[Node, Product], onward: Onward) -> None:
+    def __init__(
+        self, names: Names, products: Mapping[Node, Product], value_product: ValueProduct
+    ) -> None:
         self.factors: dict[Node, tuple[Factor, Factor]] = {}
         self.joins: dict[Node, Join] = {}
         self._names = names
         self._products = products
-        self._onward = onward
+        self._value_product = value_product
 
     def name(self, node: Node) -> None:
         if node in self._products:
             product = self._products[node]
             left, right = (self._names.factor(f) for f in product.factors)
             self._product(product, (left, right))
-        elif node is self._onward.product.node:
+        elif node is self._value_product.product.node:
             self._values()
         elif node.target is aten.cat.default:
             self._join(node)
@@ -128,7 +137,7 @@ class _Namer:
             assert isinstance(index, int)
             self._names.alias(node, self._names.values[source][index])
         elif find_rule(node.target, self._names.rules) is None:
-            raise Refused(f"the axis table has no row for {short(node)}")
+            raise Refused(f"the axis table has no row for {op_name(node)}")
         else:
             self._names.call(node)
 
@@ -144,7 +153,7 @@ class _Namer:
         self._names.product(product, factors)
 
     def _values(self) -> None:
-        product, side = self._onward.product, self._onward.side
+        product, side = self._value_product.product, self._value_product.side
         weights = product.factors[side]
         own = Factor(
             node=weights, source=weights, chain=(), dims={weights: self._names.values[weights][0]}
@@ -157,11 +166,11 @@ class _Namer:
         parts = call.operands
         known = [p in self._names.values for p in parts]
         if len(parts) != 2 or sum(known) != 1:
-            raise Refused("several values are joined to its scores")
+            raise Refused("several values are concatenated to its scores")
         at = call.dim("dim", len(call.result_shape))
         scores, sink = parts if known[0] else parts[::-1]
         if sink.meta["val"].shape[at] != 1:
-            raise Refused("more than one column of logits joins its scores")
+            raise Refused("more than one column of logits is concatenated to its scores")
         dims = self._names.dims(scores)
         column = self._names.enter(sink)
         self._names.alias(sink, column)
@@ -207,9 +216,9 @@ def check_users(named: Named, result: Node) -> None:
             continue
         what = "weights" if _sums_to_one(node, named) else "scores"
         if any(u.op == "output" for u in others):
-            raise Refused(f"its {what} are an output too, so they must exist as a matrix")
-        by = ", ".join(sorted({short(u) for u in others}))
-        raise Refused(f"its {what} are used again (by {by}), so they must exist as a matrix")
+            raise Refused(f"its {what} are also an output, so they must exist as a matrix")
+        by = ", ".join(sorted({op_name(u) for u in others}))
+        raise Refused(f"its {what} have other users ({by}), so they must exist as a matrix")
 
 
 def _sums_to_one(node: Node, named: Named) -> bool:
@@ -229,7 +238,7 @@ def check_gradients(named: Named) -> None:
             continue
         cut = any(needs_grad(n) for n in node.all_input_nodes) and not needs_grad(node)
         if cut and (node in named.factors or any(n in inside for n in node.all_input_nodes)):
-            raise Refused(f"{short(node)} cuts the gradient on its way")
+            raise Refused(f"{op_name(node)} cuts the gradient on its way")
 
 
 def _differentiable(node: Node) -> bool:

@@ -68,7 +68,7 @@ class Roles:
         given = (self.batch, self.heads, self.queries, self.values)
         found = Arrangement(given=given, wanted=tuple(dims))
         if not (found.is_permutation and found.reversed().is_permutation):
-            raise Refused("its result is not made of batch, heads, queries and values alone")
+            raise Refused("its result has axes other than batch, heads, queries and values")
         return found
 
     def index(self, dims: Sequence[Dim]) -> tuple[Expr, ...]:
@@ -92,7 +92,7 @@ class Roles:
         for atom in dim:
             name = next((n for n, axis in roles.items() if atom in axis), None)
             if name is None:
-                raise Refused("a mask or bias has an axis that the scores have not")
+                raise Refused("a mask or bias has an axis that the scores do not have")
             axis = roles[name]
             if runs and runs[-1][0] == name and axis.index(runs[-1][2][-1]) + 1 == axis.index(atom):
                 runs[-1] = (name, axis, (*runs[-1][2], atom))
@@ -116,7 +116,9 @@ class Roles:
 def _operand(factor: Factor, dims: Sequence[Dim], wanted: tuple[Dim, ...]) -> Operand:
     arrangement = Arrangement(given=tuple(dims), wanted=wanted)
     if not arrangement.is_permutation:
-        raise Refused(f"{factor.source.name} has an axis that plays no part in attention")
+        raise Refused(
+            f"{factor.source.name} has an axis that is not a batch, head, query, key or value axis"
+        )
     return Operand(value=factor.source, arrangement=arrangement)
 
 
@@ -208,7 +210,4 @@ def _refuse_windows(
         return {x for o in own - program.input_axes for x in cut_from.get(o, ())}
 
     if ancestors(batch) & ancestors(tokens):
-        raise Refused(
-            "its batch is cut from the tokens (windows): each window attends alone, and is left "
-            "as it stands"
-        )
+        raise Refused("its batch is cut from the tokens (windows): each window attends alone")

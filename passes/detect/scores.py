@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr, walk
+from ringfx.ir.tiles import Expr, const, walk
 from ringfx.passes.axes.call import Call
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
-from ringfx.passes.detect.normalise import Normalised
 from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.region import Named
 from ringfx.passes.detect.roles import Refused, Roles
-from ringfx.passes.detect.walk import SHIFTS, short
+from ringfx.passes.detect.softmax import Softmax
+from ringfx.passes.detect.walk import SHIFTS, op_name
 from ringfx.passes.exprs.elements import ELEMENT_RULES, ElementRule, Index
 from ringfx.passes.exprs.lift import Lifter
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.passes.exprs.simplify import simplify
 
 __all__ = ["SHIFT", "ScoreReader"]
 
@@ -43,7 +43,7 @@ class ScoreReader(Lifter):
         self._products = {p.node: (i, p) for i, p in enumerate(named.products)}
         self._known: dict[Node, Expr] = {}
 
-    def normalised(self, found: Normalised) -> Expr:
+    def softmax(self, found: Softmax) -> Expr:
         """The scores of a softmax, and what it does besides as a part of them."""
         scores = self.element(found.scores, ())
         if found.factor != 1:
@@ -59,7 +59,7 @@ class ScoreReader(Lifter):
         if any(part == SHIFT for part in walk(scores)):
             raise Refused("a number is added to the sum of exponentials that its row has scaled")
         if self.sinks is not None:
-            raise Refused("a column of logits and a number join its scores")
+            raise Refused("a column of logits and a number are both added to its softmax")
         self.sinks = const(math.log(added))
 
     def _kept(self, call: Node) -> Expr:
@@ -110,19 +110,19 @@ class ScoreReader(Lifter):
         rule = SCORE_RULES.get(node.target) or ELEMENT_RULES.get(node.target)
         read = rule(self, Call(node), ()) if rule is not None else None
         if read is None:
-            raise Refused(f"between its product and its softmax stands {short(node)}")
+            raise Refused(f"between its product and its softmax stands {op_name(node)}")
         return read
 
     def _shift(self, node: Node) -> Expr:
         """A maximum, mean or logsumexp of each row."""
         source = node.all_input_nodes[0] if node.target is operator.getitem else node
         if source.target not in SHIFTS:
-            raise Refused(f"between its product and its softmax stands {short(source)}")
+            raise Refused(f"between its product and its softmax stands {op_name(source)}")
         dims = self._named.names.dims(source)
         joined = {a for j in self._named.joins.values()
                   for a in self._named.names.space.resolve(j.joined)}  # fmt: skip
         if {a for dim in dims for a in dim} & ({*self._named.keys} | joined):
-            raise Refused(f"{short(source)} is not taken over its keys")
+            raise Refused(f"{op_name(source)} is not taken over its keys")
         return SHIFT
 
     def _product(self, i: int, product: Product) -> Expr:
@@ -137,7 +137,7 @@ class ScoreReader(Lifter):
     def _joined(self, node: Node) -> Expr:
         join = self._named.joins[node]
         if self.sinks is not None:
-            raise Refused("two columns of logits join its scores")
+            raise Refused("two columns of logits are concatenated to its scores")
         self.sinks = self.element(join.sink, ())
         return self.element(join.scores, ())
 

@@ -1,10 +1,10 @@
-"""Trace a package's function as a plain spelling of it, for ringfx alone.
+"""Trace a package's function as its replacement in plain torch, for ringfx alone.
 
 Dynamo asks a table "how is this object traced?" by the object's identity. Ringfx adds rows for the
-functions in ``spellings``; a row looks at which compiler the trace is for, and lets Dynamo go its
-usual way for every other. So an ordinary ``torch.compile`` in the same process is not changed, no
-package is imported (only modules that are already loaded are looked at), and the package's own
-function runs wherever a spelling breaks the graph.
+functions in ``package_calls``; a row looks at which compiler the trace is for, and lets Dynamo go
+its usual way for every other. So an ordinary ``torch.compile`` in the same process is not changed,
+no package is imported (only modules that are already loaded are looked at), and the package's own
+function runs wherever a replacement breaks the graph.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch._dynamo.callback import CallbackArgs, callback_handler
-
-from ringfx.passes.detect.spellings import SPELLINGS
+from ringfx.passes.detect.package_calls import PACKAGE_CALLS
+from ringfx.torch_compat.dynamo import CallbackArgs, callback_handler
+from ringfx.torch_compat.dynamo_variables import (
+    PolyfilledFunctionVariable,
+    install_identity_guard,
+    rows_by_identity,
+    wrapped,
+)
 
 __all__ = ["for_ringfx", "is_for_ringfx", "keep_substituting", "substitute_loaded"]
 
@@ -25,7 +30,7 @@ _MARK = "traces_for_ringfx"
 
 
 def for_ringfx(backend: Any) -> Any:
-    """Mark a Dynamo backend: programs that are traced for it see the spellings."""
+    """Mark a Dynamo backend: programs that are traced for it see the replacements."""
     setattr(backend, _MARK, True)
     return backend
 
@@ -42,25 +47,25 @@ def _at_start(_: CallbackArgs) -> None:
 
 
 def substitute_loaded() -> None:
-    """Add a row for each function of a loaded module that has a spelling."""
-    rows = _dynamo_rows()
-    for module_name, functions in SPELLINGS.items():
+    """Add a row for each function of a loaded module that has a replacement."""
+    rows = rows_by_identity()
+    for module_name, functions in PACKAGE_CALLS.items():
         module = sys.modules.get(module_name)
-        for name, spelling in functions.items() if module is not None else ():
+        for name, replacement in functions.items() if module is not None else ():
             original = getattr(module, name, None)
             if original is None or id(original) in rows:
                 continue
-            traced = adapted(original, spelling)
+            traced = adapted(original, replacement)
             if traced is not None:
                 rows[id(original)] = functools.partial(_row, original, traced)
 
 
-def adapted(original: Callable[..., Any], spelling: Callable[..., Any]) -> Any:
-    """The spelling under the original's signature; None if that has parameters unknown to it.
+def adapted(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
+    """The replacement under the original's signature; None if that has parameters unknown to it.
 
     Versions of a package add, drop and move parameters: arguments are matched by name.
     """
-    known = inspect.signature(spelling).parameters
+    known = inspect.signature(replacement).parameters
     try:
         own = inspect.signature(original).parameters
     except (TypeError, ValueError):
@@ -68,12 +73,12 @@ def adapted(original: Callable[..., Any], spelling: Callable[..., Any]) -> Any:
     if set(own) - set(known) or set(_required(known)) - set(own):
         return None
     if any(p.kind is p.VAR_POSITIONAL for p in own.values()):
-        spelling.__torch_dynamo_polyfill__ = spelling  # type: ignore[attr-defined]
-        return spelling
+        replacement.__torch_dynamo_polyfill__ = replacement  # type: ignore[attr-defined]
+        return replacement
     positional = tuple(n for n, p in own.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def traced(*args: Any, **kwargs: Any) -> Any:  # fewer arguments than names may be given
-        return spelling(**dict(zip(positional, args)), **kwargs)  # noqa: B905
+        return replacement(**dict(zip(positional, args)), **kwargs)  # noqa: B905
 
     traced.__torch_dynamo_polyfill__ = traced  # type: ignore[attr-defined]
     return traced
@@ -83,26 +88,15 @@ def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     return [n for n, p in parameters.items() if p.default is p.empty]
 
 
-def _dynamo_rows() -> dict[int, Callable[[Any, Any], Any]]:
-    """Dynamo's table from the identity of an object to how it is traced."""
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    rows: dict[int, Callable[[Any, Any], Any]] = VariableBuilder._id_dispatch()
-    return rows
-
-
 def _row(original: Any, traced: Callable[..., Any], builder: Any, value: Any) -> Any:
-    from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.variables import PolyfilledFunctionVariable
-
-    rows = _dynamo_rows()
+    rows = rows_by_identity()
     if value is not original or not is_for_ringfx(builder.tx.output.compiler_fn):
         row = rows.pop(id(value))
         try:
-            return builder._wrap(value)
+            return wrapped(builder, value)
         finally:
             rows[id(value)] = row
-    guards = builder.install_guards(GuardBuilder.ID_MATCH)
+    guards = install_identity_guard(builder)
     return PolyfilledFunctionVariable(traced, source=builder.source, **guards)
 
 

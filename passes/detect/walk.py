@@ -1,4 +1,4 @@
-"""What lies around a softmax: back to the products behind it, on to the product that uses it."""
+"""The calls around a softmax: back to the products in its scores, on to the product with V."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from torch.fx import Node
 from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.rules.pointwise import elementwise
-from ringfx.passes.detect.candidate import Near
+from ringfx.passes.detect.candidate import NearMiss
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
-from ringfx.passes.detect.normalise import CASTS, Normalised
 from ringfx.passes.detect.products import Product, as_product
+from ringfx.passes.detect.softmax import CASTS, Softmax
+from ringfx.torch_compat.graphs import position_key
 
-__all__ = ["SHIFTS", "Back", "Onward", "back", "learned", "onward", "short"]
+__all__ = [
+    "SHIFTS",
+    "ScoreOperands",
+    "ValueProduct",
+    "learned",
+    "op_name",
+    "walk_to_products",
+    "walk_to_value_product",
+]
 
 aten = torch.ops.aten
 
@@ -36,15 +45,15 @@ def is_elementwise(node: Node) -> bool:
     return node.op == "call_function" and find_rule(node.target) is elementwise
 
 
-def short(node: Node) -> str:
-    """The operator's name as a user knows it."""
+def op_name(node: Node) -> str:
+    """The operator's name without its namespace."""
     name = getattr(node.target, "_schema", None)
     return str(name.name).split("::")[-1] if name is not None else str(node.target)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Back:
-    """What a softmax is taken of."""
+class ScoreOperands:
+    """The calls from which the scores of a softmax are computed."""
 
     products: tuple[Product, ...]
     """Products of two values of the program, nearest first."""
@@ -66,8 +75,8 @@ class Back:
         return found
 
 
-def back(start: Node, parameters: frozenset[Node]) -> Back:
-    """Everything elementwise, viewed or reduced behind a value, up to products."""
+def walk_to_products(start: Node, parameters: frozenset[Node]) -> ScoreOperands:
+    """Walk back over elementwise calls, views and reductions, up to products."""
     products: list[Product] = []
     projections: list[Product] = []
     seen: set[Node] = set()
@@ -88,7 +97,7 @@ def back(start: Node, parameters: frozenset[Node]) -> Back:
             queue.extend(node.all_input_nodes)
         elif any(_is_scores(n, parameters) for n in node.all_input_nodes):
             stopped.append(node)
-    return Back(
+    return ScoreOperands(
         products=tuple(products), projections=tuple(projections), seen=frozenset(seen),
         stopped=tuple(stopped),
     )  # fmt: skip
@@ -141,7 +150,7 @@ def learned(node: Node, parameters: frozenset[Node]) -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Onward:
+class ValueProduct:
     """From the weights to the product with the values, and on to the result."""
 
     nodes: tuple[Node, ...]
@@ -160,13 +169,13 @@ class Onward:
         return self.after[-1] if self.after else self.product.node
 
 
-def onward(normalised: Normalised) -> Onward | Near | None:
+def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
     """The product of the weights with the values; None where there is no product at all."""
     nodes: list[Node] = []
-    current = normalised.weights
+    current = softmax.weights
     dropout, zeroed = 0.0, False
     while True:
-        users = [u for u in current.users if u not in normalised.inner]
+        users = [u for u in current.users if u not in softmax.inner]
         filled = _nan_filled(current, users)
         if filled:
             nodes += filled
@@ -188,19 +197,19 @@ def onward(normalised: Normalised) -> Onward | Near | None:
         current = user
     sides = [i for i, f in enumerate(product.factors) if f is current]
     if len(sides) != 1:
-        return Near("its weights are multiplied with themselves")
-    after = _divided(product.node, normalised)
-    if isinstance(after, Near):
+        return NearMiss("its attention weights are multiplied with themselves")
+    after = _divided(product.node, softmax)
+    if isinstance(after, NearMiss):
         return after
-    return Onward(
+    return ValueProduct(
         nodes=tuple(nodes), product=product, side=sides[0], after=after, dropout=dropout,
         zeroed=zeroed,
     )  # fmt: skip
 
 
 def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
-    """``where(isnan(p), 0, p)`` in its spellings, the calls in program order; empty for others."""
-    *asked, last = sorted(users, key=lambda n: n._sort_key) or [value]
+    """``where(isnan(p), 0, p)`` in all its forms, the calls in program order; empty for others."""
+    *asked, last = sorted(users, key=position_key) or [value]
     if not asked or any(list(n.users) != [last] for n in asked):
         return []
     tests = [n for n in asked if n.target is aten.isnan.default]
@@ -208,11 +217,11 @@ def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:
     nothing = [*zeros, 0, 0.0]
     for test in tests:
         filled = [(test, zero, value) for zero in nothing]
-        spelled: dict[Any, list[Any]] = {
+        forms: dict[Any, list[Any]] = {
             aten.masked_fill.Scalar: [(value, test, 0), (value, test, 0.0)],
             aten.where.self: filled, aten.where.ScalarSelf: filled,
         }  # fmt: skip
-        if len(tests) + len(zeros) == len(asked) and last.args in spelled.get(last.target, ()):
+        if len(tests) + len(zeros) == len(asked) and last.args in forms.get(last.target, ()):
             return [*asked, last]
     return []
 
@@ -225,17 +234,19 @@ def _product_of(user: Node, value: Node) -> Product | None:
     return product if product is not None and value in product.factors else None
 
 
-def _used_again(value: Node, users: Sequence[Node]) -> Near | None:
+def _used_again(value: Node, users: Sequence[Node]) -> NearMiss | None:
     """Weights with several users: a near miss if one of them is a product."""
     if not any(_product_of(u, value) or any(_ahead(u)) for u in users):
         return None
     others = [u for u in users if not (_product_of(u, value) or _leads_to_product(u))]
     if any(u.op == "output" for u in users):
-        return Near("its weights are an output too, so they must exist as a matrix")
+        return NearMiss("its attention weights are also an output, so they must exist as a matrix")
     if not others:
-        return Near("its weights are multiplied with several values")
-    names = ", ".join(sorted({short(u) for u in others}))
-    return Near(f"its weights are used again (by {names}), so they must exist as a matrix")
+        return NearMiss("its attention weights are multiplied with several values")
+    names = ", ".join(sorted({op_name(u) for u in others}))
+    return NearMiss(
+        f"its attention weights have other users ({names}), so they must exist as a matrix"
+    )
 
 
 def _leads_to_product(node: Node) -> bool:
@@ -250,11 +261,13 @@ def _leads_to_product(node: Node) -> bool:
     return False
 
 
-def _stopped(user: Node) -> Near | None:
+def _stopped(user: Node) -> NearMiss | None:
     """Something other than a product takes the weights."""
     if user.op == "output" or not any(_ahead(user)):
         return None
-    return Near(f"its weights go through {short(user)} before they meet the values")
+    return NearMiss(
+        f"its attention weights pass through {op_name(user)} before the product with the values"
+    )
 
 
 def _ahead(node: Node) -> Iterator[bool]:
@@ -270,18 +283,18 @@ def _ahead(node: Node) -> Iterator[bool]:
         queue.extend((u, depth + 1) for u in current.users)
 
 
-def _divided(node: Node, normalised: Normalised) -> tuple[Node, ...] | Near:
+def _divided(node: Node, softmax: Softmax) -> tuple[Node, ...] | NearMiss:
     """The division by the sum of each row, where it comes after the product."""
-    if normalised.total is None or normalised.divisors is None:
+    if softmax.total is None or softmax.divisors is None:
         return ()
     found: list[Node] = []
     current = node
     while len(current.users) == 1:
         user = next(iter(current.users))
-        if normalised.divisors.divides(user, current):
+        if softmax.divisors.divides(user, current):
             return (*found, user)
         if user.target not in VIEWS:
             break
         found.append(user)
         current = user
-    return Near("its exponentials are never divided by their sum")
+    return NearMiss("its exponentials are never divided by their sum")

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ringfx.ir.tiles import Expr, K, Q
-from ringfx.passes.exprs.simplify import FALSE, TRUE, const, is_choice, leaves, on_leaves, simplify
+from ringfx.ir.tiles import FALSE, TRUE, Expr, K, Q, const, map_children
+from ringfx.passes.exprs.simplify import is_choice, leaves, on_leaves, simplify
 
 __all__ = ["ABSORBS", "FAR_BELOW", "Make", "Term", "keeps_a_key", "peeled", "summands", "total"]
 
@@ -54,14 +54,7 @@ def keeps_a_key(keep: Expr, make: Make, q_len: int, kv_len: int) -> bool:
 
 def _at_key(expr: Expr, key: Expr, make: Make) -> Expr:
     """The expression where the key index is this one."""
-    head, *args = expr
-    if expr == K:
-        return key
-    if head in ("b", "h", "q", "const"):
-        return expr
-    if head == "at":
-        return ("at", args[0], *(_at_key(e, key, make) for e in args[1:]))
-    return make(head, *(_at_key(e, key, make) for e in args))
+    return key if expr == K else map_children(lambda e: _at_key(e, key, make), expr, make)
 
 
 def summands(expr: Expr) -> list[Expr]:

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ringfx.ir.tiles import Expr, K, Q
+from ringfx.ir.tiles import Expr, K, Q, const, map_children
 from ringfx.ir.values import Captured
 from ringfx.passes.exprs.elements import Index
 from ringfx.passes.exprs.elements.rule import typed
 from ringfx.passes.exprs.emitter import Emitter
 from ringfx.passes.exprs.matrices import Formula, Matrix, formula_of
-from ringfx.passes.exprs.simplify import const
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import FakeTensor, unset_fake_temporarily
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter
@@ -92,11 +91,11 @@ class Buffers:
 
     def _look(self, node: Node) -> _Known | None:
         value = self._values[node]
-        with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        with unset_fake_temporarily(), disable_current_modes(), torch.no_grad():
             for other in self._known.values():
-                if other is not None and _equal(value, self._values[other.node]):
+                if other is not None and _are_equal(value, self._values[other.node]):
                     return other
-            found = _line(value) or _formula(value)
+            found = _ramp_of(value) or _formula_of(value)
         return None if found is None else _Known(node, value, found)
 
 
@@ -106,7 +105,7 @@ def _is_numbers(node: Node) -> bool:
 
 
 @dataclass(frozen=True)
-class _Line:
+class _Ramp:
     """``start + step * index`` along the only dimension."""
 
     start: int
@@ -116,7 +115,7 @@ class _Line:
 class _Known:
     """A buffer whose element is a formula of its indices."""
 
-    def __init__(self, node: Node, value: Tensor, formula: Formula | _Line) -> None:
+    def __init__(self, node: Node, value: Tensor, formula: Formula | _Ramp) -> None:
         self.node = node
         self._formula = formula
         self._dtype = value.dtype
@@ -128,13 +127,13 @@ class _Known:
         formula = self._formula
         places = [index[d] for d in self._ends]
         row, column = [*[const(0)] * (2 - len(places)), *places]
-        if isinstance(formula, _Line):
+        if isinstance(formula, _Ramp):
             scaled = lifter.make("mul", column, const(formula.step))
             return lifter.make("add", scaled, const(formula.start))
         inside = self._inside(lifter, formula, index, row, column)
         if formula.keep is None:
             return inside
-        kept = _placed(lifter, formula.keep, {Q: row, K: column})
+        kept = _at_indices(lifter, formula.keep, {Q: row, K: column})
         outside = typed(formula.outside, self._dtype)
         return lifter.make("where", kept, inside, outside)
 
@@ -170,13 +169,11 @@ class _Known:
         return self._table
 
 
-def _placed(lifter: Lifter, expr: Expr, variables: Mapping[Expr, Expr]) -> Expr:
+def _at_indices(lifter: Lifter, expr: Expr, indices: Mapping[Expr, Expr]) -> Expr:
     """A condition on row and column with other indices in their places."""
-    if expr in variables:
-        return variables[expr]
-    if expr[0] == "const":
-        return expr
-    return lifter.make(expr[0], *(_placed(lifter, e, variables) for e in expr[1:]))
+    if expr in indices:
+        return indices[expr]
+    return map_children(lambda e: _at_indices(lifter, e, indices), expr, lifter.make)
 
 
 def _dims(value: Tensor) -> tuple[list[int], list[int]]:
@@ -185,12 +182,12 @@ def _dims(value: Tensor) -> tuple[list[int], list[int]]:
     return long[:-2], long[-2:]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _are_equal(a: Tensor, b: Tensor) -> bool:
     alike = (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
     return alike and torch.equal(a, b)
 
 
-def _line(value: Tensor) -> _Line | None:
+def _ramp_of(value: Tensor) -> _Ramp | None:
     """Positions: integers in equal steps."""
     leading, ends = _dims(value)
     counted = not value.dtype.is_floating_point and value.dtype != torch.bool
@@ -199,10 +196,10 @@ def _line(value: Tensor) -> _Line | None:
     flat = value.reshape(-1).to(torch.int64)
     start, step = int(flat[0]), int(flat[1] - flat[0])
     ramp = torch.arange(len(flat), device=flat.device) * step + start
-    return _Line(start, step) if step and torch.equal(flat, ramp) else None
+    return _Ramp(start, step) if step and torch.equal(flat, ramp) else None
 
 
-def _formula(value: Tensor) -> Formula | None:
+def _formula_of(value: Tensor) -> Formula | None:
     if value.dtype.is_complex or value.numel() == 0:
         return None
     _, ends = _dims(value)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ringfx.ir.tiles import Expr
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.ir.tiles import Expr, const
+from ringfx.passes.exprs.simplify import simplify
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 
 __all__ = ["fold_constant"]
 
@@ -59,7 +59,7 @@ def _closure(node: Node) -> list[Node] | None:
 
 def _compute(node: Node, closure: list[Node]) -> torch.Tensor | None:
     env: dict[Node, Any] = {}
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+    with unset_fake_temporarily(), disable_current_modes(), torch.no_grad():
         for current in closure:
             args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), env.__getitem__)
             if "device" in kwargs:

@@ -15,16 +15,15 @@ import torch
 from torch.fx import Node
 
 from ringfx.ir import tiles
-from ringfx.ir.tiles import Box, Expr, depth, inputs_used, walk
+from ringfx.ir.tiles import Box, Expr, const, depth, inputs_used, map_children, walk
 from ringfx.passes.axes.call import Call, given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.exprs.buffers import Buffers
 from ringfx.passes.exprs.constants import fold_constant
 from ringfx.passes.exprs.elements import ELEMENT_RULES, Index
 from ringfx.passes.exprs.ranged import Ranges
-from ringfx.passes.exprs.simplify import const
 
-__all__ = ["Index", "Lifter", "Lifters", "renumbered"]
+__all__ = ["Index", "Lifter", "Lifters", "lifted", "renumbered"]
 
 LARGEST = 400
 """Parts of an expression; a value that would take more is captured."""
@@ -193,19 +192,22 @@ def _is_large(expr: Expr) -> bool:
     return any(i >= LARGEST for i, _ in enumerate(walk(expr))) or depth(expr) > DEEPEST
 
 
+def lifted(expr: Expr, lifter: Lifter, values: Sequence[object]) -> Expr:
+    """The expression with every value that it reads lifted to what it is made of."""
+    if expr[0] == "at":
+        return lifter.element(values[expr[1]], tuple(lifted(e, lifter, values) for e in expr[2:]))
+    return map_children(lambda e: lifted(e, lifter, values), expr, lifter.make)
+
+
 def renumbered(
     exprs: Sequence[Expr | None], captured: Sequence[Node]
 ) -> tuple[tuple[Expr | None, ...], list[Node]]:
     """The expressions with the captured values that they read, numbered from 0."""
-    used = sorted({i for expr in exprs for i in inputs_used(expr)})
+    used = inputs_used(*exprs)
     places = {old: new for new, old in enumerate(used)}
 
     def moved(expr: Expr) -> Expr:
-        head, *args = expr
-        if head in ("b", "h", "q", "k", "const"):
-            return expr
-        if head == "at":
-            return ("at", places[args[0]], *(moved(e) for e in args[1:]))
-        return (head, *(moved(e) for e in args))
+        expr = map_children(moved, expr)
+        return ("at", places[expr[1]], *expr[2:]) if expr[0] == "at" else expr
 
     return tuple(None if e is None else moved(e) for e in exprs), [captured[i] for i in used]

@@ -20,9 +20,9 @@ from functools import cached_property
 
 import torch
 
-from ringfx.ir.tiles import Expr, K, Q, TileIndex, evaluate
+from ringfx.ir.tiles import Expr, K, Q, TileIndex, const, evaluate
 from ringfx.passes.exprs.additive import FAR_BELOW
-from ringfx.passes.exprs.simplify import const, simplify
+from ringfx.passes.exprs.simplify import simplify
 
 __all__ = ["Formula", "Matrix", "formula_of"]
 
@@ -107,13 +107,13 @@ def formula_of(matrix: Matrix) -> Formula | None:
         return Formula(keep=None, inside=low)
     two_valued = matrix.holds_only(low, high)
     if two_valued:
-        kept = _kept(matrix, lambda block: block == high)
+        kept = _kept_where(matrix, lambda block: block == high)
         if kept is not None:
             return Formula(keep=kept, inside=high, outside=low)
     if not matrix.depends_on_difference():
         return None
     masked = low <= FAR_BELOW and not two_valued
-    kept = _kept(matrix, lambda block: block != low) if masked else None
+    kept = _kept_where(matrix, lambda block: block != low) if masked else None
     outside = None if kept is None else low
     return Formula(keep=kept, inside=None, outside=outside, is_slope=_is_slope(matrix, outside))
 
@@ -133,7 +133,7 @@ def _is_slope(matrix: Matrix, outside: float | None) -> bool:
 # --- masks ------------------------------------------------------------------------------------
 
 
-def _kept(matrix: Matrix, is_kept: Callable[[Tensor], Tensor]) -> Expr | None:
+def _kept_where(matrix: Matrix, is_kept: Callable[[Tensor], Tensor]) -> Expr | None:
     """Where an entry is kept, as a condition on row and column."""
     values = matrix.values
     if any(
@@ -146,12 +146,12 @@ def _kept(matrix: Matrix, is_kept: Callable[[Tensor], Tensor]) -> Expr | None:
         truth = (lambda x: ~is_kept(x)) if inverted else is_kept
         runs = _Runs.of(one, truth)
         for guess in [] if runs is None else runs.guesses():
-            if _is(one, truth, guess):
+            if _is_everywhere(one, truth, guess):
                 return simplify("not", guess) if inverted else guess
     return None
 
 
-def _is(matrix: Matrix, truth: Callable[[Tensor], Tensor], guess: Expr) -> bool:
+def _is_everywhere(matrix: Matrix, truth: Callable[[Tensor], Tensor], guess: Expr) -> bool:
     """The proof: every entry."""
     one = torch.zeros(1, dtype=torch.int64, device=matrix.values.device)
     columns = torch.arange(matrix.num_columns, device=one.device)
@@ -187,7 +187,15 @@ class _Runs:
             if int(count.max()) > 2:
                 return None
             ends = block & ~torch.cat([block[:, 1:], edge], 1)
-            parts.append((_place(begins), _place(ends) + 1, _last(begins), _last(ends) + 1, count))
+            parts.append(
+                (
+                    _first_true(begins),
+                    _first_true(ends) + 1,
+                    _last_true(begins),
+                    _last_true(ends) + 1,
+                    count,
+                )
+            )
         columns = [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
         return _Runs(
             first=columns[0], after_first=columns[1], last_start=columns[2], stop=columns[3],
@@ -233,12 +241,12 @@ def _by_name(start: Expr, stop: Expr) -> Iterator[Expr]:
         yield simplify("and", _condition("lt", stop), chunk)
 
 
-def _place(x: Tensor) -> Tensor:
+def _first_true(x: Tensor) -> Tensor:
     return x.to(torch.uint8).argmax(1)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.shape[1] - 1 - _place(x.flip(1))
+def _last_true(x: Tensor) -> Tensor:
+    return x.shape[1] - 1 - _first_true(x.flip(1))
 
 
 def _edges(edge: Tensor, rows: Tensor, num_columns: int) -> Iterator[Expr]:
@@ -248,7 +256,7 @@ def _edges(edge: Tensor, rows: Tensor, num_columns: int) -> Iterator[Expr]:
     inside = (edge > 0) & (edge < num_columns)
     moved = (edge - rows)[inside]
     shifts = dict.fromkeys(int(x) for x in (moved[:1].tolist() + moved[-1:].tolist()))
-    moving: list[Expr] = [_moved(x) for x in shifts]
+    moving: list[Expr] = [_row_plus(x) for x in shifts]
     chunked = list(_chunks(edge, rows))
     singles = [*fixed, *moving, *chunked]
     yield from singles
@@ -257,7 +265,7 @@ def _edges(edge: Tensor, rows: Tensor, num_columns: int) -> Iterator[Expr]:
         yield ("min", one, other)
 
 
-def _moved(distance: int) -> Expr:
+def _row_plus(distance: int) -> Expr:
     if distance < 0:
         return ("sub", FIRST, const(-distance))
     return simplify("add", FIRST, const(distance))

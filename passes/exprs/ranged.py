@@ -7,20 +7,19 @@ tokens. Views of merged dimensions and slices of larger masks become plain posit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
-from ringfx.ir.tiles import Box, Expr, bounds
-from ringfx.passes.exprs.simplify import COMPARISONS, FALSE, TRUE, const, is_boolean, simplify
+from ringfx.ir.tiles import Box, Expr, bounds, const
+from ringfx.ir.tiles.expr import INDICES
+from ringfx.ir.tiles.linear_forms import ONE, Linear, linear
+from ringfx.ir.tiles.operators import COMPARISONS
+from ringfx.passes.exprs.simplify import is_boolean, simplify
 
-__all__ = ["ANYWHERE", "ONE", "Ranges", "linear"]
+__all__ = ["ANYWHERE", "RANGE_RULES", "Ranges"]
 
 ANYWHERE = Box(b=(0, 1 << 62), h=(0, 1 << 62), q=(0, 1 << 62), k=(0, 1 << 62))
 """Indices of unknown sizes: only that they are not negative."""
 EXACT_FLOATS = 1 << 24
 """Integers up to here are exact in float32."""
-Terms: TypeAlias = Mapping[Expr, int]
-"""A sum: coefficients of its parts, that of ``ONE`` the constant."""
-ONE: Expr = ("const", 1)
 
 
 class Ranges:
@@ -34,7 +33,7 @@ class Ranges:
         if head in COMPARISONS:
             args = self._as_integers(*args)
         expr = self._collected(simplify(head, *args))
-        rule = _RULES.get(expr[0])
+        rule = RANGE_RULES.get(expr[0])
         found = rule(self, *expr[1:]) if rule is not None else None
         return self._decided(expr if found is None else found)
 
@@ -55,14 +54,12 @@ class Ranges:
         return self._sum(terms if rejoined is None else rejoined)
 
     def _decided(self, expr: Expr) -> Expr:
-        if expr[0] in ("const", "at", "b", "h", "q", "k"):
+        if expr[0] in ("const", "at", *INDICES):
             return expr
         ends = self.ends(expr)
         if ends is None or ends[0] != ends[1]:
             return expr
-        if is_boolean(expr):
-            return TRUE if ends[0] else FALSE
-        return const(ends[0])
+        return const(bool(ends[0]) if is_boolean(expr) else ends[0])
 
     def _as_integers(self, *args: Expr) -> tuple[Expr, ...]:
         """Both sides as integers, where floating-point positions hold them exactly."""
@@ -85,7 +82,7 @@ class Ranges:
             parts = [self.integral(a) for a in args]
             if None not in parts:
                 found = self.make(head, *(p for p in parts if p is not None))
-        elif head in ("b", "h", "q", "k", "floordiv", "mod"):
+        elif head in (*INDICES, "floordiv", "mod"):
             found = expr
         if found is None:
             return None
@@ -125,7 +122,7 @@ class Ranges:
                 return quotient, self._sum({**left, ONE: left.get(ONE, 0) - cell * size})
         return None, None
 
-    def _sum(self, terms: Terms) -> Expr:
+    def _sum(self, terms: Linear) -> Expr:
         """The sum as it is written: what is added first, then what is taken away, then a number."""
         total = const(0)
         for part, times in sorted(terms.items(), key=lambda item: (item[0] == ONE, item[1] < 0)):
@@ -157,7 +154,7 @@ class Ranges:
         return a if ends[0] >= 0 else simplify("neg", a) if ends[1] <= 0 else None
 
 
-_RULES: Mapping[str, Callable[..., Expr | None]] = {
+RANGE_RULES: Mapping[str, Callable[..., Expr | None]] = {
     "floordiv": Ranges.floordiv,
     "truncdiv": Ranges.truncdiv,
     "mod": Ranges.mod,
@@ -177,7 +174,7 @@ def _nearest(times: int, size: int) -> int:
     return (times + size // 2) // size
 
 
-def _rejoined(terms: Terms) -> Terms | None:
+def _rejoined(terms: Linear) -> Linear | None:
     """The sum with ``n * (x // n) + x % n`` written as x; None if it holds no such pair."""
     for part, times in terms.items():
         if part[0] != "mod" or _size(part[2]) is None:
@@ -199,24 +196,5 @@ def _size(n: Expr) -> int | None:
 
 
 def _num_terms(expr: Expr) -> int:
-    """Terms of a sum as it is written."""
+    """Linear of a sum as it is written."""
     return sum(map(_num_terms, expr[1:])) if expr[0] in ("add", "sub") else 1
-
-
-def linear(expr: Expr) -> Terms:
-    """The parts of a sum with their coefficients; that of ``ONE`` is its constant."""
-    head, *args = expr
-    if head == "const" and type(args[0]) is int:
-        return {ONE: args[0]}
-    if head == "neg":
-        return {e: -c for e, c in linear(args[0]).items()}
-    if head == "mul":
-        for number, other in (args, args[::-1]):
-            if number[0] == "const" and type(number[1]) is int:
-                return {e: c * number[1] for e, c in linear(other).items()}
-    if head in ("add", "sub"):
-        total = dict(linear(args[0]))
-        for e, c in linear(args[1]).items():
-            total[e] = total.get(e, 0) + (c if head == "add" else -c)
-        return total
-    return {expr: 1}

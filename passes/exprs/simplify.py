@@ -2,70 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import operator
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ringfx.ir.tiles import CAUSAL, Expr, terms
+from ringfx.ir.tiles import CAUSAL, FALSE, TILE_OPS, TRUE, Expr, K, Q, const, map_children, terms
+from ringfx.ir.tiles.expr import INDICES
+from ringfx.ir.tiles.linear_forms import SUMS, affine
+from ringfx.ir.tiles.operators import COMPARISONS
 
-__all__ = [
-    "COMPARISONS",
-    "FALSE",
-    "TRUE",
-    "const",
-    "is_boolean",
-    "is_choice",
-    "leaves",
-    "on_leaves",
-    "simplify",
-]
+__all__ = ["NORMAL_FORMS", "assuming", "is_boolean", "is_choice", "leaves", "on_leaves", "simplify"]
 
-TRUE: Expr = ("const", True)
-FALSE: Expr = ("const", False)
-
-COMPARISONS = frozenset({"le", "lt", "ge", "gt", "eq", "ne"})
 MOST_LEAVES = 8
-
-_FOLD: Mapping[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg,
-    "le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt,
-    "eq": operator.eq, "ne": operator.ne, "abs": abs, "min": min, "max": max,
-    "and": lambda a, b: bool(a) and bool(b), "or": lambda a, b: bool(a) or bool(b),
-    "xor": lambda a, b: bool(a) != bool(b), "not": lambda a: not a,
-    "floordiv": operator.floordiv, "mod": operator.mod, "div": operator.truediv,
-    "int": int, "float": float, "bool": bool, "double": float,
-    "where": lambda c, a, b: a if c else b,
-}  # fmt: skip
-
-_PUSHED = frozenset(_FOLD) - {"where"}
+_FOLDS = {name: op.fold for name, op in TILE_OPS.items() if op.fold is not None}
+_PUSHED = _FOLDS.keys() - {"where"}
 _COUNTING = COMPARISONS | {"add", "sub", "mul"}
 """Where a condition stands beside numbers it is 1 or 0."""
 _FLIPPED = {"ge": "le", "gt": "lt"}
+_EXACT = SUMS | {"int"}
+"""Operators through which positions are compared."""
 _NEGATED = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}
-
-
-def const(value: Any) -> Expr:
-    return ("const", value)
 
 
 def simplify(head: str, *args: Expr) -> Expr:
     """The expression ``(head, *args)`` in normal form; the arguments already are."""
-    if head in _FOLD and all(a[0] == "const" for a in args):
+    if head in _FOLDS and all(a[0] == "const" for a in args):
         folded = _folded(head, [a[1] for a in args])
         if folded is not None:
             return folded
     pushed = _into_choices(head, args)
     if pushed is not None:
         return pushed
-    rule = _RULES.get(head)
+    rule = NORMAL_FORMS.get(head)
     result = rule(*args) if rule else None
-    if result is not None:
-        return result
-    if head in ("le", "lt", "ge", "gt"):
-        return _comparison(head, *args)
-    return (head, *args)
+    return (head, *args) if result is None else result
 
 
 def _folded(head: str, values: list[Any]) -> Expr | None:
@@ -73,9 +45,9 @@ def _folded(head: str, values: list[Any]) -> Expr | None:
     if head in ("floordiv", "mod", "div") and values[1] == 0:
         return None
     try:
-        result = _FOLD[head](*values)
+        result = _FOLDS[head](*values)
         if head not in COMPARISONS and any(isinstance(v, float) for v in (*values, result)):
-            narrow = _single(_FOLD[head](*map(_single, values)))
+            narrow = _single(_FOLDS[head](*map(_single, values)))
             if not (result == narrow or (result != result and narrow != narrow)):
                 return None
     except (OverflowError, ValueError):
@@ -142,27 +114,27 @@ def assuming(expr: Expr, fact: Expr, truth: bool) -> Expr:
 def _replaced(expr: Expr, known: Mapping[Expr, Expr]) -> Expr:
     if expr in known:
         return known[expr]
-    if expr[0] == "at" or not any(isinstance(part, tuple) for part in expr[1:]):
+    if expr[0] == "at":
         return expr
-    parts = tuple(_replaced(part, known) for part in expr[1:])
-    return expr if parts == expr[1:] else simplify(expr[0], *parts)
+    changed = map_children(lambda e: _replaced(e, known), expr)
+    return expr if changed == expr else simplify(*changed)
 
 
-def _true(e: Expr) -> bool:
+def _is_true(e: Expr) -> bool:
     """Whether it is the constant true; 1.0 equals True in Python and is another constant."""
     return e[0] == "const" and e[1] is True
 
 
-def _false(e: Expr) -> bool:
+def _is_false(e: Expr) -> bool:
     return e[0] == "const" and e[1] is False
 
 
-def _and(a: Expr, b: Expr) -> Expr | None:
-    if _false(a) or _false(b):
+def _simplify_and(a: Expr, b: Expr) -> Expr | None:
+    if _is_false(a) or _is_false(b):
         return FALSE
-    if _true(a) or a == b:
+    if _is_true(a) or a == b:
         return b
-    if _true(b):
+    if _is_true(b):
         return a
     for fact, other in ((a, b), (b, a)):
         for term in terms(fact):
@@ -172,15 +144,15 @@ def _and(a: Expr, b: Expr) -> Expr | None:
     return ("and", b, a) if b == CAUSAL and a != CAUSAL else None  # causal stands first
 
 
-def _or(a: Expr, b: Expr) -> Expr | None:
-    if _true(a) or _true(b):
+def _simplify_or(a: Expr, b: Expr) -> Expr | None:
+    if _is_true(a) or _is_true(b):
         return TRUE
-    if _false(a) or a == b:
+    if _is_false(a) or a == b:
         return b
-    return a if _false(b) else None
+    return a if _is_false(b) else None
 
 
-def _not(a: Expr) -> Expr | None:
+def _simplify_not(a: Expr) -> Expr | None:
     if a[0] == "not":
         inner: Expr = a[1]
         return inner
@@ -189,36 +161,36 @@ def _not(a: Expr) -> Expr | None:
     return None
 
 
-def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
-    if _true(c) or (a == b and type(a[-1]) is type(b[-1])):
+def _simplify_where(c: Expr, a: Expr, b: Expr) -> Expr | None:
+    if _is_true(c) or (a == b and type(a[-1]) is type(b[-1])):
         return a
-    if _false(c):
+    if _is_false(c):
         return b
-    if _true(a) and is_boolean(b):
+    if _is_true(a) and is_boolean(b):
         return simplify("or", c, b)
-    if _false(b) and is_boolean(a):
+    if _is_false(b) and is_boolean(a):
         return simplify("and", c, a)
-    if _false(a) and is_boolean(b):
+    if _is_false(a) and is_boolean(b):
         return simplify("and", simplify("not", c), b)
-    if _true(b) and is_boolean(a):
+    if _is_true(b) and is_boolean(a):
         return simplify("or", simplify("not", c), a)
     yes, no = assuming(a, c, True), assuming(b, c, False)
     return simplify("where", c, yes, no) if (yes, no) != (a, b) else None
 
 
-def _add(a: Expr, b: Expr) -> Expr | None:
-    if _is(a, 0):
+def _simplify_add(a: Expr, b: Expr) -> Expr | None:
+    if _is_number(a, 0):
         return b
-    return a if _is(b, 0) else None
+    return a if _is_number(b, 0) else None
 
 
-def _mul(a: Expr, b: Expr) -> Expr | None:
-    if _is(a, 1):
+def _simplify_mul(a: Expr, b: Expr) -> Expr | None:
+    if _is_number(a, 1):
         return b
-    return a if _is(b, 1) else None
+    return a if _is_number(b, 1) else None
 
 
-def _bool(a: Expr) -> Expr | None:
+def _simplify_bool(a: Expr) -> Expr | None:
     """A cast to bool is taken inside a choice, so that tril and triu of ones become comparisons."""
     if is_boolean(a):
         return a
@@ -227,51 +199,33 @@ def _bool(a: Expr) -> Expr | None:
     return None
 
 
-def _number(one: Any, zero: Any) -> Callable[[Expr], Expr | None]:
+def _as_choice(one: Any, zero: Any) -> Callable[[Expr], Expr | None]:
     """A cast of a boolean to numbers is a choice."""
     return lambda a: simplify("where", a, const(one), const(zero)) if is_boolean(a) else None
 
 
-def _int(a: Expr) -> Expr | None:
-    return a if a[0] in ("b", "h", "q", "k", "int") else _number(1, 0)(a)
+def _simplify_int(a: Expr) -> Expr | None:
+    return a if a[0] in (*INDICES, "int") else _as_choice(1, 0)(a)
 
 
-def _same(if_equal: Expr) -> Callable[[Expr, Expr], Expr | None]:
-    return lambda a, b: if_equal if a == b else None
-
-
-_RULES: Mapping[str, Callable[..., Expr | None]] = {
-    "and": _and,
-    "or": _or,
-    "not": _not,
-    "where": _where,
-    "add": _add,
-    "sub": lambda a, b: a if _is(b, 0) else None,
-    "mul": _mul,
-    "eq": _same(TRUE),
-    "ne": _same(FALSE),
-    "int": _int,
-    "float": _number(1.0, 0.0),
-    "double": _number(1.0, 0.0),
-    "bool": lambda a: _bool(a),
-    "max": lambda a, b: a if a == b else None,
-    "min": lambda a, b: a if a == b else None,
-}
+def _if_equal(found: Expr) -> Callable[[Expr, Expr], Expr | None]:
+    return lambda a, b: found if a == b else None
 
 
 def is_boolean(e: Expr) -> bool:
+    """Whether it is a truth value in normal form."""
     if e[0] == "const":
         return isinstance(e[1], bool)
-    return e[0] in ("and", "or", "not", "xor", "bool", *_NEGATED)
+    return e[0] in ("and", "or", "not", "xor", "bool", *COMPARISONS)
 
 
-def _is(e: Expr, value: float) -> bool:
+def _is_number(e: Expr, value: float) -> bool:
     return e[0] == "const" and not isinstance(e[1], bool) and e[1] == value
 
 
 def _comparison(head: str, a: Expr, b: Expr) -> Expr:
     """Comparisons of q and k alone as ``k <= q + c`` or ``k > q - c``."""
-    left, right = _affine(a), _affine(b)
+    left, right = (affine(e, _EXACT) for e in (a, b))
     plain = (_FLIPPED[head], b, a) if head in _FLIPPED else (head, a, b)
     if left is None or right is None:
         return plain
@@ -283,17 +237,17 @@ def _comparison(head: str, a: Expr, b: Expr) -> Expr:
     if (q, k) == (0, 0):
         return const(c <= 0)
     if (q, k) == (-1, 1):  # k - q + c <= 0
-        return ("le", ("k",), _plus(("q",), -c))
+        return ("le", K, _plus(Q, -c))
     if (q, k) == (1, -1):  # q - k + c <= 0: k >= q + c: k > q + c - 1
-        return ("gt", ("k",), _plus(("q",), c - 1))
+        return ("gt", K, _plus(Q, c - 1))
     if (q, k) == (0, 1):
-        return ("lt", ("k",), const(1 - c))
+        return ("lt", K, const(1 - c))
     if (q, k) == (0, -1):
-        return ("ge", ("k",), const(c)) if c > 0 else TRUE  # positions are never negative
+        return ("ge", K, const(c)) if c > 0 else TRUE  # positions are never negative
     if (q, k) == (1, 0):
-        return ("lt", ("q",), const(1 - c))
+        return ("lt", Q, const(1 - c))
     if (q, k) == (-1, 0):
-        return ("ge", ("q",), const(c)) if c > 0 else TRUE
+        return ("ge", Q, const(c)) if c > 0 else TRUE
     return plain
 
 
@@ -303,26 +257,21 @@ def _plus(e: Expr, c: int) -> Expr:
     return ("add", e, const(c)) if c > 0 else ("sub", e, const(-c))
 
 
-def _affine(e: Expr) -> tuple[int, int, int] | None:
-    """(coefficient of q, of k, constant) of an integer expression, or None."""
-    head, *args = e
-    if head == "q":
-        return (1, 0, 0)
-    if head == "k":
-        return (0, 1, 0)
-    if head == "const":
-        value = args[0]
-        whole = isinstance(value, (int, float)) and math.isfinite(value) and value == int(value)
-        return (0, 0, int(value)) if whole and not isinstance(value, bool) else None
-    if head in ("add", "sub"):
-        a, b = _affine(args[0]), _affine(args[1])
-        if a is None or b is None:
-            return None
-        sign = 1 if head == "add" else -1
-        return (a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2])
-    if head == "neg":
-        a = _affine(args[0])
-        return None if a is None else (-a[0], -a[1], -a[2])
-    if head == "int":
-        return _affine(args[0])
-    return None
+NORMAL_FORMS: Mapping[str, Callable[..., Expr | None]] = {
+    "and": _simplify_and,
+    "or": _simplify_or,
+    "not": _simplify_not,
+    "where": _simplify_where,
+    "add": _simplify_add,
+    "sub": lambda a, b: a if _is_number(b, 0) else None,
+    "mul": _simplify_mul,
+    **{head: functools.partial(_comparison, head) for head in ("le", "lt", "ge", "gt")},
+    "eq": _if_equal(TRUE),
+    "ne": _if_equal(FALSE),
+    "int": _simplify_int,
+    "float": _as_choice(1.0, 0.0),
+    "double": _as_choice(1.0, 0.0),
+    "bool": _simplify_bool,
+    "max": lambda a, b: a if a == b else None,
+    "min": lambda a, b: a if a == b else None,
+}

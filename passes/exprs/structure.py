@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["first_of_equals"]
 
@@ -26,9 +27,9 @@ def _key(node: Node, found: Mapping[Node, Node]) -> Hashable:
     op = node.target
     if node.op == "get_attr":
         return ("get_attr", op)
-    if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(op, OpOverload):
         return node
-    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+    if schema_of(op).is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
         return node
     try:
         key = (op, needs_grad(node), _frozen(node.args, found), _frozen(node.kwargs, found))

@@ -15,10 +15,10 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx.ir import tiles
-from ringfx.ir.tiles import Expr, K, Q
+from ringfx.ir.tiles import Expr, K, Q, const, map_children
+from ringfx.ir.tiles.linear_forms import ONE, linear
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.exprs.emitter import Emitter
-from ringfx.passes.exprs.simplify import const
 
 __all__ = ["Cuts", "cut_to_rows"]
 
@@ -92,22 +92,19 @@ class _Cutter:
         self._found: list[Node] = []
 
     def run(self, exprs: Sequence[Expr | None]) -> tuple[tuple[Expr | None, ...], list[Node]]:
-        return tuple(None if e is None else self._moved(e) for e in exprs), self._found
+        return tuple(None if e is None else self._rewritten(e) for e in exprs), self._found
 
-    def _moved(self, expr: Expr) -> Expr:
-        head, *args = expr
-        if head == "const" or not args:
-            return expr
-        if head == "at":
-            return self._read(args[0], args[1:])
-        return (head, *(self._moved(e) for e in args))
+    def _rewritten(self, expr: Expr) -> Expr:
+        if expr[0] == "at":
+            return self._read(expr[1], expr[2:])
+        return map_children(self._rewritten, expr)
 
     def _read(self, i: int, places: Sequence[Expr]) -> Expr:
         cut = self._cut(i, places) if i in self._matrices else None
         number = self._number(i, cut)
         runs = cut or (None,) * len(places)
         read = (
-            self._moved(place) if run is None else run.index
+            self._rewritten(place) if run is None else run.index
             for run, place in zip(runs, places, strict=True)
         )
         return ("at", number, *read)
@@ -139,9 +136,6 @@ class _Cutter:
 
 def _offset(place: Expr, index: Expr) -> int | None:
     """c of ``index + c``, if that is what a place is."""
-    if place == index:
-        return 0
-    head, *args = place
-    if head not in ("add", "sub") or args[0] != index or args[1][0] != "const":
-        return None
-    return int(args[1][1]) if head == "add" else -int(args[1][1])
+    parts = dict(linear(place))
+    start = parts.pop(ONE, 0)
+    return start if parts == {index: 1} else None

@@ -5,9 +5,9 @@ brought to the form
 
     cap * tanh(sum_i c_i s_i / cap) + bias,  where keep;  elsewhere a filling
 
-step by step (``forms.py``). What has another form is refused with its reason. A filling of -inf, or
-of a number so low that adding scores to it changes nothing or that no score comes near, says that a
-key is not kept; which of these it is decides what a row without any key gives.
+step by step (``read_scores.py``). Scores of another form are refused with the reason. A filling of
+-inf, or of a number so low that adding scores to it changes nothing or that no score comes near,
+says that a key is not kept; which of these it is decides what a row without any key gives.
 """
 
 from __future__ import annotations
@@ -17,30 +17,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ringfx.ir.tiles import Expr
-from ringfx.passes.exprs.additive import FAR_BELOW, Term, keeps_a_key, peeled, summands, total
+from ringfx.ir.tiles import TRUE, Expr
+from ringfx.passes.exprs.additive import FAR_BELOW, Term, keeps_a_key, total
 from ringfx.passes.exprs.lift import Lifter
-from ringfx.passes.exprs.simplify import TRUE
 from ringfx.passes.masks.documents import in_positions
-from ringfx.passes.masks.forms import (
-    UNREAD,
-    Added,
-    Form,
-    Reader,
-    Unrepresentable,
-    absorbs,
-    constants,
-)
+from ringfx.passes.masks.factors import constants
+from ringfx.passes.masks.read_scores import Reader
+from ringfx.passes.masks.score_terms import UNREAD, Added, ScoreTerms, Unrepresentable, absorbs
 
-__all__ = ["Scores", "decompose"]
+__all__ = ["CanonicalScores", "decompose"]
 
 MANY_TIMES = 1_000.0
 """A mask this many times weaker than another leaves what it hides far above what that one hides."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What the canonical operator is told."""
+class CanonicalScores:
+    """The scores that the canonical operator computes."""
 
     products: Mapping[int, float]
     cap: float | None
@@ -61,7 +54,7 @@ def decompose(
     q_len: int,
     kv_len: int,
     empty_row: Literal["zero", "nan"],
-) -> Scores:
+) -> CanonicalScores:
     """The canonical form of an expression of scores.
 
     Parameters
@@ -81,59 +74,59 @@ def decompose(
 
 
 def _finish(
-    reader: Reader, form: Form, q_len: int, kv_len: int, empty_row: Literal["zero", "nan"]
-) -> Scores:
-    filled = [f for f in form.fillings if not math.isnan(f)]
+    reader: Reader, scores: ScoreTerms, q_len: int, kv_len: int, empty_row: Literal["zero", "nan"]
+) -> CanonicalScores:
+    filled = [f for f in scores.fillings if not math.isnan(f)]
     if any(f > FAR_BELOW for f in filled):
         raise Unrepresentable(
             f"its masked scores are filled with {max(filled):g}, which scores can come near"
         )
-    terms = [term for added in form.added for term in added.terms]
+    terms = scores.terms
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
-    keep = _all(reader, *form.keep, *(term.keep for term in soft))
-    low = [*(term.low for term in soft), *form.fillings]
+    keep = _all_of(reader, *scores.keep, *(term.keep for term in soft))
+    low = [*(term.low for term in soft), *scores.fillings]
     own = (-math.inf, UNREAD)  # such a term hides no deeper than itself
     deep = _hides(reader, terms, [f for f in low if f not in own])
     full = not deep and keeps_a_key(keep, reader.make, q_len, kv_len)
     if not full:  # a soft term says more than what is kept: which masked key weighs most
-        keep = _all(reader, *form.keep)
-    if not full and (deep or _is_ambiguous(form, bool(soft))):
-        form = _as_written(reader, form)
-        terms = [term for added in form.added for term in added.terms]
+        keep = _all_of(reader, *scores.keep)
+    if not full and (deep or _is_ambiguous(scores, bool(soft))):
+        scores = _as_written(reader, scores)
+        terms = scores.terms
         soft = [term for term in terms if term.low != -math.inf]
-        keep = _all(reader, *form.keep)
+        keep = _all_of(reader, *scores.keep)
     else:
-        form = replace(form, slope=None)
+        scores = replace(scores, slope=None)
     masks = {t.written: t.added for t in terms if full or t not in soft}
     bias: Expr | None = None
-    for added in form.added:
+    for added in scores.added:
         more = total(added.expr, masks)
         if more is not None:
             bias = more if bias is None else reader.make("add", bias, more)
     certain = (full or keep == TRUE) and not _reads_given(reader, terms)  # one may be -inf
-    masked = "zero" if certain else _empty_rows(form, empty_row)
-    capped = 1.0 if form.cap is None else form.cap
+    masked = "zero" if certain else _empty_rows(scores, empty_row)
+    capped = 1.0 if scores.cap is None else scores.cap
     found = in_positions(None if keep == TRUE else keep, reader.lifter.captured, reader.lifter.same)
-    return Scores(
-        products={i: c * capped for i, c in form.products.items()}, cap=form.cap, bias=bias,
+    return CanonicalScores(
+        products={i: c * capped for i, c in scores.products.items()}, cap=scores.cap, bias=bias,
         keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
-        factors=form.factors, fully_masked=masked, slope=form.slope,
+        factors=scores.factors, fully_masked=masked, slope=scores.slope,
     )  # fmt: skip
 
 
-def _as_written(reader: Reader, form: Form) -> Form:
+def _as_written(reader: Reader, scores: ScoreTerms) -> ScoreTerms:
     """Added as it is written: exact, whatever the strengths, and no tile is left out for them."""
-    if form.apart:
+    if scores.apart:
         raise Unrepresentable(
             "two masks of different strength meet, and a query whose keys are all masked would "
             "attend to those that are masked once"
         )
-    assert form.written is not None, "something masks"
-    terms = tuple(peeled(term, reader.make) for term in summands(form.written))
+    assert scores.written is not None, "something masks"
+    added = Added.of(scores.written, reader.make)
     return replace(
-        form,
-        added=(Added(form.written, terms),),
-        keep=tuple(term.keep for term in terms if term.low == -math.inf),
+        scores,
+        added=(added,),
+        keep=tuple(term.keep for term in added.terms if term.low == -math.inf),
         fillings=frozenset({-math.inf}),
     )
 
@@ -157,21 +150,21 @@ def _reads_given(reader: Reader, terms: Sequence[Term]) -> bool:
 
 
 def _empty_rows(
-    form: Form, empty_row: Literal["zero", "nan"]
+    scores: ScoreTerms, empty_row: Literal["zero", "nan"]
 ) -> Literal["zero", "mean", "absorbed", "nan"]:
-    if form.fillings <= {-math.inf}:
+    if scores.fillings <= {-math.inf}:
         return empty_row
-    return "mean" if form.replaced else "absorbed"
+    return "mean" if scores.replaced else "absorbed"
 
 
-def _is_ambiguous(form: Form, soft: bool) -> bool:
+def _is_ambiguous(scores: ScoreTerms, soft: bool) -> bool:
     """Whether masked scores of one row may differ, so that a row without keys prefers some."""
-    if form.fillings <= {-math.inf}:
+    if scores.fillings <= {-math.inf}:
         return False
-    return len(form.fillings) != 1 or soft or math.isnan(*form.fillings)
+    return len(scores.fillings) != 1 or soft or math.isnan(*scores.fillings)
 
 
-def _all(reader: Reader, *parts: Expr) -> Expr:
+def _all_of(reader: Reader, *parts: Expr) -> Expr:
     keep: Expr = TRUE
     for part in parts:
         keep = reader.make("and", keep, part)

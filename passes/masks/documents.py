@@ -11,16 +11,18 @@ is causal, its window a window.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Box, Expr, K, Q, terms, walk
+from ringfx.ir.tiles import Box, Expr, K, Q, const, map_children, terms, walk
+from ringfx.ir.tiles.linear_forms import ONE, linear
+from ringfx.ir.tiles.operators import COMPARISONS
 from ringfx.passes.axes.call import Call
 from ringfx.passes.exprs.lift import Lifter
-from ringfx.passes.exprs.ranged import ONE, linear
-from ringfx.passes.exprs.simplify import COMPARISONS, const, simplify
+from ringfx.passes.exprs.simplify import simplify
 
 __all__ = ["in_positions"]
 
@@ -35,10 +37,7 @@ def in_positions(
     for part in parts:
         for position in _positions(part, captured, same):
             parts = tuple(_rewritten(p, *position) for p in parts)
-    found: Expr | None = None
-    for part in parts:
-        found = part if found is None else simplify("and", found, part)
-    return found
+    return functools.reduce(functools.partial(simplify, "and"), parts) if parts else None
 
 
 def _positions(
@@ -108,9 +107,9 @@ def _differences(expr: Expr, at_q: Expr, at_k: Expr) -> Expr:
             return simplify("sub", Q, K)
         if times == -1 and parts == {at_k: 1}:
             return simplify("sub", K, Q)
-    if head in ("at", "b", "h", "q", "k", "const"):
+    if head == "at":
         return expr
-    return simplify(head, *(_differences(e, at_q, at_k) for e in args))
+    return map_children(lambda e: _differences(e, at_q, at_k), expr, simplify)
 
 
 def _comparison(head: str, rest: Mapping[Expr, int], times: int) -> Expr:

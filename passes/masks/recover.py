@@ -25,11 +25,12 @@ from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
 from ringfx.passes.exprs.buffers import Buffers
 from ringfx.passes.exprs.emitter import Emitter
-from ringfx.passes.exprs.lift import Lifter, Lifters, renumbered
+from ringfx.passes.exprs.lift import Lifter, Lifters, lifted, renumbered
 from ringfx.passes.exprs.structure import first_of_equals
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
-from ringfx.passes.masks.decompose import Scores, decompose
-from ringfx.passes.masks.forms import Unrepresentable, has_threshold, lifted
+from ringfx.passes.masks.decompose import CanonicalScores, decompose
+from ringfx.passes.masks.factors import has_threshold
+from ringfx.passes.masks.score_terms import Unrepresentable
 from ringfx.strategies import DEFAULT
 
 __all__ = ["recover"]
@@ -41,9 +42,9 @@ Proofs: TypeAlias = dict[Hashable, float]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Recovered:
-    """What a candidate computes, as the canonical operator is told."""
+    """What a candidate computes, as the canonical operator takes it."""
 
-    scores: Scores
+    scores: CanonicalScores
     captured: Sequence[Node]
     """What the tile functions read."""
     sinks: Node | float | None
@@ -226,7 +227,7 @@ def _factor(candidate: Candidate, i: int, factor: Expr) -> tuple[bool, Operand]:
     return of_keys, Operand(value=value, arrangement=arrangement)
 
 
-def _prove(candidate: Candidate, scores: Scores, lifter: Lifter, proofs: Proofs) -> None:
+def _prove(candidate: Candidate, scores: CanonicalScores, lifter: Lifter, proofs: Proofs) -> None:
     """Hold the canonical form against the calls as they stand, once for each structure."""
     if candidate.region is None:
         return
@@ -294,13 +295,13 @@ def _site(node: Node, found_by: str, spec: AttentionSpec) -> AttentionSite:
         device=q.device.type,
         trains=needs_grad(node),
         checkpoint=node.meta.get("ac_graph_id", 0),
-        matrix_bytes=_bytes(read[i] for i in matrices - made),
-        taken_bytes=_bytes(read[i] for i in (matrices - made) & rows),
-        row_bytes=_bytes(read[i] for i in made),
+        matrix_bytes=_num_bytes(read[i] for i in matrices - made),
+        taken_bytes=_num_bytes(read[i] for i in (matrices - made) & rows),
+        row_bytes=_num_bytes(read[i] for i in made),
     )
 
 
-def _bytes(nodes: Iterable[Node]) -> int:
+def _num_bytes(nodes: Iterable[Node]) -> int:
     values: list[torch.Tensor] = [node.meta["val"] for node in nodes]
     return sum(value.numel() * value.element_size() for value in values)
 

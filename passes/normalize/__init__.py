@@ -1,7 +1,7 @@
-"""Calls on tokens brought into operators that the placement can split."""
+"""Normalize: calls on tokens, written in operators that can be split."""
 
-from ringfx.passes.normalize.pairwise_masks import part_columns
-from ringfx.passes.normalize.reshard_points import insert_relays
-from ringfx.passes.normalize.rules import respell
+from ringfx.passes.normalize.pairwise_masks import separate_columns
+from ringfx.passes.normalize.reshard_points import insert_reshards
+from ringfx.passes.normalize.rules import normalize
 
-__all__ = ["insert_relays", "part_columns", "respell"]
+__all__ = ["insert_reshards", "normalize", "separate_columns"]

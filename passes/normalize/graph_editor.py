@@ -1,4 +1,4 @@
-"""Makes nodes of a program that is respelled, and knows which dimensions of values are tokens."""
+"""Makes nodes of a program that is normalized, and knows which dimensions hold tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.fx import Graph, Node
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call
 from ringfx.passes.capture.gradients import needs_grad
-from ringfx.passes.token_axes.find_token_lines import Carried, Lines, Tangle
+from ringfx.passes.token_axes.token_line import Lines, MaybeTokenDim, TokenDim
 
-__all__ = ["Speller", "bounds", "cat_dim"]
+__all__ = ["GraphEditor", "bounds", "cat_dim"]
 
 aten = torch.ops.aten
 
 
 @dataclass
-class Speller:
-    """Makes nodes, and knows which dimensions are tokens."""
+class GraphEditor:
+    """Makes nodes, and knows which dimensions hold tokens."""
 
     graph: Graph
     axes: AxisMap
@@ -47,16 +47,16 @@ class Speller:
         """Whether a dimension of a value is tokens alone."""
         if node in self.tokens:
             return self.tokens[node] == dim
-        place = self.carried(node)
-        return isinstance(place, Carried) and place.dim == dim and place.outer * place.inner == 1
+        place = self.token_dim(node)
+        return isinstance(place, TokenDim) and place.dim == dim and place.outer * place.inner == 1
 
     def touches(self, node: Node, dim: int) -> bool:
         """Whether tokens are a part of a dimension of a value, in whatever way."""
-        place = self.carried(node)
-        return isinstance(place, Carried) and place.dim == dim
+        place = self.token_dim(node)
+        return isinstance(place, TokenDim) and place.dim == dim
 
-    def carried(self, node: Node) -> Carried | Tangle | None:
-        return self.lines.carried(node) if node in self.axes.values else None
+    def token_dim(self, node: Node) -> MaybeTokenDim:
+        return self.lines.token_dim(node) if node in self.axes.values else None
 
     def slice(self, before: Node, x: Node, dim: int, start: int, end: int) -> Node | None:
         """``x[start:end]``; of a concatenation made of what its pieces give; None if empty."""
@@ -90,7 +90,7 @@ def cat_dim(node: Node) -> int:
 
 
 def _cut_pieces(
-    s: Speller, before: Node, cat: Node, dim: int, start: int, end: int
+    s: GraphEditor, before: Node, cat: Node, dim: int, start: int, end: int
 ) -> list[Node | None]:
     pieces: list[Node | None] = []
     at = 0

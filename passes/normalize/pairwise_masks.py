@@ -1,6 +1,6 @@
 """Masks and biases made of pairs of tokens, a row for each query: columns get an axis of their own.
 
-``(x @ x.T) > 0`` carries the same token axis twice, as rows and as columns, and what does cannot be
+``(x @ x.T) > 0`` has the same token axis twice, as rows and as columns, and what does cannot be
 split. But attention reads it row by row: a rank needs the rows of its own queries, made of its own
 tokens' and all tokens' x. So wherever rows and columns meet, what gives the columns becomes a value
 of every token (``ringfx.ir.markers.every_token``), whose tokens are another axis from there on:
@@ -23,10 +23,11 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
+from ringfx.passes.axes.how import Reshape
 from ringfx.passes.axes.propagate import NamedOp
-from ringfx.passes.token_axes.find_token_lines import Lines, Tangle
+from ringfx.passes.token_axes.token_line import Lines, NotShardable
 
-__all__ = ["part_columns"]
+__all__ = ["separate_columns"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class _Meeting:
     dims: tuple[int, ...]
 
 
-def part_columns(graph: Graph, lines: Lines) -> bool:
-    """Part the columns from the rows of every matrix that needs it; whether any did."""
+def separate_columns(graph: Graph, lines: Lines) -> bool:
+    """Give columns an axis of their own in every matrix that needs it; whether any did."""
     met = dict.fromkeys(
         m for value, row in _matrices(graph, lines) for m in _meetings(lines, value, row)
     )
@@ -56,8 +57,9 @@ def _matrices(graph: Graph, lines: Lines) -> Iterator[tuple[Node, int]]:
         read: Any = call.args[3]
         for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
             value = read[i]
-            is_whole = lines.carried(value) is Tangle.TANGLED and given_input(value) is None
-            if is_whole and value.meta["val"].shape[dim] == spec.q_len:
+            is_pairs = isinstance(lines.token_dim(value), NotShardable)
+            length = value.meta["val"].shape[dim]
+            if is_pairs and given_input(value) is None and length == spec.q_len:
                 yield value, dim
 
 
@@ -91,7 +93,7 @@ _Part = tuple[int, tuple[int, ...], tuple[int, ...]]
 def _operands(lines: Lines, named: NamedOp, row: int) -> list[_Part] | None:
     """For each operand with tokens which of its dims are rows, and which are not."""
     axes, operands = named.axes, named.call.operands
-    if axes.regroup:
+    if isinstance(axes.how, Reshape):
         kept = _kept_dim(named, row)
         return None if kept is None else [_roles(lines, 0, operands[0], (kept,))]
     label = axes.results[0][row]
@@ -108,7 +110,7 @@ def _operands(lines: Lines, named: NamedOp, row: int) -> list[_Part] | None:
 
 
 def _roles(lines: Lines, i: int, operand: Node, rows: tuple[int, ...]) -> _Part:
-    tokens = lines.token_dims(operand)
+    tokens = lines.dims_with_tokens(operand)
     return i, tuple(d for d in rows if d in tokens), tuple(d for d in tokens if d not in rows)
 
 

@@ -1,10 +1,10 @@
-"""Other spellings of calls that touch tokens, in operators that the placement can split.
+"""Calls that touch tokens, written in operators that can be split.
 
 A pad is a concatenation, and so are a slice written over and a cut into parts; a slice of a
 concatenation is a concatenation of slices; a roll of two dimensions is two rolls; a convolution is
 one with its own padding on each side, and over patches it is a linear layer. All are exact
-rewritings of the whole program. They are done only where tokens are touched: elsewhere the user's
-spelling stays.
+rewritings of the whole program. They are done only where tokens are touched: other calls stay as
+the user wrote them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from ringfx.comm import halo
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call, result_values
 from ringfx.passes.capture.simplify import eliminate_dead
-from ringfx.passes.normalize.graph_editor import Speller, bounds, cat_dim
+from ringfx.passes.normalize.graph_editor import GraphEditor, bounds, cat_dim
 from ringfx.passes.normalize.strided_slices import every_nth, of_streams
-from ringfx.passes.token_axes.find_token_lines import Lines, Tangle
+from ringfx.passes.token_axes.token_line import Lines, NotShardable
 
-__all__ = ["respell"]
+__all__ = ["normalize"]
 
 aten = torch.ops.aten
 
 
-def respell(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
-    """Rewrite in place what touches tokens and has a better spelling; whether anything had."""
-    speller = Speller(graph, axes, lines)
+def normalize(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
+    """Rewrite in place the calls that touch tokens and have a rule here; whether there was any."""
+    editor = GraphEditor(graph, axes, lines)
     for node in list(graph.nodes):
         rule = RULES.get(node.target)
-        new = rule(speller, node) if rule is not None else None
+        new = rule(editor, node) if rule is not None else None
         if new is not None:
             node.replace_all_uses_with(new)
-            speller.changed = True
-    if speller.changed:
+            editor.changed = True
+    if editor.changed:
         eliminate_dead(graph)
         graph.lint()
-    return speller.changed
+    return editor.changed
 
 
-def _slice(s: Speller, node: Node) -> Node | None:
+def _slice(s: GraphEditor, node: Node) -> Node | None:
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
@@ -58,7 +58,7 @@ def _slice(s: Speller, node: Node) -> Node | None:
     return of_streams(s, node, x, dim, start, end)
 
 
-def _parts(s: Speller, node: Node) -> Node | None:
+def _parts(s: GraphEditor, node: Node) -> Node | None:
     """split, chunk: each part a slice."""
     call = Call(node)
     x = call.operands[0]
@@ -83,7 +83,7 @@ def _parts(s: Speller, node: Node) -> Node | None:
     return None
 
 
-def _roll(s: Speller, node: Node) -> Node | None:
+def _roll(s: GraphEditor, node: Node) -> Node | None:
     """A roll of several dimensions is one of each, as the tokens are in one of them."""
     call = Call(node)
     x, rank = call.operands[0], len(call.shapes[0])
@@ -95,7 +95,7 @@ def _roll(s: Speller, node: Node) -> Node | None:
     return x
 
 
-def _pad(s: Speller, node: Node) -> Node | None:
+def _pad(s: GraphEditor, node: Node) -> Node | None:
     """Constants in front and behind; what a convolution pads, the convolution pads itself."""
     call = Call(node)
     x, rank = call.operands[0], len(call.shapes[0])
@@ -130,7 +130,7 @@ def _amounts(call: Call) -> dict[int, tuple[int, int]]:
     return {rank - 1 - i: (pairs[2 * i], pairs[2 * i + 1]) for i in range(len(pairs) // 2)}
 
 
-def _slice_scatter(s: Speller, node: Node) -> Node | None:
+def _slice_scatter(s: GraphEditor, node: Node) -> Node | None:
     call = Call(node)
     x, new = call.operands
     dim = call.dim("dim", len(call.shapes[0]))
@@ -142,7 +142,7 @@ def _slice_scatter(s: Speller, node: Node) -> Node | None:
     return s.cat(node, pieces, dim)
 
 
-def _diff(s: Speller, node: Node) -> Node | None:
+def _diff(s: GraphEditor, node: Node) -> Node | None:
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
@@ -214,7 +214,7 @@ def _padding(
     return tuple((p, p) for p in _tuple(value, len(kernel)))
 
 
-def _convolution(s: Speller, node: Node) -> Node | None:
+def _convolution(s: GraphEditor, node: Node) -> Node | None:
     """A convolution over tokens, with the padding before and the cropping after it."""
     found = _read(node)
     if found is None:
@@ -250,7 +250,7 @@ def _convolution(s: Speller, node: Node) -> Node | None:
     return new
 
 
-def _columns(s: Speller, node: Node) -> Node | None:
+def _columns(s: GraphEditor, node: Node) -> Node | None:
     """im2col over tokens: a convolution whose kernels each choose one of the places it sees."""
     call = Call(node)
     x, kernel = call.operands[0], list(call["kernel_size"])
@@ -280,7 +280,7 @@ def _cropped(node: Node) -> Node | None:
     return users[0] if first and call.result_shape[dim] > 1 else None
 
 
-def _patches(s: Speller, node: Node, c: _Convolution) -> Node | None:
+def _patches(s: GraphEditor, node: Node, c: _Convolution) -> Node | None:
     """Patches side by side that become tokens row by row: a linear layer of each patch.
 
     The result of a convolution holds the rows and the columns of patches in two dimensions, which
@@ -289,7 +289,9 @@ def _patches(s: Speller, node: Node, c: _Convolution) -> Node | None:
     weight, x = c.weight.meta["val"], c.x.meta["val"]
     kernel = [int(k) for k in weight.shape[2:]]
     plain = all(p == (0, 0) for p in c.pads) and set(c.dilation) == {1} and c.groups == 1
-    if s.lines.carried(node) is not Tangle.TANGLED or not plain or list(c.stride) != kernel:
+    if not isinstance(s.lines.token_dim(node), NotShardable):
+        return None
+    if not plain or list(c.stride) != kernel:
         return None
     counts = [int(n) for n in result_values(node)[0].shape[2:]]
     if any(int(n) != k * m for n, k, m in zip(x.shape[2:], kernel, counts, strict=True)):
@@ -316,12 +318,12 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
-def _reshaped_twice(s: Speller, node: Node) -> Node | None:
+def _reshaped_twice(s: GraphEditor, node: Node) -> Node | None:
     """A reshape of a reshape is one of what was reshaped first, where tokens stood in two dims."""
     base = node.args[0]
     if not isinstance(base, Node) or base.target is not aten.reshape.default:
         return None
-    if base in s.axes.values and s.lines.carried(base) is not Tangle.TANGLED:
+    if base in s.axes.values and not isinstance(s.lines.token_dim(base), NotShardable):
         return None
     source = base.args[0]
     assert isinstance(source, Node)
@@ -347,7 +349,7 @@ PARTS = (
     aten.tensor_split.sections,
 )  # fmt: skip
 
-RULES: Mapping[object, Callable[[Speller, Node], Node | None]] = {
+RULES: Mapping[object, Callable[[GraphEditor, Node], Node | None]] = {
     aten.slice.Tensor: _slice,
     aten.roll.default: _roll,
     aten.slice_scatter.default: _slice_scatter,

@@ -13,15 +13,15 @@ import torch
 from torch.fx import Node
 
 from ringfx.passes.axes.call import Call
-from ringfx.passes.normalize.graph_editor import Speller, bounds
-from ringfx.passes.token_axes.find_token_lines import Carried, Tangle
+from ringfx.passes.normalize.graph_editor import GraphEditor, bounds
+from ringfx.passes.token_axes.token_line import NotShardable, TokenDim
 
 __all__ = ["every_nth", "of_streams"]
 
 aten = torch.ops.aten
 
 
-def every_nth(s: Speller, node: Node) -> Node | None:
+def every_nth(s: GraphEditor, node: Node) -> Node | None:
     """``x[r::n]`` of a dimension that n divides."""
     call = Call(node)
     x, step = call.operands[0], call["step"]
@@ -36,14 +36,16 @@ def every_nth(s: Speller, node: Node) -> Node | None:
     return s.make(node, aten.select.int, opened, dim + 1, first)
 
 
-def _meets_tokens(s: Speller, value: Node, dim: int) -> bool:
-    return s.touches(value, dim) or s.carried(value) is Tangle.TANGLED
+def _meets_tokens(s: GraphEditor, value: Node, dim: int) -> bool:
+    return s.touches(value, dim) or isinstance(s.token_dim(value), NotShardable)
 
 
-def of_streams(s: Speller, before: Node, x: Node, dim: int, start: int, end: int) -> Node | None:
-    """``x[start:end]`` where both are borders of streams of the same tokens."""
-    place = s.carried(x)
-    if not isinstance(place, Carried) or place.dim != dim or place.member.is_sorted:
+def of_streams(
+    s: GraphEditor, before: Node, x: Node, dim: int, start: int, end: int
+) -> Node | None:
+    """``x[start:end]`` where both are ends of streams of the same tokens."""
+    place = s.token_dim(x)
+    if not isinstance(place, TokenDim) or place.dim != dim or place.member.is_sorted:
         return None
     shape = [int(n) for n in x.meta["val"].shape]
     stream = shape[dim] // place.outer

@@ -43,7 +43,7 @@ def alike(graph: Graph, describe: Callable[[Node], Hashable]) -> Mapping[Node, s
 def _place(node: Node) -> Hashable:
     """The module with its numbers left out; what stands in none that is numbered is alone.
 
-    Inputs are told apart by what uses them.
+    Inputs differ by what uses them.
     """
     if node.op == "placeholder":
         return node.op

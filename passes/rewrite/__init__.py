@@ -1,6 +1,6 @@
 """Rewrite: the placement becomes the program that one rank runs, the same for every rank.
 
-Local shapes, ring operators, and at every crossing a conjugate communication operator, placed right
+Local shapes, ring operators, and for every change of placement a conjugate collective, placed right
 after the value it converts (in that value's own gradient mode).
 """
 

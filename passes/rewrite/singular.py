@@ -8,17 +8,14 @@ gradient is 0, and 0 times infinity is NaN in every weight. So it is given one o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ringfx.comm import conjugate
 from ringfx.passes.axes.call import Call
-from ringfx.passes.place import Placement
-from ringfx.passes.place.split_modes import Form, Split
-from ringfx.passes.rewrite.crossings import Crossings
-from ringfx.passes.token_axes import Carried
+from ringfx.passes.split_modes import LocalCall, Placement, SplitMode
+from ringfx.passes.token_axes.token_line import TokenDim
 
 __all__ = ["SINGULAR", "without_padding"]
 
@@ -88,37 +85,29 @@ SINGULAR: Mapping[object, Arguments] = {
 """Operator -> the arguments in which padding is replaced."""
 
 
-def without_padding(
-    graph: Graph,
-    placement: Placement,
-    node: Node,
-    mode: Split,
-    operands: list[Node],
-    crossings: Crossings,
-) -> list[Node]:
-    """The operands, a token of this rank where they held padding."""
-    arguments = SINGULAR.get(node.target)
+def without_padding(call: LocalCall, mode: SplitMode) -> LocalCall:
+    """The call on operands that have a token of this rank where they had padding."""
+    arguments = SINGULAR.get(call.node.target)
     if arguments is None:
-        return operands
-    call, result = Call(node), list(operands)
-    for name in arguments(call):
-        if not isinstance(call.get(name), Node):
+        return call
+    operands = list(call.operands)
+    for name in arguments(call.call):
+        if not isinstance(call.call.get(name), Node):
             continue
-        i = call.position(name)
-        where = _padded(placement, node, call.operands[i])
-        if where is not None and mode.operands[i] is Form.SPLIT:
-            carried, member_of = where
-            place = (carried.dim, carried.outer, carried.inner)
-            args: tuple[Any, ...] = (operands[i], crossings.valid(member_of), *place)
-            result[i] = graph.call_function(conjugate.repeat_token, args)
-    return result
+        i = call.call.position(name)
+        padded = _padded(call, call.call.operands[i])
+        if padded is not None and mode.operands[i] is Placement.SHARDED:
+            tokens, stored_with = padded
+            place = (tokens.dim, tokens.outer, tokens.inner)
+            valid = call.local.valid(stored_with)
+            operands[i] = call.emit(conjugate.repeat_token, operands[i], valid, *place)
+    return call.with_operands(operands)
 
 
-def _padded(placement: Placement, node: Node, value: Node) -> tuple[Carried, Carried] | None:
-    """How an operand is split, and whose tokens it holds: the result's, to which it moved."""
-    carried, made = placement.lines.carried(value), placement.lines.carried(node)
-    if not isinstance(carried, Carried):
+def _padded(call: LocalCall, value: Node) -> tuple[TokenDim, TokenDim] | None:
+    """How an operand is sharded, and whose tokens it has: the result's, to which it moved."""
+    tokens, made = (call.local.lines.token_dim(n) for n in (value, call.node))
+    if not isinstance(tokens, TokenDim):
         return None
-    holds = made if isinstance(made, Carried) and made.line == carried.line else carried
-    line = placement.lines.lines[holds.line]
-    return (carried, holds) if line.has_padding(holds.member) else None
+    holds = made if isinstance(made, TokenDim) and made.line == tokens.line else tokens
+    return (tokens, holds) if call.has_padding(holds) else None

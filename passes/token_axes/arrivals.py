@@ -11,7 +11,7 @@ from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import Arrival
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.space import AxisClash, Dim
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 
 __all__ = ["Fixed", "Laid", "arriving", "fixed_layouts"]
 
@@ -31,7 +31,7 @@ class Laid:
     """A line whose layout and offsets an input gives."""
 
     layout: Layout
-    members: tuple[Member, ...]
+    members: tuple[AxisOnLine, ...]
 
 
 def arriving(axes: AxisMap, arrivals: Mapping[Node, Arrival]) -> list[Fixed]:
@@ -57,7 +57,7 @@ def _parts(axes: AxisMap, node: Node, arrival: Arrival) -> tuple[Dim, ...] | Non
 
 
 def fixed_layouts(
-    claimed: Mapping[Dim, Sequence[Member]],
+    claimed: Mapping[Dim, Sequence[AxisOnLine]],
     together: Iterable[Collection[Dim]],
     attended: Collection[Dim],
     fixed: Sequence[Fixed],
@@ -92,7 +92,7 @@ def _heaviest(offers: Sequence[tuple[int, LayoutKind]]) -> LayoutKind:
     return max(weights, key=lambda kind: (weights[kind], kind))
 
 
-def _offer(members: Sequence[Member], fixed: Fixed, attended: Collection[Dim]) -> Laid | None:
+def _offer(members: Sequence[AxisOnLine], fixed: Fixed, attended: Collection[Dim]) -> Laid | None:
     """The line laid out as an input on it is; None if attention would run beyond its end."""
     own = next((m for m in members if m.axis == fixed.axis), None)
     if own is None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from ringfx.passes.axes.space import Dim
 
-__all__ = ["Member"]
+__all__ = ["AxisOnLine"]
 
 
 @dataclass(frozen=True)
-class Member:
+class AxisOnLine:
     """An axis that lies on a token line: its element i is at position ``offset + i``.
 
     ``logits[:, :-1]`` is such a window: split, it is stored as the logits themselves.
@@ -24,6 +24,6 @@ class Member:
     is_sorted: bool = False
     """Rows in an order of their own on each rank: they can be neither gathered nor sliced."""
 
-    def opened(self, inner: int) -> Member:
+    def opened(self, inner: int) -> AxisOnLine:
         """The same place counted in the ``inner`` elements that a token of the line has."""
         return replace(self, offset=self.offset * inner, length=self.length * inner)

@@ -10,7 +10,7 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from ringfx.comm.redistribute import relay
+from ringfx.comm.redistribute import reshard
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import Arrival, AttentionSite
 from ringfx.passes.axes import AxisMap
@@ -18,16 +18,16 @@ from ringfx.passes.axes.call import result_values
 from ringfx.passes.axes.routing import Route, find_routes
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.token_axes.arrivals import Fixed, Laid, arriving, fixed_layouts
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 from ringfx.passes.token_axes.families import Families, find_families
 from ringfx.passes.token_axes.grain import in_blocks
-from ringfx.passes.token_axes.token_line import Carried, Lines, Tangle, TokenLine
+from ringfx.passes.token_axes.token_line import Lines, TokenDim, TokenLine
 from ringfx.passes.token_axes.windows import can_move
 
 LARGEST_WASTE = 0.5
 """Share of a line's work that storing shorter streams along it may add."""
 
-__all__ = ["Carried", "Lines", "Tangle", "TokenLine", "find_lines"]
+__all__ = ["find_lines"]
 
 
 def find_lines(
@@ -61,7 +61,7 @@ def find_lines(
             unbalanced[q_axis] |= not site.balanced
             met.append((q_axis, k_axis))
     attended = set(unbalanced)
-    for axis in _relayed(graph, axes):
+    for axis in _resharded(graph, axes):
         unbalanced.setdefault(axis, False)
     builder = _Builder(
         axes=axes, families=find_families(axes), work=_work(axes), uneven=unbalanced, met=met,
@@ -76,11 +76,11 @@ def find_lines(
     return _with_routes(lines, find_routes(graph, axes))
 
 
-def _relayed(graph: torch.fx.Graph, axes: AxisMap) -> Iterator[Dim]:
+def _resharded(graph: torch.fx.Graph, axes: AxisMap) -> Iterator[Dim]:
     """Axes between which tokens change their split, or those that they are a part of."""
     families = find_families(axes)
     for node in graph.nodes:
-        if node.target is relay:
+        if node.target is reshard:
             source, dim, *ends = node.args
             for value in () if ends else (source, node):
                 axis = axes.dims(value)[dim]
@@ -118,13 +118,13 @@ class _Builder:
         alone = {grain[axis] for axis in self.rigid if axis}
         used = {grain.get(axis, axis) for axis in (*self.attended, *(f.axis for f in fixed))}
         met = [(grain[q], grain[k]) for q, k in self.met]
-        claimed: dict[Dim, tuple[Member, ...]] = {}
+        claimed: dict[Dim, tuple[AxisOnLine, ...]] = {}
         owned: set[int] = set()
         of_blocks = set((blocks or {}).values())
         order = {a: (a in of_blocks, size(a)) for a in unbalanced}
         for axis in sorted(order, key=order.__getitem__, reverse=True):
             if any(atom in owned for atom in axis):
-                continue  # a window of a longer line, or tangled with another one
+                continue  # a window of a longer line, or shares an axis with another one
             kept = {o for o in used if o in alone or not _joins(axes, axis, o, self.work)} - {axis}
             claimed[axis] = _members(axes, self.families, axis, owned, kept)
             owned |= {atom for member in claimed[axis] for atom in member.axis}
@@ -147,22 +147,22 @@ class _Builder:
 
 def _lies(lines: Lines, fixed: Fixed) -> bool:
     """Whether the input is split just as its line would split it."""
-    carried = lines.carried(fixed.node)
-    return isinstance(carried, Carried) and fixed.arrival == lines.arrival(carried)
+    tokens = lines.token_dim(fixed.node)
+    return isinstance(tokens, TokenDim) and fixed.arrival == lines.arrival(tokens)
 
 
 def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
     """Sorted rows as members of the lines whose tokens they are."""
     axes, owner = lines.axes, dict(lines._owner)
-    members: dict[int, list[Member]] = {}
+    members: dict[int, list[AxisOnLine]] = {}
     kept: list[Route] = []
     for route in routes:
         source, ordered = axes.space.resolve(route.source), axes.space.resolve(route.ordered)
-        tokens = lines._find(source, 0) if any(atom in owner for atom in source) else None
+        tokens = lines.in_dim(source, 0) if any(atom in owner for atom in source) else None
         if tokens is None or set(ordered) & set(owner) or set(ordered) & set(source):
             continue
         copies = tokens.outer * tokens.inner
-        member = Member(ordered, tokens.member.offset, tokens.member.length, copies, True)
+        member = AxisOnLine(ordered, tokens.member.offset, tokens.member.length, copies, True)
         members.setdefault(tokens.line, []).append(member)
         owner |= dict.fromkeys(ordered, tokens.line)
         kept.append(route)
@@ -173,7 +173,7 @@ def _with_routes(lines: Lines, routes: Sequence[Route]) -> Lines:
 
 
 def _meeting(
-    claimed: Mapping[Dim, Sequence[Member]], met: Sequence[tuple[Dim, Dim]]
+    claimed: Mapping[Dim, Sequence[AxisOnLine]], met: Sequence[tuple[Dim, Dim]]
 ) -> list[set[Dim]]:
     """Lines that must lie alike: an attention has one layout."""
     line_of = {member.axis: axis for axis, members in claimed.items() for member in members}
@@ -184,7 +184,7 @@ def _meeting(
 
 
 def _zigzag(
-    claimed: Mapping[Dim, Sequence[Member]],
+    claimed: Mapping[Dim, Sequence[AxisOnLine]],
     unbalanced: Mapping[Dim, bool],
     together: Sequence[Collection[Dim]],
 ) -> set[Dim]:
@@ -217,19 +217,19 @@ def _joins(axes: AxisMap, line: Dim, part: Dim, work: Mapping[Dim, int]) -> bool
 
 def _members(
     axes: AxisMap, families: Families, axis: Dim, taken: set[int], kept: set[Dim]
-) -> tuple[Member, ...]:
+) -> tuple[AxisOnLine, ...]:
     """The line and every axis that lies within it, the largest values' first.
 
     A window of no tokens is no member: there is nothing of it to spread.
     """
     length = axes.space.size(axis)
-    members = [Member(axis, 0, length)]
+    members = [AxisOnLine(axis, 0, length)]
     used = set(axis) | taken
     for other, offset in families.relatives(axis):
         size = axes.space.size(other)
         inside = offset >= 0 and 0 < size <= length - offset
         if not inside or other in kept or used & set(other) or len(set(other)) != len(other):
             continue
-        members.append(Member(other, offset, size))
+        members.append(AxisOnLine(other, offset, size))
         used |= set(other)
     return tuple(members)

@@ -16,7 +16,7 @@ from torch.fx import Node
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import result_values
 from ringfx.passes.axes.space import Dim
-from ringfx.passes.token_axes.token_line import Carried, Lines, Tangle
+from ringfx.passes.token_axes.token_line import Lines, NotShardable, TokenDim
 
 __all__ = ["in_blocks"]
 
@@ -41,7 +41,7 @@ def in_blocks(
     axes
         Those that would be lines, token by token.
     rigid
-        Axes whose attention cannot be told of padding between the ranks' runs.
+        Axes whose attention has no mask for padding between the ranks' runs.
     """
     chosen: dict[Dim, Dim] = {}
     if not any(len(axis) > 1 for axis in axes):
@@ -106,14 +106,14 @@ def _is_cut(lines: Lines, axis: Dim, values: Sequence[Value]) -> bool:
     """Whether some tensor has tokens of the axis in a way that cannot be split."""
     atoms = set(axis)
     return any(
-        lines.carried(*value) is Tangle.TANGLED
+        isinstance(lines.token_dim(*value), NotShardable)
         and any(atoms & set(dim) for dim in lines.axes.dims(*value))
         for value in values
     )
 
 
 def _fits(lines: Lines, blocks: Blocks, rigid: Collection[Dim]) -> bool:
-    """Whether no attention must be told of padding that it cannot be told of."""
+    """Whether no attention would need a mask for padding that it cannot have."""
     padded = {m.axis for line in lines.lines if line.layout.is_padded for m in line.members}
     return not any(axis in rigid and block in padded for axis, block in blocks.items())
 
@@ -122,10 +122,10 @@ def _saved(lines: Lines, values: Sequence[Value]) -> int:
     """Elements that a rank need not have because values can be split."""
     total = 0
     for node, i in values:
-        carried = lines.carried(node, i)
-        if isinstance(carried, Carried):
-            held = lines.lines[carried.line].layout.local_length
-            length = max(carried.member.length, 1)
+        tokens = lines.token_dim(node, i)
+        if isinstance(tokens, TokenDim):
+            held = lines.lines[tokens.line].layout.local_length
+            length = max(tokens.member.length, 1)
             size = result_values(node)[i].numel()
             total += size * max(length - held, 0) // length
     return total

@@ -1,11 +1,11 @@
-"""A line of token positions that is split over the ranks, and how tensors carry it."""
+"""A line of token positions that is sharded over the ranks, and which dimension holds it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from math import log
+from typing import TypeAlias
 
 from torch.fx import Node
 
@@ -14,17 +14,17 @@ from ringfx.ir.values import Arrival
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.routing import Route
 from ringfx.passes.axes.space import Dim
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 
-__all__ = ["Carried", "Lines", "Tangle", "TokenLine"]
+__all__ = ["Lines", "MaybeTokenDim", "NotShardable", "TokenDim", "TokenLine"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenLine:
-    """One line of token positions that is split over the ranks."""
+    """One line of token positions that is sharded over the ranks."""
 
     index: int
-    members: tuple[Member, ...]
+    members: tuple[AxisOnLine, ...]
     """The line itself first, then its windows."""
     layout: Layout
 
@@ -32,7 +32,7 @@ class TokenLine:
     def length(self) -> int:
         return self.layout.length
 
-    def member(self, axis: Dim) -> Member | None:
+    def member(self, axis: Dim) -> AxisOnLine | None:
         return next((m for m in self.members if m.axis == axis), None)
 
     def attended(self, inner: int) -> int:
@@ -46,57 +46,63 @@ class TokenLine:
         same = alone.chunk_length == self.layout.chunk_length * inner
         return length if same else self.layout.padded_length * inner
 
-    def has_padding(self, member: Member) -> bool:
+    def has_padding(self, member: AxisOnLine) -> bool:
         """Whether some local tokens are not elements of the member."""
         return self.layout.is_padded or member.length != self.length
 
 
 @dataclass(frozen=True, kw_only=True)
-class Carried:
-    """Where a tensor carries a token line: dimension ``dim`` is [outer, tokens, inner]."""
+class TokenDim:
+    """The dimension of a tensor that holds a line's tokens: ``dim`` is [outer, tokens, inner]."""
 
     line: int
-    member: Member
+    member: AxisOnLine
     dim: int
     outer: int
     inner: int
 
 
-class Tangle(Enum):
-    """A tensor that carries token axes in a way that cannot be split."""
+@dataclass(frozen=True)
+class NotShardable:
+    """A tensor that holds tokens in a way that no rank can have a part of.
 
-    TANGLED = "tangled"
+    They are two of its dimensions, or regrouped so that no run of tokens stays together.
+    """
+
+
+MaybeTokenDim: TypeAlias = TokenDim | NotShardable | None
+"""How a tensor holds tokens; None: not at all."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Lines:
-    """All token lines of a program, and where each value carries them."""
+    """All token lines of a program, and which dimension of each value holds them."""
 
     lines: tuple[TokenLine, ...]
     axes: AxisMap
     _owner: Mapping[int, int]
     routes: tuple[Route, ...] = ()
     arrived: frozenset[Node] = frozenset()
-    """Inputs that are split already, as the line that they are on."""
-    _known: dict[tuple[Node, int], Carried | Tangle | None] = field(
+    """Inputs that are sharded already, as the line that they are on."""
+    _known: dict[tuple[Node, int], MaybeTokenDim] = field(
         default_factory=dict, init=False, repr=False
     )
 
-    def carried(self, node: Node, index: int = 0) -> Carried | Tangle | None:
-        """How one tensor of a value carries a token line, if it does."""
+    def token_dim(self, node: Node, index: int = 0) -> MaybeTokenDim:
+        """How one tensor of a value holds tokens."""
         key = (node, index)
         if key not in self._known:
-            self._known[key] = self._carried(node, index)
+            self._known[key] = self._find_token_dim(node, index)
         return self._known[key]
 
-    def token_dims(self, node: Node) -> tuple[int, ...]:
+    def dims_with_tokens(self, node: Node) -> tuple[int, ...]:
         """The dimensions of a value that hold tokens of any line, however they do."""
         dims = self.axes.dims(node) if node in self.axes.values else ()
         return tuple(d for d, dim in enumerate(dims) if any(axis in self._owner for axis in dim))
 
     def carries_one(self, node: Node) -> bool:
-        """Whether the value carries one line of tokens, so that it can be split."""
-        return isinstance(self.carried(node), Carried)
+        """Whether one dimension of the value holds tokens, so that it can be sharded."""
+        return isinstance(self.token_dim(node), TokenDim)
 
     def power(self, node: Node) -> int:
         """The power of the number of tokens that the size of a value grows with.
@@ -111,33 +117,34 @@ class Lines:
         pairs = zip(owned, lengths, strict=True)
         return round(sum(log(size((axis,)), length) for axis, length in pairs if length > 1))
 
-    def arrival(self, carried: Carried) -> Arrival:
-        """How such a tensor is split, as it is told outside of this program."""
+    def arrival(self, tokens: TokenDim) -> Arrival:
+        """How such a tensor is sharded, for programs that follow."""
         return Arrival(
-            layout=self.lines[carried.line].layout,
-            offset=carried.member.offset,
-            length=carried.member.length,
-            dim=carried.dim,
-            outer=carried.outer,
-            inner=carried.inner,
+            layout=self.lines[tokens.line].layout,
+            offset=tokens.member.offset,
+            length=tokens.member.length,
+            dim=tokens.dim,
+            outer=tokens.outer,
+            inner=tokens.inner,
         )
 
-    def _carried(self, node: Node, index: int) -> Carried | Tangle | None:
+    def _find_token_dim(self, node: Node, index: int) -> MaybeTokenDim:
         if node not in self.axes.values:
             return None
-        found: list[Carried] = []
+        found: list[TokenDim] = []
         for d, dim in enumerate(self.axes.dims(node, index)):
             if not any(axis in self._owner for axis in dim):
                 continue
-            place = self._find(dim, d)
+            place = self.in_dim(dim, d)
             if place is None:
-                return Tangle.TANGLED
+                return NotShardable()
             found.append(place)
         if len(found) > 1:
-            return Tangle.TANGLED
+            return NotShardable()
         return found[0] if found else None
 
-    def _find(self, dim: Dim, d: int) -> Carried | None:
+    def in_dim(self, dim: Dim, d: int) -> TokenDim | None:
+        """How tokens lie in dimension ``d``, which is made of these axes."""
         owned = [i for i, axis in enumerate(dim) if axis in self._owner]
         start, stop = owned[0], owned[-1] + 1
         line = self.lines[self._owner[dim[start]]]
@@ -145,7 +152,7 @@ class Lines:
         if member is None:
             return None
         size = self.axes.space.size
-        return Carried(
+        return TokenDim(
             line=line.index,
             member=member,
             dim=d,

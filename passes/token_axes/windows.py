@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ringfx.ir.attention_spec import AttentionSpec
-from ringfx.ir.tiles import CAUSAL, Expr, conjunction
-from ringfx.passes.token_axes.axis_on_line import Member
+from ringfx.ir.tiles import CAUSAL, Expr, conjunction, map_children
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 
 __all__ = ["along_the_line", "can_move"]
 
@@ -25,7 +25,7 @@ def can_move(spec: AttentionSpec) -> bool:
 
 
 def along_the_line(
-    spec: AttentionSpec, queries: Member, keys: Member, q_len: int, kv_len: int
+    spec: AttentionSpec, queries: AxisOnLine, keys: AxisOnLine, q_len: int, kv_len: int
 ) -> AttentionSpec:
     """The same attention, over all positions of the lines that hold its queries and keys.
 
@@ -52,20 +52,21 @@ def along_the_line(
     )
 
 
-def _moved(expr: Expr | None, queries: Member, keys: Member, read: bool = False) -> Expr | None:
+def _moved(expr: Expr | None, queries: AxisOnLine, keys: AxisOnLine) -> Expr | None:
+    return None if expr is None else _from_windows(expr, queries, keys)
+
+
+def _from_windows(expr: Expr, queries: AxisOnLine, keys: AxisOnLine, read: bool = False) -> Expr:
     """The expression, positions counted from the windows; ``read``: as indices of a tensor."""
-    if expr is None or expr[0] == "const":
-        return expr
     if expr == CAUSAL and queries.offset == keys.offset:
         return expr  # kernels know it as it stands
     if expr[0] in ("q", "k"):
         return _position(expr, queries if expr[0] == "q" else keys, read)
-    head = 2 if expr[0] == "at" else 1
-    inner = (_moved(e, queries, keys, read or expr[0] == "at") for e in expr[head:])
-    return (*expr[:head], *inner)
+    reads = read or expr[0] == "at"
+    return map_children(lambda e: _from_windows(e, queries, keys, reads), expr)
 
 
-def _position(leaf: Expr, member: Member, read: bool) -> Expr:
+def _position(leaf: Expr, member: AxisOnLine, read: bool) -> Expr:
     place: Expr = ("sub", leaf, ("const", member.offset)) if member.offset else leaf
     if not read:
         return place

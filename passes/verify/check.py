@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from ringfx.comm.grad_accumulation import NO_CALL
@@ -14,8 +13,10 @@ from ringfx.ir.values import Captured, Sites
 from ringfx.ops import attention
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.rewrite import LocalProgram
-from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes.find_token_lines import Lines
+from ringfx.passes.split_modes import local_shape
+from ringfx.passes.token_axes.token_line import Lines
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode
 
 __all__ = ["line_inputs", "verify"]
 
@@ -56,8 +57,8 @@ def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMod
     with mode:
         extra = line_inputs(local.placement.lines, 0, device)
         for i, node in enumerate(inputs):
-            if local.placement.is_split(node):
-                given[i] = given[i].new_empty(local_shape(local.placement, node))
+            if local.placement.is_sharded(node):
+                given[i] = given[i].new_empty(local_shape(local.placement.lines, node))
     return mode, (*given, *extra)
 
 
@@ -85,21 +86,21 @@ def _interpret(gm: torch.fx.GraphModule, mode: FakeTensorMode, inputs: tuple[Any
         try:
             _Recorder(gm, mode).run(*inputs)
         finally:
-            torch._C._set_grad_enabled(grad)
+            SET_GRAD_ENABLED(grad)
 
 
 def _check(value: Node, made: Node, local: LocalProgram) -> None:
-    whole, part = value.meta.get("val"), made.meta.get("val")
-    if not isinstance(whole, torch.Tensor):
+    given, part = value.meta.get("val"), made.meta.get("val")
+    if not isinstance(given, torch.Tensor):
         return
     if not isinstance(part, torch.Tensor):
         raise VerificationError(f"{describe_node(value)}: the local value is {type(part).__name__}")
-    split = local.placement.is_split(value)
-    expected = local_shape(local.placement, value) if split else tuple(whole.shape)
-    if tuple(part.shape) != expected or part.dtype != whole.dtype:
+    sharded = local.placement.is_sharded(value)
+    expected = local_shape(local.placement.lines, value) if sharded else tuple(given.shape)
+    if tuple(part.shape) != expected or part.dtype != given.dtype:
         raise VerificationError(
             f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, "
-            f"expected {expected} {whole.dtype} ({'split' if split else 'whole'}). "
+            f"expected {expected} {given.dtype} ({'sharded' if sharded else 'replicated'}). "
             "This is a defect of ringfx; please report it with the model."
         )
 

@@ -63,8 +63,8 @@ def _check_name(name: str) -> None:
         or len(name.encode()) > 200
     ):
         raise InvalidArgument(
-            f"--name {name[:60]!r} is no name of a profile. Do: give one that is a file's name too,"
-            " such as our-cluster, and --out for a folder."
+            f"--name {name[:60]!r} is not a valid profile name. Do: give a name that is also a "
+            "valid file name, such as our-cluster; choose the folder with --out."
         )
 
 
@@ -74,8 +74,8 @@ def check_device(device: str, ranks: int) -> None:
         raise InvalidArgument(f"unknown device {device!r}. Choices: cpu, cuda.")
     if device == "cuda" and torch.cuda.device_count() < ranks:
         raise InvalidArgument(
-            f"{ranks} ranks need {ranks} GPUs and this machine shows {torch.cuda.device_count()}."
-            " Do: give --ranks, or run under torchrun on more machines."
+            f"{ranks} ranks need {ranks} GPUs, but this machine has {torch.cuda.device_count()}. "
+            "Do: give --ranks, or run under torchrun on more machines."
         )
 
 
@@ -111,7 +111,7 @@ def _summary(profile: Profile, path: Path) -> str:
         f" a pair and {profile.mask_us_per_tile:.0f} us a tile",
         f"  buffers {profile.handling_ns_per_byte:.2f} ns a byte, a merge"
         f" {profile.merge_us:.0f} us",
-        f"  compute loses {lost} to each byte that travels beside it; the same thing again differs"
-        f" by {again}",
+        f"  compute slows down by {lost} for each byte sent at the same time; repeated "
+        f"measurements differ by {again}",
     ]
     return "\n".join([*lines, f"  written to {path}"])

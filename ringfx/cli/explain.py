@@ -9,7 +9,7 @@ from ringfx import api
 from ringfx.cli.model_target import Inputs, build, find_target
 from ringfx.cli.tables import rules_of
 from ringfx.cost_model import parse_tokens
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(
             made = build(factory, inputs, target)
             made.model.train(train)
         with torch.set_grad_enabled(train):
-            found = explain(
+            found = report_detection(
                 made.model, made.args, dict(made.kwargs), strict=strict, rules=rules_of(rules)
             )
     if as_json:

@@ -1,4 +1,4 @@
-"""The command ``ringfx``: see what would happen to a model, before any device is rented."""
+"""The command ``ringfx``: see the plan of a model before any device is rented."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringfx.errors import RingfxError
 __all__ = ["app", "main"]
 
 USER_MISTAKE = 2
-"""Exit code of everything that the user can put right."""
+"""Exit code of every error that the user can correct."""
 
 MOST_ROWS, MOST_HERE = 2**16, 1024
 """Sequences in a batch, heads and their length; ranks that are started on one machine."""
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MAKING, SHOWING = "The plan", "What of it is shown (default: the plan)"
+MAKING, SHOWING = "The plan", "Output (default: the plan)"
 
 
 @app.callback()
@@ -69,7 +69,11 @@ def plan(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help='A strategy\'s name, or "GLOB=NAME" (may be repeated); default: auto.',
+            help=(
+                "simple (reference ring), collective (all-gather of K/V), production (overlapped "
+                'ring) or ulysses (all-to-all of heads); or "GLOB=NAME" (may be repeated). '
+                "Default: auto."
+            ),
             rich_help_panel=MAKING,
         ),
     ] = None,
@@ -82,20 +86,25 @@ def plan(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="Whose state counts: adamw, momentum, sgd, ..., or bytes for each parameter.",
+            help=(
+                "Optimizer whose state is counted: adamw, momentum, sgd, ..., or its bytes for "
+                "each parameter."
+            ),
             rich_help_panel=MAKING,
         ),
     ] = "none",
     train: Annotated[
         bool,
         typer.Option(
-            "--train/--infer", help="With a backward pass, or forward only.", rich_help_panel=MAKING
+            "--train/--infer",
+            help="Plan forward and backward, or forward only.",
+            rich_help_panel=MAKING,
         ),
     ] = True,
     labels: Annotated[
         bool,
         typer.Option(
-            help="Pass labels where forward takes them (when training).", rich_help_panel=MAKING
+            help="Pass labels if forward accepts them (when training).", rich_help_panel=MAKING
         ),
     ] = True,
     dtype: Annotated[
@@ -135,7 +144,7 @@ def plan(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON, to be saved.", rich_help_panel=SHOWING)
+        bool, typer.Option("--json", help="Print JSON, to save the plan.", rich_help_panel=SHOWING)
     ] = False,
     html: Annotated[
         Path | None,
@@ -145,39 +154,40 @@ def plan(
         str | None,
         typer.Option(
             metavar="LAYER",
-            help="Every strategy of the layers that this glob names.",
+            help="Compare all strategies for the layers that match this glob.",
             rich_help_panel=SHOWING,
         ),
     ] = None,
     what_if: Annotated[
         str | None,
         typer.Option(
-            help="The same model elsewhere: world-size=16,link=50GB/s,seq-len=1M.",
+            help="Plan again with changes: world-size=16,link=50GB/s,seq-len=1M.",
             rich_help_panel=SHOWING,
         ),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
-            help="Many plans: seq-len=8k..1M, or world-size=2,4,8.", rich_help_panel=SHOWING
+            help="Plan for a range of values: seq-len=8k..1M, or world-size=2,4,8.",
+            rich_help_panel=SHOWING,
         ),
     ] = None,
     max_seq_len: Annotated[
         bool,
         typer.Option(
             "--max-seq-len",
-            help="The longest sequence that fits --gpu-memory.",
+            help="Find the longest sequence that fits --gpu-memory.",
             rich_help_panel=SHOWING,
         ),
     ] = False,
     diff: Annotated[
         Path | None,
-        typer.Option(help="What differs from this saved plan.", rich_help_panel=SHOWING),
+        typer.Option(help="Show the differences from this saved plan.", rich_help_panel=SHOWING),
     ] = None,
 ) -> None:
-    """Print which strategy each attention layer gets, what it costs, and why.
+    """Print the strategy of each attention layer, its cost, and the reason.
 
-    Runs on fake tensors: no device, no process group and no memory for the model are needed.
+    Runs on fake tensors: needs no device, no process group and no memory for the model.
     """
     with _one_line_errors():
         from ringfx.cli.plan import Request, View, run
@@ -203,7 +213,7 @@ def plan(
         view = View(
             as_json=as_json,
             html=html,
-            explain=explain,
+            explain_layer=explain,
             what_if=what_if,
             sweep=sweep,
             max_seq_len=max_seq_len,
@@ -228,7 +238,7 @@ def explain(
     ] = 1,
     train: Annotated[
         bool,
-        typer.Option("--train/--infer", help="In training mode, or in eval without gradients."),
+        typer.Option("--train/--infer", help="Training mode, or eval mode without gradients."),
     ] = True,
     dtype: Annotated[
         str | None, typer.Option(help="Floating type of the parameters, such as bfloat16.")
@@ -249,11 +259,11 @@ def explain(
             help="A table with operators of your own: ringfx.RULES | {...}.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print each attention of a model, what it computes and how it was found; and each near miss.
+    """Print each attention of a model: its formula, and how it was found. Print near misses too.
 
-    Runs on fake tensors, without choosing a strategy: it answers even where no plan can be made.
+    Runs on fake tensors and chooses no strategy: it works even if no plan can be made.
     """
     with _one_line_errors():
         from ringfx.cli.explain import run
@@ -274,19 +284,19 @@ def calibrate(
     ] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the time: a rough profile.")
+        bool, typer.Option("--quick", help="Take a tenth of the time, for a rough profile.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the profile.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Profile file; default: where plans look for it.")
+        Path | None, typer.Option(help="Profile file; default: the folder where plans find it.")
     ] = None,
     records: Annotated[
         Path | None, typer.Option(help="Also write every measurement, as JSON lines.")
     ] = None,
 ) -> None:
-    """Measure this machine in a few minutes, and write the profile that plans predict with.
+    """Measure this machine in a few minutes, and write a profile for predictions.
 
-    Under torchrun every rank takes part, and the links between the machines are measured.
+    Under torchrun every rank takes part, and the links between machines are measured.
     """
     with _one_line_errors():
         from ringfx.cli.calibrate import run
@@ -306,7 +316,8 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
     causal: Annotated[bool, typer.Option("--causal/--full")] = True,
     window: Annotated[
-        int | None, typer.Option(help="Keys that a query sees.", min=1, max=2**40)
+        int | None,
+        typer.Option(help="Window: keys that a query sees.", min=1, max=2**40),
     ] = None,
     train: Annotated[bool, typer.Option("--train/--infer")] = True,
     ranks: Annotated[
@@ -315,10 +326,10 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     profile: Annotated[str | None, typer.Option(help="Profile to predict with.")] = None,
     rounds: Annotated[
-        int, typer.Option(help="Times that each strategy is run.", min=1, max=10**6)
+        int, typer.Option(help="How often each strategy is run.", min=1, max=10**6)
     ] = 7,
 ) -> None:
-    """Measure every strategy at one attention, beside what was predicted."""
+    """Measure every strategy at one attention, and print the predictions beside it."""
     with _one_line_errors():
         from ringfx.cli.bench import Attention, run
 
@@ -344,7 +355,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A mistake of the user gives its text and exit code 2, never a traceback."""
+    """A user error prints its text and gives exit code 2, never a traceback."""
     try:
         yield
     except RingfxError as error:

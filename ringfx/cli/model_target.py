@@ -49,7 +49,7 @@ class Target:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     has_own_length: bool = False
-    """The inputs are the factory's, which was not told how long they should be."""
+    """The inputs are the factory's own; it does not take a length."""
 
 
 def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Callable[..., Any]:
@@ -241,7 +241,9 @@ def _hf_file_config(path: Path) -> Any:
     )
     fields = parse_json(read_text(file), source)
     if not isinstance(fields, dict) or "model_type" not in fields:
-        raise InvalidArgument(f'{file} is no Hugging Face configuration: it has no "model_type".')
+        raise InvalidArgument(
+            f'{file} is not a Hugging Face configuration: it has no "model_type".'
+        )
     named = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
     validated(_ConfigNames, named, source)
     transformers = _transformers()
@@ -303,7 +305,7 @@ def floating_dtype(name: str | None) -> torch.dtype | None:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidArgument(
-            f"{name!r} is no floating dtype. Choices: float32, bfloat16, float16, float64."
+            f"{name!r} is not a floating dtype. Choices: float32, bfloat16, float16, float64."
         )
     return dtype
 
@@ -360,7 +362,7 @@ def _check_call(
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InvalidArgument(
-            f"{name}: the inputs that it gave do not fit {type(model).__name__}.forward: {error}."
+            f"{name}: its inputs do not fit {type(model).__name__}.forward: {error}."
         ) from error
 
 
@@ -381,9 +383,9 @@ def _invented(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
     if "input_ids" not in parameters or set(needed) - {"input_ids"}:
         wanted = ", ".join(needed or parameters)
         raise InvalidArgument(
-            f"{name}: inputs for {type(model).__name__}.forward({wanted}) cannot be made up, only"
-            " input_ids and labels can. Do: let the factory return (model, args, kwargs); it may"
-            " take seq_len and batch_size."
+            f"{name}: ringfx can generate input_ids and labels only, not the inputs of "
+            f"{type(model).__name__}.forward({wanted}). Do: let the factory return (model, args, "
+            "kwargs); it may take seq_len and batch_size."
         )
     made = {"input_ids": torch.zeros(inputs.batch_size, inputs.seq_len, dtype=torch.int64)}
     if inputs.labels and "labels" in parameters:

@@ -28,12 +28,13 @@ from ringfx.cost_model.choice.whatif import (
     tokens,
 )
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.plan import Plan
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect.count_attention import refuse_missed
 from ringfx.report.plan_html import to_html
-from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.strategies.given import require_strategies
 from ringfx.validation.json_reader import Source, parse_json
@@ -65,11 +66,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What of it is shown; with nothing asked for, the plan."""
+    """Which views of the plan are printed; by default the plan itself."""
 
     as_json: bool = False
     html: Path | None = None
-    explain: str | None = None
+    explain_layer: str | None = None
     what_if: str | None = None
     sweep: str | None = None
     max_seq_len: bool = False
@@ -119,13 +120,13 @@ def _saved(request: Request) -> Plan | None:
         return None
     if request.seq_len is not None or request.world_size is not None:
         raise InvalidArgument(
-            f"{path} is a saved plan: its length and ranks are fixed. Do: leave --seq-len and"
-            " --world-size out, or ask --what-if world-size=16,seq-len=1M."
+            f"{path} is a saved plan: its length and number of ranks are fixed. Do: leave "
+            "--seq-len and --world-size out, or use --what-if world-size=16,seq-len=1M."
         )
     if fixed := [name for name, is_given in _of_the_model(request).items() if is_given]:
         raise InvalidArgument(
-            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: leave"
-            f" {'it' if len(fixed) == 1 else 'them'} out, or plan the model again."
+            f"{path} is a saved plan, which {', '.join(fixed)} cannot change. Do: remove "
+            f"{'it' if len(fixed) == 1 else 'them'}, or plan the model again."
         )
     plan = _read(path, request)
     if request.strict and plan.missed:
@@ -172,14 +173,14 @@ def _chosen_again(plan: Plan, request: Request) -> Plan:
 
 def _asks(view: View) -> bool:
     """Whether a view that chooses again by itself, or that compares, is asked for."""
-    return any((view.explain, view.what_if, view.sweep, view.max_seq_len, view.diff))
+    return any((view.explain_layer, view.what_if, view.sweep, view.max_seq_len, view.diff))
 
 
 def _made(request: Request) -> Plan:
     if request.seq_len is None or request.world_size is None:
         raise InvalidArgument(
-            f"planning {request.target} needs --seq-len and --world-size;"
-            " just a saved plan goes without."
+            f"planning {request.target} needs --seq-len and --world-size; only a saved plan needs "
+            "neither."
         )
     inputs = Inputs(
         seq_len=parse_tokens(request.seq_len),
@@ -211,8 +212,8 @@ def _made(request: Request) -> Plan:
             )
     if not made.has_own_length:
         return plan
-    note = f"--seq-len was not used: {request.target} takes no seq_len and gives inputs of its own"
-    return replace(plan, notes=(*plan.notes, note))
+    note = f"--seq-len was not used: {request.target} takes no seq_len and returns its own inputs"
+    return replace(plan, notes=(*plan.notes, Note(text=note)))
 
 
 def _optimizer(word: str) -> str | int:
@@ -269,9 +270,9 @@ def _show(plan: Plan, request: Request, view: View) -> None:
 def _views(plan: Plan, request: Request, view: View) -> list[str]:
     texts = []
     chosen: StrategyChoice = strategy_choice(request.strategy)
-    if view.explain is not None:
+    if view.explain_layer is not None:
         profile = _profile(plan, request)
-        texts.append(explain_text(plan, view.explain, profile, request.strategies))
+        texts.append(strategy_options_text(plan, view.explain_layer, profile, request.strategies))
     if view.what_if is not None:
         change = parse_change(view.what_if)
         changed = replan(plan, change, _profile(plan, request), chosen, request.strategies)

@@ -6,15 +6,14 @@ runs, and would compile the Python functions that autograd calls as further prog
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 
 from ringfx.torch_compat.dynamo_marks import not_traced
 
-__all__ = ["Function", "register_autograd", "uncompiled", "without_saved_tensor_hooks"]
+__all__ = ["Function", "register_autograd", "uncompiled"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,24 +35,6 @@ def uncompiled(reason: str) -> Callable[[F], F]:
     """A function at which every program that Dynamo traces ends; what it calls may be compiled."""
 
     def decorate(function: F) -> F:
-        return cast(F, torch._dynamo.disable(function, reason=reason))
+        return cast(F, torch.compiler.disable(function, reason=reason))
 
     return decorate
-
-
-@contextlib.contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
-    """What tracing saves for backward is no business of a checkpoint, or of offloading, around it.
-
-    A checkpoint counts what its body saves; torch.func refuses to run where there are hooks.
-    """
-    hooks = torch._C._autograd
-    popped: list[tuple[Any, Any]] = []
-    while (top := hooks._top_saved_tensors_default_hooks(True)) is not None:
-        popped.append(top)
-        hooks._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(popped):
-            hooks._push_saved_tensors_default_hooks(pack, unpack)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
-from ringfx.comm.double_backward import once_differentiable
+from ringfx.comm.double_backward import refuse_double_backward
 from ringfx.comm.grad_accumulation import parts_to_send
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import CommunicationError
+from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter"]
 
@@ -88,8 +88,9 @@ class _Pending:
         wait = self.waits.pop(_place(flat), None)
         if wait is None:
             raise CommunicationError(
-                "a sum of gradients was read that is not under way: the compiler copied it between "
-                "its two halves. This is a defect of ringfx; please report it with the model."
+                "a gradient all-reduce that is not in progress was waited for: the compiler "
+                "copied the tensor between the start and the end of the all-reduce. This is a "
+                "defect of ringfx; please report it with the model."
             )
         wait()
 
@@ -140,7 +141,7 @@ def _(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 for _operator in (all_gather, reduce_scatter, all_reduce, begin_sum, finish_sum):
-    once_differentiable(_operator)
+    refuse_double_backward(_operator)
 
 
 def _ranks(group: str) -> Ranks:
@@ -153,5 +154,5 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _place(flat: Tensor) -> int:
-    place: Any = flat.untyped_storage()._cdata
+    place = storage_id(flat)
     return int(place)

@@ -1,18 +1,18 @@
-"""Conjugate communication: every transfer between whole and split, with its transpose as backward.
+"""Conjugate communication: conversions between placements, with their transpose as backward.
 
-| forward                     | backward                     | name           |
-|-----------------------------|------------------------------|----------------|
-| take this rank's tokens     | all-gather                   | slice_tokens   |
-| all-gather                  | take this rank's tokens      | gather_tokens  |
-| all-gather                  | reduce-scatter               | gather_shared  |
-| all-reduce of partial sums  | identity                     | sum_partials   |
-| identity                    | all-reduce                   | share          |
-| identity, in two halves     | all-reduce, in two halves    | enter, leave   |
+| name                           | forward           | backward           |
+|--------------------------------|-------------------|--------------------|
+| slice_tokens                   | slice             | all-gather         |
+| all_gather_grad_slice          | all-gather        | slice              |
+| all_gather_grad_reduce_scatter | all-gather        | reduce-scatter     |
+| identity_grad_all_reduce       | identity          | all-reduce         |
+| grad_bucket_wait, _start       | identity          | all-reduce in two  |
+| sum_partials                   | all-reduce        | identity           |
 
-With these alone, gradients of a split program are right by construction. All are plain functions
-of tensors, Python numbers and a text ``what`` that errors name, so that they can stand in an fx
-graph; the rank enters only through the index tensors. Shapes are written [outer, tokens, inner],
-flattened into one dimension ``dim``.
+With these alone, gradients of a split program are right by construction (docs/glossary.md defines
+the placements). All are plain functions of tensors, Python numbers and a text ``what`` that errors
+name, so that they can stand in an fx graph; the rank enters only through the index tensors. Shapes
+are written [outer, tokens, inner], flattened into one dimension ``dim``.
 """
 
 from __future__ import annotations
@@ -25,23 +25,21 @@ import torch
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
 from ringfx.comm.grad_accumulation import NOT_REACHED
-from ringfx.comm.token_lookup import nothing
 
 __all__ = [
+    "all_gather_grad_reduce_scatter",
+    "all_gather_grad_slice",
+    "all_gather_tokens",
     "choose_tokens",
-    "enter",
     "fill_padding",
-    "gather_plain",
-    "gather_shared",
-    "gather_tokens",
-    "leave",
+    "grad_bucket_start",
+    "grad_bucket_wait",
+    "identity_grad_all_reduce",
     "mask_tokens",
-    "pick_token",
     "repeat_token",
-    "share",
     "slice_tokens",
     "sum_partials",
-    "take_plain",
+    "take_own_tokens",
     "take_tokens",
 ]
 
@@ -123,7 +121,7 @@ def _tokens_back(
     return back.reshape(*shape[:dim], outer * x.shape[0] * inner, *shape[dim + 1 :])
 
 
-def gather_plain(
+def all_gather_tokens(
     x: torch.Tensor, order: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
@@ -145,23 +143,10 @@ def scatter_sum(
     return _tokens_back(mine, x.shape, dim, outer, inner)
 
 
-def pick_token(
-    x: torch.Tensor, own: torch.Tensor, element: int, dim: int, outer: int, inner: int
-) -> torch.Tensor:
-    """The row of one token where this rank has it, nothing elsewhere; ``dim`` is removed.
-
-    ``own`` is int64 [local tokens]: the element that each local token is.
-    """
-    assert outer == inner == 1, "a token that is picked stands alone in its dimension"
-    here = own == element
-    row = x.index_select(dim, here.to(torch.int8).argmax(0, keepdim=True)).squeeze(dim)
-    return torch.where(here.any(), row, nothing(x))
-
-
-def take_plain(
+def take_own_tokens(
     x: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, dim: int, outer: int, inner: int
 ) -> torch.Tensor:
-    """This rank's tokens of a whole value, zero where a token is padding."""
+    """This rank's tokens of a replicated value, zero where a token is padding."""
     return mask_tokens(take_tokens(x, index, dim, outer, inner), valid, 0, dim, outer, inner)
 
 
@@ -178,11 +163,11 @@ class _Slice(Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (order,) = ctx.saved_tensors
         where: tuple[Any, ...] = (*ctx.where[:-1], f"the gradient of {ctx.where[-1]}")
-        whole = gather_plain(grads[0], order, *where)
+        whole = all_gather_tokens(grads[0], order, *where)
         return whole, None, None, *[None] * len(ctx.where)
 
 
-class _Gather(Function):
+class _AllGatherSlice(Function):
     """The gradients of all ranks are equal: each takes its part."""
 
     @staticmethod
@@ -196,16 +181,16 @@ class _Gather(Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(index, valid)
         ctx.where = where
-        return gather_plain(x, order, *where)
+        return all_gather_tokens(x, order, *where)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         index, valid = ctx.saved_tensors
-        mine = take_plain(grads[0], index, valid, *_place(ctx.where))
+        mine = take_own_tokens(grads[0], index, valid, *_place(ctx.where))
         return mine, None, None, None, *[None] * len(ctx.where)
 
 
-class _GatherShared(Function):
+class _AllGatherReduceScatter(Function):
     """The gradients of all ranks are parts of a sum."""
 
     @staticmethod
@@ -214,7 +199,7 @@ class _GatherShared(Function):
         ctx.save_for_backward(order)
         ctx.where = where
         ctx.tokens = x.shape[dim] // (outer * inner)
-        return gather_plain(x, order, *where)
+        return all_gather_tokens(x, order, *where)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -234,7 +219,7 @@ class _SumPartials(Function):
         return grads[0], None, None
 
 
-class _Share(Function):
+class _IdentityAllReduce(Function):
     """Identity forward; backward sums the gradient over the ranks."""
 
     @staticmethod
@@ -247,13 +232,13 @@ class _Share(Function):
         return collective_ops.all_reduce(grads[0], *ctx.settings), None, None
 
 
-class _Enter(Function):
-    """The end of a sum of gradients: it stands where the tensors enter the program.
+class _GradBucketWait(Function):
+    """Identity; its backward waits for the all-reduce. It stands at the start of the program.
 
     Besides the tensors it gives a carrier, a view of one zero in the shape of the flat message,
-    which exists to bring that message back. Autograd runs what entered first last, so that the wait
-    comes after everything else that backward has to do. The tensors' own gradients only tell which
-    of them the loss reaches: the others get none, as in the unsplit program.
+    through which the summed message comes back. In backward autograd runs the first call last, so
+    the wait comes after all other work. The tensors' own gradients only show which of them the loss
+    reaches: the others get none, as in the unsplit program.
     """
 
     @staticmethod
@@ -278,8 +263,8 @@ class _Enter(Function):
         )
 
 
-class _Leave(Function):
-    """The start of a sum of gradients: it stands before the first call that uses one of them."""
+class _GradBucketStart(Function):
+    """Identity; its backward starts the all-reduce. It stands before the first use of a tensor."""
 
     @staticmethod
     def forward(ctx: Any, call: torch.Tensor, settings: tuple[Any, ...], *tensors: Any) -> Any:
@@ -334,20 +319,20 @@ def slice_tokens(
     return _apply(_Slice, x, index, order, ranks, group, dim, outer, inner, what)
 
 
-def gather_tokens(
+def all_gather_grad_slice(
     x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, valid: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
-    """The whole of a split value for computations that every rank repeats."""
-    return _apply(_Gather, x, index, order, valid, ranks, group, dim, outer, inner, what)
+    """A sharded value, replicated for computations that every rank repeats."""
+    return _apply(_AllGatherSlice, x, index, order, valid, ranks, group, dim, outer, inner, what)
 
 
-def gather_shared(
+def all_gather_grad_reduce_scatter(
     x: torch.Tensor, order: torch.Tensor,
     ranks: int, group: str, dim: int, outer: int, inner: int, what: str,
 ) -> torch.Tensor:  # fmt: skip
-    """The whole of a split value for computations that each rank does for its own tokens."""
-    return _apply(_GatherShared, x, order, ranks, group, dim, outer, inner, what)
+    """A sharded value, replicated for computations that each rank does for its own tokens."""
+    return _apply(_AllGatherReduceScatter, x, order, ranks, group, dim, outer, inner, what)
 
 
 def sum_partials(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
@@ -355,24 +340,24 @@ def sum_partials(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
     return _apply(_SumPartials, x, group, what)
 
 
-def share(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
-    """A whole value that each rank uses for its own tokens: its gradient is summed over ranks."""
-    return _apply(_Share, x, group, what)
+def identity_grad_all_reduce(x: torch.Tensor, group: str, what: str) -> torch.Tensor:
+    """A replicated value that each rank uses for its own tokens; gradients are summed."""
+    return _apply(_IdentityAllReduce, x, group, what)
 
 
-def enter(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The tensors of a bucket and its carrier, for ``leave``."""
-    entered = _Enter.apply(*tensors)  # type: ignore[no-untyped-call]
+def grad_bucket_wait(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors of a bucket and its carrier, for ``grad_bucket_start``."""
+    entered = _GradBucketWait.apply(*tensors)  # type: ignore[no-untyped-call]
     return cast(tuple[torch.Tensor, ...], entered)
 
 
-def leave(
+def grad_bucket_start(
     entered: tuple[torch.Tensor, ...], call: torch.Tensor, members: list[int], group: str, what: str
 ) -> tuple[torch.Tensor, ...]:
-    """The tensors, for computations that each rank does for its own tokens.
+    """The tensors of a bucket, for computations that each rank does for its own tokens.
 
     ``call`` and ``members`` tell a parameter's gradient from others, see
     ``ringfx.comm.grad_accumulation``.
     """
-    shared = _Leave.apply(call, (members, group, what), *entered)  # type: ignore[no-untyped-call]
+    shared = _GradBucketStart.apply(call, (members, group, what), *entered)  # type: ignore[no-untyped-call]
     return cast(tuple[torch.Tensor, ...], shared)

@@ -1,8 +1,8 @@
-"""Derivatives of derivatives: not carried, and said so by name under every compiler.
+"""Second derivatives: not supported, and refused by name under every compiler.
 
-Autograd records what backward runs when it is asked to (``create_graph=True``). The operators of
-``ringfx`` give their backward no backward of its own, and what AOTAutograd compiles has none
-either; both would answer in torch's own words for a missing formula.
+With ``create_graph=True`` autograd records backward itself. The backward of ringfx's operators has
+no backward, and neither has a program compiled by AOTAutograd. Without this module torch would
+report a missing formula.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from ringfx.comm.autograd_function import Function, register_autograd
 from ringfx.errors import RingfxError
 
-__all__ = ["once_differentiable", "refuse_in_compiled"]
+__all__ = ["refuse_double_backward", "refuse_in_compiled"]
 
 TEXT = (
-    "second derivatives are not supported: the backward of a model that ringfx has split cannot be "
-    "differentiated again (create_graph=True: gradient penalties, Hessian-vector products). Do: "
-    "take them of the model that was given to ringfx.optimize, which runs whole; or take a "
-    "Hessian-vector product as a difference of two gradients."
+    "second derivatives are not supported: the backward of a model that ringfx has split cannot "
+    "be differentiated again (create_graph=True: gradient penalties, Hessian-vector products). "
+    "Do: compute them with the original model, which runs unsharded; or compute a Hessian-vector "
+    "product as a difference of two gradients."
 )
 
 
-def once_differentiable(operator: Any) -> None:
-    """What runs in backward: its result has a gradient function, which refuses."""
+def refuse_double_backward(operator: Any) -> None:
+    """For an operator that runs in backward: its own backward raises."""
     register_autograd(operator, _refuse)
 
 
@@ -47,7 +47,7 @@ class _Once(Function):
 
 
 def refuse_in_compiled(results: Sequence[Any]) -> None:
-    """Marks the gradients that a compiled program gives where autograd records them."""
+    """Make gradients from compiled programs refuse a backward, where autograd records them."""
     nodes = {node for x in results if (node := _compiled_node(x)) is not None}
     for node in nodes:
         node.register_hook(_mark)

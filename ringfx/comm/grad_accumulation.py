@@ -17,6 +17,7 @@ import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import RingfxError
+from ringfx.torch_compat.autograd import after_backward, version_of
 
 __all__ = ["NOT_REACHED", "NO_CALL", "Accumulation", "parts_to_send"]
 
@@ -30,7 +31,7 @@ Parameter: TypeAlias = Callable[[], torch.Tensor | None]
 
 
 @dataclass
-class _Held:
+class _PendingGradient:
     """This rank's part of one parameter's gradient, and the state of ``grad`` that goes with it."""
 
     parameter: Parameter
@@ -44,7 +45,7 @@ class Accumulation:
     def __init__(self, group: str) -> None:
         self._group = group
         self._syncing = True
-        self._held: dict[int, _Held] = {}
+        self._pending: dict[int, _PendingGradient] = {}
         self._numbers: dict[tuple[bool, tuple[int, ...]], int] = {}
 
     @contextlib.contextmanager
@@ -69,67 +70,67 @@ class Accumulation:
             _CALLS[len(_CALLS) + 1] = _Call(self, self._syncing, references)
         return self._numbers[key]
 
-    def hold(self, parameters: Sequence[Parameter], parts: Sequence[torch.Tensor]) -> None:
+    def add_pending(self, parameters: Sequence[Parameter], parts: Sequence[torch.Tensor]) -> None:
         self._forget_cleared()
         for reference, part in zip(parameters, parts, strict=True):
-            held = self._held.get(id(reference()))
+            pending = self._pending.get(id(reference()))
             if reference is _gone:
                 continue
-            if held is None:
-                self._held[id(reference())] = _Held(reference, part.clone())
+            if pending is None:
+                self._pending[id(reference())] = _PendingGradient(reference, part.clone())
             else:
-                held.part += part
-        _after_backward(self._note_versions)
+                pending.part += part
+        after_backward(self._note_versions)
 
     def release(
         self, parameters: Sequence[Parameter], parts: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The parts with what was held back for these parameters."""
-        if not self._held:
+        if not self._pending:
             return list(parts)
         self._forget_cleared()
-        _after_backward(self._flush)  # for parameters that this backward does not reach
-        held = [self._held.pop(id(reference()), None) for reference in parameters]
+        after_backward(self._flush)  # for parameters that this backward does not reach
+        pending = [self._pending.pop(id(reference()), None) for reference in parameters]
         return [
             part if kept is None else part + kept.part
-            for part, kept in zip(parts, held, strict=True)
+            for part, kept in zip(parts, pending, strict=True)
         ]
 
     def _forget_cleared(self) -> None:
         """``zero_grad`` clears what is held as it clears ``grad``."""
-        for number, held in list(self._held.items()):
-            parameter = held.parameter()
-            if held.version is None:
+        for number, pending in list(self._pending.items()):
+            parameter = pending.parameter()
+            if pending.version is None:
                 continue  # held back by the backward that is running
             grad = None if parameter is None else parameter.grad
-            if grad is None or (grad._version != held.version and not grad.any()):
-                del self._held[number]
-            elif grad._version != held.version:
+            if grad is None or (version_of(grad) != pending.version and not grad.any()):
+                del self._pending[number]
+            elif version_of(grad) != pending.version:
                 raise RingfxError(
-                    "the gradients of this model were changed in place while parts of them were "
-                    "held back by no_sync(): those parts cannot be changed alike. Do: run one "
-                    "backward outside no_sync() before scaling or clipping gradients."
+                    "the gradients of this model were changed in place while no_sync() held "
+                    "parts of them back, and the same change cannot be made to those parts. Do: "
+                    "run one backward outside no_sync() before you scale or clip gradients."
                 )
 
     def _note_versions(self) -> None:
-        for held in self._held.values():
-            parameter = held.parameter()
+        for pending in self._pending.values():
+            parameter = pending.parameter()
             if parameter is not None and parameter.grad is not None:
-                held.version = parameter.grad._version
+                pending.version = version_of(parameter.grad)
 
     def _flush(self) -> None:
         """Sums what is held for parameters that the last backward did not reach."""
-        by_dtype: dict[torch.dtype, list[_Held]] = {}
-        for held in self._held.values():
-            by_dtype.setdefault(held.part.dtype, []).append(held)
-        self._held.clear()
+        by_dtype: dict[torch.dtype, list[_PendingGradient]] = {}
+        for pending in self._pending.values():
+            by_dtype.setdefault(pending.part.dtype, []).append(pending)
+        self._pending.clear()
         for together in by_dtype.values():
-            flat = torch.cat([held.part.reshape(-1) for held in together])
+            flat = torch.cat([pending.part.reshape(-1) for pending in together])
             ranks = Ranks.named(self._group, "outside attention")
-            ranks.all_reduce("all-reduce of gradients that were held back", flat)
-            sums = flat.split([held.part.numel() for held in together])
-            for held, total in zip(together, sums, strict=True):
-                _add_to_grad(held.parameter(), total)
+            ranks.all_reduce("all-reduce of gradients accumulated under no_sync()", flat)
+            sums = flat.split([pending.part.numel() for pending in together])
+            for pending, total in zip(together, sums, strict=True):
+                _add_to_grad(pending.parameter(), total)
 
 
 def _gone() -> None:
@@ -165,12 +166,8 @@ def parts_to_send(
     parameters = [_gone if i == NOT_REACHED else found.parameters[i] for i in members]
     if found.syncing:
         return found.owner.release(parameters, parts)
-    found.owner.hold(parameters, parts)
+    found.owner.add_pending(parameters, parts)
     return None
-
-
-def _after_backward(function: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ def name_and_size(group: Group) -> tuple[str, int]:
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise InvalidArgument(
-            f"group: this rank is no member of the group, or {type(group).__name__} is no group. "
-            "Do: pass a process group that this rank is in, one dim of a mesh, or None for all."
+            f"group: this rank is not in the group, or {type(group).__name__} is not a group. Do: "
+            "pass a process group that contains this rank, one dim of a mesh, or None for all "
+            "ranks."
         )
     return group.group_name, group.size()

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.comm.autograd_function import register_autograd
-from ringfx.comm.conjugate import choose_tokens, share, sum_partials
+from ringfx.comm.conjugate import choose_tokens, identity_grad_all_reduce, sum_partials
 from ringfx.comm.process_group import Ranks, Transfer
 from ringfx.comm.token_lookup import take_range
 
@@ -50,9 +50,9 @@ def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
         if 0 <= to < chunks * ranks.size and _owner(to, ranks.size)[0] != ranks.rank:
             operations.append(Transfer(sends=True, buffer=x[slot], peer=_owner(to, ranks.size)[0]))
     if operations:
-        works = ranks.guarded("borders", "its neighbours", lambda: ranks.start(operations))
+        works = ranks.guarded("halo exchange", "its neighbours", lambda: ranks.start(operations))
         for work in works:
-            ranks.guarded("borders", "its neighbours", work.wait)
+            ranks.guarded("halo exchange", "its neighbours", work.wait)
     return result
 
 
@@ -165,7 +165,7 @@ def roll_tokens(
     moved = moved.transpose(0, 1).reshape(shape)
     first = 0 if by > 0 else length - units
     there = take_range(opened, own, first, units, length, dim)
-    around = share(sum_partials(there, group, what), group, what)
+    around = identity_grad_all_reduce(sum_partials(there, group, what), group, what)
     around = around.reshape(*shape[:dim], units * inner, *shape[dim + 1 :])
     wanted = (own[:, None] * inner + torch.arange(inner, device=own.device)).flatten() + by
     crosses = (wanted < 0) | (wanted >= size)

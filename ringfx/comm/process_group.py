@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.comm import stats
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.failures.channel import Channel, channel_of, is_settled, settled
+from ringfx.torch_compat.distributed import group_named
 from ringfx.torch_compat.releases import all_gather_single, reduce_scatter_single
 
 __all__ = ["Exchange", "Ranks", "Transfer"]
@@ -59,7 +59,7 @@ class Ranks:
         if not group:
             return Ranks(0, 1, None, layer)
         try:
-            found = _resolve_process_group(cast(Any, group))
+            found = group_named(group)
         except RuntimeError as error:
             raise InvalidArgument(
                 f"{layer or 'attention'}: no process group is named {group!r} in this process. "
@@ -73,7 +73,7 @@ class Ranks:
 
     @property
     def channel(self) -> Channel:
-        """What the ranks tell each other beside their messages."""
+        """Reports of failures between the ranks, beside their messages."""
         assert self.group is not None, "one rank alone has nobody to talk to"
         return channel_of(self.group)
 
@@ -135,7 +135,7 @@ class Ranks:
     ) -> Exchange:
         """Starts sending one buffer and receiving another, both contiguous; empty ones do not go.
 
-        All ranks call it in the same order. ``tag`` tells apart messages between the same two ranks
+        All ranks call it in the same order. ``tag`` separates messages between the same two ranks
         that are under way together (gloo; NCCL goes by the order).
         """
         assert self.group is not None, "one rank alone has nobody to talk to"
@@ -182,7 +182,9 @@ class Ranks:
     def reduce_scatter(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of the part for this rank; ``parts`` is [size, ...]."""
         if self._sends_one_by_one:
-            return self._total(operation, parts[self.rank].clone(), lambda rank: parts[rank])
+            return self._sum_one_by_one(
+                operation, parts[self.rank].clone(), lambda rank: parts[rank]
+            )
         mine = torch.empty_like(parts[0])
         self._count(parts[1:])
         self.collective(
@@ -215,7 +217,7 @@ class Ranks:
 
     # --- the same for parts that are made when they are sent and used when they arrive
 
-    def from_others(
+    def iter_all_to_all(
         self, operation: str, part: Callable[[int], torch.Tensor]
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Every other rank and what it has for this one; ``part(r)`` is what rank r shall have.
@@ -227,17 +229,21 @@ class Ranks:
         else:
             yield from self._others(self.all_to_all(operation, self._stacked(part)))
 
-    def everyones(self, operation: str, local: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def iter_all_gather(
+        self, operation: str, local: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Every other rank and its tensor, which may be overwritten by the next."""
         if self._sends_one_by_one:
             yield from self._one_by_one(operation, lambda rank: local)
         else:
             yield from self._others(self.all_gather(operation, local))
 
-    def total(self, operation: str, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def reduce_scatter_parts(
+        self, operation: str, part: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor:
         """The sum over ranks of ``part(this rank)``, which is made anew for each rank."""
         if self._sends_one_by_one:
-            return self._total(operation, part(self.rank), part)
+            return self._sum_one_by_one(operation, part(self.rank), part)
         return self.reduce_scatter(operation, self._stacked(part))
 
     @property
@@ -282,7 +288,7 @@ class Ranks:
         for distance in range(1, self.size):
             self._swapped(operation, distance, part, whole[self.neighbour(-distance)])
 
-    def _total(
+    def _sum_one_by_one(
         self, operation: str, total: torch.Tensor, part: Callable[[int], torch.Tensor]
     ) -> torch.Tensor:
         for _, other in self._one_by_one(operation, part):

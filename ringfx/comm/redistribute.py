@@ -19,12 +19,12 @@ from ringfx.comm.conjugate import choose_tokens
 from ringfx.comm.process_group import Ranks, Transfer
 from ringfx.ir.layout import Layout, LayoutKind
 
-__all__ = ["Spread", "move_tokens", "relay"]
+__all__ = ["Spread", "move_tokens", "reshard"]
 
 KINDS: tuple[LayoutKind, ...] = ("contiguous", "zigzag")
 
 
-def relay(x: torch.Tensor, dim: int, ends: bool = False) -> torch.Tensor:
+def reshard(x: torch.Tensor, dim: int, ends: bool = False) -> torch.Tensor:
     """The value itself, split along ``dim`` in another way from here on, or not at all."""
     same: torch.Tensor = torch.ops.aten.alias.default(x)
     return same
@@ -122,7 +122,7 @@ def _exchange(
             parcel = _bytes(rows[send[peer].to(x.device)].contiguous())
             operations.append(Transfer(sends=True, buffer=parcel, peer=peer))
     if operations:
-        operation = f"exchange of {what}"
+        operation = f"reshard of {what}"
         start = functools.partial(ranks.start, operations)
         for work in ranks.guarded(operation, "the ranks that have its tokens", start):
             ranks.guarded(operation, "the ranks that have its tokens", work.wait)

@@ -1,7 +1,7 @@
 """All ranks come together and say what they came for: a rank that is elsewhere is found out.
 
 Messages of a program pair by their order, so two ranks that are in different places of the user's
-code would mix them up. Whatever all ranks must do together (a call of the model, a touch of a split
+code would mix them up. Whatever all ranks must do together (a call of the model, a use of a split
 output) therefore begins with a meeting, whose small message carries what the rank is about to do.
 It goes over connections of the CPU, and waits for no accelerator.
 """
@@ -12,15 +12,15 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import AgreementError, CommunicationError
 from ringfx.failures.channel import Channel, settled
 from ringfx.failures.describe import call_site, plain
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 
-__all__ = ["Absent", "meet", "tell"]
+__all__ = ["Absent", "all_gather_texts", "meet"]
 
 _NUMBERS, _SIZES, _WORDS = 900_001, 900_002, 900_003
 """Tags that no message of a program has."""
@@ -50,14 +50,16 @@ def meet(ranks: Ranks, what: str, numbers: Sequence[int] = ()) -> list[list[int]
     said = _together(ranks, what, [label, *numbers, *padding])
     if any(row[0] != label for row in said):
         here = f"{what}, from {call_site()}"
-        raise settled(AgreementError(_different(ranks, tell(ranks, what, here.encode()))))
+        raise settled(
+            AgreementError(_different(ranks, all_gather_texts(ranks, what, here.encode())))
+        )
     ranks.channel.has_met = True
     return [row[1 : 1 + len(numbers)] for row in said]
 
 
-def tell(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
+def all_gather_texts(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
     """What every rank has to say, of any length."""
-    with unset_fake_temporarily(), _disable_current_modes():
+    with unset_fake_temporarily(), disable_current_modes():
         mine = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
         lengths = torch.zeros(ranks.size, 1, dtype=torch.int64)
         lengths[ranks.rank] = len(text)
@@ -70,7 +72,7 @@ def tell(ranks: Ranks, what: str, text: bytes) -> list[bytes]:
 
 def _together(ranks: Ranks, what: str, numbers: Sequence[int]) -> list[list[int]]:
     channel = ranks.channel
-    with unset_fake_temporarily(), _disable_current_modes():
+    with unset_fake_temporarily(), disable_current_modes():
         mine = torch.tensor(numbers, dtype=torch.int64)
         while True:
             found = [torch.empty_like(mine) for _ in range(ranks.size)]
@@ -109,18 +111,20 @@ def _send_and_take(
 def _absent(
     channel: Channel, what: str, came: Sequence[int], error: RuntimeError
 ) -> CommunicationError:
-    waits = channel.said_to_wait()
+    waits = channel.ranks_waiting()
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
-        return CommunicationError(f"{what}: rank {channel.rank} of {channel.size} has come: {why}")
+        return CommunicationError(
+            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}"
+        )
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}
     missing = [r for r in range(channel.size) if r not in here]
     listed = "".join(f"; rank {r} waits in {waits[r]}" for r in missing if r in waits)
     seconds = f"{channel.timeout.total_seconds():.0f} s"
     found = Absent(
-        f"{what}: ranks {missing} did not come within {seconds}, the group's timeout{listed} "
+        f"{what}: ranks {missing} did not arrive within {seconds}, the group's timeout{listed} "
         f"({plain(error)}). Do: make the same calls on every rank; raise the group's timeout if "
-        "they are only slow."
+        "the ranks are only slow."
     )
     found.ranks = missing
     return found
@@ -129,7 +133,9 @@ def _absent(
 def _different(ranks: Ranks, said: Sequence[bytes]) -> str:
     listed = "\n".join(f"  rank {r}: {text.decode()}" for r, text in enumerate(said))
     return (
-        f"the {ranks.size} ranks do different things at once:\n{listed}\nAll of them must make the "
-        "same calls in the same order. Do: call the model, and touch its split outputs, on every "
-        "rank (compute before `if rank == 0`), or pass outputs='local' to get each rank's own part."
+        f"the {ranks.size} ranks do different things at the same time:\n"
+        f"{listed}\n"
+        "All ranks must make the same calls in the same order. Do: call the model, and use its "
+        "split outputs, on every rank (compute before `if rank == 0`), or pass outputs='local' "
+        "to get each rank's own part."
     )

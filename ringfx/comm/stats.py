@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.profiler import record_function
 
+from ringfx.torch_compat.autograd import profiler_is_on
+
 __all__ = ["LayerStats", "layer", "reset", "snapshot", "span", "timed"]
 
 
@@ -100,6 +102,6 @@ def _measured(stats: LayerStats, label: str, field: str) -> Iterator[None]:
 
 def span(stats: LayerStats, label: str, field: str) -> contextlib.AbstractContextManager[None]:
     """A range in torch.profiler, timed into ``field``; nothing when neither is on."""
-    if _REGISTRY.timing or torch.autograd.profiler._is_profiler_enabled:
+    if _REGISTRY.timing or profiler_is_on():
         return _measured(stats, label, field)
     return contextlib.nullcontext()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["join_pieces", "local_rows", "mask_rows", "nothing", "take_range"]
+__all__ = ["additive_zero", "join_pieces", "local_rows", "mask_rows", "take_range"]
 
 
 def local_rows(
@@ -34,8 +34,8 @@ def local_rows(
     return torch.where(slot >= 0, row, -1)
 
 
-def nothing(x: torch.Tensor) -> torch.Tensor:
-    """What adds nothing to numbers of x's type: -0.0, since 0.0 would make 0.0 of a -0.0."""
+def additive_zero(x: torch.Tensor) -> torch.Tensor:
+    """The neutral element of addition in x's type: -0.0, since -0.0 + 0.0 is 0.0."""
     zero = complex(-0.0, -0.0) if x.is_complex() else -0.0 if x.is_floating_point() else 0
     return torch.full((), zero, dtype=x.dtype, device=x.device)
 
@@ -43,7 +43,7 @@ def nothing(x: torch.Tensor) -> torch.Tensor:
 def mask_rows(x: torch.Tensor, rows: torch.Tensor, trailing: int) -> torch.Tensor:
     """x where rows are this rank's, nothing elsewhere; ``trailing`` dimensions follow theirs."""
     here = (rows >= 0).reshape(*rows.shape, *(1,) * trailing)
-    return torch.where(here, x, nothing(x))
+    return torch.where(here, x, additive_zero(x))
 
 
 def take_range(

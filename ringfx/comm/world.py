@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.errors import InvalidArgument
+from ringfx.torch_compat.distributed import group_named
 
 __all__ = ["World", "process_group", "several_processes"]
 
@@ -50,9 +51,7 @@ class World:
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    group: dist.ProcessGroup = resolve(name)
-    return group
+    return group_named(name)
 
 
 def several_processes() -> bool:
@@ -77,16 +76,16 @@ def _refuse_started_alone() -> None:
     if started is not None:
         name, said = started
         raise InvalidArgument(
-            f"{name}={said} says that {said} processes were started, but torch.distributed is "
-            "not initialised: each would run the whole sequence. Do: call "
+            f"{name}={said} says that {said} processes were started, but torch.distributed is not "
+            "initialised, so each process would run the full sequence. Do: call "
             "torch.distributed.init_process_group() before the model's first call, or unset "
             f"{name} to run on one rank."
         )
 
 
 _NOT_A_MEMBER = (
-    "this rank is not a member of the mesh or group that was given. Do: call ringfx.optimize only "
-    "on the ranks that share the sequence, each with its own group of a mesh, such as mesh['sp']."
+    "this rank is not in the mesh or group that was given. Do: call ringfx.optimize only on the "
+    "ranks that share the sequence, each with its own group of a mesh, such as mesh['sp']."
 )
 
 
@@ -98,8 +97,8 @@ def _group(mesh: Any) -> dist.ProcessGroup:
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise InvalidArgument(
-                f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names or tuple(mesh.shape)}; the "
-                "sequence is split over one. Do: pass one of them, such as mesh['sp']."
+                f"mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names or tuple(mesh.shape)}, but "
+                "the sequence is split over one. Do: pass one of them, such as mesh['sp']."
             )
         return mesh.get_group()
     if isinstance(mesh, dist.ProcessGroup):

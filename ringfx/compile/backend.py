@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
-from ringfx.comm.autograd_function import without_saved_tensor_hooks
 from ringfx.comm.double_backward import refuse_in_compiled
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.stats import snapshot
 from ringfx.comm.world import World
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.fully_sharded import is_dtensor
-from ringfx.compile.inductor_no_fusion import unfused
-from ringfx.compile.mask_buffer_guard import Kept, counted_on, refuse_changed
-from ringfx.compile.pipeline import NO_VALUES, Lowered, lower
+from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
+from ringfx.compile.mask_buffer_guard import (
+    BufferSnapshot,
+    buffers_to_watch,
+    refuse_changed_buffers,
+)
+from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
 from ringfx.compile.why_unsplit import why_unsplit
@@ -38,8 +40,8 @@ from ringfx.errors import (
     VerificationError,
 )
 from ringfx.failures.channel import shared_call
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import LayerPlan, Plan, joined
-from ringfx.ir.tiles.words import WHOLE_MASK
 from ringfx.ir.values import Arrival, Resharding
 from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
@@ -48,9 +50,12 @@ from ringfx.passes.capture.trace import input_name
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.autograd import wrap_all
-from ringfx.split_tensor.handoff import Between, is_split, part_example, whole_example
+from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.strategies import Strategy
+from ringfx.torch_compat.autograd import without_saved_tensor_hooks
+from ringfx.torch_compat.dynamo import TorchDynamoException, aot_eager
+from ringfx.torch_compat.inductor import compiled_by_inductor
 from ringfx.units.format import format_bytes
 
 __all__ = ["Backend", "ringfx_backend"]
@@ -71,7 +76,7 @@ class Backend:
         self.ran: list[Plan] = []
         """Plans of the programs that the model's current or last call ran."""
         self.accumulation = Accumulation(world.group)
-        self.between = Between(self.announce)
+        self.handoff = ProgramHandoff(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
         self.turns = Turns(settings.check_inputs)
@@ -86,14 +91,16 @@ class Backend:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         arrivals = {i: v._spec.arrival() for i, v in enumerate(example_inputs) if is_split(v)}
         if not arrivals and reads_gradients(gm):
-            return hand_over(gm, list(example_inputs), self.settings.compiler)
-        given, example_inputs = example_inputs, [whole_example(v) for v in example_inputs]
+            return compile_local_program(gm, list(example_inputs), self.settings.compiler)
+        given, example_inputs = example_inputs, [global_example(v) for v in example_inputs]
         _refuse_unusable(gm, example_inputs)
-        if not self.between.called:
+        if not self.handoff.called:
             self._agree_on_profile(_device(example_inputs))
-        lowered = lower_or_say(gm, example_inputs, self.settings, self.world, arrivals)
+        lowered = lower_naming_internal_errors(
+            gm, example_inputs, self.settings, self.world, arrivals
+        )
         for i in lowered.arrived:
-            example_inputs[i] = part_example(given[i])
+            example_inputs[i] = local_example(given[i])
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -102,7 +109,7 @@ class Backend:
         device = _device(example_inputs)
         extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
         with autocast_off():
-            compiled = hand_over(
+            compiled = compile_local_program(
                 lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
             )
         specs = {i: given[i]._spec for i in lowered.arrived}
@@ -111,11 +118,11 @@ class Backend:
     @property
     def is_running(self) -> bool:
         """Whether the model, or a part of it, is being called."""
-        return self.between.running
+        return self.handoff.running
 
     @contextlib.contextmanager
     def call(self, model: torch.nn.Module, *, is_part: bool) -> Iterator[None]:
-        """One call of the model: programs run inside; at its end what ran is looked at.
+        """One call of the model: programs run inside; at its end it checks which ran.
 
         ``is_part``: it is a part of the model, and need not hold attention.
 
@@ -129,7 +136,7 @@ class Backend:
         self.turns.number += 1
         with shared_call(self.world.group):
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
-            with self.between.call():
+            with self.handoff.call():
                 yield
             self._look_at_what_ran(is_part)
 
@@ -145,11 +152,11 @@ class Backend:
         """One plan of all its programs, with what was moved between them."""
         if not self.ran:
             raise RingfxError(
-                "the last call of this model ran no program of ringfx, see the log. Do: call it "
-                "again, or use ringfx.plan(model, args, world_size=...)."
+                "the last call of this model ran no program that ringfx compiled; the log says "
+                "why. Do: call it again, or use ringfx.plan(model, args, world_size=...)."
             )
         plan = joined(self.ran)
-        return replace(plan, reshardings=(*plan.reshardings, *self.between.moved))
+        return replace(plan, reshardings=(*plan.reshardings, *self.handoff.moved))
 
     def refuse_other_ranks(self) -> None:
         """Programs are made for the ranks that there were; a group may be made, or end, later.
@@ -165,10 +172,10 @@ class Backend:
         if now != self.world:
             raise AgreementError(
                 f"this program was compiled for {self.world.size} rank(s) (rank {self.world.rank} "
-                f"of group {self.world.group!r}), and there are {now.size} now (rank {now.rank} of "
-                f"{now.group!r}). Do: call torch.distributed.init_process_group before the first "
-                "call, or torch._dynamo.reset() after it; ringfx.optimize(model) compiles anew by "
-                "itself."
+                f"of group {self.world.group!r}), but now there are {now.size} (rank {now.rank} "
+                f"of {now.group!r}). Do: call torch.distributed.init_process_group before the "
+                "first call, or torch._dynamo.reset() after it; ringfx.optimize(model) compiles "
+                "again by itself."
             )
 
     def evaluating(self) -> tuple[str, ...]:
@@ -187,22 +194,24 @@ class Backend:
 
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
-        loud = [n for n in lowered.plan.notes if n.startswith("graph break") or WHOLE_MASK in n]
+        notes = lowered.plan.notes
+        loud = texts_of(notes, NoteKind.GRAPH_BREAK, NoteKind.DENSE_MASK)
         loud += [
-            f"{x.name} ({x.source}): it looks like attention, was not recognised and runs whole"
+            f"{x.name} ({x.source}): this looks like attention but was not recognised; it runs "
+            "unsharded on every rank"
             for x in lowered.plan.missed
         ]
         loud += [
-            f"{x.name} ({x.source}): its attention runs whole on every rank, {x.reason}. Do: pass "
-            "strict=True to refuse this"
+            f"{x.name} ({x.source}): its attention is replicated on every rank, {x.reason}. Do: "
+            "pass strict=True to refuse this"
             for x in lowered.plan.replicated_layers
         ]
-        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.startswith("gather")]
+        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.gathers]
         self.announce(*loud)
-        for note in lowered.plan.notes:
-            if note not in self._announced:
-                log.info(note)
-        self._announced |= {*lowered.plan.notes}
+        for note in notes:
+            if note.text not in self._announced:
+                log.info(note.text)
+        self._announced |= {note.text for note in notes}
 
     def announce(self, *texts: str) -> None:
         """Warn of each once."""
@@ -235,11 +244,11 @@ class Runner:
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
         self._arrived = arrived
-        self._between = backend.between
+        self._handoff = backend.handoff
         self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
         self._outputs_form = settings.outputs
         self._names, self._held = lowered.captured.input_names, lowered.held
-        self._buffers = Kept(counted_on(lowered.captured, lowered.held))
+        self._buffers = BufferSnapshot(buffers_to_watch(lowered.captured, lowered.held))
         self._specs = [
             None if output is None else _spec(output, lowered, world, i)
             for i, output in enumerate(lowered.local.outputs)
@@ -265,7 +274,7 @@ class Runner:
 
     def _call(self, inputs: Sequence[Any]) -> list[Any]:
         self._ran.append(self._plan)
-        if self._between.called:
+        if self._handoff.called:
             return self._run(inputs)
         self._refuse_other_ranks()
         self._turns.number += 1
@@ -275,7 +284,7 @@ class Runner:
     def _run(self, inputs: Sequence[Any]) -> list[Any]:
         taken = [self._take(i, v) for i, v in enumerate(inputs)]
         unchanged = self._buffers.unchanged(taken)
-        refuse_changed(self._names, self._held, unchanged)
+        refuse_changed_buffers(self._names, self._held, unchanged)
         if self._agreement is not None:
             whole = [None if i in self._arrived else x for i, x in enumerate(taken)]
             self._agreement.check(whole, unchanged)
@@ -294,8 +303,8 @@ class Runner:
         """An input as the program was made for it: this rank's part, or the whole."""
         spec = self._arrived.get(index)
         if spec is None:
-            return self._between.whole(value)
-        return self._between.part(value, spec)
+            return self._handoff.whole(value)
+        return self._handoff.part(value, spec)
 
     def _kept(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, and copies of those that are written later: backward may need the old."""
@@ -319,11 +328,11 @@ class Runner:
                 if spec is not None:
                     result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
             return list(results)
-        told = self._between.told(self._broken)
-        return wrap_all(results, self._specs, told)
+        on_gather = self._handoff.on_gather(self._broken)
+        return wrap_all(results, self._specs, on_gather)
 
 
-def lower_or_say(
+def lower_naming_internal_errors(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     settings: Settings,
@@ -343,8 +352,8 @@ def lower_or_say(
         raise VerificationError(
             f"ringfx could not rewrite this program: {type(error).__name__} ({said}) in "
             f"{where.name}, {Path(where.filename).name}:{where.lineno}. This is a defect of "
-            "ringfx, not of the model. Do: run the model without ringfx, and please report it "
-            "with the model; the cause is attached to this error."
+            "ringfx, not of the model. Do: run the model without ringfx, and please report the "
+            "defect with the model; the original error is attached as the cause."
         ) from error
 
 
@@ -353,31 +362,27 @@ def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
         if is_dtensor(value):
             raise InvalidArgument(
-                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh}, as "
-                "parallelize_module (tensor parallelism) makes: ringfx traces plain tensors only. "
-                "Do: leave parallelize_module out of the modules that ringfx.optimize is given; "
-                "fully_shard (FSDP2) works, before or after."
+                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh} "
+                "(from parallelize_module, tensor parallelism), but ringfx traces plain tensors "
+                "only. Do: do not apply parallelize_module to modules that ringfx.optimize is "
+                "given; fully_shard (FSDP2) works, before or after."
             )
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             raise InvalidArgument(
                 f"{input_name(node)} {tuple(value.shape)} is on the meta device: it has a shape "
-                "and no values, and cannot be computed with. Do: ringfx.plan(model, ...) plans on "
-                "meta tensors; to run, make the model (to_empty, load_state_dict) and inputs on a "
+                "but no values. Do: to plan, call ringfx.plan(model, ...), which accepts meta "
+                "tensors; to run, make the model (to_empty, load_state_dict) and the inputs on a "
                 "real device."
             )
 
 
-def hand_over(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
+def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
     """Compile the local program."""
     if compiler == "eager":
         return gm.forward
     if compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
         return cast(Compiled, aot_eager(gm, inputs))
-    from torch._inductor.compile_fx import compile_fx
-
-    return cast(Compiled, compile_fx(gm, inputs, config_patches=dict(unfused())))
+    return cast(Compiled, compiled_by_inductor(gm, inputs, config_without_attention_fusion()))
 
 
 def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
@@ -386,8 +391,8 @@ def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
     pairs = [(layer, stats[layer.name].ran) for layer in plan.layers if layer.name in stats]
     others = [(x, ran[x.kernel]) for x, ran in pairs if ran.get(x.kernel, x.kernel) != x.kernel]
     return [
-        f"{layer.name}: the plan counts on the {layer.kernel} kernel, and {ran} ran"
-        f"{_refused(layer, strategies)}; its predicted times do not hold. Do: run `ringfx "
+        f"{layer.name}: the plan expects the {layer.kernel} kernel, but {ran} ran"
+        f"{_refused(layer, strategies)}; the predicted times do not hold. Do: run `ringfx "
         "calibrate` on this machine."
         for layer, ran in others
     ]
@@ -407,19 +412,21 @@ def _refused(layer: LayerPlan, strategies: Mapping[str, Strategy]) -> str:
 def no_attention_text(plans: Sequence[Plan]) -> str:
     declined = [d for plan in plans for d in (*plan.declined, *plan.missed)]
     near = "".join(f"\n  {d.name} ({d.source}): {d.reason}" for d in declined[:8])
-    breaks = dict.fromkeys(n for p in plans for n in p.notes if n.startswith("graph break"))
-    broken = "".join(f"\n  {note}" for note in breaks)
-    unseen = dict.fromkeys(n for p in plans for n in p.notes if n.startswith(NO_VALUES))
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    broken = "".join(f"\n  {text}" for text in texts_of(notes, NoteKind.GRAPH_BREAK))
     return (
         "no attention over a sequence was found in this model, so ringfx has nothing to split. "
-        + (f"Near misses:{near}\n" if near else "")
-        + (f"Code after a graph break may run outside the compiler:{broken}\n" if broken else "")
-        + "".join(f"{note[0].upper()}{note[1:]}\n" for note in unseen)
-        + "Ringfx recognises scaled_dot_product_attention and its kernels, nn.MultiheadAttention, "
-        "flex_attention, flash-attn, xformers, and any spelling of softmax(q k^T) v over tokens; "
-        "layers that mix tokens otherwise (convolutions, Fourier transforms, recurrences) hold "
-        "none. Do: see `ringfx explain MODEL` for what was looked at and why it is none, or run "
-        "the model without ringfx."
+        + (f"Attention-like regions not parallelized:{near}\n" if near else "")
+        + (f"A graph break may keep attention outside the compiler:{broken}\n" if broken else "")
+        + "".join(f"{x[0].upper()}{x[1:]}\n" for x in texts_of(notes, NoteKind.NO_VALUES))
+        + (
+            "Ringfx recognises scaled_dot_product_attention and its kernels, "
+            "nn.MultiheadAttention, flex_attention, flash-attn, xformers, and softmax(q k^T) v "
+            "over tokens in any form. Layers that mix tokens in another way (convolutions, "
+            "Fourier transforms, recurrences) contain no attention. Do: run `ringfx explain "
+            "MODEL` to see which operators were examined and why they were rejected, or run the "
+            "model without ringfx."
+        )
     )
 
 
@@ -442,7 +449,7 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:
     lines = lowered.local.placement.lines
     return SplitSpec.of(
-        lines.arrival(output.carried),
+        lines.arrival(output.token_dim),
         name=_output_name(lowered, index),
         shape=output.shape,
         rank=world.rank,
@@ -467,7 +474,7 @@ def _summary(plan: Plan) -> str:
 def _gather_text(move: Resharding) -> str:
     size = format_bytes(move.bytes_moved)
     where = ", ".join(x for x in (move.name, move.source) if x)
-    what = "of a gradient in backward" if move.in_backward else f"for {move.reason}"
+    what = "for a gradient in backward" if move.in_backward else f"for {move.reason}"
     return f"{where}: gathers {size} on every rank {what}"
 
 

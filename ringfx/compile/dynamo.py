@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._dynamo import trace_rules
-from torch._dynamo.convert_frame import CatchErrorsWrapper
 
-from ringfx.passes.capture.logs import absorb_logs
+from ringfx.passes.capture.logs import defer_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
+from ringfx.torch_compat.dynamo import CatchErrorsWrapper, config, skips
+from ringfx.torch_compat.graphs import call_of, has_hooks
 from ringfx.torch_compat.releases import ISOLATED
 
-__all__ = ["compiled", "compiled_call", "for_ringfx", "has_hooks", "prepare_tracing"]
+__all__ = ["compiled", "compiled_call", "for_ringfx", "prepare_tracing"]
 
 NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
@@ -29,16 +29,16 @@ DistributedDataParallel it would cut the graph by parameters: here gradients ove
 REGIONS_KEPT: Mapping[str, object] = {
     name: False
     for name in ("inline_invoke_subgraph", "inline_single_use_invoke_subgraph")
-    if hasattr(torch._dynamo.config, name)
+    if hasattr(config, name)
 }
 """2.13 flattens compiled regions before the backend sees them, and visits every body once for each
 way down to it: 2^n visits for n checkpoints inside each other. Capture flattens in one walk."""
 
 
 def prepare_tracing() -> None:
-    """Before a program is traced: packages as plain spellings, log lines kept for afterwards."""
+    """Before a program is traced: packages replaced by plain torch, log lines deferred."""
     keep_substituting()
-    absorb_logs(is_for_ringfx)
+    defer_logs(is_for_ringfx)
     _keep_compiling()
 
 
@@ -49,8 +49,8 @@ def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
     skips: a root such as nn.TransformerEncoder is given a frame around it. So is one with hooks,
     which would be programs of their own.
     """
-    call: Callable[..., Any] = fn._call_impl
-    if trace_rules.check(fn.forward) or has_hooks(fn):
+    call: Callable[..., Any] = call_of(fn)
+    if skips(fn.forward) or has_hooks(fn):
         call = _framed(fn)
     return compiled(call, backend)
 
@@ -66,11 +66,6 @@ def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
         function, backend=for_ringfx(backend), dynamic=False, **ISOLATED
     )
     return made
-
-
-def has_hooks(fn: torch.nn.Module) -> bool:
-    """Whether something runs before or after its forward."""
-    return bool(fn._forward_hooks or fn._forward_pre_hooks)
 
 
 def _framed(fn: torch.nn.Module) -> Callable[..., Any]:
@@ -96,7 +91,7 @@ def _keep_compiling() -> None:
     def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_for_ringfx(self):
             return usual(self, *args, **kwargs)
-        with torch._dynamo.config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}):
+        with config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}):
             return usual(self, *args, **kwargs)
 
     convert.ringfx = True  # type: ignore[attr-defined]

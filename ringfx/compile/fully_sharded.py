@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ringfx.torch_compat.distributed import carry_composable_state
+
 __all__ = ["carry_state", "is_dtensor"]
 
 
@@ -21,11 +23,7 @@ def carry_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
     """
     if not dist.is_available():
         return
-    from torch.distributed import _composable_state as states
-
-    state = states._get_module_state(module)
-    if state is not None and states._get_module_state(twin) is None:
-        states._insert_module_state(twin, state)
+    carry_composable_state(module, twin)
 
 
 def is_dtensor(value: Any) -> bool:

@@ -17,18 +17,20 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ringfx.compile.planned_arrivals import hand_on
+from ringfx.torch_compat.autograd import storage_id
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.weak import WeakIdKeyDictionary
-
-from ringfx.compile.planned_arrivals import hand_on
+from ringfx.torch_compat.operators import OpOverload, schema_of
+from ringfx.torch_compat.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["GivenMode"]
 
@@ -126,7 +128,7 @@ class GivenMode(FakeTensorMode):
             made = super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._answer(func, args, kwargs)
-        if isinstance(func, torch._ops.OpOverload):
+        if isinstance(func, OpOverload):
             self._remember(func, args, kwargs, made)
             hand_on(func, args, kwargs, made)
         return made
@@ -136,7 +138,7 @@ class GivenMode(FakeTensorMode):
     def _remember(self, func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> None:
         results = [x for x in tree_leaves(made) if isinstance(x, FakeTensor)]
         value = None if _is_random(func) else self._made_by(func, args, kwargs)
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             through_views = self._written_base(func, args, kwargs)
             self._forget_written(func, args, kwargs)
             if through_views is not None:
@@ -165,9 +167,10 @@ class GivenMode(FakeTensorMode):
         if chosen.shape[: source.dim() - 1] != source.shape[:-1]:
             return  # not along the last dim
         num, shape = source.shape[-1], tuple(chosen.shape)
+        name = schema_of(func).name.removeprefix("aten::")
         self._values[chosen] = _Value(
             elements=chosen.numel(),
-            assumed=f"{func._schema.name.removeprefix('aten::')} to choose each of {num} as often",
+            assumed=f"{name} to choose each of {num} as often",
             make=lambda: (torch.arange(math.prod(shape)) % num).reshape(shape),
         )
 
@@ -213,14 +216,14 @@ class GivenMode(FakeTensorMode):
 
     def _forget_written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Views of what is written hold other values now; what wrote it is remembered anew."""
-        named = zip(func._schema.arguments, args, strict=False)
+        named = zip(schema_of(func).arguments, args, strict=False)
         written = [x for a, x in named if a.is_write] + [
-            kwargs[a.name] for a in func._schema.arguments if a.is_write and a.name in kwargs
+            kwargs[a.name] for a in schema_of(func).arguments if a.is_write and a.name in kwargs
         ]
         for x in tree_leaves(written):
             if isinstance(x, FakeTensor):
-                memory = x.untyped_storage()._cdata
-                for other in [t for t in self._values if t.untyped_storage()._cdata == memory]:
+                memory = storage_id(x)
+                for other in [t for t in self._values if storage_id(t) == memory]:
                     del self._values[other]
 
     # --- answering ------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class GivenMode(FakeTensorMode):
         """What is most common, where a value is not known."""
         source = args[0]
         if func is aten._local_scalar_dense.default:
-            with unset_fake_temporarily(), _disable_current_modes():
+            with unset_fake_temporarily(), disable_current_modes():
                 zero = torch.zeros((), dtype=source.dtype).item()
             self._say(f"a number that depends on unknown values to be {zero}")
             return zero
@@ -271,12 +274,13 @@ class GivenMode(FakeTensorMode):
 
     def _say(self, what: str) -> None:
         self.notes[
-            f"planning assumed {what}: {_users_line()} reads values, and they are not known"
+            f"planning assumed {what}: {_users_line()} reads tensor values, which are unknown "
+            "while planning"
         ] = None
 
 
 def _is_random(func: Any) -> bool:
-    empty = func._schema.name.startswith(("aten::empty", "aten::new_empty"))
+    empty = schema_of(func).name.startswith(("aten::empty", "aten::new_empty"))
     return torch.Tag.nondeterministic_seeded in func.tags or empty
 
 
@@ -303,7 +307,7 @@ def _cost(value: _Value) -> int:
 def _evaluate(value: _Value) -> tuple[Any, list[str]]:
     """Its real value, and what had to be assumed for it."""
     found: dict[int, Any] = {}
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+    with unset_fake_temporarily(), disable_current_modes(), torch.no_grad():
         for node in _in_order(value):
             found[id(node)] = _computed(node, found, is_last=node is value)
     return found[id(value)], [x.assumed for x in _in_order(value) if x.assumed]
@@ -314,7 +318,7 @@ def _computed(node: _Value, found: Mapping[int, Any], *, is_last: bool) -> Any:
         return node.real
     if node.make is not None:
         return node.make()
-    writes = not isinstance(node.func, _Write) and node.func._schema.is_mutable
+    writes = not isinstance(node.func, _Write) and schema_of(node.func).is_mutable
     given = [found[id(x)] if isinstance(x, _Value) else x for x in node.leaves]
     given = [x.clone() if writes and isinstance(x, torch.Tensor) else x for x in given]
     args, kwargs = tree_unflatten(given, node.tree)

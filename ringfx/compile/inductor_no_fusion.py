@@ -1,10 +1,10 @@
-"""Keeps Inductor from fusing attention that ringfx left as it stands.
+"""Keeps Inductor from fusing attention that ringfx declined.
 
 Inductor recognises attention in products and softmaxes by patterns of its own, and gets an unusual
-order of K's dimensions wrong where their sizes agree (pytorch #195320), silently. What ringfx
-declined was declined with a reason, so it is compiled as it is written: while Inductor looks for
-patterns an identity stands behind every batched product, and is taken out again afterwards. The
-compiled program is the same but for the fusion.
+order of K's dimensions silently wrong where their sizes agree (pytorch #195320). Ringfx declines a
+region for a reason, so the region must be compiled as it is written. While Inductor matches
+patterns, an identity (``fusion_barrier``) follows every batched product; it is removed afterwards.
+The compiled program differs in the fusion only.
 """
 
 from __future__ import annotations
@@ -13,64 +13,64 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-__all__ = ["unfused"]
+from ringfx.torch_compat.inductor import CustomGraphPass, config, hash_of_files
+
+__all__ = ["config_without_attention_fusion"]
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
 
 
-@torch.library.custom_op("ringfx::apart", mutates_args=())
-def _apart(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("ringfx::fusion_barrier", mutates_args=())
+def _fusion_barrier(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-@_apart.register_fake
+@_fusion_barrier.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-_IDENTITY = torch.ops.ringfx.apart.default
+_FUSION_BARRIER = torch.ops.ringfx.fusion_barrier.default
 
 
-class _Separate(CustomGraphPass):
-    """Puts an identity behind every batched product."""
+class _InsertBarriers(CustomGraphPass):
+    """Inserts a barrier after every batched product."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
             if node.target in _PRODUCTS:
                 with graph.inserting_after(node):
-                    new = graph.call_function(_IDENTITY, (node,))
+                    new = graph.call_function(_FUSION_BARRIER, (node,))
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(
                     new, delete_user_cb=lambda user, new=new: user is not new
                 )
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return hash_of_files((__file__,))
 
 
-class _Join(CustomGraphPass):
-    """Takes the identities out again."""
+class _RemoveBarriers(CustomGraphPass):
+    """Removes the barriers."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
-            if node.target is _IDENTITY:
+            if node.target is _FUSION_BARRIER:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return hash_of_files((__file__,))
 
 
-def unfused() -> Mapping[str, Any]:
-    """Settings of Inductor for one compilation, beside the user's own passes."""
+def config_without_attention_fusion() -> Mapping[str, Any]:
+    """Inductor's settings for one compilation; the user's own passes stay."""
     return {
-        "joint_custom_pre_pass": _beside(config.joint_custom_pre_pass, _Separate()),
-        "joint_custom_post_pass": _beside(config.joint_custom_post_pass, _Join()),
+        "joint_custom_pre_pass": _beside(config.joint_custom_pre_pass, _InsertBarriers()),
+        "joint_custom_post_pass": _beside(config.joint_custom_post_pass, _RemoveBarriers()),
     }
 
 

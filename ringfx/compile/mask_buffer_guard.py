@@ -1,10 +1,10 @@
-"""Masks that modules keep: does a buffer still hold what it held when the program was made?
+"""Mask buffers of modules: does a buffer still have the values it had at compilation?
 
 A mask buffer becomes a function of positions when the program is made. A write into the buffer
 since then would leave the program computing with the old mask, and neither its version nor its
-address tells of every write (through ``.data``, or numpy). So every call compares all of it with a
-copy: at the speed of memory, which a hash is not. What has not changed needs no checksum for the
-other ranks either (``agreement.py``).
+address shows every write (through ``.data``, or numpy). So every call compares the whole buffer
+with a copy, which is faster than a hash. An unchanged buffer needs no checksum for the other ranks
+either (``rank_agreement.py``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ringfx.compile.rank_agreement import raw_bytes
 from ringfx.errors import BufferChanged
 from ringfx.ir.values import Captured
 
-__all__ = ["Kept", "counted_on", "refuse_changed"]
+__all__ = ["BufferSnapshot", "buffers_to_watch", "refuse_changed_buffers"]
 
 Tensor = torch.Tensor
 
 
-class Kept:
-    """What modules' buffers held when a program was made: one copy of those that are equal."""
+class BufferSnapshot:
+    """The values of modules' buffers at compilation; equal buffers share one copy."""
 
     def __init__(self, buffers: Mapping[int, Tensor]) -> None:
         self._copies: dict[int, Tensor] = {}
@@ -38,7 +38,7 @@ class Kept:
             self._copies[i] = same
 
     def unchanged(self, inputs: Sequence[Any]) -> frozenset[int]:
-        """The numbers of those that hold the same still; each place in memory is looked at once."""
+        """The numbers of the unchanged buffers; each place in memory is compared once."""
         found: dict[tuple[int, torch.Size, int], bool] = {}
         same = set()
         for i, copy in self._copies.items():
@@ -50,9 +50,9 @@ class Kept:
         return frozenset(same)
 
 
-def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
-    """Buffers to keep a copy of: those that masks count on, and all that are summed in every call,
-    which numbers with a fraction are not."""
+def buffers_to_watch(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor]:
+    """Buffers to copy: those that masks depend on, and all that have a checksum in every call,
+    which floating-point buffers have not."""
     return {
         i: value
         for i, value in captured.buffers.items()
@@ -60,15 +60,17 @@ def counted_on(captured: Captured, held: Collection[int]) -> Mapping[int, Tensor
     }
 
 
-def refuse_changed(names: Sequence[str], held: Collection[int], unchanged: Collection[int]) -> None:
+def refuse_changed_buffers(
+    names: Sequence[str], held: Collection[int], unchanged: Collection[int]
+) -> None:
     """Raises ``BufferChanged``, naming the first of ``held`` that is not unchanged."""
     for i in held:
         if i not in unchanged:
             raise BufferChanged(
-                f"{names[i]} holds other values than when the model was compiled, and "
-                "its attention masks were compiled as functions of positions. Do: call "
-                "torch._dynamo.reset() after changing it, or, if it changes in every call, "
-                "pass it to forward as an argument."
+                f"{names[i]} has other values than when the model was compiled, but its attention "
+                "masks were compiled as functions of positions from the old values. Do: call "
+                "torch._dynamo.reset() after changing it; or, if it changes in every call, pass "
+                "it to forward as an argument."
             )
 
 

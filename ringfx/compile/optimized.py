@@ -1,10 +1,10 @@
 """The model that ``optimize`` returns: two objects that share one state.
 
-The *face* is what users hold. Its class is made for it, ``Optimized`` in front of the model's own
-class, and every way to run it (a call, ``forward``, a part of it called by itself) leads to
-``_run``. The *inner* module is what Dynamo traces: an object of the model's own class, so that
-nothing of ringfx stands in the program. Both have one ``__dict__``: what is set on the face (a
-parameter, a hook, a patched ``forward``) is there when the inner module runs.
+The *outer* model is what users hold. Its class is made for it, ``Optimized`` in front of the
+model's own class, and every way to run it (a call, ``forward``, a part of it called by itself)
+leads to ``_run``. The *inner* module is what Dynamo traces: an object of the model's own class, so
+that nothing of ringfx stands in the program. Both have one ``__dict__``: what is set on the outer
+model (a parameter, a hook, a patched ``forward``) is there when the inner module runs.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.autograd_function import uncompiled
 from ringfx.comm.world import World
 from ringfx.compile.backend import Backend
-from ringfx.compile.dynamo import compiled_call, has_hooks
+from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
-from ringfx.compile.why_unsplit import in_transform, why_unsplit
+from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import RingfxError
-from ringfx.failures.watchdog import attend
+from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
+from ringfx.torch_compat.autograd import in_transform
+from ringfx.torch_compat.dynamo import BackendCompilerFailed
+from ringfx.torch_compat.graphs import children_of, has_hooks
 
 __all__ = ["Optimized", "optimized"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
 _SAVED = (
-    "an optimized model is pickled as the model that was given to ringfx.optimize: what is loaded "
-    "runs whole. Do: call ringfx.optimize again after loading; or save model.state_dict(), which "
-    "is the same with and without ringfx."
+    "an optimized model is pickled as the model that was given to ringfx.optimize: after loading "
+    "it runs unsharded. Do: call ringfx.optimize again after loading; or save "
+    "model.state_dict(), which is the same with and without ringfx."
 )
 
 _COMPILED = (
-    "model.compile() has no effect on an optimized model: ringfx compiles it when it is called. "
-    "Do: leave it out; choose the compiler with ringfx.optimize(model, compiler=...)."
+    "model.compile() has no effect on an optimized model: ringfx compiles the model at its first "
+    "call. Do: remove this call; choose the compiler with ringfx.optimize(model, compiler=...)."
 )
 
 
-class _Faces:
-    """What the faces of one model share: the options, and the backend that compiles for them."""
+class _Shared:
+    """Shared by the outer model and its parts: the options, and the backend that compiles."""
 
     def __init__(self, settings: Settings, mesh: Any) -> None:
         self.settings = settings
@@ -63,7 +65,7 @@ class _Faces:
         if self._backend is None:
             raise RingfxError(
                 "this model has not run yet, and its plan depends on the shapes of its inputs. "
-                "Do: call it once, or use ringfx.plan(model, args, world_size=...)."
+                "Do: call the model once, or use ringfx.plan(model, args, world_size=...)."
             )
         return self._backend
 
@@ -81,16 +83,20 @@ class Optimized:
     """What ``optimize`` adds to a model's class; parameters, names and methods are the model's."""
 
     __slots__ = (
-        "_ringfx_faces", "_ringfx_inner", "_ringfx_is_part", "_ringfx_parts", "_ringfx_programs"
+        "_ringfx_inner",
+        "_ringfx_is_part",
+        "_ringfx_parts",
+        "_ringfx_programs",
+        "_ringfx_shared"
     )  # fmt: skip
 
-    _ringfx_faces: _Faces
+    _ringfx_shared: _Shared
     _ringfx_inner: torch.nn.Module
     """Of the model's own class, with the ``__dict__`` of this one."""
     _ringfx_programs: tuple[Any, Callable[..., Any]] | None
     """The compiled call, and what it was made for."""
     _ringfx_parts: dict[str, Optimized]
-    """Faces of submodules that have been asked for."""
+    """Outer models of submodules that have been asked for."""
     _ringfx_is_part: bool
     """Whether it is one of those: it may hold no attention."""
 
@@ -107,7 +113,7 @@ class Optimized:
         RingfxError
             Before the first call: the plan depends on the inputs' shapes.
         """
-        return self._ringfx_faces.backend.plan_of_last_call()
+        return self._ringfx_shared.backend.plan_of_last_call()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -122,7 +128,7 @@ class Optimized:
             model(**batches[-1]).loss.backward()
         """
         outer = getattr(super(), "no_sync", contextlib.nullcontext)
-        with outer(), self._ringfx_faces.backend_now().accumulation.no_sync():
+        with outer(), self._ringfx_shared.backend_now().accumulation.no_sync():
             yield
 
     @uncompiled("ringfx compiles an optimized model itself")
@@ -131,31 +137,31 @@ class Optimized:
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``nn.Module.compile``: there is nothing left to do, which is said once."""
-        self._ringfx_faces.backend_now().announce(_COMPILED)
+        self._ringfx_shared.backend_now().announce(_COMPILED)
 
     def __getattr__(self, name: str) -> Any:
-        """What the module's dict does not hold; a part that may attend has a face of its own."""
+        """What the module's dict does not hold; a part that may attend has an outer model."""
         value = super().__getattr__(name)  # type: ignore[misc]
         if _is_part(value) and not _is_running(self):
             return _part(self, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """``model.a = model.a``: the module itself is kept, not the face of it."""
+        """``model.a = model.a``: the module itself is kept, not its outer model."""
         inner = value._ringfx_inner if isinstance(value, Optimized) else value
         super().__setattr__(name, inner)
         if name == "__class__":  # fully_shard puts a class of its own in front
             carry_state(cast(torch.nn.Module, self), self._ringfx_inner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _face(copy.deepcopy(self._ringfx_inner, memo), _anew(self))
+        return _make_outer(copy.deepcopy(self._ringfx_inner, memo), _anew(self))
 
     def __copy__(self) -> Any:
-        return _face(copy.copy(self._ringfx_inner), _anew(self))
+        return _make_outer(copy.copy(self._ringfx_inner), _anew(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled (``torch.save``) as the model that was given: the split one has no file form."""
-        self._ringfx_faces.backend_now().announce(_SAVED)
+        self._ringfx_shared.backend_now().announce(_SAVED)
         reduced: Any = self._ringfx_inner.__reduce_ex__(protocol)
         made, arguments, *rest = reduced
         if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # only for objects of the class itself
@@ -164,36 +170,36 @@ class Optimized:
 
 
 def optimized(model: M, settings: Settings, mesh: Any) -> M:
-    """A face of the model, of the same parameters; the model is not changed."""
+    """An outer model with the same parameters; the given model is not changed."""
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
-    _attend(mesh)
-    inner, faces = _twin(type(model), dict(model.__dict__)), _Faces(settings, mesh)
+    _start_watching(mesh)
+    inner, shared = _twin(type(model), dict(model.__dict__)), _Shared(settings, mesh)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
         inside = _twin(type(inner.module), dict(inner.module.__dict__))
         carry_state(inner.module, inside)
-        inner.__dict__["_modules"] = {**inner._modules, "module": _face(inside, faces)}
-    return _face(inner, faces)
+        inner.__dict__["_modules"] = {**children_of(inner), "module": _make_outer(inside, shared)}
+    return _make_outer(inner, shared)
 
 
-def _attend(mesh: Any) -> None:
+def _start_watching(mesh: Any) -> None:
     """Look after the ranks from now on, where there are some; refuse what are none at once."""
     if mesh is not None or (dist.is_available() and dist.is_initialized()):
         world = World.of(mesh)
         if world.size > 1:
-            attend(world.group)
+            start_watching(world.group)
 
 
-def _face(inner: M, faces: _Faces, *, is_part: bool = False) -> M:
-    face = _twin(_face_class(type(inner)), inner.__dict__)
+def _make_outer(inner: M, shared: _Shared, *, is_part: bool = False) -> M:
+    outer = _twin(_outer_class(type(inner)), inner.__dict__)
     for slot, value in (
-        ("_ringfx_faces", faces), ("_ringfx_inner", inner), ("_ringfx_is_part", is_part),
+        ("_ringfx_shared", shared), ("_ringfx_inner", inner), ("_ringfx_is_part", is_part),
         ("_ringfx_programs", None), ("_ringfx_parts", {}),
     ):  # fmt: skip
-        object.__setattr__(face, slot, value)
-    carry_state(inner, face)
-    return face
+        object.__setattr__(outer, slot, value)
+    carry_state(inner, outer)
+    return outer
 
 
 def _twin(kind: type[M], state: Mapping[str, Any]) -> M:
@@ -203,7 +209,7 @@ def _twin(kind: type[M], state: Mapping[str, Any]) -> M:
     return made
 
 
-def _face_class(given: type[M]) -> type[M]:
+def _outer_class(given: type[M]) -> type[M]:
     @functools.wraps(given.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_running(self):  # bound by a patched forward
@@ -217,15 +223,15 @@ def _face_class(given: type[M]) -> type[M]:
     return cast(type[M], type(given.__name__, (Optimized, given), names))
 
 
-def _given_class(face_class: type) -> Any:
-    """The class behind a face's, also where fully_shard has put one of its own in front."""
-    mro = face_class.__mro__
+def _given_class(outer_class: type) -> Any:
+    """The given class behind an outer class, also if fully_shard has put its own in front."""
+    mro = outer_class.__mro__
     return mro[mro.index(Optimized) + 1]
 
 
-def _anew(face: Optimized) -> _Faces:
+def _anew(outer: Optimized) -> _Shared:
     """A copy shares no program and no held gradient."""
-    return _Faces(face._ringfx_faces.settings, face._ringfx_faces.mesh)
+    return _Shared(outer._ringfx_shared.settings, outer._ringfx_shared.mesh)
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -235,47 +241,47 @@ def _is_part(value: Any) -> bool:
     """A module that can be called and may hold attention; a plain layer runs as it is."""
     if not isinstance(value, torch.nn.Module) or isinstance(value, Optimized):
         return False
-    return bool(value._modules) and not isinstance(value, (ModuleList, ModuleDict))
+    return bool(children_of(value)) and not isinstance(value, (ModuleList, ModuleDict))
 
 
-def _is_running(face: Optimized) -> bool:
-    backend = face._ringfx_faces._backend
+def _is_running(outer: Optimized) -> bool:
+    backend = outer._ringfx_shared._backend
     return backend is not None and backend.is_running
 
 
-def _part(face: Optimized, name: str, module: torch.nn.Module) -> Any:
+def _part(outer: Optimized, name: str, module: torch.nn.Module) -> Any:
     """``model.encoder``: called by itself, it is split as the whole model is."""
-    known = face._ringfx_parts.get(name)
+    known = outer._ringfx_parts.get(name)
     if known is None or known._ringfx_inner is not module:
-        known = cast(Optimized, _face(module, face._ringfx_faces, is_part=True))
-        face._ringfx_parts[name] = known
+        known = cast(Optimized, _make_outer(module, outer._ringfx_shared, is_part=True))
+        outer._ringfx_parts[name] = known
     return known
 
 
 # --- running ------------------------------------------------------------------------------------
 
 
-def _run(face: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of the model, split; or an error, or a warning that says why not."""
-    inner, backend = face._ringfx_inner, face._ringfx_faces.backend_now()
+    inner, backend = outer._ringfx_inner, outer._ringfx_shared.backend_now()
     if backend.is_running or isinstance(inner, DistributedDataParallel):
         return inner(*args, **kwargs)
     if in_transform():  # nothing would be compiled, and messages of a transform's tensors fail
         backend.announce(why_unsplit())
         return inner(*args, **kwargs)
     try:
-        with backend.call(inner, is_part=face._ringfx_is_part):
-            return _programs(face, backend)(*args, **kwargs)
+        with backend.call(inner, is_part=outer._ringfx_is_part):
+            return _programs(outer, backend)(*args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from None
+            raise failure.inner_exception from failure.inner_exception.__cause__
         raise
 
 
-def _programs(face: Optimized, backend: Backend) -> Callable[..., Any]:
-    made_for = (backend, has_hooks(face._ringfx_inner))  # hooks are part of the program
-    known = face._ringfx_programs
+def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:
+    made_for = (backend, has_hooks(outer._ringfx_inner))  # hooks are part of the program
+    known = outer._ringfx_programs
     if known is None or known[0] != made_for:
-        known = (made_for, compiled_call(face._ringfx_inner, backend))
-        object.__setattr__(face, "_ringfx_programs", known)
+        known = (made_for, compiled_call(outer._ringfx_inner, backend))
+        object.__setattr__(outer, "_ringfx_programs", known)
     return known[1]

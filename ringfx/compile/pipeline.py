@@ -11,9 +11,10 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from ringfx.comm.world import World
-from ringfx.compile.gc_freeze import left_alone
+from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
 from ringfx.cost_model import (
+    Profile,
     alive_in,
     choose,
     load_profile,
@@ -22,27 +23,23 @@ from ringfx.cost_model import (
     unpriced,
 )
 from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
-from ringfx.ir.plan import LayerPlan, Plan
+from ringfx.ir.note import NoteKind, noted
+from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
-from ringfx.passes.axes import AxisMap, name_axes
+from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
-from ringfx.passes.detect import detect
-from ringfx.passes.detect.count_attention import missed, refuse_missed
-from ringfx.passes.masks import recover
-from ringfx.passes.normalize import insert_relays, part_columns, respell
-from ringfx.passes.place import Placement, place, why_whole
+from ringfx.passes.place import PlacementMap, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.token_axes import Carried, Lines, TokenLine, find_lines
+from ringfx.passes.steps import Attentions, find_attention, find_tokens
+from ringfx.passes.token_axes import Lines, TokenDim, TokenLine
 from ringfx.passes.verify import split_along, verify
 
-__all__ = ["NO_VALUES", "Lowered", "lower"]
-
-NO_VALUES = "masks read buffers that have no values here"
+__all__ = ["Lowered", "lower"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,12 +57,7 @@ class Lowered:
     """Equal on all ranks that run the same program under the same plan."""
 
 
-LONGEST_CHAIN = 16
-"""Times that the program is respelled at most; twice is common, a stack of convolutions needs one
-time for each."""
-
-
-@left_alone()
+@gc_frozen()
 def lower(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -86,26 +78,12 @@ def lower(
 def _lowered(
     captured: Captured, settings: Settings, world: World, arrivals: Mapping[int, Arrival]
 ) -> Lowered:
-    sites = recover(captured, detect(captured, settings.rules))
-    overlooked, attentions = missed(captured, sites)
-    if settings.strict:
-        refuse_missed(overlooked)
-    graph = captured.graph_module.graph
+    attentions = find_attention(captured, strict=settings.strict, rules=settings.rules)
+    sites, graph = attentions.sites, captured.graph_module.graph
 
-    axes = name_axes(graph, settings.rules)
     given = [n for n in graph.nodes if n.op == "placeholder"]
     split = {given[i]: arrival for i, arrival in arrivals.items()}
-    lines = find_lines(graph, axes, sites.found, world.size, split)
-    for _ in range(LONGEST_CHAIN):  # a call that is respelled may tell the next where tokens are
-        changed = world.size > 1 and (
-            respell(graph, axes, lines)
-            or part_columns(graph, lines)
-            or insert_relays(graph, axes, lines)
-        )
-        if not changed:
-            break
-        axes = name_axes(graph, settings.rules)
-        lines = find_lines(graph, axes, sites.found, world.size, split)
+    axes, lines = find_tokens(graph, sites.found, world.size, split, rules=settings.rules)
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)
@@ -114,7 +92,7 @@ def _lowered(
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
     alive = alive_in(
-        captured, carries_tokens=placement.is_split if world.size > 1 else lines.carries_one,
+        captured, carries_tokens=placement.is_sharded if world.size > 1 else lines.carries_one,
         power=lines.power, world_size=world.size, optimizer=settings.optimizer,
         compiler=settings.compiler,
     )  # fmt: skip
@@ -124,25 +102,14 @@ def _lowered(
         replicated=whole,
     )  # fmt: skip
 
-    dtypes = {site.dtype for site in sites.found}
     chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
     local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
 
-    plan = Plan(
-        world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
-        profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
-        layers=layers, declined=sites.declined, missed=overlooked, attentions=attentions,
-        axes=_token_axes(local), reshardings=local.reshardings,
-        outside_ms=outside_ms(local.reshardings, world.size, profile),
-        memory=alive.plan({layer.site.node: layer for layer in layers}),
-        notes=(*profile.notes, *profile.missing_rows(dtypes), *unpriced(layers, profile),
-               *(unmeasured(layers, profile) if world.size > 1 else ()), *unknown,
-               *_whole_masks(sites, local, world), *_unvalued(captured, sites),
-               *_graph_break(captured), *_given_rules(graph, settings.rules)),
-    )  # fmt: skip
+    memory = alive.plan({layer.site.node: layer for layer in layers})
+    plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
     return Lowered(
         captured=captured,
         plan=plan,
@@ -153,22 +120,60 @@ def _lowered(
     )
 
 
+def _plan_of(
+    captured: Captured,
+    attentions: Attentions,
+    layers: tuple[LayerPlan, ...],
+    local: LocalProgram,
+    memory: MemoryPlan,
+    profile: Profile,
+    unknown: tuple[str, ...],
+    settings: Settings,
+    world: World,
+) -> Plan:
+    sites = attentions.sites
+    dtypes = {site.dtype for site in sites.found}
+    about_profile = (
+        *profile.notes,
+        *profile.missing_rows(dtypes),
+        *unpriced(layers, profile),
+        *(unmeasured(layers, profile) if world.size > 1 else ()),
+    )
+    graph = captured.graph_module.graph
+    return Plan(
+        world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
+        profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
+        layers=layers, declined=sites.declined, missed=attentions.missed,
+        attentions=attentions.count, axes=_token_axes(local), reshardings=local.reshardings,
+        outside_ms=outside_ms(local.reshardings, world.size, profile), memory=memory,
+        notes=(
+            *noted(about_profile, NoteKind.PROFILE),
+            *noted(unknown),
+            *noted(_whole_masks(sites, local, world), NoteKind.DENSE_MASK),
+            *noted(_unvalued(captured, sites), NoteKind.NO_VALUES),
+            *noted(_graph_break(captured), NoteKind.GRAPH_BREAK),
+            *noted(_given_rules(graph, settings.rules)),
+        ),
+    )  # fmt: skip
+
+
 def _refuse_unknown(
     axes: AxisMap, lines: Lines, settings: Settings, world: World
 ) -> tuple[str, ...]:
     """Operators that touch tokens without a row: an error, or a note that they are gathered for."""
     if world.size == 1:
         return ()
-    touching = [n for n in axes.missing if any(lines.carried(i) for i in n.all_input_nodes)]
+    touching = [n for n in axes.missing if any(lines.token_dim(i) for i in n.all_input_nodes)]
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
-            f"{describe_node(touching[0])}: this operator touches split tokens, and the axis table "
-            "has no row that says how to split it. Do: pass on_unsupported='gather' to run it "
-            "whole on every rank (right, and as large as the unsplit model), or give a rule for "
-            "it, rules=ringfx.RULES | {operator: rule}."
+            f"{describe_node(touching[0])}: this operator reads split tokens, but the axis table "
+            "has no rule that says how to split it. Do: pass on_unsupported='gather' to "
+            "replicate it on every rank (correct, but as large as in the unsplit model), or give "
+            "a rule for it, rules=ringfx.RULES | {operator: rule}."
         )
     return tuple(
-        f"{describe_node(n)}: no axis rule; its inputs are gathered and it runs whole on every rank"
+        f"{describe_node(n)}: no axis rule; its inputs are gathered and it is replicated on every "
+        "rank"
         for n in touching
     )
 
@@ -195,12 +200,13 @@ def _whole_masks(sites: Sites, local: LocalProgram, world: World) -> tuple[str, 
 
 
 def _unvalued(captured: Captured, sites: Sites) -> tuple[str, ...]:
-    """What a run would look at, and a plan of a model without values cannot."""
+    """Mask buffers without values: a run reads them, a plan of a model on meta cannot."""
     if not sites.unvalued:
         return ()
     first, more = captured.input_names[sites.unvalued[0]], len(sites.unvalued) - 1
     return (
-        f"{NO_VALUES}: {first}{f' and {more} more' if more else ''} (the model is on meta, or "
+        f"masks read buffers that have no values here: {first}"
+        f"{f' and {more} more' if more else ''} (the model is on meta, or "
         "fake); planned as given with each call, where a run looks and may find a rule in it, such "
         "as causal. Do: build the model on cpu, or give these buffers values, and plan again.",
     )
@@ -215,25 +221,25 @@ def _graph_break(captured: Captured) -> tuple[str, ...]:
     notes = []
     if captured.graph_break is not None:
         notes.append(
-            f"graph break at {captured.graph_break}; what is split stays so where the next program "
-            "takes it split"
+            f"graph break at {captured.graph_break}; a split value stays split if the next "
+            "program can take it split"
         )
     if captured.uncompiled_caller is not None:
         notes.append(
             f"graph break in {captured.uncompiled_caller}, which runs uncompiled and calls "
-            "compiled parts; what is split stays so where the next one takes it split"
+            "compiled parts; a split value stays split if the next part can take it split"
         )
     return tuple(notes)
 
 
 def _replicated(
-    graph: Graph, placement: Placement, sites: Sites, settings: Settings, world: World
+    graph: Graph, placement: PlacementMap, sites: Sites, settings: Settings, world: World
 ) -> dict[int, str]:
     """The attentions (by their number) that cannot be split, and why; strict mode refuses them."""
     if world.size == 1:
         return {}
     nodes = {n.name: n for n in graph.nodes}
-    why = {i: why_whole(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
+    why = {i: why_replicated(placement, nodes[site.node]) for i, site in enumerate(sites.found)}
     whole = {i: reason for i, reason in why.items() if reason is not None}
     if whole and settings.strict:
         places = "\n".join(
@@ -241,34 +247,35 @@ def _replicated(
             for i, reason in whole.items()
         )
         raise AttentionReplicated(
-            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would run whole on "
-            f"each of the {world.size} ranks:\n{places}\n"
-            "Do: drop strict to run them so, in the time and memory that one rank needs."
+            f"{len(whole)} of {len(sites.found)} attentions cannot be split and would be "
+            f"replicated on each of the {world.size} ranks:\n"
+            f"{places}\n"
+            "Do: drop strict to run them replicated, in the time and memory of one rank."
         )
     return whole
 
 
 def _along(
-    layers: Sequence[LayerPlan], carried: Mapping[str, Carried], lines: Lines, world: World
+    layers: Sequence[LayerPlan], token_dims: Mapping[str, TokenDim], lines: Lines, world: World
 ) -> tuple[LayerPlan, ...]:
     """Each layer with the axis along which the rewritten program splits it."""
     told = []
     for layer in layers:
-        found = carried.get(layer.site.node)
+        found = token_dims.get(layer.site.node)
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
-                f"{layer.name} ({layer.source}): planned as {layer.strategy}, and in the rewritten "
-                f"program it is {'whole' if found is None else 'split'}. This is a defect of "
-                "ringfx; please report it with the model."
+                f"{layer.name} ({layer.source}): the plan says {layer.strategy}, but in the "
+                f"rewritten program it is {'replicated' if found is None else 'sharded'}. This is "
+                "a defect of ringfx; please report it with the model."
             )
         axis = "" if found is None else _axis_name(lines, found)
         told.append(replace(layer, axis=axis))
     return tuple(told)
 
 
-def _axis_name(lines: Lines, carried: Carried) -> str:
-    name = _line_name(lines, lines.lines[carried.line])
-    return name if carried.inner == 1 else f"{name}, each of {carried.inner} of its queries"
+def _axis_name(lines: Lines, tokens: TokenDim) -> str:
+    name = _line_name(lines, lines.lines[tokens.line])
+    return name if tokens.inner == 1 else f"{name}, each of {tokens.inner} of its queries"
 
 
 def _line_name(lines: Lines, line: TokenLine) -> str:
@@ -279,8 +286,8 @@ def _token_axes(local: LocalProgram) -> tuple[TokenAxis, ...]:
     """The axes along which some value of the rewritten program is split; with one rank, all."""
     placement = local.placement
     lines = placement.lines
-    values = {v for value in local.values for v in (value, *value.users) if placement.is_split(v)}
-    used = {c.line for v in values if isinstance(c := lines.carried(v), Carried)}
+    values = {v for value in local.values for v in (value, *value.users) if placement.is_sharded(v)}
+    used = {c.line for v in values if isinstance(c := lines.token_dim(v), TokenDim)}
     return tuple(
         TokenAxis(
             axis=_line_name(lines, line),

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
-from torch.utils._pytree import tree_leaves
 
 from ringfx.ir.values import Arrival
 from ringfx.passes.rewrite import LocalProgram
 from ringfx.split_tensor.local_rules import writes_where_it_is
-from ringfx.split_tensor.single_op import Given, one_call
+from ringfx.split_tensor.single_op import OperandSpec, single_op_program
+from ringfx.torch_compat.fake_tensors import TracingContext
+from ringfx.torch_compat.operators import schema_of
+from ringfx.torch_compat.pytree import tree_leaves
 
 __all__ = ["arrived", "hand_on", "leave_split", "run_whole"]
 
@@ -29,7 +30,7 @@ def leave_split(results: Sequence[Any], local: LocalProgram) -> list[Any]:
     lines = local.placement.lines
     for result, output in zip(results, local.outputs, strict=False):
         if output is not None and isinstance(result, torch.Tensor):
-            setattr(result, _MARK, lines.arrival(output.carried))
+            setattr(result, _MARK, lines.arrival(output.token_dim))
     return list(results)
 
 
@@ -61,13 +62,13 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
     """
     if _INSIDE.depth or TracingContext.try_get() is not None:
         return
-    if func._schema.is_mutable:
+    if schema_of(func).is_mutable:
         if args and hasattr(args[0], _MARK) and not writes_where_it_is(func):
             delattr(args[0], _MARK)
         return
     if not arrived(tree_leaves((args, kwargs))):
         return
-    call = one_call(func, args, kwargs, _given, 0, "ringfx")
+    call = single_op_program(func, args, kwargs, _given, 0, "ringfx")
     if call is None:
         return
     for result, output in zip(tree_leaves(made), call.outputs, strict=True):
@@ -75,8 +76,8 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
             setattr(result, _MARK, output[1])
 
 
-def _given(x: torch.Tensor) -> Given:
-    return Given(
+def _given(x: torch.Tensor) -> OperandSpec:
+    return OperandSpec(
         shape=tuple(x.shape), dtype=x.dtype, device=x.device, arrival=getattr(x, _MARK, None)
     )
 

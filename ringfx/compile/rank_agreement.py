@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ringfx.comm.process_group import Ranks
-from ringfx.comm.rendezvous import meet, tell
+from ringfx.comm.rendezvous import all_gather_texts, meet
 from ringfx.comm.world import World
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
@@ -194,7 +194,9 @@ class Agreement:
         shapes = [_shape(v) for v in inputs]
         modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
         mine = (self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn)
-        told = tell(self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode())
+        told = all_gather_texts(
+            self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode()
+        )
         said, numbers, sites = zip(*map(json.loads, told), strict=True)
         raise settled(AgreementError(_difference(said) + _different_calls(numbers, sites)))
 
@@ -208,9 +210,9 @@ def _different_calls(numbers: Sequence[int], sites: Sequence[str]) -> str:
         for r, (n, site) in enumerate(zip(numbers, sites, strict=True))
     )
     return (
-        f" The ranks are in different calls: {listed}. One of them makes a call that others do not "
-        "(`if rank == 0: model(...)`), or an error took one from it. Do: make the same calls on "
-        "every rank."
+        f" The ranks are in different calls: {listed}. One rank makes a call that the others do "
+        "not make (`if rank == 0: model(...)`), or an error has ended a call on one rank. Do: "
+        "make the same calls on every rank."
     )
 
 
@@ -225,36 +227,41 @@ def _difference(said: Sequence[Any]) -> str:
         if other[0] != digest:
             return (
                 f"rank 0 and rank {rank} made different plans from the same shapes.\n"
-                f"  rank 0: {summary}\n  rank {rank}: {other[1]}\n"
-                "Do: give every rank the same options, code and profile."
+                f"  rank 0: {summary}\n"
+                f"  rank {rank}: {other[1]}\n"
+                "Do: use the same options, code and profile on every rank."
             )
         for name, mine, theirs in zip(names, sums, other[4], strict=True):
             if mine != theirs and name.startswith(_GENERATOR):
                 return (
-                    f"{name} is in another state on rank 0 than on rank {rank}, and the model "
-                    "draws from it: every rank must draw the same numbers. Do: call "
-                    "torch.manual_seed(seed) with one seed on all ranks before training, and draw "
-                    "what differs between ranks from a torch.Generator of its own."
+                    f"{name} is in different states on rank 0 and rank {rank}, and the model "
+                    "draws random numbers from it: every rank must draw the same numbers. Do: "
+                    "call torch.manual_seed(seed) with the same seed on all ranks before "
+                    "training; for numbers that differ between ranks, use a torch.Generator of "
+                    "their own."
                 )
             if mine != theirs:
                 return (
-                    f"{name} has the same shape but other values on rank 0 (checksum {mine}) and "
-                    f"rank {rank} (checksum {theirs}). Ringfx splits one sequence over the ranks, "
-                    "so all of them must be given the same inputs and weights. Do: remove a "
-                    "DistributedSampler over these ranks, seed before building the model, or "
+                    f"{name} has the same shape but different values on rank 0 (checksum {mine}) "
+                    f"and rank {rank} (checksum {theirs}). Ringfx splits one sequence over the "
+                    "ranks, so all ranks must be given the same inputs and weights. Do: remove a "
+                    "DistributedSampler over these ranks; seed before building the model; or "
                     "broadcast parameters from rank 0."
                 )
         for (i, mine), (j, theirs) in zip(turn, other[6], strict=False):
             if i == j and mine != theirs:
                 return (
-                    f"{names[i]} has come apart: it held the same on all ranks at the first call, "
-                    f"and now other values on rank 0 (checksum {mine}) than on rank {rank} "
+                    f"{names[i]} has diverged: it was equal on all ranks at the first call, and "
+                    f"now its values differ between rank 0 (checksum {mine}) and rank {rank} "
                     f"(checksum {theirs}). Every rank must make the same optimizer steps with the "
-                    "same learning rate. Do: step and scale on every rank alike (a scheduler, a "
-                    "gradient scaler or a skipped step of one rank only), or broadcast parameters "
-                    "from rank 0."
+                    "same learning rate. Do: look for a scheduler, a gradient scaler or a "
+                    "skipped step that differs between ranks; or broadcast parameters from rank "
+                    "0."
                 )
-    return "the ranks disagree, and agree when asked again: inputs changed between two looks."
+    return (
+        "the inputs differed between ranks in a first comparison, but not in a second: they "
+        "changed between the two. Do: write to no input while the model is called."
+    )
 
 
 def _different_modes(
@@ -268,16 +275,16 @@ def _different_modes(
     if recording != their_recording:
         off = rank if recording else 0
         return (
-            f"rank {off} runs this call under torch.no_grad() or inference_mode() and rank "
-            f"{rank - off} does not: they would wait for each other in backward. Do: enter it on "
-            "every rank or on none."
+            f"rank {off} runs this call under torch.no_grad() or inference_mode(), but rank "
+            f"{rank - off} does not: the ranks would wait for each other in backward. Do: use it "
+            "on every rank or on none."
         )
     if evaluating != their_evaluating:
         differ = sorted(set(evaluating) ^ set(their_evaluating))
         side = 0 if differ[0] in evaluating else rank
         return (
-            f"{differ[0] or 'the model'} is in evaluation mode on rank {side} and in training mode "
-            f"on rank {rank - side}{_more(differ)}, and the ranks would run different programs. "
+            f"{differ[0] or 'the model'} is in evaluation mode on rank {side} and in training "
+            f"mode on rank {rank - side}{_more(differ)}: the ranks would run different programs. "
             "Do: call model.train() or model.eval() on every rank alike."
         )
     first = {n for n, w in zip(names, wanted, strict=False) if w}
@@ -286,8 +293,8 @@ def _different_modes(
     if differ:
         side = 0 if differ[0] in first else rank
         return (
-            f"{differ[0]} requires a gradient on rank {side} and not on rank {rank - side}"
-            f"{_more(differ)}. Do: freeze the same parameters on every rank."
+            f"{differ[0]} requires a gradient on rank {side} but not on rank "
+            f"{rank - side}{_more(differ)}. Do: freeze the same parameters on every rank."
         )
     return None
 
@@ -305,8 +312,9 @@ def _different_shapes(rank: int, first: Any, other: Any) -> str:
         for n in names[:8]
     ]
     return (
-        f"rank 0 and rank {rank} were given inputs of different shapes:\n" + "\n".join(lines) + "\n"
-        "Do: give every rank the whole, identical batch; ringfx splits it along the tokens."
+        f"rank 0 and rank {rank} were given inputs of different shapes:\n"
+        + "\n".join(lines)
+        + ("\nDo: give every rank the same full batch; ringfx splits it along the tokens.")
     )
 
 

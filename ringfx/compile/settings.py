@@ -89,8 +89,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_interval(value: object) -> None:
     if not isinstance(value, int) or value < 0:
         raise InvalidArgument(
-            f"check_inputs={value!r} must be True, False, or the number of calls in which all "
-            "parameters are compared once."
+            f"check_inputs={value!r} must be True, False, or a number N (all parameters are "
+            "compared once in N calls)."
         )
 
 
@@ -98,11 +98,13 @@ def _check_strategy(strategy: object, strategies: Mapping[str, Strategy]) -> Non
     """Unknown names are refused at once, not when the model first runs."""
     names = ("auto", *strategies)
     if isinstance(strategy, Mapping) and not all(isinstance(glob, str) for glob in strategy):
-        raise InvalidArgument("strategy: a mapping must have texts as keys, globs of module paths.")
+        raise InvalidArgument(
+            "strategy: the keys of a mapping must be strings (globs of module paths)."
+        )
     asked = strategy.values() if isinstance(strategy, Mapping) else (strategy,)
     for name in asked:
         if name not in names:
             raise InvalidArgument(
-                f"unknown strategy {name!r}. Strategies: {', '.join(names)}; or a mapping from "
-                "globs of module paths to these names."
+                f"unknown strategy {name!r}. Strategies: {', '.join(names)}; or "
+                "a mapping from globs of module paths to these names."
             )

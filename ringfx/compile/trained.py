@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from ringfx.torch_compat.pytree import tree_leaves
 
 __all__ = ["leaves_of_graph"]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["in_transform", "why_unsplit"]
+from ringfx.torch_compat import dynamo
+from ringfx.torch_compat.autograd import in_transform, is_scripted
+from ringfx.torch_compat.dispatch import active_modes
 
-_WHOLE = "this call of the model was not compiled and ran whole on every rank: "
+__all__ = ["why_unsplit"]
+
+_WHOLE = "this call of the model was not compiled and ran unsharded on every rank: "
 
 
 def why_unsplit() -> str:
@@ -17,46 +20,42 @@ def why_unsplit() -> str:
     return _WHOLE + next((text for holds, text in _causes() if holds), _UNKNOWN)
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return bool(torch._C._functorch.get_dynamic_layer_stack_depth() > 0)
-
-
 def _causes() -> list[tuple[bool, str]]:
-    stance = torch._dynamo.eval_frame._stance.stance
-    modes = ", ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    stance = dynamo.stance()
+    modes = ", ".join(type(mode).__name__ for mode in active_modes())
     return [
         (
             in_transform(),
-            "it stands inside a transform of torch.func (grad, vmap, jacrev, functional_call under "
-            "one), in which Dynamo traces nothing. Do: call the model outside of the transform, or "
+            "it is inside a torch.func transform (grad, vmap, jacrev, functional_call under "
+            "one), where Dynamo does not trace. Do: call the model outside the transform, or "
             "take the gradient with backward().",
         ),
         (
             stance != "default",
-            f"torch.compiler.set_stance({stance!r}) turns compilation off. Do: leave the stance at "
-            "'default' around the model.",
+            f"torch.compiler.set_stance({stance!r}) turns compilation off. Do: keep the stance "
+            "'default' around calls of the model.",
         ),
         (
-            os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1" or torch._dynamo.config.disable,
+            os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1" or dynamo.config.disable,
             "compilation is turned off (TORCH_COMPILE_DISABLE=1 or TORCHDYNAMO_DISABLE=1 or "
             "torch._dynamo.config.disable). Do: turn it on.",
         ),
         (
             bool(modes),
-            f"a torch dispatch mode is active ({modes}), under which Dynamo traces nothing. Do: "
-            "leave the mode before the model is called.",
+            f"a torch dispatch mode is active ({modes}), under which Dynamo does not trace. Do: "
+            "leave the mode before you call the model.",
         ),
         (
-            torch._C._get_tracing_state() is not None or torch.compiler.is_exporting(),
-            "torch.jit.trace or torch.export traces it. Do: trace the model that was given to "
-            "ringfx.optimize.",
+            is_scripted() or torch.compiler.is_exporting(),
+            "torch.jit.trace or torch.export traces it. Do: trace the original model, which "
+            "ringfx.optimize was given.",
         ),
     ]
 
 
 _UNKNOWN = (
-    "Dynamo skipped its code without a reason that ringfx knows (a forward in a file that Dynamo "
-    "skips, as FullyShardedDataParallel's is). Do: set TORCH_LOGS=dynamo to see why; shard with "
-    "fully_shard; wrap the part that is yours in a module of your own and optimize that."
+    "Dynamo skipped its code for a reason that ringfx does not know (for example, forward is in "
+    "a file that Dynamo skips, such as FullyShardedDataParallel's). Do: set TORCH_LOGS=dynamo to "
+    "see the reason; shard with fully_shard; or put your own part into a module and optimize "
+    "that module."
 )

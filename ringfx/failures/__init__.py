@@ -1,1 +1,1 @@
-"""Which rank failed, where and why, told to the ranks that wait for it."""
+"""Which rank failed, where and why, reported to the ranks that wait for it."""

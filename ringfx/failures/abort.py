@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from ringfx.torch_compat.distributed import backends_of, device_types
+
 __all__ = ["abort", "may_be_aborted"]
 
 
 def may_be_aborted(group: Any) -> bool:
     """Whether its messages run on a device, and end only so."""
-    return any(device.type != "cpu" for device in group._device_types)
+    return any(device.type != "cpu" for device in device_types(group))
 
 
 def abort(group: Any) -> bool:
@@ -23,7 +25,7 @@ def abort(group: Any) -> bool:
 
     ``ProcessGroup.abort`` where torch has it, else that of each of its backends.
     """
-    ends = [group, *(group._get_backend(device) for device in group._device_types)]
+    ends = [group, *backends_of(group)]
     for end in ends:
         method = getattr(end, "abort", None) or getattr(end, "_abort", None)
         if method is None:

@@ -1,7 +1,7 @@
-"""What the ranks of a group tell each other beside their messages: who failed, where, and why.
+"""Reports of failures between the ranks of a group: which rank failed, where, and why.
 
 A rank that fails would leave the others waiting. So each failure is posted under one key of the
-group's store, and the connections over which the ranks talked are given up: whoever waits hears of
+group's store, and the connections of the ranks are closed: a rank that waits learns of
 it at once, reads the key, and raises an error with the cause.
 
 Connections are ringfx's own (gloo), so that the user's group stays as it is. Those of one *epoch*
@@ -22,15 +22,15 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
 from ringfx.failures.describe import describe_error, plain
 from ringfx.failures.process import Process
 from ringfx.failures.wait_graph import Counts, Stand
+from ringfx.torch_compat.distributed import PrefixStore, default_store, group_named, timeout_of
 
 __all__ = [
     "Channel",
@@ -120,7 +120,7 @@ class Channel:
         self._waits = 0
         self._processes: dict[int, Process] = {}
         self._twin: Any = None
-        default: Any = dist.distributed_c10d._get_default_store()
+        default = default_store()
         self._given_store = default
         self.store = self._prefixed(default)
 
@@ -148,7 +148,7 @@ class Channel:
         deadline, pause = time.monotonic() + self.timeout.total_seconds(), POLL_S[0]
         while not self._all_here():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"it did not come within {self.timeout.total_seconds():.0f} s")
+                raise RuntimeError(f"it did not arrive within {self.timeout.total_seconds():.0f} s")
             if (dead := self.dead_rank()) is not None:
                 raise RuntimeError(_ended(dead))
             time.sleep(pause)
@@ -276,7 +276,7 @@ class Channel:
             self._next_epoch(max(self.epoch, failure.epoch % GONE) + 1)
             return True, failure.text
         text = why or plain(error) or type(error).__name__
-        self.fail(f"rank {self.rank} gave up {doing}: {text}")
+        self.fail(f"rank {self.rank} stopped waiting in {doing}: {text}")
         return False, text
 
     def _cause(self) -> tuple[Failure | None, str]:
@@ -291,7 +291,7 @@ class Channel:
                     return None, _ended(dead)
                 time.sleep(0.05)
         except RuntimeError:
-            why = "the store cannot be reached: the process that serves it has ended"
+            why = "the store cannot be reached: the process that hosts it has ended"
         if why and self.heard is not None and self.heard.epoch >= self.epoch:
             return self.heard, ""
         while why and not self.known_cause() and time.monotonic() < deadline:
@@ -327,7 +327,7 @@ class Channel:
             self.retired.append((time.monotonic(), twin))
 
     def close(self) -> None:
-        """Give up the connections: whoever waits in them hears at once."""
+        """Close the connections: ranks that wait in them notice at once."""
         if self._twin is not None:
             _close(self._twin, self.neighbour())
 
@@ -337,7 +337,7 @@ class Channel:
                 self.retired.remove(entry)
                 _close(entry[1], self.neighbour())
 
-    def said_to_wait(self) -> dict[int, str]:
+    def ranks_waiting(self) -> dict[int, str]:
         """What other ranks are said to wait in."""
         said = {}
         with contextlib.suppress(RuntimeError):
@@ -374,14 +374,14 @@ def channel_of(group: dist.ProcessGroup) -> Channel:
 
 @contextlib.contextmanager
 def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
-    """What ends it with an error on this rank is told to the other ranks of that group.
+    """An error that leaves it on this rank is reported to the other ranks of the group.
 
     ``begins``: it is an outermost call of the model, and not a part of one.
     """
     if not group:
         yield
         return
-    channel = channel_of(_resolve_process_group(cast(Any, group)))
+    channel = channel_of(group_named(group))
     if begins:
         channel.begin_call()
     try:
@@ -393,7 +393,7 @@ def shared_call(group: str, *, begins: bool = True) -> Iterator[None]:
 
 def next_number(group: str) -> str:
     """Counts what the ranks of a group make, in the same words on all of them."""
-    channel = channel_of(_resolve_process_group(cast(Any, group)))
+    channel = channel_of(group_named(group))
     channel.made += 1
     return f"{channel.epoch}.{channel.made}"
 
@@ -421,15 +421,10 @@ def is_settled(error: BaseException | None) -> bool:
 
 
 def _ended(rank: int) -> str:
-    ended = f"the process of rank {rank} has ended without a word"
+    ended = f"the process of rank {rank} has ended without an error message"
     return f"{ended} (killed? or after destroy_process_group)"
 
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
     """How long the group's own messages wait."""
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if options is not None:
-            found: datetime.timedelta = options._timeout
-            return found
-    return datetime.timedelta(minutes=30)
+    return timeout_of(group) or datetime.timedelta(minutes=30)

@@ -1,6 +1,6 @@
-"""A process that ends tells the ranks that may wait for it: with an error of the user's, or done.
+"""A process that ends reports it to the ranks that may wait for it: with its error, or done.
 
-What kills it at once (SIGKILL, ``os._exit``) is not told; others see a broken connection.
+What kills it at once (SIGKILL, ``os._exit``) is not reported; others see a broken connection.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from ringfx.failures.channel import Channel, channel_of, channels, is_settled
 from ringfx.failures.describe import describe_error
+from ringfx.torch_compat.distributed import TCPStore
 
-__all__ = ["tell_when_leaving"]
+__all__ = ["register_exit_report"]
 
 log = logging.getLogger("ringfx")
 
@@ -29,12 +29,12 @@ LINGER_S = 1.5
 """A rank that serves the store leaves it to the others for so long, to read why it ends."""
 
 _HOOKED: set[int] = set()
-"""Processes that tell; one that was forked from another starts anew."""
+"""Processes that report; one that was forked from another starts anew."""
 
-_TOLD: set[Channel] = set()
+_REPORTED: set[Channel] = set()
 
 
-def tell_when_leaving() -> None:
+def register_exit_report() -> None:
     """From now on, whatever ends the process; once in each."""
     if os.getpid() in _HOOKED:
         return
@@ -58,7 +58,7 @@ def tell_when_leaving() -> None:
 def _tell_in_child(_: Any) -> None:
     """A worker of a DataLoader is no rank, though it has its parent's groups."""
     if not (dist.is_available() and dist.is_initialized()):
-        tell_when_leaving()
+        register_exit_report()
 
 
 def _leave() -> None:
@@ -67,9 +67,9 @@ def _leave() -> None:
 
 def _tell(error: BaseException | None) -> None:
     for channel in _channels():
-        if channel in _TOLD:
+        if channel in _REPORTED:
             continue
-        _TOLD.add(channel)
+        _REPORTED.add(channel)
         with contextlib.suppress(RuntimeError):
             _tell_one(channel, error)
 
@@ -78,7 +78,7 @@ def _tell_one(channel: Channel, error: BaseException | None) -> None:
     is_served = _is_served(channel.store)
     cause = _cause_elsewhere(channel, error, is_served)
     if cause:
-        log.error("rank %d ends after another one: %s", channel.rank, cause)
+        log.error("rank %d ends because another rank failed: %s", channel.rank, cause)
     if not is_served:
         return
     text, is_error = _said(error)
@@ -105,7 +105,7 @@ def _said(error: BaseException | None) -> tuple[str, bool]:
     if isinstance(error, SystemExit) and error.code and isinstance(error.__context__, Exception):
         error = error.__context__
     if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "has ended and does not come back", False
+        return "has ended without an error", False
     if isinstance(error, SystemExit):
         return f"has ended with exit code {error.code}", True
     return f"raised {describe_error(error)}, and has ended", True

@@ -1,4 +1,4 @@
-"""Where this process waits in a collective of the user's own, of which ringfx is not told."""
+"""Where this process waits in a collective of the user's own, which ringfx does not see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ranks stand and wait, as they tell each other; which of them wait for each other in vain.
+"""Where the ranks wait, as they report it; which of them wait for each other in vain.
 
 That nothing has moved for a while proves nothing: a large message over a slow link takes minutes.
 What proves it is counted: a rank that has come to a meeting sends nothing more until all have come,

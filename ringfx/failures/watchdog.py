@@ -5,7 +5,7 @@ nothing. What ends a wait before the group's timeout is a failure that was poste
 break the connection that is waited for (rank 2 waits for rank 0, which computes; rank 1 failed), a
 process that has ended, and ranks that wait for each other (``ringfx.failures.wait_graph``).
 
-A rank that waits in a collective of the user's is told in the log what has failed elsewhere. On a
+A rank that waits in a collective of the user's reads in its log what has failed elsewhere. On a
 device its messages are ended.
 """
 
@@ -17,17 +17,17 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 
 from ringfx.failures.abort import abort, may_be_aborted
 from ringfx.failures.channel import GONE, Channel, Failure, Wait, channel_of, channels
 from ringfx.failures.user_collectives import Outside, main_thread_at, where_outside
 from ringfx.failures.wait_graph import Stand, in_vain
+from ringfx.torch_compat.distributed import group_named
 
-__all__ = ["attend", "watch"]
+__all__ = ["start_watching", "watch"]
 
 log = logging.getLogger("ringfx")
 
@@ -40,9 +40,8 @@ PATIENT_TICKS = 20
 """After so many looks at the same places of all ranks, what was on its way has come."""
 
 _WHY = (
-    "One of them has caught an error that the others did not meet (in backward, say), or has left "
-    "out a call, a backward or a touch of an output, or made one more. Do: do the same on every "
-    "rank."
+    "One rank caught an error that the others did not get (in backward, for example); or it left "
+    "out, or added, a call, a backward or a use of an output. Do: do the same on every rank."
 )
 
 ABORT_TICKS = {True: 8, False: 40}
@@ -78,10 +77,10 @@ _WATCHED: weakref.WeakKeyDictionary[Channel, _Watched] = weakref.WeakKeyDictiona
 _STARTED = threading.Event()
 
 
-def attend(name: str) -> None:
+def start_watching(name: str) -> None:
     """Look after the group of that name before its ranks' first message."""
     with contextlib.suppress(RuntimeError):  # a store that is none: torch's fake process group
-        channel = channel_of(_resolve_process_group(cast(Any, name)))
+        channel = channel_of(group_named(name))
         channel.introduce()
         watch(channel)
 
@@ -92,15 +91,15 @@ def watch(channel: Channel) -> None:
         is_device = may_be_aborted(_group(channel))
         _WATCHED[channel] = _Watched(store=channel.clone_of_store(), is_device=is_device)
     if not _STARTED.is_set():
-        from ringfx.failures.process_exit import tell_when_leaving
+        from ringfx.failures.process_exit import register_exit_report
 
-        tell_when_leaving()
+        register_exit_report()
         _STARTED.set()
         threading.Thread(target=_watch, name="ringfx-watch", daemon=True).start()
 
 
 def _group(channel: Channel) -> Any:
-    return _resolve_process_group(cast(Any, channel.name))
+    return group_named(channel.name)
 
 
 def _watch() -> None:
@@ -196,7 +195,7 @@ def _tell_user(channel: Channel, known: _Watched, where: str) -> None:
         return
     known.told = failure
     level = logging.ERROR if failure.is_error else logging.WARNING
-    log.log(level, "rank %d waits in %s, and %s", channel.rank, where, failure.text)
+    log.log(level, "rank %d waits in %s, but %s", channel.rank, where, failure.text)
 
 
 def _look_at_device(channel: Channel, known: _Watched) -> None:
@@ -209,6 +208,6 @@ def _look_at_device(channel: Channel, known: _Watched) -> None:
     failure = channel.failure(known.store)
     if failure is None or failure.is_of(channel.rank) or not failure.is_error:
         return
-    _tell_user(channel, known, "messages of its device")
+    _tell_user(channel, known, "communication of its device")
     if known.at_ticks >= ABORT_TICKS[failure.epoch == GONE]:
         known.aborted = abort(_group(channel))

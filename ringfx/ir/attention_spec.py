@@ -102,8 +102,8 @@ class AttentionSpec:
 
 
 _SOURCE = Source(
-    where="this is not the text of an attention",
-    damaged="this attention cannot be",
+    where="this is not an attention in JSON",
+    damaged="this attention is invalid",
     error=InvalidArgument,
     remedy="pass what AttentionSpec.to_json() wrote",
 )

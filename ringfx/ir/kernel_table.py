@@ -71,11 +71,11 @@ class Limits:
         if self.largest_head_dim is not None and call.head_dim > self.largest_head_dim:
             return f"head dim {call.head_dim} is above its largest, {self.largest_head_dim}"
         if call.masked and not self.masks:
-            return "it takes no mask but the causal one"
+            return "it supports only the causal mask"
         if call.soft_cap and not self.soft_caps:
-            return "it has no soft cap"
+            return "it does not support a soft cap"
         if self.gathered_only and not call.gathered:
-            return "it is for calls that meet all keys at once"
+            return "it needs all keys in one call"
         return ""
 
     def _too_old(self, dtype: str, capability: int) -> str:
@@ -237,7 +237,9 @@ class KernelChoice:
         """The choice that ``text`` says."""
         match = re.fullmatch(rf"{PICK}(?: forward, {PICK} backward)?", text)
         if match is None:
-            raise RingfxError(f"{text!r} names no kernels. Do: give what a plan says of them.")
+            raise RingfxError(
+                f"{text!r} names no kernels. Do: pass the text that a plan prints for its kernels."
+            )
         plain, masked, *others = (name or "" for name in match.groups())
         forward = Pick(plain, masked)
         return KernelChoice(forward=forward, backward=Pick(*others) if others[0] else forward)

@@ -36,13 +36,13 @@ __all__ = [
     "peak", "pruned", "whole_bytes",
 ]  # fmt: skip
 
-GIVEN = "masks given whole"
-KEPT = "activations kept for backward"
-KEPT_BY_ATTENTION = "kept by attention"
-AGAIN_FOR_ATTENTION = "computed again for attention"
+GIVEN = "dense input masks"
+KEPT = "activations saved for backward"
+KEPT_BY_ATTENTION = "saved by attention"
+AGAIN_FOR_ATTENTION = "recomputed for attention"
 WORKSPACE = "attention's workspace"
-ROWS = "rows of whole masks"
-MESSAGES = "gradients joined and summed"
+ROWS = "rows of dense masks"
+MESSAGES = "gradient buckets"
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
 
@@ -56,7 +56,7 @@ CAUSES: Mapping[str, Kind] = {
     "parameter gradients": "whole",
     MESSAGES: "whole",
     KEPT: "split",
-    "computed again for a checkpoint": "split",
+    "recomputed for checkpoints": "split",
     KEPT_BY_ATTENTION: "attention",
     AGAIN_FOR_ATTENTION: "attention",
     "gradients of activations": "split",
@@ -65,7 +65,7 @@ CAUSES: Mapping[str, Kind] = {
     WORKSPACE: "attention",
     "outside attention": "split",
 }
-"""What memory is held for, in the order in which plans are told."""
+"""The causes of memory, in the order in which plans print them."""
 
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def peak(
 
 
 def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
-    """A peak as a plan tells it."""
+    """A peak as a plan prints it."""
     where = found.moment.where
     details = {"temporaries": f"{found.moment.operator} of {where}", WORKSPACE: where}
     named: Mapping[str, tuple[str, Kind]] = {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
@@ -222,11 +223,6 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
 
     @property
-    def replicated_bytes(self) -> int:
-        """Of these, what grows with the sequence: activations that are whole on every rank."""
-        return sum(part.bytes for part in self.parts if part.kind == "replicated")
-
-    @property
     def split_bytes(self) -> int:
         """Outside attention: what falls with more ranks."""
         return sum(part.bytes for part in self.parts if part.kind == "split")
@@ -257,7 +253,7 @@ class Plan:
     axes: tuple[TokenAxis, ...] = ()
     reshardings: tuple[Resharding, ...] = ()
     memory: MemoryPlan = MemoryPlan()
-    notes: tuple[Text, ...] = ()
+    notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
     profile_date: Date = ""
@@ -287,8 +283,8 @@ class Plan:
         causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
         why = f": {'; '.join(causes)}" if causes else ""
         return (
-            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the whole model, as one "
-            f"alone would, in its time and memory{why}"
+            f"NOTHING IS SPLIT: each of the {self.world_size} ranks runs the complete model, in "
+            f"the time and memory of one rank{why}"
         )
 
     @property
@@ -301,7 +297,7 @@ class Plan:
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
         whole = len(self.replicated_layers)
-        words += [f"{whole} replicated (whole on every rank)"] if whole else []
+        words += [f"{whole} replicated (every rank computes all of it)"] if whole else []
         return ", ".join(words)
 
     @property
@@ -420,7 +416,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     )
 
 
-KEPT = ("parameter", "optimiser state", "activations kept for backward", "kept by attention")
+KEPT = ("parameter", "optimiser state", "activations saved for backward", "saved by attention")
 """Beginnings of causes that stay from one program's end to its backward, or always."""
 
 
@@ -440,8 +436,8 @@ def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
 
 
 SEVERAL_PROGRAMS = (
-    "what Python holds between the programs (graph breaks); parameters that several of them use "
-    "count for each"
+    "tensors that Python holds between programs (after graph breaks); parameters that several "
+    "programs use count once for each"
 )
 
 

@@ -29,7 +29,7 @@ def read_plan(text: str, name: str) -> Plan:
         remedy=WRITER,
     )
     if not isinstance(text, str):
-        source.refuse(f"it is a {type(text).__name__}, no text", damaged=False)
+        source.refuse(f"it is a {type(text).__name__}, not a string", damaged=False)
     fields = parse_json(text, source)
     if not isinstance(fields, dict) or "schema" not in fields:
         source.refuse('the text has no "schema" field', damaged=False)
@@ -39,7 +39,10 @@ def read_plan(text: str, name: str) -> Plan:
             f"{_named('this plan', name)} has schema version {shown(schema)}; this ringfx reads"
             f" version {SCHEMA_VERSION}. Do: make the plan again with this version of ringfx."
         )
-    return validated(Plan, {**fields, "schema": SCHEMA_VERSION}, source, _problems)
+    found = {**fields, "schema": SCHEMA_VERSION}
+    if isinstance(fields.get("notes"), list):
+        found["notes"] = [{"text": x} if isinstance(x, str) else x for x in fields["notes"]]
+    return validated(Plan, found, source, _problems)
 
 
 def _named(words: str, name: str) -> str:
@@ -97,12 +100,12 @@ def _of_times(layer: LayerPlan) -> Iterator[str]:
             f"exposed_ms {layer.exposed_ms:g} is above communication_ms {layer.communication_ms:g}"
         )
     if layer.backward_ms and not layer.site.trains:
-        yield f"backward_ms is {layer.backward_ms:g} where nothing trains"
+        yield f"backward_ms is {layer.backward_ms:g} in a plan without training"
 
 
 def _of_site(site: AttentionSite) -> Iterator[str]:
     if site.heads % site.kv_heads:
-        yield f"site.heads {site.heads} is no multiple of site.kv_heads {site.kv_heads}"
+        yield f"site.heads {site.heads} is not a multiple of site.kv_heads {site.kv_heads}"
     if site.taken_bytes > site.matrix_bytes:
         yield f"site.taken_bytes {site.taken_bytes} is above site.matrix_bytes {site.matrix_bytes}"
 
@@ -127,7 +130,10 @@ def _of_timeline(timeline: MemoryTimeline, nodes: Collection[str]) -> Iterator[s
             yield f"memory.timeline.terms[{i}].cause {shown(term.cause)} is not known"
     for i, layer in enumerate(timeline.layers):
         if layer.node not in nodes:
-            yield f"memory.timeline.layers[{i}].node {shown(layer.node)} is no attention's"
+            yield (
+                f"memory.timeline.layers[{i}].node {shown(layer.node)} is not the node of an "
+                "attention"
+            )
     num_layers, num_masks = len(timeline.layers), len(timeline.masks)
     for i, moment in enumerate(timeline.moments):
         numbers = (*moment.working, *moment.again)

@@ -11,8 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from ringfx.ir.note import texts_of
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
-from ringfx.ir.values import Declined, Resharding
+from ringfx.ir.values import CommKind, Declined, Resharding
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
 
@@ -22,6 +23,7 @@ __all__ = [
     "fold",
     "fold_names",
     "kernel_words",
+    "reason_words",
     "render",
     "table_lines",
     "to_text",
@@ -45,12 +47,12 @@ def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
     parts += _section(_moves_title(plan), _moves(plan.reshardings))
-    parts += _section("looks like attention and was missed", _near(plan.missed))
-    parts += _section("left as it stands", _near(plan.declined))
+    parts += _section("looks like attention, not recognised", _near(plan.missed))
+    parts += _section("attention-like regions not parallelized", _near(plan.declined))
     if plan.memory.parts:
         parts += _section(_memory_title(plan), _memory_lines(plan.memory))
-        parts += _section("of it, by block of the model", _block_lines(plan.memory))
-    parts += _section("notes", plan.notes)
+        parts += _section("by block of the model", _block_lines(plan.memory))
+    parts += _section("notes", texts_of(plan.notes))
     return Group(*parts)
 
 
@@ -174,7 +176,7 @@ def _layer_table(plan: Plan) -> RenderableType:
     return Padding(Group(*lines), (1, 0, 0, 0))
 
 
-_TITLES = ("attention", "", "strategy", "compute", "messages", "exposed", "total", "saved")
+_TITLES = ("attention", "", "strategy", "compute", "comm", "exposed", "total", "saved")
 
 
 def _cells(group: FoldedLayers) -> tuple[str, ...]:
@@ -208,11 +210,16 @@ def table_lines(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]
 def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     layer = group.layers[0]
     yield _attention_words(layer)
-    again = "; checkpointed: its inputs are computed again" if layer.site.checkpoint else ""
+    again = "; checkpointed: its inputs are recomputed" if layer.site.checkpoint else ""
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
-    yield layer.reason
+    yield reason_words(layer)
     if names_axis and layer.axis:
         yield f"split along {layer.axis}"
+
+
+def reason_words(layer: LayerPlan) -> str:
+    """Why this strategy, with its gloss; a layer that is not split has a reason only."""
+    return layer.reason if layer.is_replicated else f"{layer.strategy_words}: {layer.reason}"
 
 
 def _attention_words(layer: LayerPlan) -> str:
@@ -248,9 +255,9 @@ def _totals(plan: Plan) -> RenderableType:
     compute, exposed = sum(x.compute_ms for x in layers), sum(x.exposed_ms for x in layers)
     text = Text.assemble(
         (f"{len(layers)} attention calls: {format_ms(plan.total_ms)} a step", "bold"),
-        f" on each rank ({format_ms(compute)} compute, {format_ms(exposed)} waiting for messages);"
-        f" {format_bytes(plan.saved_bytes)} saved for backward,"
-        f" up to {format_bytes(plan.workspace_bytes)} of workspace",
+        f" on each rank ({format_ms(compute)} compute, {format_ms(exposed)} exposed "
+        f"communication); {format_bytes(plan.saved_bytes)} saved for backward, up to "
+        f"{format_bytes(plan.workspace_bytes)} of workspace",
     )
     return Padding(text, (1, 0, 0, 0))
 
@@ -264,14 +271,14 @@ def _section(title: str, lines: Sequence[str]) -> list[RenderableType]:
 
 def _moves_title(plan: Plan) -> str:
     count, size = plan.num_collectives, format_bytes(plan.collective_bytes)
-    time = f", {format_ms(plan.outside_ms)} if nothing hid them" if plan.outside_ms else ""
-    return f"outside attention: {count} message{'' if count == 1 else 's'} a step, {size}{time}"
+    time = f", {format_ms(plan.outside_ms)} if not overlapped" if plan.outside_ms else ""
+    return f"outside attention: {count} collective{'' if count == 1 else 's'} a step, {size}{time}"
 
 
 def _moves(moves: Sequence[Resharding]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
     groups: dict[tuple[object, ...], list[Resharding]] = {}
-    for move in sorted(moves, key=lambda m: (m.kind != "gather", -m.bytes_moved)):
+    for move in sorted(moves, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)):
         key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
         groups.setdefault(key, []).append(move)
     return [_move_line(group) for group in groups.values()]

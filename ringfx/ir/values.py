@@ -1,9 +1,10 @@
-"""The values that cross the borders between passes: frozen, comparable, printable."""
+"""The values that passes hand to each other: frozen, comparable, printable."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 
@@ -25,6 +26,7 @@ __all__ = [
     "Arrival",
     "AttentionSite",
     "Captured",
+    "CommKind",
     "Declined",
     "Resharding",
     "TokenAxis",
@@ -124,7 +126,7 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Declined:
-    """Something that resembles attention and is left as it stands, with the reason."""
+    """A region that looks like attention and is not parallelized, with the reason."""
 
     node: Text
     name: Text
@@ -142,16 +144,43 @@ class TokenAxis:
     local_length: Tokens
 
 
+class CommKind(StrEnum):
+    """What ranks do together outside attention."""
+
+    ALL_GATHER = "all_gather"
+    """Every rank gets all tokens."""
+    ALL_GATHER_GRADIENT = "all_gather_gradient"
+    """In backward, of a replicated value whose users have a rank's tokens each."""
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    """From tokens that are sharded along one axis to another."""
+    HALO_EXCHANGE = "halo_exchange"
+    """A few tokens, between ranks that have neighbouring runs."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each rank gets all of a sharded value."""
+        return self in (CommKind.ALL_GATHER, CommKind.ALL_GATHER_GRADIENT)
+
+    @classmethod
+    def _missing_(cls, value: object) -> CommKind | None:
+        """Plans that were saved before have other names."""
+        old = {
+            "gather": cls.ALL_GATHER, "gather_gradient": cls.ALL_GATHER_GRADIENT,
+            "exchange": cls.ALL_TO_ALL, "borders": cls.HALO_EXCHANGE,
+        }  # fmt: skip
+        return old.get(str(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resharding:
-    """One message outside attention: a value changes between whole and split, or is summed."""
+    """One collective outside attention: a value changes its placement, or is summed."""
 
     node: Text
     name: Text
     source: Text
-    kind: SomeText
-    """``gather``, ``all_reduce``, ``exchange``, ``borders``; in backward also ``gather_gradient``,
-    ``reduce_scatter``."""
+    kind: CommKind
     bytes_moved: Bytes
     """Bytes that one rank has when it is done."""
     reason: Text

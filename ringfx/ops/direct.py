@@ -13,9 +13,8 @@ from ringfx.comm.group_argument import Group, name_and_size
 from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction
+from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction, inputs_used
 from ringfx.ir.tiles.checked import checked_expr
-from ringfx.ir.tiles.expr import inputs_used
 from ringfx.ops import checks
 from ringfx.ops.operator import attention
 from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
@@ -28,6 +27,7 @@ __all__ = ["ring_attention"]
 Tensor = torch.Tensor
 
 
+NAMES = tuple(STRATEGIES)
 CHOICES = {"layout": ("contiguous", "zigzag"), "fully_masked": ("zero", "mean")}
 
 
@@ -200,13 +200,18 @@ def _check_tile_functions(where: str, inputs: Sequence[Tensor], **given: Any) ->
             raise InvalidArgument(f"{where}: {name}: {problem}. Do: see ringfx.tiles.")
 
 
-@constant_result
-def _key(where: str, strategy: object) -> str:
+def _key(where: str, strategy: str | Strategy) -> str:
     """By which the operator finds the strategy."""
     if isinstance(strategy, Strategy):
-        return key_of(strategy)
-    choice(where, "strategy", strategy, tuple(STRATEGIES))
-    return str(strategy)
+        return _own_key(strategy)
+    choice(where, "strategy", strategy, NAMES)
+    return strategy
+
+
+@constant_result
+def _own_key(strategy: Strategy) -> str:
+    """Looked up outside of what a compiler traces."""
+    return key_of(strategy)
 
 
 @constant_result

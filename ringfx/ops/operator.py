@@ -18,7 +18,7 @@ import torch
 
 from ringfx.comm import stats
 from ringfx.comm.autograd_function import register_autograd
-from ringfx.comm.double_backward import once_differentiable
+from ringfx.comm.double_backward import refuse_double_backward
 from ringfx.comm.process_group import Ranks
 from ringfx.cost_model.prediction.strategy import Backward, Forward
 from ringfx.ir import tiles
@@ -253,7 +253,7 @@ def _trained(spec_json: str, num_inputs: int) -> set[int]:
 
 
 register_autograd(_attention, _backward, setup_context=_setup_context)
-once_differentiable(_attention_backward)
+refuse_double_backward(_attention_backward)
 
 
 def _plain_arithmetic(q: Tensor) -> torch.autocast:

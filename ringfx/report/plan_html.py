@@ -12,8 +12,10 @@ from math import log10
 from typing import TypeAlias
 
 from ringfx.errors import RingfxError
+from ringfx.ir.note import texts_of
 from ringfx.ir.plan import MemoryPart, Plan
-from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words
+from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
+from ringfx.ir.values import CommKind
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms
@@ -60,8 +62,11 @@ def to_html(plan: Plan, lengths: Curve = (), ranks: Curve = ()) -> str:
         _curves(lengths, "Other sequence lengths", "tokens"),
         _curves(ranks, "Other numbers of ranks", "ranks"),
         _list("Outside attention", _moves(plan)),
-        _list("Left as it stands", [f"{d.name} ({d.source}): {d.reason}" for d in plan.declined]),
-        _list("Notes", plan.notes),
+        _list(
+            "Attention-like regions not parallelized",
+            [f"{d.name} ({d.source}): {d.reason}" for d in plan.declined],
+        ),
+        _list("Notes", texts_of(plan.notes)),
     ]
     body = "\n".join(section for section in sections if section)
     return (
@@ -96,7 +101,7 @@ def _header(plan: Plan, title: str) -> str:
 
 
 def _layers(plan: Plan) -> str:
-    head = "<tr><th>attention<th class=text>strategy<th>compute<th>messages<th>exposed<th>total"
+    head = "<tr><th>attention<th class=text>strategy<th>compute<th>comm<th>exposed<th>total"
     rows = "\n".join(_layer_row(group) for group in fold(plan.layers))
     return f"<h2>Layers</h2>\n<table>\n{head}<th>saved</tr>\n{rows}\n</table>"
 
@@ -110,7 +115,7 @@ def _layer_row(group: FoldedLayers) -> str:
     found += f"; split along {layer.axis}" if layer.axis else ""
     return (
         f"<tr><td><b>{escape(group.name)}</b><br><small>{escape(found)}</small>"
-        f"<td class=text>{escape(layer.strategy)}<br><small>{escape(layer.reason)}</small>"
+        f"<td class=text>{escape(layer.strategy)}<br><small>{escape(reason_words(layer))}</small>"
         f"{cells}<td>{format_bytes(layer.saved_bytes)}</tr>"
     )
 
@@ -124,7 +129,9 @@ def _moves(plan: Plan) -> list[str]:
     return [
         f"{move.kind}, {format_bytes(move.bytes_moved)} at {move.name} ({move.source}):"
         f" {move.reason}"
-        for move in sorted(plan.reshardings, key=lambda m: (m.kind != "gather", -m.bytes_moved))
+        for move in sorted(
+            plan.reshardings, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)
+        )
     ]
 
 
@@ -140,7 +147,7 @@ def _time_chart(plan: Plan) -> str:
         exposed = sum(layer.exposed_ms for layer in group.layers)
         words = f"{format_ms(compute + exposed)}"
         rows.append((group.name, ((compute, COLOURS[0]), (exposed, COLOURS[1])), words))
-    legend = _legend((("compute", COLOURS[0]), ("waiting for messages", COLOURS[1])))
+    legend = _legend((("compute", COLOURS[0]), ("exposed communication", COLOURS[1])))
     return f"<h2>Time of one step by layer</h2>\n{_bars(rows)}\n{legend}" if rows else ""
 
 
@@ -166,7 +173,7 @@ def _memory_over_program(plan: Plan) -> str:
         f' height="{PLOT_HEIGHT * size / peak:.1f}" fill="{COLOURS[1 if size == peak else 2]}"/>'
         for i, size in enumerate(sizes)
     )
-    when = " while the backward passes it, from right to left" if plan.trains else ""
+    when = " when the backward pass reaches it (right to left)" if plan.trains else ""
     words = (
         f"From the first operator to the last: bytes alive on one rank{when};"
         f" {format_bytes(peak)} at most."

@@ -1,4 +1,4 @@
-"""Other ways to look at a plan: one layer with all its strategies, two plans, many plans."""
+"""Other views of a plan: one layer with all its strategies, two plans, many plans."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ringfx.ir.plan_text import FoldedLayers, fold, table_lines
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.units.format import format_bytes, format_ms
 
-__all__ = ["diff_text", "explain_text", "sweep_text"]
+__all__ = ["diff_text", "strategy_options_text", "sweep_text"]
 
 
 # --- one layer --------------------------------------------------------------------------------
 
 
-def explain_text(
+def strategy_options_text(
     plan: Plan,
     pattern: str,
     profile: Profile,
     strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> str:
-    """Every strategy of the layers that a glob names: its numbers, or why it cannot run.
+    """Compare all strategies for the layers that a glob matches: numbers, or why one cannot run.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def _explained(
         "forward",
         "backward",
         "compute",
-        "messages",
+        "comm",
         "exposed",
         "saved",
         "workspace",
@@ -62,6 +62,7 @@ def _explained(
     rows = [_option_row(option, layer) for option in offer.options]
     lines = [f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"]
     lines += ["  " + line for line in table_lines([titles, *rows], left=(0, 1, 2))]
+    lines += [f"  {x.strategy}: {STRATEGIES[x.strategy].summary}" for x in offer.options]
     lines += [f"  {name} cannot run: {no.reason}" for name, no in offer.refused.items()]
     lines += [f"  chosen: {layer.reason}", f"  {_noise_words(offer)}"]
     return "\n".join(lines)
@@ -88,7 +89,7 @@ def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
 
 def _noise_words(offer: Candidates) -> str:
     if offer.noise <= 1:
-        return "the profile does not say how much a repeated measurement differs"
+        return "the profile does not say how much repeated measurements differ"
     return f"times that differ by less than {offer.noise - 1:.0%} are ties"
 
 
@@ -96,7 +97,7 @@ def _noise_words(offer: Candidates) -> str:
 
 
 def diff_text(before: Plan, after: Plan) -> str:
-    """What changes from one plan to the other; says so when nothing does."""
+    """The differences of two plans; a sentence if there are none."""
     lines = [*_setting_changes(before, after), *_layer_changes(before, after)]
     if not lines:
         return "the plans are equal"

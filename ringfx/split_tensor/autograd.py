@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ringfx.comm.autograd_function import Function
-from ringfx.comm.conjugate import mask_tokens, take_plain
+from ringfx.comm.conjugate import mask_tokens, take_own_tokens
 from ringfx.failures.channel import next_number
-from ringfx.split_tensor.spec import SplitSpec, Told
+from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import Cell, SplitTensor
+from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["part", "wrap", "wrap_all"]
 
@@ -33,15 +34,15 @@ class _Wrap(Function):
             local = grad.to_local()
             return mask_tokens(local, valid, 0, spec.dim, spec.outer, spec.inner), None, None
         grad = whole_gradient(grad)
-        return take_plain(grad, index, valid, spec.dim, spec.outer, spec.inner), None, None
+        return take_own_tokens(grad, index, valid, spec.dim, spec.outer, spec.inner), None, None
 
 
 class _Part(Function):
     """This rank's tokens; backward gives a gradient that is split as the value."""
 
     @staticmethod
-    def forward(ctx: Any, split: SplitTensor, told: Told | None) -> torch.Tensor:
-        ctx.spec, ctx.told = split._spec, told
+    def forward(ctx: Any, split: SplitTensor, on_gather: GatherObserver | None) -> torch.Tensor:
+        ctx.spec, ctx.on_gather = split._spec, on_gather
         return split.to_local().detach().contiguous()
 
     @staticmethod
@@ -51,32 +52,36 @@ class _Part(Function):
             name=f"the gradient of {ctx.spec.name}",
             number=f"gradient {next_number(ctx.spec.group)}",
         )
-        return SplitTensor(Cell(grads[0], told=ctx.told), spec), None
+        return SplitTensor(Cell(grads[0], on_gather=ctx.on_gather), spec), None
 
 
-def wrap(local: torch.Tensor, spec: SplitSpec, told: Told | None = None) -> torch.Tensor:
+def wrap(
+    local: torch.Tensor, spec: SplitSpec, on_gather: GatherObserver | None = None
+) -> torch.Tensor:
     """This rank's part as a tensor of the global shape, differentiable.
 
-    ``told`` is told of every gather of it, and of what is computed from it.
+    ``on_gather`` is called for every gather of it and of values computed from it.
     """
     numbered = dataclasses.replace(spec, number=next_number(spec.group))
-    cell = Cell(local.detach(), told=told)
+    cell = Cell(local.detach(), on_gather=on_gather)
     wrapped: torch.Tensor = _Wrap.apply(local, numbered, cell)  # type: ignore[no-untyped-call]
     return wrapped
 
 
 def wrap_all(
-    results: Sequence[Any], specs: Sequence[SplitSpec | None], told: Told | None = None
+    results: Sequence[Any],
+    specs: Sequence[SplitSpec | None],
+    on_gather: GatherObserver | None = None,
 ) -> list[Any]:
     """The results of a program; those that are one value, or views of one, stay that."""
     wrapped = [
-        _with_whole_gradient(result) if spec is None else wrap(result, spec, told)
+        _with_whole_gradient(result) if spec is None else wrap(result, spec, on_gather)
         for result, spec in zip(results, specs, strict=True)
     ]
     split = [x for x in wrapped if isinstance(x, SplitTensor)]
     for value, other in itertools.combinations(split, 2):
         mine, its = value._local, other._local
-        if mine.untyped_storage()._cdata != its.untyped_storage()._cdata:
+        if storage_id(mine) != storage_id(its):
             continue
         if value._spec == other._spec and _place_in_memory(mine) == _place_in_memory(its):
             other._cell = value._cell
@@ -95,7 +100,7 @@ def _with_whole_gradient(result: Any) -> Any:
     return result
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def whole_gradient(grad: torch.Tensor) -> torch.Tensor:
     """A gradient as a plain tensor."""
     return grad._gathered() if isinstance(grad, SplitTensor) else grad
@@ -105,7 +110,7 @@ def _place_in_memory(x: torch.Tensor) -> tuple[Any, ...]:
     return x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
-def part(split: SplitTensor, told: Told | None = None) -> torch.Tensor:
-    """This rank's tokens, differentiable; ``told`` is told where the gradient is gathered."""
-    mine: torch.Tensor = _Part.apply(split, told)  # type: ignore[no-untyped-call]
+def part(split: SplitTensor, on_gather: GatherObserver | None = None) -> torch.Tensor:
+    """This rank's tokens, differentiable; ``on_gather`` is called if the gradient is gathered."""
+    mine: torch.Tensor = _Part.apply(split, on_gather)  # type: ignore[no-untyped-call]
     return mine

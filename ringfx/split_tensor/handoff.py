@@ -15,20 +15,21 @@ from types import FrameType
 from typing import Any, TypeGuard
 
 import torch
-from torch._guards import TracingContext
 
 from ringfx.comm.conjugate import slice_tokens
-from ringfx.ir.values import Resharding
+from ringfx.ir.values import CommKind, Resharding
 from ringfx.split_tensor.autograd import part
-from ringfx.split_tensor.spec import SplitSpec, Told
+from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import SplitTensor
+from ringfx.torch_compat.autograd import in_backward
+from ringfx.torch_compat.fake_tensors import TracingContext
 from ringfx.units.format import format_bytes
 
-__all__ = ["Between", "is_split", "part_example", "whole_example"]
+__all__ = ["ProgramHandoff", "global_example", "is_split", "local_example"]
 
 
-class Between:
-    """What is moved between the programs of one model on one rank."""
+class ProgramHandoff:
+    """Hands values from one program of a model to the next, on one rank."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
@@ -49,11 +50,11 @@ class Between:
         finally:
             self.running = before
 
-    def told(self, graph_break: str | None) -> Told | None:
-        """Who is told of gathers of a program's results."""
+    def on_gather(self, graph_break: str | None) -> GatherObserver | None:
+        """The observer of gathers of a program's results."""
         if self.called:
-            return _Told(between=self) if self.running else None
-        return None if graph_break is None else _Told(between=self, always=True)
+            return _HandoffObserver(handoff=self) if self.running else None
+        return None if graph_break is None else _HandoffObserver(handoff=self, always=True)
 
     def whole(self, value: Any) -> Any:
         """An input that the program takes whole."""
@@ -62,7 +63,7 @@ class Between:
     def part(self, value: torch.Tensor, spec: SplitSpec) -> torch.Tensor:
         """An input of which the program takes this rank's part."""
         if isinstance(value, SplitTensor) and value._spec == spec:
-            return part(value, _Told(between=self, always=True))
+            return part(value, _HandoffObserver(handoff=self, always=True))
         whole: torch.Tensor = self.whole(value)
         order, own = spec.order(whole.device), spec.layout.positions(spec.rank, whole.device)
         index = (own - spec.offset).remainder(spec.length)
@@ -70,10 +71,13 @@ class Between:
         return slice_tokens(whole, index, order, *where)
 
     def note(self, spec: SplitSpec, num_bytes: int, in_backward: bool) -> None:
-        """Say that a value is gathered, in the plan and once to the user."""
+        """Record a gather in the plan, and warn the user once."""
         where = users_frame()
-        reason = f"{where}, {'whose backward' if in_backward else 'which'} no compiled program runs"
-        kind = "gather_gradient" if in_backward else "gather"
+        reason = (
+            f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
+            "programs"
+        )
+        kind = CommKind.ALL_GATHER_GRADIENT if in_backward else CommKind.ALL_GATHER
         self.moved.append(
             Resharding(
                 node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,
@@ -85,21 +89,16 @@ class Between:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Told:
-    between: Between
+class _HandoffObserver:
+    handoff: ProgramHandoff
     always: bool = False
 
     @property
-    def inside(self) -> bool:
-        return self.always or self.between.running or in_backward()
+    def model_runs(self) -> bool:
+        return self.always or self.handoff.running or in_backward()
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None:
-        self.between.note(spec, num_bytes, in_backward())
-
-
-def in_backward() -> bool:
-    """Whether autograd runs."""
-    return bool(torch._C._current_graph_task_id() != -1)
+        self.handoff.note(spec, num_bytes, in_backward())
 
 
 def users_frame() -> str:
@@ -117,8 +116,8 @@ def is_split(value: Any) -> TypeGuard[SplitTensor]:
     return isinstance(value, SplitTensor)
 
 
-def whole_example(value: Any) -> Any:
-    """What stands for a value while the program is made: it needs a gradient as the value does."""
+def global_example(value: Any) -> Any:
+    """A tensor of the global shape for compilation; it requires a gradient if the value does."""
     if not isinstance(value, SplitTensor):
         return value
     context = TracingContext.try_get()
@@ -132,8 +131,8 @@ def whole_example(value: Any) -> Any:
             return made if value.is_leaf else made.clone()
 
 
-def part_example(value: SplitTensor) -> torch.Tensor:
-    """What stands for this rank's part of it."""
+def local_example(value: SplitTensor) -> torch.Tensor:
+    """A tensor of the local shape for compilation."""
     return torch.empty_like(
         value._local, memory_format=torch.contiguous_format, requires_grad=value.requires_grad
     )

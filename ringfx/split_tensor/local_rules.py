@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ringfx.comm.conjugate import take_tokens
+from ringfx.torch_compat.operators import schema_of
 
 if TYPE_CHECKING:
     from ringfx.split_tensor.spec import SplitSpec
@@ -77,14 +78,14 @@ def asked_tokens(
 
 
 def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    named = {a.name: a.default_value for a in func._schema.arguments}
+    named = {a.name: a.default_value for a in schema_of(func).arguments}
     named.update(zip(named, args, strict=False))
     return named | dict(kwargs)
 
 
 def _is_elementwise(func: Any) -> bool:
     tags = getattr(func, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or func._schema.is_mutable:
+    if torch.Tag.nondeterministic_seeded in tags or schema_of(func).is_mutable:
         return False
     return torch.Tag.pointwise in tags or func in (aten._to_copy.default, aten.clone.default)
 
@@ -95,7 +96,7 @@ def writes_where_it_is(func: Any) -> bool:
 
 
 def _writes_elementwise(func: Any) -> bool:
-    schema, tags = func._schema, getattr(func, "tags", ())
+    schema, tags = schema_of(func), getattr(func, "tags", ())
     written = [a.is_write for a in schema.arguments]
     if torch.Tag.nondeterministic_seeded in tags or written[:1] != [True] or any(written[1:]):
         return False

@@ -12,23 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ringfx.ir.values import Arrival, Captured
-from ringfx.passes.axes import name_axes
-from ringfx.passes.place import Placement, place
+from ringfx.passes.place import PlacementMap, place
 from ringfx.passes.rewrite import rewrite
-from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes import find_lines
+from ringfx.passes.split_modes import local_shape
+from ringfx.passes.split_modes.lookup import TokensByNumber
+from ringfx.passes.steps import find_tokens
 from ringfx.passes.verify.check import line_inputs
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
+from ringfx.torch_compat.operators import decompositions
+from ringfx.torch_compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Given", "OneCall", "one_call"]
+__all__ = ["OperandSpec", "SingleOpProgram", "single_op_program"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class OperandSpec:
     """A tensor that the operator is given, as far as its plan depends on it."""
 
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Given:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OneCall:
+class SingleOpProgram:
     """What one rank runs, on its parts of what is split."""
 
     run: Callable[..., tuple[torch.Tensor, ...]]
@@ -50,9 +51,14 @@ class OneCall:
     """Whether the ranks talk to each other."""
 
 
-def one_call(
-    func: Any, args: Any, kwargs: Any, given: Callable[[torch.Tensor], Given], rank: int, group: str
-) -> OneCall | None:
+def single_op_program(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    given: Callable[[torch.Tensor], OperandSpec],
+    rank: int,
+    group: str,
+) -> SingleOpProgram | None:
     """The program of a call; None where it would gather, or cannot be planned."""
     leaves, structure = tree_flatten((args, kwargs))
     keys = tuple(given(x) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves)
@@ -66,11 +72,11 @@ def one_call(
 @functools.lru_cache(maxsize=4096)
 def _planned(
     func: Any, leaves: tuple[Hashable, ...], structure: TreeSpec, rank: int, group: str
-) -> OneCall | None:
+) -> SingleOpProgram | None:
     if torch.Tag.nondeterministic_seeded in func.tags:
         return None  # ranks that draw for themselves are compared first
     alone = _planned_as(func, leaves, structure, rank, group, decompositions={})
-    table = torch._decomp.decomposition_table
+    table = decompositions()
     if alone is not None or func not in table:
         return alone
     return _planned_as(func, leaves, structure, rank, group, decompositions={func: table[func]})
@@ -83,29 +89,27 @@ def _planned_as(
     rank: int,
     group: str,
     decompositions: Mapping[Any, Callable[..., Any]],
-) -> OneCall | None:
+) -> SingleOpProgram | None:
     traced = _traced(func, leaves, structure, decompositions)
     if traced is None:
         return None
     captured, shape = traced
     graph = captured.graph_module.graph
     inputs = graph.find_nodes(op="placeholder")
-    tensors = [x for x in leaves if isinstance(x, Given)]
+    tensors = [x for x in leaves if isinstance(x, OperandSpec)]
     split = {n: x.arrival for n, x in zip(inputs, tensors, strict=True) if x.arrival is not None}
     ranks = next(iter(split.values())).layout.world_size
-    axes = name_axes(graph)
-    lines = find_lines(graph, axes, [], ranks, split)
+    axes, lines = find_tokens(graph, [], ranks, split, normalized=False)
     if axes.missing or lines.arrived != set(split):
         return None
     placement = place(graph, lines)
     local = rewrite(captured, placement, {}, group=group)
-    if any("gather" in move.kind for move in local.reshardings) or _moves_all(placement):
+    if any(move.kind.gathers for move in local.reshardings) or _moves_all(placement):
         return None
     extra = line_inputs(lines, rank, tensors[0].device)
     results: Any = graph.output_node().args[0]
     expected = [
-        local_shape(placement, n) if s else None
-        for n, s in zip(results, local.outputs, strict=True)
+        local_shape(lines, n) if s else None for n, s in zip(results, local.outputs, strict=True)
     ]
 
     def run(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -116,22 +120,22 @@ def _planned_as(
             )
         return made
 
-    return OneCall(
+    return SingleOpProgram(
         run=run,
         outputs=tuple(
-            None if x is None else (x.shape, lines.arrival(x.carried)) for x in local.outputs
+            None if x is None else (x.shape, lines.arrival(x.token_dim)) for x in local.outputs
         ),
         structure=shape,
         sends=bool(local.reshardings),
     )
 
 
-def _moves_all(placement: Placement) -> bool:
+def _moves_all(placement: PlacementMap) -> bool:
     """Whether tokens are picked by number, and so many that it is no less than a gather."""
     return any(
         2 * node.meta["val"].numel() > node.all_input_nodes[0].meta["val"].numel()
         for node, mode in placement.modes.items()
-        if mode.looked_up is not None
+        if isinstance(mode, TokensByNumber)
     )
 
 
@@ -147,14 +151,14 @@ def _traced(
         fakes = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in leaves
-            if isinstance(x, Given)
+            if isinstance(x, OperandSpec)
         ]
     shape: list[TreeSpec] = []
 
     def call(*tensors: torch.Tensor) -> tuple[Any, ...]:
         given = iter(tensors)
         args, kwargs = tree_unflatten(
-            [next(given) if isinstance(x, Given) else x[1] for x in leaves],  # type: ignore[index]
+            [next(given) if isinstance(x, OperandSpec) else x[1] for x in leaves],  # type: ignore[index]
             structure,
         )
         results, found = tree_flatten(func(*args, **kwargs))

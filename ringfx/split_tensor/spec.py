@@ -1,4 +1,4 @@
-"""How a value outside the programs is split, and how the ranks agree to touch it together."""
+"""How a value outside the programs is sharded, and the rendezvous of ranks before a gather."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.ir.values import Arrival
 
-__all__ = ["SplitSpec", "Told", "agree_to_touch"]
+__all__ = ["GatherObserver", "SplitSpec", "rendezvous_before_gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +34,26 @@ class SplitSpec(Arrival):
 
     @staticmethod
     def of(arrival: Arrival, **rest: Any) -> SplitSpec:
-        """Of a value that lies so."""
+        """Of a value with this placement."""
         return SplitSpec(**_of_arrival(arrival), **rest)
 
     def arrival(self) -> Arrival:
-        """How it is split, as a program is told that takes it."""
+        """Its placement, for a program that takes it as an input."""
         return Arrival(**_of_arrival(self))
 
-    def lying(self, arrival: Arrival, shape: tuple[int, ...], number: str) -> SplitSpec:
-        """What is computed from it and split so."""
+    def with_arrival(self, arrival: Arrival, shape: tuple[int, ...], number: str) -> SplitSpec:
+        """The spec of a result computed from it, with this placement."""
         return replace(self, **_of_arrival(arrival), shape=shape, number=number)
 
     def tokens(self) -> tuple[Any, ...]:
-        """What values that are split alike agree in, as far as broadcasting goes."""
+        """Equal for values that are sharded alike, up to broadcasting."""
         from_the_end = len(self.shape) - self.dim
         return (
             self.layout, self.offset, self.length, from_the_end, self.outer, self.inner, self.group
         )  # fmt: skip
 
-    def everywhere(self) -> bool:
-        """Whether each rank has a token of it."""
+    def is_on_every_rank(self) -> bool:
+        """Whether every rank has at least one of its tokens."""
         size, end = self.layout.chunk_length, self.offset + self.length
         starts = map(self.layout.chunk_starts, range(self.layout.world_size))
         return all(any(s < end and s + size > self.offset for s in chunks) for chunks in starts)
@@ -66,26 +66,26 @@ def _of_arrival(value: Arrival) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(Arrival)}
 
 
-class Told(Protocol):
-    """Is given a value that is gathered and its size in bytes."""
+class GatherObserver(Protocol):
+    """Called with every value that is gathered and its size in bytes."""
 
     @property
-    def inside(self) -> bool:
-        """Whether the model runs: every rank then runs the same calls."""
+    def model_runs(self) -> bool:
+        """Whether the model is running: every rank then makes the same calls."""
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None: ...
 
 
-def agree_to_touch(spec: SplitSpec, part: str = "") -> None:
-    """All ranks say that they touch this output before any of them starts to gather.
+def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
+    """Wait until all ranks use this output; only then may a gather start.
 
     Raises
     ------
     AgreementError
-        When some ranks do not come: ``if rank == 0: print(logits)`` would hang otherwise.
+        If some ranks do not arrive: without it ``if rank == 0: print(logits)`` would hang.
     """
     ranks = Ranks.named(spec.group, spec.name)
-    what = f"a touch of {spec.name} {spec.shape}, number {spec.number}{part}"
+    what = f"a use of {spec.name} {spec.shape}, number {spec.number}{part}"
     try:
         meet(ranks, what)
     except Absent as absent:
@@ -93,8 +93,8 @@ def agree_to_touch(spec: SplitSpec, part: str = "") -> None:
         raise settled(
             AgreementError(
                 f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
-                f"touched on rank {spec.rank}, but ranks {absent.ranks} did not touch it within "
-                f"{limit}; gathering needs all ranks. Do: touch it on every rank (compute before "
+                f"used on rank {spec.rank}, but ranks {absent.ranks} did not use it within "
+                f"{limit}; gathering needs all ranks. Do: use it on every rank (compute before "
                 "`if rank == 0`), or pass outputs='local' to get each rank's own part."
             )
         ) from absent

@@ -1,4 +1,4 @@
-"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on touch.
+"""Outputs that stay split: the global shape outside, this rank's tokens inside, gathered on use.
 
 The logits of a causal language model that nobody reads are never gathered: at 128k tokens and a
 vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched outputs locally.
@@ -14,13 +14,10 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
-from ringfx.comm.conjugate import gather_plain, take_tokens
+from ringfx.comm.conjugate import all_gather_tokens, take_tokens
 from ringfx.comm.token_lookup import local_rows, mask_rows
 from ringfx.errors import SplitWrite
 from ringfx.ir.values import Arrival
@@ -32,8 +29,13 @@ from ringfx.split_tensor.local_rules import (
     reduce_to_one,
     writes_where_it_is,
 )
-from ringfx.split_tensor.single_op import Given, one_call
-from ringfx.split_tensor.spec import SplitSpec, Told, agree_to_touch
+from ringfx.split_tensor.single_op import OperandSpec, single_op_program
+from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
+from ringfx.torch_compat.autograd import make_wrapper, version_of
+from ringfx.torch_compat.dispatch import no_dispatch
+from ringfx.torch_compat.fake_tensors import FakeTensor
+from ringfx.torch_compat.operators import schema_of
+from ringfx.torch_compat.pytree import tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["Cell", "SplitTensor"]
 
@@ -56,8 +58,8 @@ class Cell:
     """Once gathered it is the value: views of it may be written."""
     made: Counter[str] = field(default_factory=Counter)
     """What was computed from it without gathering, to number the results."""
-    told: Told | None = None
-    """Is told of a gather, where programs of one model hand the value on."""
+    on_gather: GatherObserver | None = None
+    """Called for a gather, where programs of one model hand the value on."""
     gathered_at: int | None = None
     """Version at which it was gathered: written since, it is no longer this rank's part."""
     viewed: int | None = None
@@ -83,7 +85,7 @@ class SplitTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, cell: Cell, spec: SplitSpec) -> SplitTensor:
         local = cell.local
-        made: SplitTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SplitTensor = make_wrapper(
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
         made._cell, made._spec = cell, spec
@@ -128,38 +130,38 @@ class SplitTensor(torch.Tensor):
 
     # What follows may be called by code that Dynamo looks at, such as a handler of log lines.
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self._gathered())
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def numpy(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """The whole value as a NumPy array."""
         return self._gathered().numpy(**kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self._gathered().__array__(*args, **kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tolist(self) -> Any:
         """The whole value as nested lists."""
         return self._gathered().tolist()
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._gathered().__reduce_ex__(protocol)
 
     # Uncompiled code of a compiled model may touch it: this is no program to split.
     @classmethod
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _LOCAL_OPS:
             return SplitTensor(args[0]._cell, args[0]._spec)
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
             return _with_whole(func, args, kwargs)
@@ -172,7 +174,7 @@ class SplitTensor(torch.Tensor):
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{asked}{self._next(str(asked))}")
+        rendezvous_before_gather(spec, f"{asked}{self._next(str(asked))}")
         index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
         own = spec.layout.positions(spec.rank, local.device) - spec.offset
         rows = local_rows(index, own, spec.length, 1, 1)
@@ -185,7 +187,7 @@ class SplitTensor(torch.Tensor):
     def _reduced(self, func: Any, to_one: ToOne, kwargs: dict[str, Any]) -> torch.Tensor:
         """One number of all tokens, from one of each rank's own."""
         spec, local = self._spec, self._local
-        agree_to_touch(spec, f"{func}{self._next(str(func))}")
+        rendezvous_before_gather(spec, f"{func}{self._next(str(func))}")
         _, valid = spec.index(local.device)
         mine = take_tokens(local, valid.nonzero().view(-1), spec.dim, spec.outer, spec.inner)
         number = to_one.part(mine, **kwargs)
@@ -198,20 +200,20 @@ class SplitTensor(torch.Tensor):
         self._cell.made[what] += 1
         return f"#{self._cell.made[what]}"
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gathered(self) -> torch.Tensor:
-        """The whole value; gathered once, on first touch, by all ranks together."""
+        """The complete value; gathered once, on first use, by all ranks together."""
         cell, spec = self._cell, self._spec
         if cell.whole is None:
             if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only
                 return cell.local.new_empty(spec.shape)
             self._refuse_lost_writes()
-            if cell.told is not None and cell.told.inside:
-                cell.told(spec, self.numel() * self.element_size())
-            agree_to_touch(spec)
-            cell.gathered_at = None if self.is_inference() else self._version
+            if cell.on_gather is not None and cell.on_gather.model_runs:
+                cell.on_gather(spec, self.numel() * self.element_size())
+            rendezvous_before_gather(spec)
+            cell.gathered_at = None if self.is_inference() else version_of(self)
             with torch.no_grad():
-                cell.whole = gather_plain(
+                cell.whole = all_gather_tokens(
                     cell.local, spec.order(cell.local.device), spec.layout.world_size,
                     spec.group, spec.dim, spec.outer, spec.inner, spec.name,
                 )  # fmt: skip
@@ -219,14 +221,14 @@ class SplitTensor(torch.Tensor):
 
     def _refuse_lost_writes(self) -> None:
         """A part was handed out where torch promises a view, and has been written since."""
-        if self._cell.viewed is not None and self._version != self._cell.viewed:
+        if self._cell.viewed is not None and version_of(self) != self._cell.viewed:
             raise SplitWrite(_lost_write_text(self._spec))
 
     def _is_current(self) -> bool:
         """Whether this rank's part is the value: views of the whole may have been written since."""
         cell = self._cell
         known = cell.gathered_at is not None and not cell.aliased
-        return cell.whole is None or (known and cell.gathered_at == self._version)
+        return cell.whole is None or (known and cell.gathered_at == version_of(self))
 
     def _can_stay(self) -> bool:
         """Whether a call may use this rank's part.
@@ -240,11 +242,11 @@ class SplitTensor(torch.Tensor):
 
     def _is_inside(self) -> bool:
         """Whether it is a value between programs of a model that runs."""
-        return self._cell.told is not None and self._cell.told.inside
+        return self._cell.on_gather is not None and self._cell.on_gather.model_runs
 
     def _hand_out(self) -> None:
         if self._cell.viewed is None and not self.is_inference():
-            self._cell.viewed = self._version
+            self._cell.viewed = version_of(self)
 
 
 def _with_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -260,7 +262,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _turn_in_place(func, args, kwargs)
     written = [
         value
-        for argument, value in zip(func._schema.arguments, args, strict=False)
+        for argument, value in zip(schema_of(func).arguments, args, strict=False)
         if argument.is_write and isinstance(value, SplitTensor)
     ]
     for value in written:
@@ -286,9 +288,10 @@ def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         value._spec = dataclasses.replace(value._spec, shape=tuple(found.shape))
     else:
         raise SplitWrite(
-            f"{value._spec.name} {value._spec.shape} is split over {value._spec.layout.world_size} "
-            f"ranks, and {func} changes its shape in place, which would take all of its tokens. "
-            "Do: take a new tensor, such as x = x.unsqueeze(0) for x.unsqueeze_(0)."
+            f"{value._spec.name} {value._spec.shape} is split over "
+            f"{value._spec.layout.world_size} ranks, and {func} changes its shape in place, which "
+            "needs all of its tokens. Do: make a new tensor, such as x = x.unsqueeze(0) instead "
+            "of x.unsqueeze_(0)."
         )
     shape = value._spec.shape
     with no_dispatch():  # contiguous, as every split tensor says it is
@@ -298,10 +301,12 @@ def _turn_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _view_of_its_kind(func: Any) -> Any:
     """``aten.squeeze.dim`` for ``aten.squeeze_.dim``."""
-    packet = getattr(aten, func._schema.name.partition("::")[2].removesuffix("_"), None)
+    packet = getattr(aten, schema_of(func).name.partition("::")[2].removesuffix("_"), None)
     overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
-    asked = [str(a.type) for a in func._schema.arguments]
-    return next((o for o in overloads if [str(a.type) for a in o._schema.arguments] == asked), None)
+    asked = [str(a.type) for a in schema_of(func).arguments]
+    return next(
+        (o for o in overloads if [str(a.type) for a in schema_of(o).arguments] == asked), None
+    )
 
 
 def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -321,10 +326,10 @@ def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _lost_write_text(spec: SplitSpec) -> str:
     return (
-        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks, a part of it was "
-        "taken as a view (a slice, a row, another shape), and it or that view is written in place: "
-        "the write would not reach the other. Do: write before the part is taken, or take it with "
-        ".clone()."
+        f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks. A view of a part "
+        "of it exists (a slice, a row, another shape), and one of the two is written in place: "
+        "the other would not see the write. Do: write before you take the view, or take the part "
+        "with .clone()."
     )
 
 
@@ -336,7 +341,7 @@ def _without_gathering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     source = max(given, key=torch.Tensor.dim)
     to_one = reduce_to_one(func, kwargs)
-    if to_one is not None and len(args) == 1 and source._spec.everywhere():
+    if to_one is not None and len(args) == 1 and source._spec.is_on_every_rank():
         return source._reduced(func, to_one, kwargs)
     asked = _few_tokens(func, source, args, kwargs)
     if asked is not None:
@@ -387,12 +392,12 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return None
     source = split[0]
     spec = source._spec
-    call = one_call(func, args, kwargs, _described, spec.rank, spec.group)
+    call = single_op_program(func, args, kwargs, _described, spec.rank, spec.group)
     if call is None:
         return None
     number = f"{spec.number}/{func}{source._next(str(func))}"
     if call.sends:
-        agree_to_touch(spec, number)
+        rendezvous_before_gather(spec, number)
     results = call.run(*(x._local if isinstance(x, SplitTensor) else x for x in given))
     wrapped = [
         _made_split(result, source, how, f"{number}.{i}", func.is_view)
@@ -401,9 +406,11 @@ def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return tree_unflatten(wrapped, call.structure)
 
 
-def _described(value: torch.Tensor) -> Given:
+def _described(value: torch.Tensor) -> OperandSpec:
     arrival = value._spec.arrival() if isinstance(value, SplitTensor) else None
-    return Given(shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival)
+    return OperandSpec(
+        shape=tuple(value.shape), dtype=value.dtype, device=value.device, arrival=arrival
+    )
 
 
 def _made_split(
@@ -418,16 +425,16 @@ def _made_split(
             source._hand_out()
         return result
     shape, arrival = how
-    spec = source._spec.lying(arrival, shape, number)
+    spec = source._spec.with_arrival(arrival, shape, number)
     return _viewing(result, source, spec, is_view)
 
 
 def _viewing(
     result: torch.Tensor, source: SplitTensor, spec: SplitSpec, is_view: bool
 ) -> torch.Tensor:
-    cell = Cell(result, told=source._cell.told)
+    cell = Cell(result, on_gather=source._cell.on_gather)
     if is_view:
-        cell.viewed = None if source.is_inference() else source._version
+        cell.viewed = None if source.is_inference() else version_of(source)
         source._cell.views.add(cell)
     return SplitTensor(cell, spec)
 

@@ -115,7 +115,7 @@ def _gather(
                 whole_BGSD[:, :, there] = block_BGKD[:, :, here]
 
     place(ranks.rank, (k_BGKD, v_BGKE))
-    for rank, block_N in ranks.everyones(operation, pack(k_BGKD, v_BGKE)):
+    for rank, block_N in ranks.iter_all_gather(operation, pack(k_BGKD, v_BGKE)):
         place(rank, unpack(block_N, k_BGKD, v_BGKE))
     return whole[0], whole[1]
 
@@ -131,7 +131,7 @@ def _scatter(problem: Problem, dk_BGSD: Tensor, dv_BGSE: Tensor, mine: Sums) -> 
                 part_BGKD[:, :, here] = whole_BGSD[:, :, there]
         return part_N
 
-    total_N = problem.ranks.total("backward: reduce-scatter of dK/dV", part)
+    total_N = problem.ranks.reduce_scatter_parts("backward: reduce-scatter of dK/dV", part)
     for sum_BGKD, total_BGKD in zip(local, unpack(total_N, *local), strict=True):
         sum_BGKD.copy_(total_BGKD)
 

@@ -51,7 +51,7 @@ def _to_heads(ranks: Ranks, layout: Layout, operation: str, x_BHQD: Tensor) -> T
             whole_BHSD[:, :, there] = part_BHQD[:, :, here]
 
     place(ranks.rank, of_heads(ranks.rank))
-    for rank, part_BHQD in ranks.from_others(operation, of_heads):
+    for rank, part_BHQD in ranks.iter_all_to_all(operation, of_heads):
         place(rank, part_BHQD)
     return whole_BHSD
 
@@ -71,7 +71,7 @@ def _to_tokens(ranks: Ranks, layout: Layout, operation: str, x_BHSD: Tensor) -> 
         local_BHQD[:, rank * heads : (rank + 1) * heads] = part_BHQD
 
     place(ranks.rank, of_tokens(ranks.rank))
-    for rank, part_BHQD in ranks.from_others(operation, of_tokens):
+    for rank, part_BHQD in ranks.iter_all_to_all(operation, of_tokens):
         place(rank, part_BHQD)
     return local_BHQD
 

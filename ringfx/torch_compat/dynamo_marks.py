@@ -1,4 +1,4 @@
-"""What Dynamo is told of functions where they are defined, without loading Dynamo for it.
+"""Marks on functions that Dynamo reads, without loading Dynamo.
 
 ``torch.compiler.assume_constant_result`` and ``torch._dynamo.disable`` import Dynamo when they
 decorate, seconds for those who call ``ringfx.ops`` alone. torch decorates its own functions as

@@ -18,7 +18,9 @@ def whole_number(
     where: str, name: str, value: Any, *, least: int = 1, most: int | None = None
 ) -> int:
     """An int, of Python or numpy; True is none."""
-    kind = f"a whole number, {least} or more" if most is None else f"one from {least} to {most:,}"
+    kind = (
+        f"an integer, {least} or more" if most is None else f"an integer from {least} to {most:,}"
+    )
     if isinstance(value, bool | float | str | torch.Tensor) or not hasattr(value, "__index__"):
         raise _wrong(where, name, value, kind)
     found = operator.index(value)
@@ -50,7 +52,7 @@ def switch(where: str, name: str, value: Any) -> None:
 
 def text(where: str, name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise _wrong(where, name, value, "a text")
+        raise _wrong(where, name, value, "a string")
 
 
 def tensor(where: str, name: str, value: Any) -> None:

@@ -121,27 +121,31 @@ def _problem(error: Mapping[str, Any], path: str, kind: Any) -> str:
         case "unexpected_keyword_argument":
             return f"unknown field {shown(path)}{known}"
         case "json_invalid":
-            return f"it holds what is no text or number: {error['ctx']['error']}"
+            return (
+                "it contains a character or number that JSON does not allow: "
+                f"{error['ctx']['error']}"
+            )
         case "value_error":
             return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
     return f"{path or 'it'} must be {_expected(error)}; got {shown(error['input'])}"
 
 
 EXPECTED: Mapping[str, str] = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
-    "string_type": "a text",
-    "string_unicode": "a text",
-    "string_pattern_mismatch": "a text of the form {pattern}",
-    "string_too_long": "a text of at most {max_length} characters",
+    "string_type": "a string",
+    "string_unicode": "a string",
+    "string_pattern_mismatch": "a string of the form {pattern}",
+    "string_too_long": "a string of at most {max_length} characters",
     "bool_type": "true or false",
     "greater_than": "above {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than": "below {lt}",
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
+    "enum": "{expected}",
     "tuple_type": "a list",
     "dataclass_type": "an object with fields",
     "none_required": "null",

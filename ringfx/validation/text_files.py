@@ -49,7 +49,7 @@ def read_text(path: Path, error: type[RingfxError] = InvalidArgument, what: str 
     except ValueError as problem:  # a NUL in the path
         raise error(f"{name!r} cannot be read: {problem}.") from problem
     if len(content) > LARGEST:
-        raise error(f"{name} has more than {LARGEST:,} bytes: it is none of ringfx's files.")
+        raise error(f"{name} has more than {LARGEST:,} bytes: no file of ringfx is so large.")
     for magic, packed in MAGIC.items():
         if content.startswith(magic):
             raise error(f"{name} is compressed ({packed}). Do: unpack it first.")

@@ -265,13 +265,13 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:few"],
-            "ringfx: factories:few: the inputs that it gave do not fit Dense.forward:"
+            "ringfx: factories:few: its inputs do not fit Dense.forward:"
             " missing a required argument: 'y'.",
         ),
         (
             ["factories:dense"],
-            "ringfx: factories:dense: inputs for Dense.forward(x, y) cannot be made up, only"
-            " input_ids and labels can. Do: let the factory return (model, args, kwargs);"
+            "ringfx: factories:dense: ringfx can generate input_ids and labels only, not the inputs"
+            " of Dense.forward(x, y). Do: let the factory return (model, args, kwargs);"
             " it may take seq_len and batch_size.",
         ),
         (
@@ -286,7 +286,7 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:make", "--dtype", "int8"],
-            "ringfx: 'int8' is no floating dtype. Choices: float32, bfloat16, float16, float64.",
+            "ringfx: 'int8' is not a floating dtype. Choices: float32, bfloat16, float16, float64.",
         ),
         (["absent.py:make"], "ringfx: there is no file absent.py."),
         (["absent.json"], "ringfx: there is no file absent.json."),
@@ -334,7 +334,7 @@ def test_a_config_file_that_is_none_says_why(planner: Planner, tmp_path: Path) -
     assert _fails(str(file)).startswith(f"ringfx: {file}: line 1 is not JSON (")
     file.write_text("{}")
     assert _fails(str(file)) == (
-        f'ringfx: {file} is no Hugging Face configuration: it has no "model_type".'
+        f'ringfx: {file} is not a Hugging Face configuration: it has no "model_type".'
     )
 
 

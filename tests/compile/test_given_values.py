@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import ringfx
 from ringfx.errors import AttentionNotFound, CaptureRefused
+from ringfx.ir.note import NoteKind, texts_of
 
 
 class Reads(nn.Module):
@@ -33,7 +34,7 @@ class Reads(nn.Module):
 def layers(mask: Tensor, x: Tensor | None = None) -> tuple[int, tuple[str, ...]]:
     x = torch.randn(1, 12, 16) if x is None else x
     plan = ringfx.plan(Reads(), (x, mask), world_size=2)
-    return len(plan.layers), tuple(n for n in plan.notes if "assumed" in n)
+    return len(plan.layers), tuple(n for n in texts_of(plan.notes) if "assumed" in n)
 
 
 def test_values_that_the_call_gives_decide() -> None:
@@ -71,8 +72,8 @@ def test_a_branch_on_unknown_values_is_not_taken_and_the_next_layer_stays_split(
         model, x = Weighed(), torch.randn(1, 12, 16)
     plan = ringfx.plan(model, (x,), world_size=2)
     assert [x.axis for x in plan.layers] == ["tokens", "tokens"]
-    assert sum("to be False" in n for n in plan.notes) == 1
-    assert [m.node for m in plan.reshardings if m.kind == "gather"] == ["isinf"]
+    assert sum("to be False" in n for n in texts_of(plan.notes)) == 1
+    assert [m.node for m in plan.reshardings if m.kind == "all_gather"] == ["isinf"]
     assert plan.memory.peak_bytes > 0
 
 
@@ -133,7 +134,7 @@ class Routed(nn.Module):
 def test_a_router_is_assumed_to_choose_each_expert_as_often(by_sizes: bool) -> None:
     plan = ringfx.plan(Routed(by_sizes), (torch.randn(1, 12, 16),), world_size=2)
     assert len(plan.layers) == 2
-    (note,) = (note for note in plan.notes if "assumed" in note)
+    (note,) = (n for n in texts_of(plan.notes) if "assumed" in n)
     assert "topk to choose each of 3 as often" in note
 
 
@@ -150,11 +151,11 @@ def test_a_mask_in_a_buffer_without_values_counts_as_given_and_the_plan_says_so(
         model, x = Masked(), torch.randn(1, 12, 16)
     plan = ringfx.plan(model, (x,), world_size=2)
     assert [x.mask for x in plan.layers] == ["a mask given as input"]
-    (note,) = (n for n in plan.notes if "have no values" in n)
+    (note,) = texts_of(plan.notes, NoteKind.NO_VALUES)
     assert "keep" in note
     assert "Do: build the model on cpu" in note
     plan = ringfx.plan(Masked(), (torch.randn(1, 12, 16),), world_size=2)
-    assert not [n for n in plan.notes if "have no values" in n]
+    assert not texts_of(plan.notes, NoteKind.NO_VALUES)
 
 
 def test_attention_that_is_none_without_the_values_of_a_buffer_is_told_so() -> None:

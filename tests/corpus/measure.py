@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import ringfx
 from ringfx.errors import VerificationError
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import Plan
 from tests.corpus.build import build, hidden_size, tensors, total
 from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excesses, excused
@@ -191,7 +192,7 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     wide, narrow = [], 0
     for move in plan.reshardings:
-        if move.kind != "gather":
+        if move.kind != "all_gather":
             continue
         width = _numbers_a_token(move.bytes_moved, plan, variant, ranks)
         if width >= hidden_size(variant.row) / 2:
@@ -205,7 +206,7 @@ def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
         "declined": tuple(_portable(f"{d.name}: {d.reason}") for d in plan.declined),
         "gathers": tuple(wide),
         "narrow_gathers": narrow,
-        "breaks": tuple(_portable(n) for n in plan.notes if n.startswith("graph break")),
+        "breaks": tuple(map(_portable, texts_of(plan.notes, NoteKind.GRAPH_BREAK))),
         "whole_bytes": plan.memory.whole_bytes,
         "split_bytes": plan.memory.split_bytes,
     }

@@ -149,7 +149,7 @@ def check(pool: RankPool, cases: Sequence[Mixed]) -> None:
     problems = []
     for rank, found in enumerate(pool.run(excesses_of, tuple(cases))):
         for case, (excess, sites) in zip(cases, found, strict=True):
-            where = f"rank {rank} of {pool.world_size}, {case.label}"
+            where = f"rank {rank} of {pool.num_ranks}, {case.label}"
             problems += [f"{where}: {name} {ratio:.2f}" for name, ratio in excess.items()]
             if case.sites is not None and sites != case.sites:
                 problems.append(f"{where}: {sites} attentions are split")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ringfx
+from ringfx.ir.note import texts_of
 from tests.end_to_end.models import tokens
 from tests.models.shapes import VOCAB, Causal
 from tests.support.harness import Case, RankPool, compare_all
@@ -123,7 +124,7 @@ def said_by_both() -> tuple[list[str], list[str], int]:
     model: Any = ringfx.optimize(copy.deepcopy(stock), compiler="eager")
     with torch.no_grad():
         ours = said(model)
-        return ours, said(stock), len(model._ringfx_faces.backend.ran)
+        return ours, said(stock), len(model._ringfx_shared.backend.ran)
 
 
 def inputs() -> tuple[torch.Tensor, ...]:
@@ -169,8 +170,9 @@ def test_other_compilers_still_break_at_log_lines() -> None:
 def test_a_plan_goes_on_with_an_assumed_value_and_says_where() -> None:
     plan = ringfx.plan(Reading(), inputs(), world_size=2)
     assert len(plan.layers) == 2
-    assert any("in forward, which runs uncompiled" in note for note in plan.notes), plan.notes
-    assumed = [note for note in plan.notes if note.startswith("planning assumed a number")]
+    notes = texts_of(plan.notes)
+    assert any("in forward, which runs uncompiled" in note for note in notes), plan.notes
+    assumed = [note for note in notes if note.startswith("planning assumed a number")]
     assert len(assumed) == 1, plan.notes
     assert "to be 0.0: " in assumed[0]
     assert "test_breaks.py:" in assumed[0]

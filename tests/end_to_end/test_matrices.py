@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ringfx
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ops import attention
 from tests.models import matrices
 from tests.models.matrices import HIDDEN, MATRICES, Matrices
@@ -101,7 +102,7 @@ def test_no_attention_is_given_more_than_its_own_rows(kind: str, ranks: int) -> 
     for node in program.local.graph_module.graph.find_nodes(op="call_function", target=attention):
         for read in node.args[3]:
             assert read.meta["val"].shape.count(seq_len) < 2, read.meta["val"].shape
-    said = [n for n in program.plan.notes if "a mask or bias" in n]
+    said = texts_of(program.plan.notes, NoteKind.DENSE_MASK)
     whole = MATRICES[kind].rows
     assert len(said) == bool(whole), said
     assert all(f"{whole} whole" in note and SAID in note for note in said), said
@@ -116,5 +117,5 @@ def test_nothing_of_all_pairs_is_made_on_a_rank(kind: str) -> None:
     made = [n.meta.get("val") for n in local.nodes if n.op == "call_function"]
     square = [v.shape for v in made if isinstance(v, torch.Tensor) and v.shape.count(seq_len) > 1]
     assert square == []
-    moved = sum(m.bytes_moved for m in program.plan.reshardings if m.kind == "gather")
+    moved = sum(m.bytes_moved for m in program.plan.reshardings if m.kind == "all_gather")
     assert moved <= 2 * 2 * seq_len * HIDDEN * 4 * 2  # x, or less, for each layer

@@ -239,5 +239,5 @@ def test_a_split_output_touched_by_one_rank_is_an_error_and_no_hang(
     assert text is not None
     assert text.startswith("AgreementError: ")
     assert "lm_head" in text
-    assert f"ranks [{1 - rank}] did not touch it within 4 s, the group's timeout" in text
+    assert f"ranks [{1 - rank}] did not use it within 4 s, the group's timeout" in text
     assert "outputs='local'" in text

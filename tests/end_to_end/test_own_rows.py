@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ringfx.errors import StrategyRefused
+from ringfx.ir.note import texts_of
 from tests.models import own_rows
 from tests.models.own_rows import HIDDEN, TERMS, Rows
 from tests.support.harness import Case, RankPool, compare_all
@@ -70,8 +71,8 @@ def test_terms_of_a_query_are_right_at_every_length(
 def test_nothing_of_all_queries_is_gathered_or_held(term: str, causal: bool, ranks: int) -> None:
     program = lowered(Rows(term, causal), *own_rows.inputs(48), ranks=ranks)
     assert len(program.plan.layers) == 2
-    assert [m for m in program.plan.reshardings if m.kind == "gather"] == []
-    assert [n for n in program.plan.notes if "given whole" in n] == []
+    assert [m for m in program.plan.reshardings if m.kind == "all_gather"] == []
+    assert [n for n in texts_of(program.plan.notes) if "given whole" in n] == []
     values = [n.meta.get("val") for n in program.local.graph_module.graph.nodes]
     longest = 2 * 2 * 48 // ranks * 96  # batch, heads, own queries, distances
     assert max(v.numel() for v in values if isinstance(v, torch.Tensor)) <= longest

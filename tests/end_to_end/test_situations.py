@@ -20,11 +20,11 @@ CAUSES: dict[Callable[[], None], str] = {
     situations.raises: "raised KeyError: 'no such batch' at situations.py:",
     situations.runs_out_of_memory: "raised OutOfMemoryError: CUDA out of memory. Tried to allocate",
     situations.looks_beyond_a_table: "raised IndexError: index out of range in self at situations.",
-    situations.exits: "has ended and does not come back",
+    situations.exits: "has ended without an error",
     situations.exits_with_a_code: "has ended with exit code 3",
-    situations.ends_at_once: "has ended without a word (killed?",
-    situations.is_killed: "has ended without a word (killed?",
-    situations.is_terminated: "has ended without a word (killed?",
+    situations.ends_at_once: "has ended without an error message (killed?",
+    situations.is_killed: "has ended without an error message (killed?",
+    situations.is_terminated: "has ended without an error message (killed?",
     situations.is_interrupted: "raised KeyboardInterrupt at situations.py:",
     situations.leaves_its_group: "or after destroy_process_group",
 }
@@ -128,14 +128,14 @@ APART: dict[Callable[[str], None], str] = {
     situations.makes_the_first_call_alone_before_a_barrier: AT_A_BARRIER,
     situations.generates_alone: AT_A_BARRIER,
     situations.saves_an_output_alone: AT_A_BARRIER,
-    situations.logs_an_output_alone: "the 2 ranks do different things at once",
+    situations.logs_an_output_alone: "the 2 ranks do different things at the same time",
     situations.gives_another_length: "were given inputs of different shapes",
     situations.gives_another_batch_at_first: "were given inputs of different shapes",
     situations.has_another_type: "rank 0 (96, 48) float32, rank 1 (96, 48) float64",
     situations.is_in_another_mode: "is in evaluation mode on rank 1 and in training mode on rank 0",
     situations.keeps_no_gradients: "rank 1 runs this call under torch.no_grad()",
-    situations.has_frozen_a_parameter: "requires a gradient on rank 0 and not on rank 1",
-    situations.calls_two_models_in_another_order: "has the same shape but other values",
+    situations.has_frozen_a_parameter: "requires a gradient on rank 0 but not on rank 1",
+    situations.calls_two_models_in_another_order: "has the same shape but different values",
     situations.calls_another_model_first: "before the model's first call, from situations.py:",
 }
 
@@ -172,7 +172,7 @@ def test_three_ranks_that_do_not_do_the_same(case: Callable[[str], None]) -> Non
 @pytest.mark.slow
 def test_a_call_that_others_have_ended_before() -> None:
     found = run(situations.calls_while_others_have_ended)
-    _check(found, "rank 0 has ended and does not come back", [VICTIM], by_log=False)
+    _check(found, "rank 0 has ended without an error", [VICTIM], by_log=False)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def twice(compiler: Compiler) -> None:
 def test_second_derivatives_are_refused_by_name(ranks2: RankPool, compiler: Compiler) -> None:
     for text in raises(ranks2, twice, compiler):
         assert text.startswith("RingfxError: second derivatives are not supported")
-        assert "Do: take them of the model that was given" in text
+        assert "Do: compute them with the original model" in text
 
 
 def recorded_but_not_used(compiler: Compiler) -> float:

@@ -26,7 +26,7 @@ __all__ = ["Survivor", "survivors"]
 
 TIMEOUT_S = 4.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.failures.faults"])
+_CONTEXT.set_forkserver_preload(["tests.failures.warm"])
 
 
 @dataclass(frozen=True, kw_only=True)

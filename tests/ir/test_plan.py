@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note, NoteKind
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.ir.plan_text import fold
-from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
 from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
@@ -48,7 +49,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="r",
                 name="lm_head",
                 source="model.py:9",
-                kind="all_reduce",
+                kind=CommKind.ALL_REDUCE,
                 bytes_moved=4096,
                 reason="a parameter's gradient",
             ),
@@ -56,7 +57,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 node="g",
                 name="router",
                 source="moe.py:4",
-                kind="gather",
+                kind=CommKind.ALL_GATHER,
                 bytes_moved=2**20,
                 reason="sort orders all tokens",
             ),
@@ -68,7 +69,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
             ),
             unknown=("optimiser state",),
         ),
-        "notes": ("the profile is published, not measured",),
+        "notes": (Note(text="the profile is published, not measured", kind=NoteKind.PROFILE),),
     }
     return Plan(**{**fields, **changes})
 
@@ -80,6 +81,43 @@ def test_a_plan_comes_back_from_json_as_the_same_value() -> None:
     plan = _plan()
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(plan.to_json()).layers[0].site.spec.is_causal
+
+
+def test_notes_of_plans_that_were_saved_as_texts_are_read() -> None:
+    fields = json.loads(_plan().to_json())
+    assert fields["notes"] == [
+        {"text": "the profile is published, not measured", "kind": "profile"}
+    ]
+    fields["notes"] = ["graph break at model.py:3", *fields["notes"]]
+    read = Plan.from_json(json.dumps(fields))
+    assert read.notes == (Note(text="graph break at model.py:3"), *_plan().notes)
+    fields["notes"] = [{"text": "x", "kind": "rumour"}]
+    with pytest.raises(InvalidArgument, match=r"notes\[0\]\.kind must be .*'rumour'"):
+        Plan.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("old", "kind"),
+    [
+        ("gather", CommKind.ALL_GATHER),
+        ("gather_gradient", CommKind.ALL_GATHER_GRADIENT),
+        ("exchange", CommKind.ALL_TO_ALL),
+        ("borders", CommKind.HALO_EXCHANGE),
+        ("all_reduce", CommKind.ALL_REDUCE),
+    ],
+)
+def test_kinds_of_communication_are_read_by_the_names_of_older_plans(
+    old: str, kind: CommKind
+) -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', f'"kind": "{old}"')
+    (move,) = [m for m in Plan.from_json(text).reshardings if m.name == "router"]
+    assert move.kind is kind
+
+
+def test_an_unknown_kind_of_communication_is_refused() -> None:
+    text = _plan().to_json().replace('"kind": "all_gather"', '"kind": "shout"')
+    with pytest.raises(InvalidArgument, match=r"kind must be 'all_gather', .*got 'shout'"):
+        Plan.from_json(text)
 
 
 def test_another_schema_version_is_refused() -> None:
@@ -157,8 +195,8 @@ def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
         "profile h100-sxm-published, of unknown age: published figures",
         "causal; 8,192 tokens, 32/8 heads of 128, bfloat16; flash kernel",
         "found as sdpa at llama/modeling_llama.py:254",
-        "fastest of 4; next ulysses, 12% slower",
-        "4 attention calls: 56.0 ms a step on each rank (48.0 ms compute, 8.00 ms waiting",
+        "production (overlapped ring): fastest of 4; next ulysses, 12% slower",
+        "4 attention calls: 56.0 ms a step on each rank (48.0 ms compute, 8.00 ms exposed",
         "40.0 MiB saved for backward, up to 3.00 MiB of workspace",
         "gather, 1.00 MiB at router (moe.py:4): sort orders all tokens",
         "all_reduce, 4.00 KiB at lm_head (model.py:9): a parameter's gradient",

@@ -415,8 +415,8 @@ WRITES_REFUSED: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 REFUSED_WRITES: Mapping[str, tuple[str, str]] = {
     "without a gradient, into a value that has one": (
-        "writes without gradients into a value that has one",
-        "later uses would pass the gradient of what was overwritten",
+        "writes without gradients into a value that has a gradient",
+        "later uses would pass on the gradient of the overwritten value",
     ),
     "through detach, into a value that has a gradient": (
         "through a detached view", "the same"

@@ -5,24 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ringfx.ir.tiles.expr import TILE_OPS
-from ringfx.ops.tiling.bias_gradients import PULL_RULES
-
-NUM_OPERANDS = {"add": 2, "sub": 2, "mul": 2, "div": 2}
+from ringfx.ir.tiles import TILE_OPS
 
 
-@pytest.mark.parametrize("head", sorted(PULL_RULES.keys() - {"where"}))
+@pytest.mark.parametrize("head", [n for n, op in TILE_OPS.items() if op.pull and n != "where"])
 def test_a_row_is_the_derivative(head: str) -> None:
     generator = torch.Generator().manual_seed(1)
     given = [
         (torch.rand(3, 4, generator=generator, dtype=torch.float64) + 0.3).requires_grad_()
-        for _ in range(NUM_OPERANDS.get(head, 1))
+        for _ in range(TILE_OPS[head].arity)
     ]
-    result = TILE_OPS[head](*given)
+    result = TILE_OPS[head].evaluate(*given)
     upstream = torch.rand(3, 4, generator=generator).to(result.dtype)
     expected = torch.autograd.grad(result, given, upstream)
     with torch.no_grad():
-        found = PULL_RULES[head](upstream, result, *given)
+        pull = TILE_OPS[head].pull
+        assert pull is not None
+        found = pull(upstream, result, *given)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours is not None
         torch.testing.assert_close(ours.to(theirs.dtype), theirs)

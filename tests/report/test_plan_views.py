@@ -15,10 +15,11 @@ from ringfx.cli.main import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
+from ringfx.ir.note import Note
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
 from ringfx.ir.values import Declined
 from ringfx.report.plan_html import to_html
-from ringfx.report.plan_views import diff_text, explain_text, sweep_text
+from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from tests.cost_model.sites import causal_site, full_site, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -51,7 +52,7 @@ def _run(*words: str) -> Result:
 
 
 def test_explain_gives_every_strategy_its_numbers_or_its_refusal() -> None:
-    text = explain_text(_plan(), "model.layers.3.*", H100)
+    text = strategy_options_text(_plan(), "model.layers.3.*", H100)
     lines = text.split("\n")
     assert lines[0] == "model.layers.3.self_attn: causal, 65,536 tokens, 12 ranks"
     assert [line.split()[0] for line in lines[3:5]] != ["*", "*"]
@@ -67,14 +68,14 @@ def test_explain_gives_every_strategy_its_numbers_or_its_refusal() -> None:
 
 
 def test_explain_folds_equal_layers_and_shows_all_that_a_glob_names() -> None:
-    text = explain_text(_plan(), "*", H100)
+    text = strategy_options_text(_plan(), "*", H100)
     assert "model.layers.{0,2,4}.self_attn: none" in text
     assert "model.layers.{1,3,5}.self_attn: causal" in text
 
 
 def test_explain_of_no_layer_lists_the_layers() -> None:
     with pytest.raises(InvalidArgument, match=r"no attention named 'decoder.*It has 6: model\."):
-        explain_text(_plan(), "decoder", H100)
+        strategy_options_text(_plan(), "decoder", H100)
 
 
 # --- two plans ----------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_blocks_of_the_model_are_folded_largest_first() -> None:
         by_block=tuple(blocks),
     )
     text = str(dataclasses.replace(_plan(), memory=memory))
-    lines = text[text.index("of it, by block of the model") :].split("\n")
+    lines = text[text.index("by block of the model") :].split("\n")
     assert [line.strip() for line in lines[1:3]] == [
         "8.00 MiB  model.layers.{0..7}, 1.00 MiB each",
         "4.00 MiB  lm_head",
@@ -178,7 +179,7 @@ def test_a_saved_plan_is_chosen_again_under_another_word_or_profile(saved: Path)
     assert {layer.strategy for layer in by_word.layers} == {"simple"}
     elsewhere = Plan.from_json(_run(str(saved), "--profile", "a100-sxm-published", "--json").stdout)
     assert elsewhere.profile == "a100-sxm-published"
-    assert any(note.startswith("profile a100-sxm-published ") for note in elsewhere.notes)
+    assert any(note.text.startswith("profile a100-sxm-published ") for note in elsewhere.notes)
     assert elsewhere.total_ms > _plan().total_ms
 
 
@@ -209,12 +210,12 @@ def test_diff_compares_with_a_saved_plan(saved: Path) -> None:
         (["--diff", "absent.json"], "ringfx: absent.json cannot be read: No such file"),
         (["--max-seq-len"], "ringfx: the longest sequence needs a budget."),
         (["--explain", "decoder"], "ringfx: the plan has no attention named 'decoder'."),
-        (["--seq-len", "8k"], "is a saved plan: its length and ranks are fixed."),
+        (["--seq-len", "8k"], "is a saved plan: its length and number of ranks are fixed."),
         (
             ["--infer", "--dtype", "float16"],
             "is a saved plan, which --infer, --dtype cannot change",
         ),
-        (["--optimizer", "adamw"], "which --optimizer cannot change. Do: leave it out, or plan"),
+        (["--optimizer", "adamw"], "which --optimizer cannot change. Do: remove it, or plan"),
         (["--strategy", "nonsense"], "ringfx: unknown strategy 'nonsense'."),
         (["--profile", "absent"], "ringfx: there is no profile 'absent'."),
         (["--gpu-memory", "1MiB"], "ringfx: no choice of strategies fits: 12 ranks need"),
@@ -234,7 +235,7 @@ def test_a_model_needs_its_length_and_ranks() -> None:
     assert result.exit_code == 2
     assert result.stderr.strip() == (
         "ringfx: planning models:make needs --seq-len and --world-size;"
-        " just a saved plan goes without."
+        " only a saved plan needs neither."
     )
 
 
@@ -296,7 +297,7 @@ def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
             over_program=(2**20, 2**30, 2**25),
             unknown=("optimiser state",),
         ),
-        notes=("a <b> & c",),
+        notes=(Note(text="a <b> & c"),),
     )
     page = to_html(plan)
     assert "Memory of one rank at the peak: 1.00 GiB" in page

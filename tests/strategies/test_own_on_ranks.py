@@ -62,7 +62,7 @@ def _noting(name: str, direction: str, *args: Any) -> Any:
 
 
 def _mine(name: str) -> Strategy:
-    parts = {x: partial(_noting, name, x) for x in ("forward", "backward")}
+    parts: dict[str, Any] = {x: partial(_noting, name, x) for x in ("forward", "backward")}
     return dataclasses.replace(HALVES, name="mine", **parts)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.support.harness import Case, RankError, RankPool, compare, compare_here, raises
+from tests.support.harness import Case, RankPool, compare, compare_here, raises
 
 pytestmark = pytest.mark.ranks
 
@@ -58,54 +56,9 @@ class OneGradientLost(nn.Module):
         return result
 
 
-def sum_of_ranks(offset: int) -> tuple[int, int]:
-    total = torch.tensor(dist.get_rank() + offset)
-    dist.all_reduce(total)
-    return dist.get_rank(), int(total)
-
-
 def fails_on_rank_1() -> None:
     if dist.get_rank() == 1:
         raise ValueError("seventeen")
-
-
-def dies_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        os._exit(3)
-
-
-def sleeps_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        time.sleep(60)
-
-
-def leaves_a_trace() -> int:
-    dist.new_group([0])  # the next call must not see it
-    return len(dist.distributed_c10d._world.pg_map)
-
-
-def test_a_pool_is_reused_and_returns_results_by_rank(ranks3: RankPool) -> None:
-    assert ranks3.run(sum_of_ranks, 1) == [(0, 6), (1, 6), (2, 6)]
-    assert ranks3.run(sum_of_ranks, offset=0) == [(0, 3), (1, 3), (2, 3)]
-
-
-def test_each_call_has_a_process_group_of_its_own(ranks2: RankPool) -> None:
-    assert ranks2.run(leaves_a_trace) == ranks2.run(leaves_a_trace) == [2, 1]
-
-
-def test_failures_name_the_rank_and_the_pool_recovers() -> None:
-    pool = RankPool(2, collective_timeout_s=20)
-    try:
-        with pytest.raises(RankError, match=r"rank 1 of 2: (.|\n)*ValueError: seventeen"):
-            pool.run(fails_on_rank_1)
-        with pytest.raises(RankError, match="rank 1 of 2: the process died, exit code 3"):
-            pool.run(dies_on_rank_1)
-        pool.run(sum_of_ranks, 0)  # started again: the limit below is not spent on that
-        with pytest.raises(RankError, match=r"rank 1 of 2 did not answer (.|\n)*sleeps_on_rank_1"):
-            pool.run(sleeps_on_rank_1, timeout_s=5)
-        assert pool.run(sum_of_ranks, 0) == [(0, 1), (1, 1)]
-    finally:
-        pool.close()
 
 
 def test_expected_errors_are_collected_from_every_rank(ranks2: RankPool) -> None:

@@ -33,8 +33,9 @@ from ringfx.cost_model.calibration.from_records import (
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
 from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
+from ringfx.ir.note import Note
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
-from ringfx.ir.values import Declined, Resharding, TokenAxis
+from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
 from ringfx.strategies import STRATEGIES
 from tests.cost_model.sites import causal_site, full_site, shipped
 from tests.validation.damage import corrupted
@@ -79,7 +80,12 @@ def _plan() -> Plan:
     sites = (causal_site(0, 1001), causal_site(1, 1001), full_site(2, 64, heads=8))
     layers = choose(sites, world_size=2, profile=shipped("h100-sxm-published"))
     gather = Resharding(
-        node="g", name="r", source="m.py:4", kind="gather", bytes_moved=2**20, reason="a sort"
+        node="g",
+        name="r",
+        source="m.py:4",
+        kind=CommKind.ALL_GATHER,
+        bytes_moved=2**20,
+        reason="a sort",
     )
     return Plan(
         world_size=2,
@@ -102,7 +108,7 @@ def _plan() -> Plan:
             over_program=(2**20, 2**30, 2**21),
             unknown=("optimiser state",),
         ),
-        notes=("a note",),
+        notes=(Note(text="a note"),),
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import ringfx
 from ringfx.cost_model import load_profile
 from ringfx.errors import RingfxError
-from ringfx.report.explanation import explain
+from ringfx.report.detection_report import report_detection
 
 
 class Attend(nn.Module):
@@ -72,7 +72,7 @@ BAD: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any], Mapping[str, tupl
         },
     ),
     "explain": (
-        explain,
+        report_detection,
         {"model": Attend(), "args": (x,)},
         {"model": (None, 3, Attend), "args": (x, None, 3), "kwargs": (3, [x])},
     ),

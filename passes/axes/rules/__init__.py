@@ -1,8 +1,8 @@
 """The axis table: one row an operator family. It serves detection and the partitioner alike.
 
 A row says which dimensions are one axis, and for each axis whether the operator may run on a part
-of it (local), leaves a partial sum, or needs the whole. An operator without a row is an error that
-names it, never "replicate by default".
+of it (independent), leaves a partial sum, or needs all of it (replicated). An operator without a
+row is an error that names it, never "replicate by default".
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
 from ringfx.errors import InvalidArgument
 from ringfx.passes.axes.call import AxisRule, AxisRules
@@ -28,6 +27,7 @@ from ringfx.passes.axes.rules import (
     views,
 )
 from ringfx.passes.capture.own_backward import OwnBackward
+from ringfx.torch_compat.operators import OpOverload, OpOverloadPacket
 
 __all__ = ["RULES", "AxisRules", "checked_rules", "find_rule"]
 

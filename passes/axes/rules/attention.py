@@ -9,6 +9,7 @@ import torch
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ops import attention
+from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, given_input
 from ringfx.passes.axes.rules.pattern import labels_like, leading, shares
 
@@ -16,9 +17,9 @@ __all__ = ["RULES"]
 
 
 def canonical(call: Call) -> OpAxes:
-    """Query and key tokens stay local: the strategy moves what crosses; the rest is whole.
+    """Query and key tokens are independent: the strategy moves what crosses; others are not.
 
-    Batch and heads stay local too where no captured tensor is read by their index. A captured
+    Batch and heads are independent too where no captured tensor is read by their index. A captured
     tensor that is read at the query's own row has query tokens as well.
     """
     q, k, v = (a.meta["val"].shape for a in call.node.args[:3])  # type: ignore[union-attr]
@@ -28,16 +29,17 @@ def canonical(call: Call) -> OpAxes:
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(whole=["d", "e", *others, *_indexed(operands, rest)]),
-        together=frozenset({"s", "t"}),
-        captured=frozenset(range(3, len(call.operands))),
+        share=shares(replicated=["d", "e", *others, *_indexed(operands, rest)]),
+        how=how.Attend(
+            tokens=frozenset({"s", "t"}), captured=frozenset(range(3, len(call.operands)))
+        ),
     )
 
 
 def _captured(call: Call) -> Iterator[Labels | None]:
     """Labels of what the tile functions read; None for what is read at other than its own rows.
 
-    An input of the program is whole on every rank as it is.
+    An input of the program is replicated as it is.
     """
     spec = AttentionSpec.from_json(call["spec"])
     rows = tiles.rows_read(spec.keep, spec.bias)
@@ -57,7 +59,7 @@ def sdpa(call: Call) -> OpAxes:
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(whole=["s", "t", "d", "e", *_indexed(operands, rest)]),
+        share=shares(replicated=["s", "t", "d", "e", *_indexed(operands, rest)]),
         reason="this attention is not in canonical form",
     )
 
@@ -89,7 +91,7 @@ def _result(q: torch.Size, v: torch.Size) -> Labels:
 
 
 def kernel(call: Call) -> OpAxes:
-    """A kernel that detection left as it stands: all of it is whole."""
+    """A kernel that detection declined: all of it is replicated."""
     named = [
         tuple((f"r{n}.{d}",) if size != 1 else () for d, size in enumerate(shape))
         for n, shape in enumerate(call.result_shapes)
@@ -97,7 +99,7 @@ def kernel(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=tuple(named),
-        share=shares(whole=[x for labels in named for dim in labels for x in dim]),
+        share=shares(replicated=[x for labels in named for dim in labels for x in dim]),
         reason="this attention is not in canonical form",
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, Call, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -18,22 +20,22 @@ def constant(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=(numbered(call.result_shape),),
-        size_arg="size" if "size" in call.arguments else None,
+        how=how.SizeArgument(name="size") if "size" in call.arguments else None,
     )
 
 
 def counted(call: Call) -> OpAxes:
-    """Depends on the global index (arange) or on the generator (random): made whole, then cut."""
+    """Depends on the global index (arange) or the generator (random): made replicated, then cut."""
     labels = numbered(call.result_shape)
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=(labels,),
-        share=shares(whole=[x for dim in labels for x in dim]),
+        share=shares(replicated=[x for dim in labels for x in dim]),
         reason="it counts or draws over the whole axis",
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(
         (
             aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default,

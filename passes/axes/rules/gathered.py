@@ -6,6 +6,7 @@ import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -13,7 +14,7 @@ aten = torch.ops.aten
 
 
 def gathered(reason: str) -> AxisRule:
-    """Every operand whole, every result new; plans list it with the reason."""
+    """Every operand replicated, every result new; plans list it with the reason."""
 
     def rule(call: Call) -> OpAxes:
         results: tuple[Labels, ...] = tuple(
@@ -23,14 +24,14 @@ def gathered(reason: str) -> AxisRule:
         return OpAxes(
             operands=(None,) * len(call.operands),
             results=results,
-            share=shares(whole=[x for dims in results for dim in dims for x in dim]),
+            share=shares(replicated=[x for dims in results for dim in dims for x in dim]),
             reason=reason,
         )
 
     return rule
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten._pdist_forward.default: gathered("it measures each pair of rows once"),
     aten.as_strided_scatter.default: gathered("it counts along memory"),
     aten.dist.default: gathered("it is one norm of all differences"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -19,8 +21,8 @@ def embedding(call: Call) -> OpAxes:
     rows, width = call.shape("weight")
     table: Labels = (("row",) if rows != 1 else (), ("width",) if width != 1 else ())
     return OpAxes(
-        operands=(table, indices), results=((*indices, table[1]),), share=shares(whole=["row"]),
-        reason="it looks rows up",
+        operands=(table, indices), results=((*indices, table[1]),),
+        share=shares(replicated=["row"]), reason="it looks rows up",
     )  # fmt: skip
 
 
@@ -30,13 +32,13 @@ def index_select(call: Call) -> OpAxes:
     picked: Labels = (("picked",) if call.result_shape[at] != 1 else (),)
     out = (*labels[:at], *picked, *labels[at + 1 :])
     return OpAxes(
-        operands=(labels, picked), results=(out,), share=shares(whole=[f"d{at}"]),
-        lookups={f"d{at}": 1}, reason="it looks elements up along the axis",
+        operands=(labels, picked), results=(out,), share=shares(replicated=[f"d{at}"]),
+        how=how.Lookup(numbers={f"d{at}": 1}), reason="it looks elements up along the axis",
     )  # fmt: skip
 
 
 def index(call: Call) -> OpAxes:
-    """Advanced indexing: indexed dimensions need the whole, the others stay local."""
+    """Advanced indexing: indexed dimensions need all elements, the others are independent."""
     shape, given = call.shapes[0], list(call["indices"])
     given += [None] * (len(shape) - len(given))
     tensors = [i for i in given if isinstance(i, Node)]
@@ -60,8 +62,8 @@ def index(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels, *operand_labels),
         results=(out,),
-        share=shares(whole=[f"d{d}" for d in at]),
-        lookups={f"d{d}": 1 + i for i, d in enumerate(at)},
+        share=shares(replicated=[f"d{d}" for d in at]),
+        how=how.Lookup(numbers={f"d{d}": 1 + i for i, d in enumerate(at)}),
         reason="it looks elements up along the axis",
     )
 
@@ -82,8 +84,8 @@ def gather(call: Call) -> OpAxes:
     ordered = call.position("self") < call.position("index")
     return OpAxes(
         operands=operands if ordered else operands[::-1],
-        results=(tuple(picked),), share=shares(whole=needed),
-        lookups={f"d{at}": 1} if ordered else {},
+        results=(tuple(picked),), share=shares(replicated=needed),
+        how=how.Lookup(numbers={f"d{at}": 1}) if ordered else None,
         reason="it looks elements up along the axis",
     )  # fmt: skip
 
@@ -101,8 +103,8 @@ def take_along_dim(call: Call) -> OpAxes:
     ordered = call.position("self") < call.position("indices")
     return OpAxes(
         operands=operands if ordered else operands[::-1],
-        results=(tuple(out),), share=shares(whole=[f"d{at}"]),
-        lookups={f"d{at}": 1} if ordered else {},
+        results=(tuple(out),), share=shares(replicated=[f"d{at}"]),
+        how=how.Lookup(numbers={f"d{at}": 1}) if ordered else None,
         reason="it looks elements up along the axis",
     )  # fmt: skip
 
@@ -116,13 +118,13 @@ def _along_all(call: Call) -> OpAxes:
     given = {call.position("self"): labels, call.position("indices"): picked}
     return OpAxes(
         operands=(given[0], given[1]), results=(picked,),
-        share=shares(whole=[x for dim in labels for x in dim]),
+        share=shares(replicated=[x for dim in labels for x in dim]),
         reason="it looks elements up in the flattened tensor",
     )  # fmt: skip
 
 
 def index_put(call: Call) -> OpAxes:
-    """Writes at indices: the indexed dimensions need the whole, and are new axes in the result."""
+    """Writes at indices: indexed dimensions need all elements, and are new axes in the result."""
     axes = index(call)
     given = list(call["indices"])
     labels = numbered(call.shapes[0])
@@ -136,13 +138,13 @@ def index_put(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels, *axes.operands[1 : 1 + len(at)], written),
         results=(out,),
-        share=shares(whole=[f"{prefix}{d}" for d in at for prefix in ("d", "put")]),
+        share=shares(replicated=[f"{prefix}{d}" for d in at for prefix in ("d", "put")]),
         reason="it writes at indices along the axis",
     )
 
 
 def index_rows(call: Call) -> OpAxes:
-    """Adds, copies or fills rows at indices of a dimension, which needs the whole."""
+    """Adds, copies or fills rows at indices of a dimension, which needs all elements."""
     labels = numbered(call.shape("self"))
     at = call.dim("dim", len(labels))
     rows: Labels = (("rows",) if call.shape("index")[0] != 1 else (),)
@@ -151,7 +153,7 @@ def index_rows(call: Call) -> OpAxes:
     return OpAxes(
         operands=tuple(by_place.get(i, ()) for i in range(len(call.operands))),
         results=(labels,),
-        share=shares(whole=[f"d{at}", "rows"]),
+        share=shares(replicated=[f"d{at}", "rows"]),
         reason="it writes rows at indices along the axis",
     )
 
@@ -171,7 +173,7 @@ def scatter(call: Call) -> OpAxes:
     every = {x for dims in operands for dim in dims for x in dim}
     return OpAxes(
         operands=operands, results=(operands[0],),
-        share=shares(whole=every - {f"d{d}" for d, same in enumerate(alike) if same}),
+        share=shares(replicated=every - {f"d{d}" for d, same in enumerate(alike) if same}),
         reason="it writes at indices along the axis",
     )  # fmt: skip
 
@@ -179,7 +181,7 @@ def scatter(call: Call) -> OpAxes:
 def one_hot(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     return OpAxes(
-        operands=(labels,), results=((*labels, ("class",)),), share=shares(whole=["class"])
+        operands=(labels,), results=((*labels, ("class",)),), share=shares(replicated=["class"])
     )
 
 
@@ -191,7 +193,7 @@ def slice_scatter(call: Call) -> OpAxes:
     placed[at] = ("placed",) if placed[at] else ()
     return OpAxes(
         operands=(labels, tuple(placed)), results=(labels,),
-        share=shares(whole=[f"d{at}", "placed"]),
+        share=shares(replicated=[f"d{at}", "placed"]),
         reason="it writes into a part of the axis",
     )  # fmt: skip
 
@@ -214,7 +216,7 @@ def rank_among(values: str, borders: str) -> AxisRule:
         return OpAxes(
             operands=tuple(given.get(i) for i in range(len(call.operands))),
             results=(labels,),
-            share=shares(whole=["border"]),
+            share=shares(replicated=["border"]),
         )
 
     return rule
@@ -230,10 +232,10 @@ def _opaque(call: Call, reason: str) -> OpAxes:
         for n, shape in enumerate(call.result_shapes)
     )
     every = [x for dims in (*operands, *results) for dim in dims for x in dim]
-    return OpAxes(operands=operands, results=results, share=shares(whole=every), reason=reason)
+    return OpAxes(operands=operands, results=results, share=shares(replicated=every), reason=reason)
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.embedding.default: embedding,
     aten.index_select.default: index_select,
     aten.index.Tensor: index,

@@ -7,9 +7,11 @@ from functools import partial
 
 import torch
 
+from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.pointwise import broadcast
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -42,9 +44,9 @@ def cross_entropy(call: Call) -> OpAxes:
         results=(() if call["reduction"] != NONE else rows,),
         share=shares(
             sum=summed if total else [],
-            whole=["class"] + (summed if call["reduction"] == MEAN else []),
+            replicated=["class"] + (summed if call["reduction"] == MEAN else []),
         ),
-        fill={1: call["ignore_index"] if by_index else 0} if total else {},
+        how=how.Sum(fill={1: call["ignore_index"] if by_index else 0}) if total else None,
         reason="a row of classes needs all of them",
     )
 
@@ -67,13 +69,13 @@ def elementwise_loss(call: Call, fill: Mapping[str, float] = NOTHING) -> OpAxes:
         operands=operands,
         results=(labels if reduction == NONE else (),),
         share=shares(
-            sum=partial, whole=[x for x in summed if reduction != NONE and x not in partial]
+            sum=partial, replicated=[x for x in summed if reduction != NONE and x not in partial]
         ),
-        fill=filled if reduction == SUM else {},
+        how=how.Sum(fill=filled) if reduction == SUM else None,
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.cross_entropy_loss.default: cross_entropy,
     aten.nll_loss_nd.default: cross_entropy,
     aten.nll_loss.default: cross_entropy,

@@ -7,6 +7,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -22,7 +23,7 @@ def trailing(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (normalized,) * (len(call.operands) - 1),
         results=(labels,) * len(call.result_shapes),
-        share=shares(whole=[x for dim in normalized for x in dim]),
+        share=shares(replicated=[x for dim in normalized for x in dim]),
         reason="it normalises over the axis",
     )
 
@@ -34,12 +35,12 @@ def grouped(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (channel,) * (len(call.operands) - 1),
         results=(labels,),
-        share=shares(whole=[x for dim in labels[1:] for x in dim]),
+        share=shares(replicated=[x for dim in labels[1:] for x in dim]),
         reason="it normalises over the axis",
     )
 
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.layer_norm.default: trailing,
     aten.rms_norm.default: trailing,
     aten.group_norm.default: grouped,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share
+from ringfx.passes.axes.call import AxisRule, AxisSharing, Call, Labels, OpAxes
+from ringfx.passes.axes.how import Sum
 
 __all__ = ["axes", "labels_like", "leading", "shares"]
 
@@ -13,7 +14,7 @@ def axes(
     *,
     out: str | Sequence[str],
     sum: str = "",
-    whole: str = "",
+    replicated: str = "",
     mean: bool = False,
     fill: Mapping[str, float] | None = None,
     reason: str = "",
@@ -22,7 +23,8 @@ def axes(
     """A rule from one pattern for each tensor argument and result.
 
     A pattern lists labels, slowest dimension first; ``...`` stands for any leading dimensions and
-    aligns to the right, as broadcasting does. ``sum`` and ``whole`` list labels of that share.
+    aligns to the right, as broadcasting does. ``sum`` and ``replicated`` list labels; all others
+    are independent.
     """
     outs = (out,) if isinstance(out, str) else tuple(out)
 
@@ -44,17 +46,17 @@ def axes(
         return OpAxes(
             operands=tuple(given.get(i) for i in range(len(call.operands))),
             results=results,
-            share=shares(sum=sum.split(), whole=whole.split()),
-            fill=fills,
-            mean=mean,
+            share=shares(sum=sum.split(), replicated=replicated.split()),
+            how=Sum(fill=fills, mean=mean) if fills or mean else None,
             reason=reason,
         )
 
     return rule
 
 
-def shares(*, sum: Iterable[str] = (), whole: Iterable[str] = ()) -> dict[str, Share]:
-    return dict.fromkeys(sum, Share.SUM) | dict.fromkeys(whole, Share.WHOLE)
+def shares(*, sum: Iterable[str] = (), replicated: Iterable[str] = ()) -> dict[str, AxisSharing]:
+    summed = dict.fromkeys(sum, AxisSharing.PARTIAL_SUM)
+    return summed | dict.fromkeys(replicated, AxisSharing.REPLICATED)
 
 
 def leading(rank: int) -> list[str]:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
+from ringfx.passes.axes.how import Draw
 from ringfx.passes.axes.rules.pattern import shares
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES", "broadcast", "elementwise"]
 
@@ -38,21 +40,21 @@ def random_elementwise(call: Call) -> OpAxes:
     return OpAxes(
         operands=axes.operands,
         results=axes.results,
-        share=shares(whole=sorted(every)),
+        share=shares(replicated=sorted(every)),
         reason="its random draws are those of the whole tensor",
     )
 
 
 def drawn(call: Call) -> OpAxes:
     """Random numbers in the shape of the operand, whatever it holds."""
-    return dataclasses.replace(elementwise(call), draws=True)
+    return dataclasses.replace(elementwise(call), how=Draw())
 
 
 def crossed(call: Call) -> OpAxes:
     """Products of three coordinates of two points."""
     axes, at = elementwise(call), call.dim("dim", len(call.result_shape))
     return dataclasses.replace(
-        axes, share=shares(whole=[f"d{at}"]), reason="it mixes the coordinates along the axis"
+        axes, share=shares(replicated=[f"d{at}"]), reason="it mixes the coordinates along the axis"
     )
 
 
@@ -85,7 +87,7 @@ _COMPOSITES = (
     aten.complex.default, aten.hardswish.default, aten._prelu_kernel.default,
 )  # fmt: skip
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(_COMPOSITES, elementwise),
     aten.dropout.default: dropout,
     aten.linalg_cross.default: crossed,

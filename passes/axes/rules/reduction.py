@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import along, numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -32,9 +34,8 @@ def reduce(
         return OpAxes(
             operands=(labels,) + (None,) * (len(call.operands) - 1),
             results=(out,) * len(call.result_shapes),
-            share=shares(sum=names) if partial else shares(whole=names),
-            fill={0: 0} if partial else {},
-            mean=mean,
+            share=shares(sum=names) if partial else shares(replicated=names),
+            how=how.Sum(fill={0: 0}, mean=mean) if partial else None,
             reason=reason,
         )
 
@@ -59,7 +60,7 @@ def diff(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (None,) * (len(call.operands) - 1),
         results=(tuple(out),),
-        share=shares(whole=[f"d{at}", "diff"]),
+        share=shares(replicated=[f"d{at}", "diff"]),
         reason="it compares neighbours along the axis",
     )
 
@@ -79,7 +80,7 @@ def transform(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),),
-        share=shares(whole=[name for i in at for name in (f"d{i}", f"f{i}")]),
+        share=shares(replicated=[name for i in at for name in (f"d{i}", f"f{i}")]),
         reason="it transforms along the axis",
     )
 
@@ -93,8 +94,8 @@ def histogram(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (None,) * (len(call.operands) - 1),
         results=(bins,),
-        share=shares(sum=every if ranged else [], whole=["bin", *([] if ranged else every)]),
-        fill={0: call["min"] - 1} if ranged else {},
+        share=shares(sum=every if ranged else [], replicated=["bin", *([] if ranged else every)]),
+        how=how.Sum(fill={0: call["min"] - 1}) if ranged else None,
         reason="it counts along the axis",
     )
 
@@ -110,7 +111,7 @@ def ordered(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),) * len(call.result_shapes),
-        share=shares(whole=[f"d{at}", "ordered"]),
+        share=shares(replicated=[f"d{at}", "ordered"]),
         reason="it sorts the axis",
     )
 
@@ -124,7 +125,7 @@ def topk(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),) * len(call.result_shapes),
-        share=shares(whole=[f"d{at}", "k"]),
+        share=shares(replicated=[f"d{at}", "k"]),
         reason="it ranks the axis",
     )
 
@@ -137,7 +138,7 @@ def renormed(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(labels,),
-        share=shares(whole=[f"d{i}" for i in range(len(shape)) if i != kept]),
+        share=shares(replicated=[f"d{i}" for i in range(len(shape)) if i != kept]),
         reason="it takes a norm over the axis",
     )
 
@@ -146,7 +147,7 @@ _WHOLE = reduce()
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     aten.sum.default: reduce(partial=True),
     aten.sum.dim_IntList: reduce(partial=True),
     aten.mean.default: reduce(partial=True, mean=True),

@@ -11,6 +11,7 @@ import torch
 from ringfx.passes.axes.call import AxisRule, Call, OpAxes
 from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["RULES"]
 
@@ -33,7 +34,7 @@ def along_dims(
         return OpAxes(
             operands=(numbered(call.shapes[0]),) * len(call.operands),
             results=(made,) * len(call.result_shapes),
-            share=shares(whole=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
+            share=shares(replicated=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
             reason=reason,
         )
 
@@ -57,7 +58,7 @@ _WINDOWS = "its windows see neighbours along the axis"
 _PLANES = along_dims(lambda call, rank: (rank - 2, rank - 1), _WINDOWS)
 _SPACES = along_dims(lambda call, rank: range(rank - 3, rank), _WINDOWS)
 
-RULES: dict[torch._ops.OpOverload, AxisRule] = {
+RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(
         (
             aten.avg_pool2d.default, aten.max_pool2d_with_indices.default,

@@ -10,7 +10,8 @@ import torch
 
 from ringfx.comm import redistribute
 from ringfx.ir import markers
-from ringfx.passes.axes.call import AxisRule, Call, Labels, OpAxes, Share, Window
+from ringfx.passes.axes import how
+from ringfx.passes.axes.call import AxisRule, AxisSharing, Call, Labels, OpAxes, Window
 from ringfx.passes.axes.rules.pattern import shares
 
 __all__ = ["RULES"]
@@ -27,7 +28,7 @@ def regroup(call: Call) -> OpAxes:
     return OpAxes(
         operands=(numbered(call.shapes[0]),) + (None,) * (len(call.operands) - 1),
         results=(numbered(call.result_shape),),
-        regroup=True,
+        how=how.Reshape(),
     )
 
 
@@ -38,7 +39,7 @@ def every_token(call: Call) -> OpAxes:
     parted = {name for d in dims for name in labels[d]}
     made = tuple(tuple(f"all {x}" if x in parted else x for x in names) for names in labels)
     return OpAxes(
-        operands=(labels,), results=(made,), share=shares(whole=parted),
+        operands=(labels,), results=(made,), share=shares(replicated=parted),
         reason="it is read with every row of a mask or bias",
     )  # fmt: skip
 
@@ -94,7 +95,7 @@ def expand(call: Call) -> OpAxes:
     result = numbered(call.result_shape)
     skipped = len(result) - len(call.shapes[0])
     given = tuple(result[i + skipped] if size != 1 else () for i, size in enumerate(call.shapes[0]))
-    return OpAxes(operands=(given,), results=(result,), size_arg="size")
+    return OpAxes(operands=(given,), results=(result,), how=how.SizeArgument(name="size"))
 
 
 def repeat(call: Call) -> OpAxes:
@@ -111,8 +112,8 @@ def repeat(call: Call) -> OpAxes:
     return OpAxes(operands=(given,), results=(tuple(result),), share=_needed(result, "copy"))
 
 
-def _needed(dims: Sequence[tuple[str, ...]], prefix: str) -> dict[str, Share]:
-    return shares(whole=[label for dim in dims for label in dim if label.startswith(prefix)])
+def _needed(dims: Sequence[tuple[str, ...]], prefix: str) -> dict[str, AxisSharing]:
+    return shares(replicated=[label for dim in dims for label in dim if label.startswith(prefix)])
 
 
 def _anew(call: Call, reason: str) -> OpAxes:
@@ -120,7 +121,7 @@ def _anew(call: Call, reason: str) -> OpAxes:
     out = tuple((f"out{i}",) if s != 1 else () for i, s in enumerate(call.result_shape))
     return OpAxes(
         operands=(None,) * len(call.operands), results=(out,),
-        share=shares(whole=[x for dim in out for x in dim]), reason=reason,
+        share=shares(replicated=[x for dim in out for x in dim]), reason=reason,
     )  # fmt: skip
 
 
@@ -134,11 +135,11 @@ def repeat_interleave(call: Call) -> OpAxes:
     at = call.dim("dim", len(shape))
     result = list(labels)
     result[at] = (*labels[at], "copy") if call["repeats"] != 1 else labels[at]
-    told = call.get("output_size") is not None
+    given = call.get("output_size") is not None
     return OpAxes(
         operands=(labels,), results=(tuple(result),),
-        share=shares(whole=["copy", f"d{at}"] if told else ["copy"]),
-        reason="it is told the length of its result" if told else "",
+        share=shares(replicated=["copy", f"d{at}"] if given else ["copy"]),
+        reason="it is given the length of its result" if given else "",
     )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def slice_(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),),
-        share=shares(whole=[f"d{at}", "window"]),
+        share=shares(replicated=[f"d{at}", "window"]),
         windows=windows,
         reason="it takes a part of the axis",
     )
@@ -172,7 +173,10 @@ def picked(call: Call, at: int, element: int, out: Labels) -> OpAxes:
     """One element of a dimension."""
     labels = numbered(call.shapes[0])
     operands = (labels,) + ((),) * (len(call.operands) - 1)
-    return OpAxes(operands=operands, results=(out,), share=shares(sum=[f"d{at}"]), pick=element)
+    return OpAxes(
+        operands=operands, results=(out,), share=shares(sum=[f"d{at}"]),
+        how=how.Pick(element=element),
+    )  # fmt: skip
 
 
 def _bounded(value: int | None, size: int, default: int) -> int:
@@ -197,7 +201,7 @@ def narrow(call: Call) -> OpAxes:
     return OpAxes(
         operands=(numbered(shape),) + ((),) * (len(call.operands) - 1),
         results=(tuple(out),),
-        share=shares(whole=[f"d{at}", "window"]),
+        share=shares(replicated=[f"d{at}", "window"]),
         windows=windows,
         reason="it takes a part of the axis",
     )
@@ -223,7 +227,7 @@ def parts(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=tuple(results),
-        share=shares(whole=[f"d{at}", *(w.result for w in windows)]),
+        share=shares(replicated=[f"d{at}", *(w.result for w in windows)]),
         windows=tuple(windows),
         reason="it cuts the axis into parts",
     )
@@ -243,7 +247,7 @@ def unbind(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(rest,) * max(len(call.result_shapes), 1),
-        share=shares(whole=[f"d{at}"]),
+        share=shares(replicated=[f"d{at}"]),
         reason="it takes single elements of the axis",
     )
 
@@ -255,10 +259,10 @@ def cat(call: Call) -> OpAxes:
     out = list(numbered(call.result_shape))
     operands: list[Labels] = []
     windows: list[Window] = []
-    pieces: list[int] = []
+    starts: list[int] = []
     start = 0
     for i, shape in enumerate(call.shapes):
-        pieces.append(start)
+        starts.append(start)
         if len(shape) != rank:  # legacy empty tensor
             operands.append(tuple(() for _ in shape))
             continue
@@ -273,10 +277,9 @@ def cat(call: Call) -> OpAxes:
     return OpAxes(
         operands=tuple(operands),
         results=(tuple(out),),
-        share=shares(whole=[*(f"part{i}" for i in range(len(call.shapes))), f"d{at}"]),
+        share=shares(replicated=[*(f"part{i}" for i in range(len(call.shapes))), f"d{at}"]),
         windows=tuple(windows),
-        joins=at,
-        pieces=tuple(pieces),
+        how=how.Concat(dim=at, starts=tuple(starts)),
         reason="it joins tensors along the axis",
     )
 
@@ -288,7 +291,7 @@ def stack(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) * len(call.shapes),
         results=((*labels[:at], joined, *labels[at:]),),
-        share=shares(whole=joined),
+        share=shares(replicated=joined),
     )
 
 
@@ -306,7 +309,7 @@ def pad(call: Call) -> OpAxes:
     return OpAxes(
         operands=(tuple(operand),),
         results=(tuple(out),),
-        share=shares(whole=grown),
+        share=shares(replicated=grown),
         reason="it pads the axis",
     )
 
@@ -324,13 +327,13 @@ def unfold(call: Call) -> OpAxes:
     inside: Labels = (("inside",) if call.result_shape[-1] != 1 else (),)
     return OpAxes(
         operands=(labels,), results=((*labels[:at], *windows, *labels[at + 1 :], *inside),),
-        share=shares(whole=[f"d{at}", "windows", "inside"]),
+        share=shares(replicated=[f"d{at}", "windows", "inside"]),
         reason="its windows of the axis overlap",
     )  # fmt: skip
 
 
 def along(*names: str, reason: str) -> AxisRule:
-    """Shape-keeping operators that need the whole of the named dimensions."""
+    """Shape-keeping operators that need all of the named dimensions."""
 
     def rule(call: Call) -> OpAxes:
         shape = call.shapes[0]
@@ -348,7 +351,7 @@ def along(*names: str, reason: str) -> AxisRule:
         return OpAxes(
             operands=(labels,) + (None,) * (len(call.operands) - 1),
             results=(labels,) * len(call.result_shapes),
-            share=shares(whole=needed),
+            share=shares(replicated=needed),
             reason=reason,
         )
 
@@ -361,14 +364,14 @@ def roll(call: Call) -> OpAxes:
     dims = [d % len(call.shapes[0]) for d in call["dims"]]
     if len(dims) != 1:
         return axes
-    return replace(axes, turns=dict(zip(dims, call["shifts"], strict=True)))
+    return replace(axes, how=how.Roll(dim=dims[0], shift=call["shifts"][0]))
 
 
 def triangle(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     needed = [label for dim in labels[-2:] for label in dim]
     return OpAxes(
-        operands=(labels,), results=(labels,), share=shares(whole=needed),
+        operands=(labels,), results=(labels,), share=shares(replicated=needed),
         reason="it reads global row and column numbers",
     )  # fmt: skip
 
@@ -378,7 +381,7 @@ def pairs(call: Call) -> OpAxes:
     return OpAxes(
         operands=(_with_pair(call.shapes[0], call.shapes[0], call.result_shape),),
         results=(_with_pair(call.result_shape, call.shapes[0], call.result_shape),),
-        share=shares(whole=["pair"]),
+        share=shares(replicated=["pair"]),
     )
 
 
@@ -387,21 +390,21 @@ def _with_pair(shape: Sequence[int], before: Sequence[int], after: Sequence[int]
     return numbered(shape[:common]) + (("pair",),) * (len(shape) - common)
 
 
-def relayed(call: Call) -> OpAxes:
-    """``ringfx.comm.redistribute.relay``: from one axis to another with the same elements."""
+def resharded(call: Call) -> OpAxes:
+    """``ringfx.comm.redistribute.reshard``: from one axis to another with the same elements."""
     labels = list(numbered(call.shapes[0]))
     at = call.node.args[1]
     assert isinstance(at, int)
     results = (*labels[:at], ("moved",), *labels[at + 1 :])
     return OpAxes(
-        operands=(tuple(labels),), results=(results,), together=frozenset({f"d{at}", "moved"}),
-        reason="its result is not split",
+        operands=(tuple(labels),), results=(results,), how=how.Reshard(),
+        reason="its result is not sharded",
     )  # fmt: skip
 
 
 RULES: dict[object, AxisRule] = {
     markers.every_token: every_token,
-    redistribute.relay: relayed,
+    redistribute.reshard: resharded,
     aten.view_as_complex.default: pairs,
     aten.view_as_real.default: pairs,
     **dict.fromkeys(

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles import Expr, const
 from ringfx.passes.axes.call import Call
 from ringfx.passes.exprs.elements.rule import ElementRule, Index, Rules, rows, typed
-from ringfx.passes.exprs.simplify import const
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr, inputs_used
+from ringfx.ir.tiles import TRUE, Expr, const, inputs_used
 from ringfx.passes.axes.call import Call
 from ringfx.passes.exprs.elements.rule import Index, Rules, rows, typed
-from ringfx.passes.exprs.simplify import TRUE, const
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter

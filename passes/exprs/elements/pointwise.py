@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles import Expr, const
 from ringfx.passes.axes.call import Call
 from ringfx.passes.exprs.elements.rule import ElementRule, Index, Rules, rows, typed
-from ringfx.passes.exprs.simplify import const, is_choice, leaves, on_leaves
+from ringfx.passes.exprs.simplify import is_choice, leaves, on_leaves
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter
@@ -24,6 +24,11 @@ _CASTS: Mapping[torch.dtype, str] = {
     torch.int8: "int", torch.uint8: "int", torch.float32: "float", torch.float64: "double",
     torch.float16: "half", torch.bfloat16: "bfloat16",
 }  # fmt: skip
+_NAMED_ALIKE = (
+    "neg", "abs", "exp", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "tanh", "sigmoid",
+    "relu", "sin", "cos", "floor", "ceil", "round", "isinf", "isnan",
+)  # fmt: skip
+"""Functions of one number that torch and TILE_OPS call by the same name."""
 _LOGICAL = {"add": "or", "mul": "and", "max": "or", "min": "and"}
 """Arithmetic on booleans."""
 _NARROW = frozenset({torch.float16, torch.bfloat16})
@@ -186,27 +191,9 @@ RULES: Rules = {
         aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar,
     ),
     **_one("not", aten.logical_not.default),
-    **_one("neg", aten.neg.default),
-    **_one("abs", aten.abs.default),
-    **_one("exp", aten.exp.default),
-    **_one("log", aten.log.default),
-    **_one("log2", aten.log2.default),
-    **_one("log1p", aten.log1p.default),
-    **_one("sqrt", aten.sqrt.default),
-    **_one("rsqrt", aten.rsqrt.default),
-    **_one("reciprocal", aten.reciprocal.default),
-    **_one("tanh", aten.tanh.default),
-    **_one("sigmoid", aten.sigmoid.default),
-    **_one("relu", aten.relu.default),
-    **_one("sin", aten.sin.default),
-    **_one("cos", aten.cos.default),
     **_one("sign", aten.sign.default, aten.sgn.default),
-    **_one("floor", aten.floor.default),
-    **_one("ceil", aten.ceil.default),
-    **_one("round", aten.round.default),
     **_one("trunc", aten.trunc.default, aten.fix.default),
-    **_one("isinf", aten.isinf.default),
-    **_one("isnan", aten.isnan.default),
+    **{getattr(aten, name).default: pointwise(name, "self") for name in _NAMED_ALIKE},
     **rows(divide, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode),
     **rows(
         bitwise("and", "bitand"), aten.__and__.Tensor, aten.__and__.Scalar,

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles import Expr, const
 from ringfx.passes.axes.call import Call
-from ringfx.passes.exprs.simplify import const
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from ringfx.ir.tiles import Expr
+from ringfx.ir.tiles import Expr, const
 from ringfx.passes.axes.call import Call
 from ringfx.passes.exprs.elements.rule import ElementRule, Index, Rules, rows, typed
-from ringfx.passes.exprs.simplify import const
 
 if TYPE_CHECKING:
     from ringfx.passes.exprs.lift import Lifter
@@ -98,14 +97,11 @@ def _ravelled(lifter: Lifter, index: Sequence[Expr], sizes: Sequence[int]) -> Ex
 def _unravelled(lifter: Lifter, linear: Expr, sizes: Sequence[int]) -> list[Expr]:
     places: list[Expr] = []
     for size in reversed(sizes):
-        whole = math.prod(sizes) == size
-        places.append(const(0) if size == 1 else linear if whole else _mod(lifter, linear, size))
+        is_last = math.prod(sizes) == size
+        rest = linear if is_last else lifter.make("mod", linear, const(size))
+        places.append(const(0) if size == 1 else rest)
         linear = lifter.make("floordiv", linear, const(size))
     return places[::-1]
-
-
-def _mod(lifter: Lifter, linear: Expr, size: int) -> Expr:
-    return lifter.make("mod", linear, const(size))
 
 
 def slice_(lifter: Lifter, call: Call, index: Index) -> Expr:
@@ -173,7 +169,7 @@ def roll(lifter: Lifter, call: Call, index: Index) -> Expr | None:
 def repeat(lifter: Lifter, call: Call, index: Index) -> Expr:
     shape = call.shape("self")
     own = index[len(index) - len(shape) :]
-    wrapped = [_mod(lifter, e, int(s)) for e, s in zip(own, shape, strict=True)]
+    wrapped = [lifter.make("mod", e, const(int(s))) for e, s in zip(own, shape, strict=True)]
     return lifter.element(call["self"], tuple(wrapped))
 
 

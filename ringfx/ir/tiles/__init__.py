@@ -1,56 +1,41 @@
 """Tile functions: masks and biases as expressions over global indices, and what is said of them."""
 
+from ringfx.ir.tiles.counting import density, is_balanced
+from ringfx.ir.tiles.evaluation import TileIndex, evaluate
 from ringfx.ir.tiles.expr import (
     CAUSAL,
-    TILE_OPS,
+    FALSE,
+    TRUE,
     B,
     Expr,
     H,
     K,
     Q,
-    TileIndex,
+    children,
     conjunction,
+    const,
     depth,
     dumps,
-    evaluate,
+    indices_used,
     inputs_used,
     loads,
+    map_children,
     of_own_rows,
     own_rows,
+    reads,
     rows_read,
     terms,
     walk,
 )
+from ringfx.ir.tiles.operators import TILE_OPS, TileOp
+from ringfx.ir.tiles.pairwise import matrices, matrix_rows
 from ringfx.ir.tiles.ranges import Box, Kind, bounds, classify
-from ringfx.ir.tiles.words import density, describe, is_balanced, matrices, matrix_rows
+from ringfx.ir.tiles.words import describe
 
 __all__ = [
-    "CAUSAL",
-    "TILE_OPS",
-    "B",
-    "Box",
-    "Expr",
-    "H",
-    "K",
-    "Kind",
-    "Q",
-    "TileIndex",
-    "bounds",
-    "classify",
-    "conjunction",
-    "density",
-    "depth",
-    "describe",
-    "dumps",
-    "evaluate",
-    "inputs_used",
-    "is_balanced",
-    "loads",
-    "matrices",
-    "matrix_rows",
-    "of_own_rows",
-    "own_rows",
-    "rows_read",
-    "terms",
-    "walk",
-]
+    "CAUSAL", "FALSE", "TILE_OPS", "TRUE", "B", "Box", "Expr", "H", "K", "Kind", "Q", "TileIndex",
+    "TileOp", "bounds", "children", "classify", "conjunction", "const", "density", "depth",
+    "describe", "dumps", "evaluate", "indices_used", "inputs_used", "is_balanced", "loads",
+    "map_children", "matrices", "matrix_rows", "of_own_rows", "own_rows", "reads", "rows_read",
+    "terms", "walk",
+]  # fmt: skip

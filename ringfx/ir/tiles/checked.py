@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ringfx.ir.tiles.expr import (
-    INDICES,
-    TILE_OPS,
-    Expr,
-    TileIndex,
-    evaluate,
-    inputs_used,
-    terms,
-    walk,
-)
+from ringfx.ir.tiles.evaluation import TileIndex, evaluate
+from ringfx.ir.tiles.expr import INDICES, Expr, inputs_used, terms, walk
+from ringfx.ir.tiles.operators import TILE_OPS
 from ringfx.ir.tiles.ranges import Box, bounds
 
-__all__ = ["ARITY", "MAX_DEPTH", "checked_expr", "undefined"]
+__all__ = ["MAX_DEPTH", "checked_expr", "undefined"]
 
 MAX_DEPTH = 150
 """Levels of the deepest expression; those of real models have 30. Walks are recursive."""
@@ -30,19 +23,9 @@ MAX_NUMBER = 2**63
 MAX_POWER = 1024
 """The largest power of two numbers: beyond, it would be computed for ever."""
 
-_UNARY = frozenset({
-    "neg", "abs", "not", "exp", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "tanh",
-    "sigmoid", "softplus", "relu", "sin", "cos", "sign", "floor", "ceil", "round", "trunc",
-    "isinf", "isnan", "int", "float", "double", "half", "bfloat16", "bool",
-})  # fmt: skip
-ARITY: Mapping[str, int] = {
-    name: 1 if name in _UNARY else 3 if name == "where" else 2 for name in TILE_OPS
-}
-"""Operands of each operator."""
-
 
 def checked_expr(value: object) -> Expr:
-    """The expression that nested lists or tuples spell.
+    """The expression that nested lists or tuples stand for.
 
     Raises
     ------
@@ -71,7 +54,7 @@ def _checked(value: object, depth: int, budget: list[int]) -> Expr:
         return ("at", _input(args), *places)
     if head not in TILE_OPS:
         raise ValueError(f"a tile function has no operator {head!r:.60}")
-    _of_length(head, args, ARITY[head])
+    _of_length(head, args, TILE_OPS[head].arity)
     found: Expr = (head, *(_checked(part, depth + 1, budget) for part in args))
     return _bounded_power(found) if head == "pow" else found
 

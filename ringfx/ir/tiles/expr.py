@@ -13,36 +13,23 @@ printed, written as JSON and sent as the argument of an operator:
     (name, e0, ...)                  a row of TILE_OPS
 
     causal, window of 4096           ("and", ("le", k, q), ("gt", k, ("sub", q, ("const", 4096))))
+
+Only ``children`` and ``map_children`` know which parts of a tuple are expressions; whatever walks
+or rewrites expressions is written with them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import torch
-
 __all__ = [
-    "CAUSAL",
-    "TILE_OPS",
-    "Expr",
-    "TileIndex",
-    "conjunction",
-    "depth",
-    "dumps",
-    "evaluate",
-    "inputs_used",
-    "loads",
-    "of_own_rows",
-    "own_rows",
-    "rows_read",
-    "terms",
-    "walk",
-]
+    "CAUSAL", "FALSE", "INDICES", "TRUE", "B", "Expr", "H", "K", "Q", "children", "conjunction",
+    "const", "depth", "dumps", "indices_used", "inputs_used", "loads", "map_children",
+    "of_own_rows", "own_rows", "reads", "rows_read", "terms", "walk",
+]  # fmt: skip
 
 Expr: TypeAlias = tuple[Any, ...]
 
@@ -53,147 +40,47 @@ Q: Expr = ("q",)
 K: Expr = ("k",)
 ROW: Expr = ("row",)
 CAUSAL: Expr = ("le", K, Q)
+TRUE: Expr = ("const", True)
+FALSE: Expr = ("const", False)
 
 
-def _is_beyond(x: Any) -> bool:
-    """Whether a number is beyond the default type: float64's most negative."""
-    largest = torch.finfo(torch.get_default_dtype()).max
-    return not isinstance(x, torch.Tensor) and math.isfinite(x) and abs(x) > largest
+def const(value: Any) -> Expr:
+    """A number or a truth value as an expression."""
+    return ("const", value)
 
 
-def _tensor(x: Any) -> torch.Tensor:
-    return torch.as_tensor(x, dtype=torch.float64 if _is_beyond(x) else None)
+def _plain(head: str, *args: Expr) -> Expr:
+    return (head, *args)
 
 
-def _on_tensors(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """For operations that take no Python numbers."""
-    return lambda *args: operation(*map(_tensor, args))
+def children(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions that an expression is made of; none for an index or a constant."""
+    if expr[0] == "const":
+        return ()
+    return expr[2:] if expr[0] == "at" else expr[1:]
 
 
-def _cast(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """A Python number is not rounded to the default type on its way to a wider one."""
-    return lambda a: torch.as_tensor(a, dtype=dtype)
+def map_children(
+    change: Callable[[Expr], Expr], expr: Expr, make: Callable[..., Expr] = _plain
+) -> Expr:
+    """The expression with each of its children changed.
 
-
-def _minimum(a: Any, b: Any) -> Any:
-    if not isinstance(b, torch.Tensor):
-        return torch.clamp(_tensor(a), max=b)
-    return torch.minimum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, max=a)
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    if not isinstance(b, torch.Tensor):
-        return torch.clamp(_tensor(a), min=b)
-    return torch.maximum(a, b) if isinstance(a, torch.Tensor) else torch.clamp(b, min=a)
-
-
-def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
-    """Two numbers make the default type, or float64 where one of them needs it."""
-    if _is_beyond(a) or _is_beyond(b):
-        a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    return torch.where(torch.as_tensor(condition), a, b)
-
-
-TILE_OPS: Mapping[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "floordiv": operator.floordiv,
-    "truncdiv": lambda a, b: torch.div(_tensor(a), b, rounding_mode="trunc"),
-    "mod": operator.mod,
-    "fmod": lambda a, b: torch.fmod(_tensor(a), b),
-    "neg": operator.neg,
-    "abs": abs,
-    "pow": operator.pow,
-    "min": _minimum,
-    "max": _maximum,
-    "le": operator.le,
-    "lt": operator.lt,
-    "ge": operator.ge,
-    "gt": operator.gt,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "and": _on_tensors(torch.logical_and),
-    "or": _on_tensors(torch.logical_or),
-    "xor": _on_tensors(torch.logical_xor),
-    "not": _on_tensors(torch.logical_not),
-    "bitand": _on_tensors(torch.bitwise_and),
-    "bitor": _on_tensors(torch.bitwise_or),
-    "bitxor": _on_tensors(torch.bitwise_xor),
-    "where": _where,
-    "exp": _on_tensors(torch.exp),
-    "log": _on_tensors(torch.log),
-    "log2": _on_tensors(torch.log2),
-    "log1p": _on_tensors(torch.log1p),
-    "sqrt": _on_tensors(torch.sqrt),
-    "rsqrt": _on_tensors(torch.rsqrt),
-    "reciprocal": _on_tensors(torch.reciprocal),
-    "tanh": _on_tensors(torch.tanh),
-    "sigmoid": _on_tensors(torch.sigmoid),
-    "softplus": _on_tensors(torch.nn.functional.softplus),
-    "relu": _on_tensors(torch.relu),
-    "sin": _on_tensors(torch.sin),
-    "cos": _on_tensors(torch.cos),
-    "sign": _on_tensors(torch.sign),
-    "floor": _on_tensors(torch.floor),
-    "ceil": _on_tensors(torch.ceil),
-    "round": _on_tensors(torch.round),
-    "trunc": _on_tensors(torch.trunc),
-    "isinf": _on_tensors(torch.isinf),
-    "isnan": _on_tensors(torch.isnan),
-    "int": _cast(torch.int64),
-    "float": _cast(torch.float32),
-    "double": _cast(torch.float64),
-    "half": _cast(torch.float16),
-    "bfloat16": _cast(torch.bfloat16),
-    "bool": _cast(torch.bool),
-}
-"""What each operator computes; operands are tensors, or Python numbers with a number's types."""
-
-
-@dataclass(frozen=True, eq=False)
-class TileIndex:
-    """Global indices of one tile: int64 vectors of batch, head, query and key."""
-
-    b: torch.Tensor
-    h: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    row: torch.Tensor | None = None
-    """Places of the queries among this rank's own; None where they are not known."""
-
-    def broadcast(self, name: str) -> torch.Tensor:
-        """The named vector shaped to broadcast over [B, H, Q, K]."""
-        shape = [1, 1, 1, 1]
-        shape["bhqk".index("q" if name == "row" else name)] = -1
-        vector: torch.Tensor | None = getattr(self, name)
-        assert vector is not None, "a rank's own rows are read where they are known"
-        return vector.view(shape)
-
-
-def evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The expression's values on one tile, broadcastable to [B, H, Q, K]."""
-    return _tensor(_evaluate(expr, index, inputs)).to(index.q.device)
-
-
-def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> Any:
-    """A constant stays a Python number: as in a model's code, it decides no type."""
-    head, *args = expr
-    if head in INDICES:
-        return index.broadcast(head)
-    if head == "const":
-        return args[0]
-    if head == "at":
-        places = [_evaluate(e, index, inputs) for e in args[1:]]
-        return inputs[args[0]][tuple(places)]
-    return TILE_OPS[head](*(_evaluate(e, index, inputs) for e in args))
+    Parameters
+    ----------
+    make
+        Puts an operator and its new operands together, in a normal form for example.
+    """
+    parts = children(expr)
+    if not parts:
+        return expr
+    changed = map(change, parts)
+    return ("at", expr[1], *changed) if expr[0] == "at" else make(expr[0], *changed)
 
 
 def walk(expr: Expr) -> Iterator[Expr]:
     """The expression and everything inside it, outermost first."""
     yield expr
-    for part in _parts(expr):
+    for part in children(expr):
         yield from walk(part)
 
 
@@ -202,27 +89,29 @@ def depth(expr: Expr) -> int:
     deepest, level = 0, [expr]
     while level:
         deepest += 1
-        level = [part for e in level for part in _parts(e)]
+        level = [part for e in level for part in children(e)]
     return deepest
 
 
-def _parts(expr: Expr) -> tuple[Expr, ...]:
-    if expr[0] == "const" or expr[0] in INDICES:
-        return ()
-    return tuple(expr[2:] if expr[0] == "at" else expr[1:])
+def reads(*exprs: Expr | None) -> Iterator[Expr]:
+    """Every ``("at", ...)`` inside the expressions."""
+    return (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at")
 
 
-def inputs_used(expr: Expr | None) -> tuple[int, ...]:
-    """Positions of the captured tensors that the expression reads, ascending."""
-    if expr is None:
-        return ()
-    return tuple(sorted({e[1] for e in walk(expr) if e[0] == "at"}))
+def inputs_used(*exprs: Expr | None) -> tuple[int, ...]:
+    """Positions of the captured tensors that the expressions read, ascending."""
+    return tuple(sorted({read[1] for read in reads(*exprs)}))
+
+
+def indices_used(*exprs: Expr) -> frozenset[str]:
+    """Which of the global indices "b", "h", "q" and "k" the expressions depend on."""
+    return frozenset("bhqk") & {part[0] for expr in exprs for part in walk(expr)}
 
 
 def rows_read(*exprs: Expr | None) -> Mapping[int, int]:
     """Captured tensors that are read at the query's own row only: position -> dim of the rows."""
     found: dict[int, int | None] = {}
-    for read in (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at"):
+    for read in reads(*exprs):
         at = [d for d, place in enumerate(read[2:]) if place == Q]
         rows = at[0] if len(at) == 1 else None
         found[read[1]] = rows if found.get(read[1], rows) == rows else None
@@ -231,29 +120,23 @@ def rows_read(*exprs: Expr | None) -> Mapping[int, int]:
 
 def of_own_rows(expr: Expr | None, local: Collection[int]) -> Expr | None:
     """The expression where each rank has its own queries' rows of the inputs in ``local``."""
-    if expr is None or expr[0] == "const" or expr[0] in INDICES:
-        return expr
-    if expr[0] == "at" and expr[1] in local:
-        return (*expr[:2], *(ROW if e == Q else of_own_rows(e, local) for e in expr[2:]))
-    head = 2 if expr[0] == "at" else 1
-    return (*expr[:head], *(of_own_rows(e, local) for e in expr[head:]))
+
+    def moved(e: Expr) -> Expr:
+        is_local = e[0] == "at" and e[1] in local
+        return map_children(lambda part: ROW if is_local and part == Q else moved(part), e)
+
+    return None if expr is None else moved(expr)
 
 
 def own_rows(*exprs: Expr | None) -> frozenset[int]:
     """Captured tensors of which each rank has its own queries' rows."""
-    reads = (e for expr in exprs if expr is not None for e in walk(expr) if e[0] == "at")
-    return frozenset(read[1] for read in reads if ROW in read[2:])
+    return frozenset(read[1] for read in reads(*exprs) if ROW in read[2:])
 
 
 def conjunction(*parts: Expr | None) -> Expr | None:
     """All of the given masks together; None stands for "everything is kept"."""
     kept = [p for p in parts if p is not None]
-    if not kept:
-        return None
-    result = kept[0]
-    for part in kept[1:]:
-        result = ("and", result, part)
-    return result
+    return functools.reduce(lambda a, b: ("and", a, b), kept) if kept else None
 
 
 def terms(keep: Expr | None) -> tuple[Expr, ...]:

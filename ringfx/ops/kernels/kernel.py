@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.ops.kernels.logsumexp import is_deep, stepped
+from ringfx.torch_compat.processor import multiplies_bfloat16_avx512, multiplies_matrices
 
 __all__ = [
     "CPU_FLASH",
@@ -290,12 +291,12 @@ def _backward_type(x: Tensor) -> Tensor:
 
 @functools.cache
 def _has_matrix_units() -> bool:
-    return _runs_avx512() and bool(torch.cpu._is_amx_tile_supported())
+    return _runs_avx512() and multiplies_matrices()
 
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    found = _has_matrix_units() or bool(torch.cpu._is_avx512_bf16_supported())
+    found = _has_matrix_units() or multiplies_bfloat16_avx512()
     return found and _runs_avx512()
 
 

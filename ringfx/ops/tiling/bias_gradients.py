@@ -2,69 +2,40 @@
 
 The bias of a tile is ``evaluate(bias, index, inputs)``; given the gradient of its values this adds
 to the gradient of each input that asked for one, for the operators that learned biases are made of.
-An operator that has no row here and stands above such an input is an error, never a lost gradient.
+An operator without a gradient (``TileOp.pull``) above such an input is an error, never a lost
+gradient.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ringfx.errors import InvalidArgument
-from ringfx.ir.tiles import Expr, TileIndex, evaluate, walk
+from ringfx.ir.tiles import TILE_OPS, Expr, TileIndex, children, evaluate, reads
 
 __all__ = ["add", "refuse_unsupported"]
 
 Tensor = torch.Tensor
-Pull = Callable[..., tuple[Tensor | None, ...]]
-"""(gradient, value of the result, *values of the arguments) -> gradient of each argument."""
-
-PULL_RULES: Mapping[str, Pull] = {
-    "add": lambda g, r, a, b: (g, g),
-    "sub": lambda g, r, a, b: (g, -g),
-    "mul": lambda g, r, a, b: (g * b, g * a),
-    "div": lambda g, r, a, b: (g / b, -g * a / (b * b)),
-    "neg": lambda g, r, a: (-g,),
-    "exp": lambda g, r, a: (g * r,),
-    "log": lambda g, r, a: (g / a,),
-    "sqrt": lambda g, r, a: (g / (2 * r),),
-    "tanh": lambda g, r, a: (g * (1 - r * r),),
-    "sigmoid": lambda g, r, a: (g * r * (1 - r),),
-    "softplus": lambda g, r, a: (g * torch.sigmoid(a),),
-    "relu": lambda g, r, a: (g * (a > 0),),
-    "log1p": lambda g, r, a: (g / (1 + a),),
-    "log2": lambda g, r, a: (g / (a * math.log(2)),),
-    "rsqrt": lambda g, r, a: (-g * r / (2 * a),),
-    "reciprocal": lambda g, r, a: (-g * r * r,),
-    "sin": lambda g, r, a: (g * torch.cos(a),),
-    "cos": lambda g, r, a: (-g * torch.sin(a),),
-    "abs": lambda g, r, a: (g * torch.sign(a),),
-    "where": lambda g, r, c, a, b: (None, torch.where(c, g, 0), torch.where(c, 0, g)),
-    "float": lambda g, r, a: (g,),
-    "double": lambda g, r, a: (g,),
-    "half": lambda g, r, a: (g,),
-    "bfloat16": lambda g, r, a: (g,),
-}
 
 
-def _reads(expr: Expr, wanted: Sequence[int]) -> bool:
-    return any(part[0] == "at" and part[1] in wanted for part in walk(expr))
+def _reads_any(expr: Expr, wanted: Sequence[int]) -> bool:
+    return any(read[1] in wanted for read in reads(expr))
 
 
 def refuse_unsupported(bias: Expr, wanted: Sequence[int], layer: str) -> None:
     """Raises where a gradient is wanted through an operator that has no row."""
-    head, *args = bias
-    if head == "at" or not _reads(bias, wanted):
+    if bias[0] == "at" or not _reads_any(bias, wanted):
         return
-    if head not in PULL_RULES:
+    if TILE_OPS[bias[0]].pull is None:
+        known = ", ".join(name for name, op in TILE_OPS.items() if op.pull is not None)
         raise InvalidArgument(
             f"{layer or 'attention'}: the bias needs the gradient of a captured tensor through "
-            f'"{head}", which has none here; known: {", ".join(PULL_RULES)}. '
+            f'"{bias[0]}", which has none here; known: {known}. '
             "Do: build the bias from these, or detach the tensor if it is not trained."
         )
-    for part in args:
+    for part in children(bias):
         refuse_unsupported(part, wanted, layer)
 
 
@@ -84,7 +55,7 @@ def add(
 ) -> None:
     """Adds to ``sums[i]`` the gradient of ``inputs[i]``, given that of the expression's values."""
     wanted = [i for i, total in enumerate(sums) if total is not None]
-    if not _reads(expr, wanted):
+    if not _reads_any(expr, wanted):
         return
     head, *args = expr
     if head == "at":
@@ -97,7 +68,9 @@ def add(
         return
     values = [_value(e, index, inputs) for e in args]
     result = evaluate(expr, index, inputs)
-    pulled = PULL_RULES[head](gradient_BHQK, result, *values)
+    pull = TILE_OPS[head].pull
+    assert pull is not None, "refuse_unsupported has seen the expression"
+    pulled = pull(gradient_BHQK, result, *values)
     for part, value, gradient in zip(args, values, pulled, strict=True):
         if gradient is not None:
             ones = (1,) * (gradient.dim() - value.dim())

@@ -93,7 +93,7 @@ def test_a_damaged_csv_names_the_row() -> None:
         read_records(good.rstrip() + ",1,2\n", "mine.csv")
     assert str(caught.value) == "mine.csv, row 2: more cells than the header has names."
     with pytest.raises(
-        ProfileError, match=r"mine\.csv, row 2: heads must be a whole number; got 'many'"
+        ProfileError, match=r"mine\.csv, row 2: heads must be an integer; got 'many'"
     ):
         read_records(_csv(_attention(), _attention(heads="many")), "mine.csv")
 
@@ -109,12 +109,12 @@ def test_a_time_that_is_no_number_is_refused(number: str) -> None:
     ("row", "message"),
     [
         (_attention(heads=0), "heads must be 1 or more; got 0."),
-        (_attention(heads=2.5), "heads must be a whole number; got 2.5."),
-        (_attention(heads=True), "heads must be a whole number; got True."),
+        (_attention(heads=2.5), "heads must be an integer; got 2.5."),
+        (_attention(heads=True), "heads must be an integer; got True."),
         (_attention(median_ms=-1), "median_ms must be above 1e-09; got -1."),
         (
             _attention(dtype=16),
-            "dtype must be a text; got 16.",
+            "dtype must be a string; got 16.",
         ),
         (
             _attention(direction="sideways"),
@@ -124,7 +124,7 @@ def test_a_time_that_is_no_number_is_refused(number: str) -> None:
         (_attention(out_of_memory="yes"), "out_of_memory must be true or false; got 'yes'."),
         (
             _attention(out_of_memory=True, median_ms=None, peak_bytes=None),
-            "out_of_memory needs capacity_bytes, what was too little.",
+            "out_of_memory needs capacity_bytes, the memory that was too small.",
         ),
         (
             _attention(out_of_memory=True, capacity_bytes=5),

@@ -136,15 +136,15 @@ def test_it_is_kept_apart_from_every_local_profile(monkeypatch: pytest.MonkeyPat
     assert load_profile(None, device="cuda").name != "gtx-1080-seed"
     notes = load_profile("gtx-1080-seed", device="cuda").notes
     assert notes[-1] == (
-        "profile gtx-1080-seed was observed on other code than ringfx's: it shows what that code"
-        " would cost"
+        "profile gtx-1080-seed was measured on other code than ringfx: it predicts the cost of that"
+        " code"
     )
 
 
 def test_it_claims_nothing_about_messages_and_training() -> None:
     message = (
-        "profile 'gtx-1080-seed' was observed forward on one rank: it holds no backward and no"
-        " message. Do: plan with another profile, such as one from `ringfx calibrate`."
+        "profile 'gtx-1080-seed' was observed forward on one rank: it has no figures for backward"
+        " or communication. Do: plan with another profile, such as one from `ringfx calibrate`."
     )
     for site, world_size in ((_site(4096), 2), (replace(_site(4096), trains=True), 1)):
         with pytest.raises(ProfileError) as caught:

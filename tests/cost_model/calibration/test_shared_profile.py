@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import ringfx
 from ringfx.cost_model.prediction.profile import profile_json
+from ringfx.ir.note import texts_of
 from tests.cost_model.sites import shipped
 from tests.support.ranks import RankPool, raises
 
@@ -47,7 +48,7 @@ def _planned(paths: list[str]) -> tuple[str, str, tuple[str, ...], float]:
     x = torch.randn(1, 64, 32)
     loss = model(x)
     plan = model.plan
-    return plan.profile, plan.digest(), plan.notes, float(loss)
+    return plan.profile, plan.digest(), tuple(texts_of(plan.notes)), float(loss)
 
 
 @pytest.mark.ranks

@@ -9,7 +9,8 @@ import pytest
 
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.budget import Menu, assign, least_memory, peak
-from ringfx.cost_model.prediction.predict import Phase, Prediction
+from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import LayerPlan
@@ -106,9 +107,7 @@ def test_the_choice_under_a_budget_is_exact(seed: int) -> None:
     plans = list(itertools.product(*(range(len(m)) for m in menus)))
     peaks = {plan: peak(menus, plan) for plan in plans}
     least = min(peaks.values())
-    saved = [option.saved_bytes for option in least_memory(menus)]
-    workspaces = [option.workspace_bytes for option in least_memory(menus)]
-    assert sum(saved) + max(workspaces) == least
+    assert peaks[least_memory(menus)] == least
     assert assign(menus, least - 1) is None
     for room in (least, (least + max(peaks.values())) // 2, max(peaks.values())):
         picked = assign(menus, room)
@@ -133,7 +132,7 @@ def test_the_choice_under_a_budget_is_exact(seed: int) -> None:
 def test_a_strategy_by_name_holds_for_every_layer() -> None:
     layers = _choose(causal_site(0), causal_site(1), strategy="simple")
     assert [x.strategy for x in layers] == ["simple", "simple"]
-    assert layers[0].reason.startswith('asked for by strategy="simple"; ')
+    assert layers[0].reason.startswith('requested by strategy="simple"; ')
     assert layers[0].reason.endswith("faster")
 
 
@@ -172,7 +171,10 @@ def test_a_strategy_that_cannot_run_is_refused_with_numbers_and_remedies() -> No
         "model.layers.7.self_attn (/opt/models/llama/modeling_llama.py:254,"
         ' found as "sdpa"): "ulysses" needs heads % ranks == 0; here 12 heads, 8 ranks.'
     )
-    assert second.startswith("  Admissible: collective, production, simple. Cheapest: ")
+    assert second.startswith(
+        "  Admissible: collective (all-gather of K/V), production (overlapped ring), "
+        "simple (reference ring). Cheapest: "
+    )
     assert ", predicted " in second
     assert third == (
         "  Do: drop the override for model.layers.7.*,"
@@ -203,7 +205,7 @@ def test_when_nothing_fits_the_nearest_that_would_is_named_and_does_fit() -> Non
     first, second, third = str(caught.value).split("\n")
     assert first.startswith("no choice of strategies fits: 8 ranks need at least ")
     assert first.endswith(" each, the budget is 40.0 GiB.")
-    assert second.startswith("  Made of: kept by attention ")
+    assert second.startswith("  Made of: saved by attention ")
     assert second.endswith(", outside attention 2.00 GiB.")
     words = third.replace(",", "").split()
     ranks, tokens = int(words[words.index("use") + 1]), int(words[words.index("to") + 1])

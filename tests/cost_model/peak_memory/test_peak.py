@@ -128,7 +128,7 @@ def test_what_carries_tokens_is_divided_by_the_ranks_and_parameters_are_not() ->
     function, inputs = CASES["three gated mlps"]
     captured = _captured(function, *inputs)
     one, two = _predicted(captured), _predicted(captured, 2)
-    kept = "activations kept for backward"
+    kept = "activations saved for backward"
     assert _part(two, kept) == pytest.approx(_part(one, kept) / 2, rel=0.01)
     assert _part(two, "parameters") == _part(one, "parameters")
     assert _part(_predicted(captured, 2, split=False), kept) == _part(one, kept)
@@ -137,8 +137,8 @@ def test_what_carries_tokens_is_divided_by_the_ranks_and_parameters_are_not() ->
 def test_gradients_are_joined_to_messages_where_there_is_someone_to_send_them_to() -> None:
     weights = [torch.randn(512, 512, requires_grad=True) for _ in range(2)]
     captured = _captured(lambda x, a, b: x @ a @ b, torch.randn(4, 512), *weights)
-    assert _part(_predicted(captured, 2), "gradients joined and summed") == 2 * MIB
-    assert _part(_predicted(captured, 1), "gradients joined and summed") == 0
+    assert _part(_predicted(captured, 2), "gradient buckets") == 2 * MIB
+    assert _part(_predicted(captured, 1), "gradient buckets") == 0
 
 
 def test_without_gradients_values_live_until_their_last_use() -> None:
@@ -265,7 +265,7 @@ def test_checkpointed_attention_keeps_its_results_and_computes_its_inputs_again(
     assert checkpointed.workspace_bytes == layer.workspace_bytes + inputs
     assert checkpointed.layers[0].total_ms == layer.total_ms
     assert checkpointed.memory.peak_bytes < 0.75 * whole.memory.peak_bytes
-    assert "checkpointed: its inputs are computed again" in str(checkpointed)
+    assert "checkpointed: its inputs are recomputed" in str(checkpointed)
 
 
 def test_a_budget_counts_a_checkpointed_region_once() -> None:

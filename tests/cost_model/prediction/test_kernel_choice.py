@@ -18,7 +18,7 @@ from ringfx.ir.kernel_table import KERNEL_VARIABLE, KernelChoice, Pick
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import AttentionSite
 from ringfx.report.plan_html import to_html
-from ringfx.report.plan_views import diff_text, explain_text
+from ringfx.report.plan_views import diff_text, strategy_options_text
 from tests.cost_model.sites import causal_site, full_site, predicted, shipped
 
 H100 = shipped("h100-sxm-published")
@@ -208,7 +208,9 @@ def test_a_forced_kernel_without_figures_is_priced_as_another_and_said(
     layers = choose([causal_site()], world_size=4, profile=profile)
     assert layers[0].kernel == "cuda_flash3"
     (note,) = unpriced(layers, profile)
-    assert note.endswith("has no figures of cuda_flash3: those of cuda_flash stand in")
+    assert note.endswith(
+        "has no figures for cuda_flash3: the figures of cuda_flash are used instead"
+    )
     monkeypatch.delenv(KERNEL_VARIABLE)
     assert unpriced(choose([causal_site()], world_size=4, profile=profile), profile) == ()
 
@@ -229,7 +231,7 @@ def test_the_plan_names_the_kernels_wherever_it_is_looked_at() -> None:
     assert "bfloat16; cuda_cudnn kernel" in str(plan)
     assert "bfloat16; kernels: cuda_cudnn (masked: cuda_efficient)" in str(plan)
     assert "causal; cuda_cudnn kernel; sdpa at" in to_html(plan)
-    assert "cuda_cudnn (masked: cuda_efficient)" in explain_text(plan, "*.1.*", profile)
+    assert "cuda_cudnn (masked: cuda_efficient)" in strategy_options_text(plan, "*.1.*", profile)
     assert Plan.from_json(plan.to_json()) == plan
     other = _plan(_profile(FLASH, EFFICIENT, MATH), causal_site(0))
     assert "cuda_cudnn -> cuda_flash, " in diff_text(plan, other)

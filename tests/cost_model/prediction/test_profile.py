@@ -54,7 +54,7 @@ def test_a_profile_found_for_a_foreign_device_is_announced(on_device: Any) -> No
     on_device("Quantum 9000")
     notes = load_profile(None, device="cpu").notes
     assert (
-        "profile amd-epyc-2-ranks describes AMD EPYC, this machine has Quantum 9000:"
+        "profile amd-epyc-2-ranks describes AMD EPYC, but this machine has Quantum 9000:"
         " the times are those of the profile's device"
     ) in notes
 
@@ -62,7 +62,7 @@ def test_a_profile_found_for_a_foreign_device_is_announced(on_device: Any) -> No
 def test_a_profile_is_announced_where_there_is_no_such_device(on_device: Any) -> None:
     on_device(None)
     notes = load_profile("h100-sxm-published", device="cuda").notes
-    assert "describes H100, this machine has no cuda device:" in notes[0]
+    assert "describes H100, but this machine has no cuda device:" in notes[0]
 
 
 def test_a_measured_profile_of_this_device_is_found_before_an_assumed_one(on_device: Any) -> None:
@@ -83,7 +83,7 @@ def test_planning_for_another_device_type_is_announced(on_device: Any) -> None:
     on_device("NVIDIA H100 80GB HBM3")
     notes = load_profile("h100-sxm-published", device="cpu").notes
     assert notes == (
-        "the model's tensors are on cpu, profile h100-sxm-published is for cuda:"
+        "the model's tensors are on cpu, but profile h100-sxm-published is for cuda:"
         " the times are those of cuda",
         "profile h100-sxm-published is published, not measured:"
         " `ringfx calibrate` measures the device it runs on",
@@ -119,7 +119,7 @@ def test_a_profile_file_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_device_type_without_a_profile_lists_those_with() -> None:
-    with pytest.raises(ProfileError, match=r"type 'xpu'; there are some for cpu, cuda\. Do: run"):
+    with pytest.raises(ProfileError, match=r"type 'xpu', only for cpu, cuda\. Do: run"):
         load_profile(None, device="xpu")
 
 
@@ -190,7 +190,7 @@ def test_float32_stands_in_for_a_missing_dtype_and_is_announced() -> None:
     cpu = shipped("cpu-default")
     assert cpu.kernel("math", "float64", "forward") == cpu.kernel("math", "float32", "forward")
     assert cpu.missing_rows(["float64", "float32"]) == (
-        "profile cpu-default has no float64 kernels: float32 figures stand in",
+        "profile cpu-default has no float64 kernels: float32 figures are used instead",
     )
 
 
@@ -220,7 +220,7 @@ def test_an_old_measurement_and_one_with_another_torch_are_announced(
     path = tmp_path / "old.json"
     path.write_text(json.dumps({**fields, "date": "2020-01-31", "torch": "1.7.1", "notes": []}))
     notes = load_profile(str(path), device="cpu").notes
-    assert "was measured with torch 1.7.1, this is 2." in notes[0]
+    assert "was measured with torch 1.7.1, but this is 2." in notes[0]
     assert "is of 2020-01-31, " in notes[1]
     assert notes[1].endswith("`ringfx calibrate` measures again")
 

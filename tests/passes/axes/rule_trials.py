@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx.passes.axes.call import Call, OpAxes, result_values
+from ringfx.passes.axes import how
+from ringfx.passes.axes.call import AxisSharing, Call, OpAxes, result_values
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.space import AxisSpace
-from tests.passes.axes.rule_samples import Sample
+from tests.passes.axes.sample import Sample
 
-__all__ = ["Dims", "Trial", "tried"]
+__all__ = ["Dims", "Trial", "sharing", "tried"]
 
 Dims = Sequence[tuple[Any, ...]]
 
@@ -83,9 +84,14 @@ def tried(sample: Sample) -> Trial:
         assert dims is None or len(dims) == x.dim(), sample
     operand_dims: tuple[Dims | None, ...] = axes.operands
     result_dims: tuple[Dims, ...] = axes.results
-    if axes.regroup:
+    if isinstance(axes.how, how.Reshape):
         operand_dims, result_dims = regrouped(operands, results)
     return Trial(sample, node, call, axes, operands, results, operand_dims, result_dims)
+
+
+def sharing(trial: Trial, label: Any) -> AxisSharing:
+    reshapes = isinstance(trial.axes.how, how.Reshape)
+    return AxisSharing.INDEPENDENT if reshapes else trial.axes.share_of(label)
 
 
 def regrouped(

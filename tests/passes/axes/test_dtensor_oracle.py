@@ -20,9 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ringfx.passes.axes.call import Share
+from ringfx.passes.axes import how
+from ringfx.passes.axes.call import AxisSharing
 from tests.passes.axes.rule_samples import samples
-from tests.passes.axes.rule_trials import Dims, Trial, tried
+from tests.passes.axes.rule_trials import Dims, Trial, sharing, tried
 
 aten = torch.ops.aten
 RANKS = 2
@@ -116,13 +117,10 @@ def opinion(trial: Trial, label: Any, mesh: DeviceMesh) -> tuple[Placement, ...]
 
 
 def expected(trial: Trial, label: Any) -> tuple[Placement | None, ...]:
-    if share(trial, label) is Share.SUM:
-        return tuple(Partial("avg" if trial.axes.mean else "sum") for _ in trial.result_dims)
+    if sharing(trial, label) is AxisSharing.PARTIAL_SUM:
+        mean = isinstance(trial.axes.how, how.Sum) and trial.axes.how.mean
+        return tuple(Partial("avg" if mean else "sum") for _ in trial.result_dims)
     return tuple(placement(dims, label) for dims in trial.result_dims)
-
-
-def share(trial: Trial, label: Any) -> Share:
-    return Share.LOCAL if trial.axes.regroup else trial.axes.share_of(label)
 
 
 def labels(trial: Trial) -> Iterator[Any]:
@@ -147,7 +145,7 @@ def test_dtensor_agrees_with_every_row_on_which_it_has_an_opinion(mesh: DeviceMe
     compared, differences, kept_whole = set(), [], {}
     for trial, label, theirs in opinions(mesh):
         op, ours = trial.sample.op, expected(trial, label)
-        if share(trial, label) is Share.WHOLE:
+        if sharing(trial, label) is AxisSharing.REPLICATED:
             kept_whole[op] = f"{trial.sample}, {label}: {theirs}"
         elif None not in ours and op not in ONLY_A_SHAPE:
             compared.add(op)

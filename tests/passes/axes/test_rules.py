@@ -18,12 +18,14 @@ import torch
 from ringfx.comm import halo, redistribute
 from ringfx.ir.markers import every_token
 from ringfx.ops import attention
-from ringfx.passes.axes.call import Share
+from ringfx.passes.axes import how
+from ringfx.passes.axes.call import AxisSharing
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
-from tests.passes.axes.rule_samples import Sample, samples
-from tests.passes.axes.rule_trials import Dims, Trial, tried
+from tests.passes.axes.rule_samples import samples
+from tests.passes.axes.rule_trials import Dims, Trial, sharing, tried
+from tests.passes.axes.sample import Sample
 
 aten = torch.ops.aten
 SIZES = {"different": (6, 7, 8, 9), "equal": (6, 6, 6, 6), "square": (6, 8, 8, 6)}
@@ -32,7 +34,7 @@ NOT_SAMPLED = {
     attention: "the canonical operator: tests/ops runs it on ranks",
     every_token: "all of an axis, another one from there on: tests/end_to_end/test_matrices.py",
     halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
-    redistribute.relay: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
+    redistribute.reshard: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
     **dict.fromkeys(KERNELS, "whole: left as they stand only where detection declined them"),
@@ -99,10 +101,10 @@ def local(trial: Trial, label: Any, part: range, sizes: dict[Any, int]) -> tuple
     shape = list(trial.results[0].shape)
     for d, _, _ in opened(trial.result_dims[0], label, sizes):
         shape[d] = shape[d] // sizes[label] * len(part)
-    if trial.axes.regroup:
+    if isinstance(trial.axes.how, how.Reshape):
         return (operands[0].reshape(shape),)
-    if trial.axes.size_arg is not None:
-        return run(trial, operands, **{trial.axes.size_arg: shape})
+    if isinstance(trial.axes.how, how.SizeArgument):
+        return run(trial, operands, **{trial.axes.how.name: shape})
     return run(trial, operands)
 
 
@@ -117,11 +119,16 @@ def check_local(trial: Trial, label: Any, at: int) -> bool:
         for part, results in zip(parts, locals_, strict=True):
             expected = cut(whole, dims, label, part, sizes)
             assert results[i].shape == expected.shape, (str(trial.sample), label)
-            if trial.sample.op not in UNDEFINED_VALUES and not trial.axes.draws:
+            drawn = isinstance(trial.axes.how, how.Draw)
+            if trial.sample.op not in UNDEFINED_VALUES and not drawn:
                 torch.testing.assert_close(
                     results[i], expected, msg=lambda m: f"{trial.sample}, {label}: {m}"
                 )
     return True
+
+
+def summed(trial: Trial) -> how.Sum:
+    return trial.axes.how if isinstance(trial.axes.how, how.Sum) else how.Sum()
 
 
 def padded(trial: Trial, i: int, x: torch.Tensor, label: Any) -> torch.Tensor:
@@ -130,7 +137,7 @@ def padded(trial: Trial, i: int, x: torch.Tensor, label: Any) -> torch.Tensor:
         if label in dim:
             assert dim == (label,), "a summed label stands alone in an operand"
             one = x.narrow(d, 0, 1)
-            value = trial.axes.fill.get(i)
+            value = summed(trial).fill.get(i)
             token = torch.full_like(one, value) if value is not None else one * 2 + 1
             x = torch.cat([x, token], d)
     return x
@@ -139,7 +146,7 @@ def padded(trial: Trial, i: int, x: torch.Tensor, label: Any) -> torch.Tensor:
 def check_sum(trial: Trial, label: Any, at: int) -> None:
     sizes = trial.sizes()
     total: Any = 0
-    if trial.axes.pick is not None:
+    if isinstance(trial.axes.how, how.Pick):
         check_pick(trial, label)
         return
     for part in (range(0, at), range(at, sizes[label])):
@@ -148,7 +155,7 @@ def check_sum(trial: Trial, label: Any, at: int) -> None:
             for i, (x, dims) in enumerate(zip(trial.operands, trial.operand_dims, strict=True))
         ]
         total = total + partial(trial, operands)
-    if trial.axes.mean:
+    if summed(trial).mean:
         total = total / (trial.operands[0].numel() // trial.results[0].numel())
     (whole,) = trial.results
     torch.testing.assert_close(total, whole, msg=lambda m: f"{trial.sample}, {label}: {m}")
@@ -158,13 +165,13 @@ def check_pick(trial: Trial, label: Any) -> None:
     """The rank that has the element gives its row, and all others zero."""
     (x,), (whole,) = trial.operands, trial.results
     ((d, _, _),) = opened(trial.operand_dims[0] or (), label, trial.sizes())
-    assert trial.axes.pick is not None
-    row = x.select(d, trial.axes.pick)
+    assert isinstance(trial.axes.how, how.Pick)
+    row = x.select(d, trial.axes.how.element)
     torch.testing.assert_close(row.reshape(whole.shape), whole)
 
 
 def partial(trial: Trial, operands: Sequence[torch.Tensor]) -> torch.Tensor:
-    if not trial.axes.mean:
+    if not summed(trial).mean:
         return run(trial, operands)[0]  # type: ignore[no-any-return]
     sums = {aten.mean.default: aten.sum.default, aten.mean.dim: aten.sum.dim_IntList}
     return run(trial, operands, op=sums[trial.sample.op])[0]  # type: ignore[no-any-return]
@@ -174,11 +181,11 @@ def checked_labels(trial: Trial) -> list[Any]:
     """Checks every label that the row lets go split; returns those."""
     checked = []
     for label, size in trial.sizes().items():
-        share = Share.LOCAL if trial.axes.regroup else trial.axes.share_of(label)
-        if size < 2 or share is Share.WHOLE:
+        share = sharing(trial, label)
+        if size < 2 or share is AxisSharing.REPLICATED:
             continue
         for at in (1, size // 2):  # a rank may hold a single token
-            if share is Share.SUM:
+            if share is AxisSharing.PARTIAL_SUM:
                 check_sum(trial, label, at)
                 checked.append(label)
             elif check_local(trial, label, at):

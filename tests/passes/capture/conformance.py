@@ -51,20 +51,20 @@ class Row:
 
 HOW = {
     "activation checkpointing": "the body is run in place; its calls are tagged for AOTAutograd's "
-    "partitioner, which recomputes them in backward; a policy of selective checkpointing is asked",
+    "partitioner, which recomputes them in backward, as a policy of selective checkpointing says",
     "gradients": "regions keep their mode; a torch.autograd.Function stays one call with its own "
-    "backward: split where both bodies prove it, else on gathered values, announced",
+    "backward; it is split if both bodies prove it, else it runs on gathered values, announced",
     "writes in place": "every write is a value; views are put back into their base and made again",
     "buffers and inputs written": "new values are results of the program, copied into the user's "
     "tensors after the run, equally on all ranks",
     "torch.func": "traced below autograd, where mapping is broadcasting",
     "flex attention": "score and mask functions are mapped over positions and recovered from there",
-    "layers": "fused operators are spelled out",
-    "random operators": "drawn for the whole tensor, so that any split draws the same",
-    "control flow": "log lines wait for the end of their program; what depends on data breaks the "
-    "graph: split values stay split where the next program takes them so",
+    "layers": "fused operators are decomposed",
+    "random operators": "each rank draws for the complete tensor, so that any split draws the same",
+    "control flow": "log lines are printed at the end of their program; control flow that depends "
+    "on data breaks the graph; sharded values stay sharded if the next program can take them so",
     "numbers": "complex values are carried as they are",
-    "results": "what the model returns may stay split",
+    "results": "outputs of the model may stay sharded",
 }
 
 

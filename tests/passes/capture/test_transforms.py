@@ -66,7 +66,7 @@ class Blocks(Around):
 
 
 def test_a_mask_of_blocks_alone_is_refused() -> None:
-    with torch.no_grad(), pytest.raises(CaptureRefused, match="its blocks alone") as caught:
+    with torch.no_grad(), pytest.raises(CaptureRefused, match="only its blocks") as caught:
         ringfx.optimize(Blocks(), compiler="eager")(x()[0].detach())
     assert "Do: " in str(caught.value)
 
@@ -83,5 +83,5 @@ class NoGradInside(Around):
 
 
 def test_a_gradient_mode_inside_a_transform_is_refused() -> None:
-    with pytest.raises(CaptureRefused, match="turns gradients off inside"):
+    with pytest.raises(CaptureRefused, match=r"with torch.no_grad\(\) inside"):
         ringfx.optimize(NoGradInside(), compiler="eager")(*x())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ringfx.errors import AttentionMissed
 from ringfx.ir.values import Declined, Sites
 from ringfx.passes.detect import detect
-from ringfx.passes.detect.count_attention import estimate, missed, refuse_missed
+from ringfx.passes.detect.count_attention import find_attention_like, missed, refuse_missed
 from ringfx.passes.masks import recover
 from tests.models.calls import by_heads
 from tests.support.programs import captured
@@ -103,12 +103,12 @@ COUNTS = {
 def test_what_looks_like_attention_is_counted_and_what_only_resembles_it_is_not(
     core: Projections,
 ) -> None:
-    assert len(estimate(captured(Written(core), torch.randn(2, 6, D)))) == COUNTS[core]
+    assert len(find_attention_like(captured(Written(core), torch.randn(2, 6, D)))) == COUNTS[core]
 
 
 def test_layers_count_one_by_one() -> None:
     model = nn.Sequential(*(Written(plain) for _ in range(4)), Written(called))
-    assert len(estimate(captured(model, torch.randn(2, 6, D)))) == 5
+    assert len(find_attention_like(captured(model, torch.randn(2, 6, D)))) == 5
 
 
 def test_what_was_found_is_no_longer_counted() -> None:
@@ -142,11 +142,13 @@ def test_strict_mode_names_every_place() -> None:
     with pytest.raises(AttentionMissed) as error:
         refuse_missed((near, replace(near, name="layers.2")))
     assert str(error.value) == (
-        "2 of the program's attentions were not recognised and would run whole on every rank:\n"
+        "2 of the program's attentions were not recognised and would be "
+        "replicated on every rank:\n"
         "  layers.1 (model.py:17), softmax_3\n"
         "  layers.2 (model.py:17), softmax_3\n"
         "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
-        "`ringfx explain` lists what was found and each near miss."
+        "`ringfx explain` lists every attention that was found and every "
+        "rejected one."
     )
 
 
@@ -161,4 +163,4 @@ def _visits(layers: int) -> int:
     program = captured(
         nn.Sequential(*(Written(plain) for _ in range(layers))), torch.randn(2, 6, D)
     )
-    return sum(len(found.region) for found in estimate(program))
+    return sum(len(found.region) for found in find_attention_like(program))

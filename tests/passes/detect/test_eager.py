@@ -109,12 +109,12 @@ def test_a_decoy_is_left_alone(name: str) -> None:
 
 
 REASONS = {
-    "weights used again": "its weights are used again (by mean)",
-    "weights returned": "its weights are an output too",
-    "scores used again": "its scores are used again (by",
+    "weights used again": "its attention weights have other users (mean)",
+    "weights returned": "its attention weights are also an output",
+    "scores used again": "its scores have other users (",
     "heads mixed after": "normalises one axis and its values are summed over another",
     "over queries": "normalises one axis and its values are summed over another",
-    "a learned query pools": "no products of queries with keys",
+    "a learned query pools": "not products of queries with keys",
     "clamped": "clamped at",
     "filled weakly": "filled with -2",
     "symmetric, one product": "an axis that queries and keys share",
@@ -123,7 +123,7 @@ REASONS = {
     "exponentials weighed": "not known to be 0 or 1",
     "written over": "between its product and its softmax stands slice_scatter",
     "masked_scatter": "between its product and its softmax stands masked_scatter",
-    "masked after, not renormalised": "its weights go through mul",
+    "masked after, not renormalised": "its attention weights pass through mul",
 }
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import ringfx
+from ringfx.ir.note import NoteKind, texts_of
 from tests.support.harness import RankPool
 
 pytestmark = pytest.mark.ranks
@@ -91,7 +92,7 @@ def difference(name: str) -> tuple[float, list[str], list[str], list[str]]:
         worst,
         [layer.found_by for layer in plan.layers],
         sorted({layer.mask for layer in plan.layers}),
-        [note for note in plan.notes if "break" in note],
+        texts_of(plan.notes, NoteKind.GRAPH_BREAK),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import ringfx
+from ringfx.ir.note import NoteKind, texts_of
 from tests.passes.detect.test_hugging_face_flash import (
     DECODER,
     bert,
@@ -59,7 +60,7 @@ def difference(name: str) -> tuple[float, float, list[str], list[str]]:
         float((outs[0] - outs[1]).detach().abs().max()),
         max(gradient_differences(found, wanted).values()),
         sorted({layer.mask for layer in plan.layers}),
-        [note for note in plan.notes if "break" in note],
+        texts_of(plan.notes, NoteKind.GRAPH_BREAK),
     )
 
 

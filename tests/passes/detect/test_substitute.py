@@ -131,7 +131,7 @@ def test_a_kernel_whose_weights_are_used_is_left_with_the_reason() -> None:
         out, weights = aten._scaled_dot_product_attention_math(q, k, v)
         return out * weights.sum(-1, keepdim=True)
 
-    assert declined(core) == ["its result 1 is used, which no split attention returns"]
+    assert declined(core) == ["its result 1 is used, which a split attention does not return"]
 
 
 def test_a_kernel_whose_logsumexp_is_used_is_left_with_the_reason() -> None:
@@ -139,7 +139,7 @@ def test_a_kernel_whose_logsumexp_is_used_is_left_with_the_reason() -> None:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out * lse[..., None].to(out.dtype)
 
-    assert declined(core) == ["its logsumexp is used, which no split attention returns"]
+    assert declined(core) == ["its logsumexp is used, which a split attention does not return"]
 
 
 def test_a_kernel_that_aligns_otherwise_is_refused() -> None:

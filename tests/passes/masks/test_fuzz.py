@@ -11,7 +11,7 @@ import torch
 from ringfx.ir import tiles
 from ringfx.passes.detect.candidate import score
 from ringfx.passes.masks.decompose import decompose
-from ringfx.passes.masks.forms import Unrepresentable
+from ringfx.passes.masks.score_terms import Unrepresentable
 from tests.passes.exprs.lifting import Lifted, lifted
 from tests.passes.masks.grammar import Sizes, given, written
 from tests.passes.masks.test_masks import settled

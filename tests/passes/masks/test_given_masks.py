@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ringfx.errors import OutOfMemory
-from ringfx.report.explanation import explain
+from ringfx.ir.note import NoteKind, texts_of
+from ringfx.report.detection_report import report_detection
 from tests.support.programs import lowered
 
 Tensor = torch.Tensor
@@ -43,14 +44,14 @@ def text(renderable: object) -> str:
 
 def test_the_plan_says_how_many_bytes_each_rank_takes() -> None:
     plan = lowered(Given(), *operands(), ranks=4).plan
-    said = [n for n in plan.notes if "given whole" in n]
+    said = texts_of(plan.notes, NoteKind.DENSE_MASK)
     assert said == [
         f"qkv (test_given_masks.py:{line()}) and 1 more: a mask or bias given whole, "
         "2.00 MiB: each rank takes the rows of its own queries, 512 KiB"
     ]
     parts = {p.cause: p.bytes for p in plan.memory.parts} if plan.memory else {}
-    assert parts["masks given whole"] == 2 * MIB
-    assert parts["rows of whole masks"] == MIB // 2  # once for both attentions
+    assert parts["dense input masks"] == 2 * MIB
+    assert parts["rows of dense masks"] == MIB // 2  # once for both attentions
 
 
 def line() -> int:
@@ -63,11 +64,11 @@ def line() -> int:
 def test_a_function_of_positions_and_padding_are_not_given_whole() -> None:
     x, _ = operands()
     plan = lowered(Given(), x, torch.ones(1, 1, 1, S, dtype=torch.bool), ranks=4).plan
-    assert not [n for n in plan.notes if "given whole" in n]
+    assert not texts_of(plan.notes, NoteKind.DENSE_MASK)
 
 
 def test_explain_names_it() -> None:
-    found = explain(Given(), operands(torch.bool))
+    found = report_detection(Given(), operands(torch.bool))
     assert [s.matrix_bytes for s in found.sites] == [MIB // 2, MIB // 2]
     said = text(found)
     assert "a mask given as input" in said
@@ -82,4 +83,4 @@ def test_one_that_does_not_fit_is_refused_with_its_bytes() -> None:
     assert roomy.layers
     with pytest.raises(OutOfMemory) as caught:
         lowered(Given(), *operands(), ranks=4, gpu_memory=int(1.9 * MIB))
-    assert re.search(r"masks given whole", str(caught.value)), caught.value
+    assert re.search(r"dense input masks", str(caught.value)), caught.value

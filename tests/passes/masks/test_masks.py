@@ -16,10 +16,12 @@ from torch.fx import Node
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ringfx.ir import tiles
+from ringfx.ir.tiles import const
 from ringfx.ir.values import AttentionSite, Captured
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.detect import detect
-from ringfx.passes.exprs.simplify import assuming, const, simplify
+from ringfx.passes.detect.candidate import score
+from ringfx.passes.exprs.simplify import assuming, simplify
 from ringfx.passes.masks import recover
 from tests.passes.masks.spellings import BATCH, HEADS, SPELLINGS, Spelling
 from tests.support.programs import Attend, captured_with_inputs
@@ -242,7 +244,7 @@ def test_a_learned_bias_is_carried() -> None:
 
 
 def test_an_assumption_reaches_the_conditions_beside_scores() -> None:
-    kept, scores = tiles.CAUSAL, ("score", 0)
+    kept, scores = tiles.CAUSAL, score()
     chosen = ("where", kept, ("mul", scores, const(2.0)), const(-1e9))
     assert assuming(chosen, kept, True) == ("mul", scores, const(2.0))
     assert assuming(scores, kept, True) == scores

@@ -26,7 +26,7 @@ def split_calls(program: Lowered) -> list[str]:
 
 
 def gathers(program: Lowered) -> list[str]:
-    return [move.reason for move in program.plan.reshardings if move.kind == "gather"]
+    return [move.reason for move in program.plan.reshardings if move.kind == "all_gather"]
 
 
 def calls(program: Lowered) -> list[str]:
@@ -95,7 +95,7 @@ def test_a_line_is_one_of_blocks_where_tokens_are_cut_into_blocks() -> None:
 def test_rows_of_an_image_are_exchanged_with_its_tokens_and_not_gathered(ranks: int) -> None:
     """Each rank is sent 1/p of the tokens, forwards and backwards."""
     program = lowered(Around("rows of an image"), *token_axes.inputs(12), ranks=ranks)
-    sent = [m for m in program.plan.reshardings if m.kind == "exchange"]
+    sent = [m for m in program.plan.reshardings if m.kind == "all_to_all"]
     values = 2 * 12 * 8 * token_axes.HIDDEN * 4
     assert sent
     assert {m.in_backward for m in sent} == {False, True}
@@ -117,13 +117,13 @@ def test_a_table_of_positions_is_no_line_of_tokens() -> None:
 
     program = lowered(Positions(), ids(11))
     assert [line.length for line in program.local.placement.lines.lines] == [11]
-    assert not any(m.kind == "exchange" for m in program.plan.reshardings)
+    assert not any(m.kind == "all_to_all" for m in program.plan.reshardings)
 
 
 def test_two_token_axes_in_one_tensor_stay_whole() -> None:
     program = lowered(shapes.Axial(), torch.zeros(2, 5, 6, shapes.HIDDEN))
     reasons = set(program.local.placement.reasons.values())
-    assert any("twice or in pieces" in reason for reason in reasons)
+    assert any("twice (or regrouped)" in reason for reason in reasons)
 
 
 def test_queries_and_keys_of_one_attention_share_a_layout() -> None:
@@ -150,5 +150,5 @@ def test_a_mean_over_tokens_is_a_partial_sum_and_no_gather() -> None:
 
     program = lowered(Mean(), ids())
     assert gathers(program) == []
-    partial = [n for n, mode in program.local.placement.modes.items() if mode.partial]
+    partial = [n for n, mode in program.local.placement.modes.items() if mode.is_partial_sum]
     assert [str(n.target) for n in partial] == ["aten.mean.dim"]

@@ -77,7 +77,7 @@ def test_its_time_and_memory_are_those_of_one_rank(axial: Plan) -> None:
 
 def test_every_view_of_the_plan_says_so(axial: Plan) -> None:
     assert "NOTHING IS SPLIT: each of the 3 ranks" in str(axial)
-    assert "2/2 found, 2 replicated (whole on every rank)" in str(axial)
+    assert "2/2 found, 2 replicated (every rank computes all of it)" in str(axial)
     assert "NOTHING IS SPLIT" in to_html(axial)
     assert Plan.from_json(axial.to_json()) == axial
 
@@ -124,4 +124,4 @@ def run_axial() -> list[str]:
 def test_a_run_warns_once(ranks2: RankPool) -> None:
     for said in ranks2.run(run_axial):
         assert sum("NOTHING IS SPLIT" in text for text in said) == 1
-        assert sum("runs whole on every rank, not split: its queries" in t for t in said) == 2
+        assert sum("is replicated on every rank, not split: its queries" in t for t in said) == 2

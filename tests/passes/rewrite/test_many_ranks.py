@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from ringfx.compile.pipeline import Lowered
 from ringfx.ir.layout import Layout
-from ringfx.passes.rewrite.calls import local_shape
-from ringfx.passes.token_axes.find_token_lines import Carried
+from ringfx.passes.split_modes import local_shape
+from ringfx.passes.token_axes.find_token_lines import TokenDim
 from tests.models import hugging_face
 from tests.support.programs import lowered
 
@@ -64,16 +64,16 @@ def test_local_sizes_are_those_of_the_layout() -> None:
     seq_len = MANY_TOKENS + 4099
     for ranks in RANKS:
         program = llama(seq_len, ranks)
-        tokens = Layout("zigzag", seq_len, ranks).local_length
-        assert tokens == -(-seq_len // (2 * ranks)) * 2
+        length = Layout("zigzag", seq_len, ranks).local_length
+        assert length == -(-seq_len // (2 * ranks)) * 2
         checked = 0
         for value, made in program.local.values.items():
-            carried = program.local.placement.lines.carried(value)
-            if not program.local.placement.is_split(value) or not isinstance(carried, Carried):
+            tokens = program.local.placement.lines.token_dim(value)
+            if not program.local.placement.is_sharded(value) or not isinstance(tokens, TokenDim):
                 continue
             shape = tuple(made.meta["val"].shape)
-            assert shape == local_shape(program.local.placement, value)
-            assert shape[carried.dim] == carried.outer * tokens * carried.inner
+            assert shape == local_shape(program.local.placement.lines, value)
+            assert shape[tokens.dim] == tokens.outer * length * tokens.inner
             checked += 1
         assert checked > 80
 

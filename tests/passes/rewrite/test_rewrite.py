@@ -17,8 +17,9 @@ from tests.support.programs import lowered, program_text
 
 MOVES = frozenset(
     {
-        conjugate.gather_tokens, conjugate.gather_shared, conjugate.slice_tokens,
-        conjugate.share, conjugate.leave, conjugate.sum_partials,
+        conjugate.all_gather_grad_slice, conjugate.all_gather_grad_reduce_scatter,
+        conjugate.slice_tokens,
+        conjugate.identity_grad_all_reduce, conjugate.grad_bucket_start, conjugate.sum_partials,
     }
 )  # fmt: skip
 
@@ -59,7 +60,7 @@ def test_one_rank_runs_the_captured_program() -> None:
 
 def test_a_split_model_sends_parameters_gradients_and_nothing_else() -> None:
     program = lowered(shapes.Causal(), ids())
-    assert set(moves(program)) == {"leave", "slice_tokens"}
+    assert set(moves(program)) == {"grad_bucket_start", "slice_tokens"}
     (sliced,) = (
         n for n in program.local.graph_module.graph.nodes if n.target is conjugate.slice_tokens
     )
@@ -80,7 +81,13 @@ def test_one_gather_serves_all_users() -> None:
             return result
 
     program = lowered(Twice(), ids())
-    assert sum(moves(program)[name] for name in ("gather_tokens", "gather_shared")) == 1
+    assert (
+        sum(
+            moves(program)[name]
+            for name in ("all_gather_grad_slice", "all_gather_grad_reduce_scatter")
+        )
+        == 1
+    )
 
 
 def test_attention_is_told_its_group_its_layout_and_its_strategy() -> None:
@@ -106,10 +113,13 @@ def test_what_is_moved_is_reported() -> None:
     program = lowered(shapes.Neighbours(), ids())
     reported = Counter(move.kind for move in program.plan.reshardings)
     made = moves(program)
-    assert reported["gather"] == made["gather_tokens"] + made["gather_shared"]
-    assert reported["reduce_scatter"] == made["gather_shared"]
+    assert (
+        reported["all_gather"]
+        == made["all_gather_grad_slice"] + made["all_gather_grad_reduce_scatter"]
+    )
+    assert reported["reduce_scatter"] == made["all_gather_grad_reduce_scatter"]
     assert all(move.reason for move in program.plan.reshardings)
-    assert all(move.source for move in program.plan.reshardings if move.kind == "gather")
+    assert all(move.source for move in program.plan.reshardings if move.kind == "all_gather")
 
 
 def test_outputs_stay_split() -> None:

@@ -16,6 +16,7 @@ from ringfx.errors import VerificationError
 from ringfx.ir.values import Sites
 from ringfx.passes.axes import propagate
 from ringfx.passes.axes.call import AxisRule, AxisRules, Call, OpAxes
+from ringfx.passes.axes.how import Sum
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.verify import verify
 from tests.end_to_end.test_generality import case
@@ -48,19 +49,21 @@ def broken(op: object, change: Callable[[OpAxes], OpAxes]) -> Any:
 
 
 def all_local(axes: OpAxes) -> OpAxes:
-    return dataclasses.replace(axes, share={}, fill={}, windows=())
+    return dataclasses.replace(axes, share={}, how=None, windows=())
 
 
 def no_sizes(axes: OpAxes) -> OpAxes:
-    return dataclasses.replace(axes, size_arg=None)
+    return dataclasses.replace(axes, how=None)
 
 
 def unfilled(axes: OpAxes) -> OpAxes:
-    return dataclasses.replace(axes, fill={})
+    assert isinstance(axes.how, Sum)
+    return dataclasses.replace(axes, how=dataclasses.replace(axes.how, fill={}))
 
 
 def not_mean(axes: OpAxes) -> OpAxes:
-    return dataclasses.replace(axes, mean=False)
+    assert isinstance(axes.how, Sum)
+    return dataclasses.replace(axes, how=dataclasses.replace(axes.how, mean=False))
 
 
 class Expanded(shapes.Base):

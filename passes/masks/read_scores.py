@@ -1,0 +1,182 @@
+"""Scores read step by step: what each operator of their expression does to their form.
+
+Each operator is a row of ``SCORE_RULES``. Scores of another form are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ringfx.ir.tiles import Expr, indices_used, walk
+from ringfx.passes.detect.scores import SHIFT
+from ringfx.passes.exprs.additive import ABSORBS
+from ringfx.passes.exprs.lift import Lifter, lifted
+from ringfx.passes.masks.factors import as_number, as_truth
+from ringfx.passes.masks.score_terms import (
+    ScoreTerms,
+    Unrepresentable,
+    clamped,
+    filled,
+    plus,
+    scaled,
+    summed,
+    times,
+)
+
+__all__ = ["SCORE_RULES", "Reader"]
+
+
+class Reader:
+    """Reads an expression of scores, given what its parts without scores are made of."""
+
+    def __init__(self, lifter: Lifter, values: tuple[object, ...]) -> None:
+        self.lifter = lifter
+        self.values = values
+        self.make = lifter.make
+
+    def read(self, expr: Expr) -> ScoreTerms:
+        head, *args = expr
+        if head == "score":
+            return ScoreTerms(products={args[0][1]: 1.0})
+        if sum(map(_has_score, args)) > 1:
+            if head in ("add", "sub"):
+                left, right = map(self.read, args)
+                right = times(right, -1.0, self.make) if head == "sub" else right
+                return summed(left, right, self.make)
+            raise Unrepresentable(f'two parts of its scores meet in "{head}"')
+        rule = SCORE_RULES.get(head)
+        if rule is None:
+            raise Unrepresentable(f'"{head}" stands between its product and its softmax')
+        return rule(self, *args)
+
+    def plain(self, expr: Expr) -> Expr:
+        """A part without scores, as a tile function."""
+        return lifted(expr, self.lifter, self.values)
+
+
+def _has_score(expr: Expr) -> bool:
+    return any(part[0] == "score" for part in walk(expr))
+
+
+def _parted(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """The operand with scores, then the other."""
+    return (a, b) if _has_score(a) else (b, a)
+
+
+def _read_add(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    scores, other = _parted(a, b)
+    found = reader.read(scores)
+    return found if other == SHIFT else plus(found, reader.plain(other), reader.make)
+
+
+def _read_sub(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    if _has_score(b):
+        negative = times(reader.read(b), -1.0, reader.make)
+        return plus(negative, reader.plain(a), reader.make)
+    found = reader.read(a)
+    if b == SHIFT:
+        return found
+    return plus(found, scaled(reader.plain(b), -1, reader.make), reader.make)
+
+
+def _read_mul(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    scores, other = _parted(a, b)
+    found, factor = reader.read(scores), reader.plain(other)
+    constant = as_number(factor)
+    if constant is not None:
+        return times(found, constant, reader.make)
+    kept = as_truth(factor, reader.lifter.captured)
+    if kept is not None:
+        return filled(found, kept, 0.0, reader.make)
+    if _is_factor(found, other):
+        return replace(found, factors=(*found.factors, other))
+    raise Unrepresentable("its scores are multiplied with a value of queries and keys")
+
+
+def _read_div(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    if _has_score(b):
+        raise Unrepresentable("it divides by its scores")
+    found, divisor = reader.read(a), reader.plain(b)
+    constant = as_number(divisor)
+    if constant:
+        return times(found, 1 / constant, reader.make)
+    if _is_factor(found, b):
+        return replace(found, factors=(*found.factors, ("reciprocal", b)))
+    raise Unrepresentable("its scores are divided by a value of queries and keys")
+
+
+def _is_factor(scores: ScoreTerms, other: Expr) -> bool:
+    """Whether queries or keys can be multiplied with a value in place of the scores."""
+    if other[0] != "at" or scores.added or scores.keep or scores.cap is not None:
+        return False
+    return not {"q", "k"} <= indices_used(other)
+
+
+def _read_kept(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    """Exponentials that are left out of their sum: scores of -inf."""
+    kept = as_truth(reader.plain(b), reader.lifter.captured)
+    if kept is None:
+        raise Unrepresentable("its exponentials are multiplied with what is not known to be 0 or 1")
+    return filled(reader.read(a), kept, -math.inf, reader.make)
+
+
+def _read_tanh(reader: Reader, a: Expr) -> ScoreTerms:
+    found = reader.read(a)
+    if found.cap is not None or found.added or found.keep:
+        raise Unrepresentable("its soft cap comes after a mask or bias")
+    return replace(found, cap=1.0)
+
+
+def _read_where(reader: Reader, condition: Expr, a: Expr, b: Expr) -> ScoreTerms:
+    if _has_score(condition):
+        raise Unrepresentable("what is kept depends on its scores")
+    kept = reader.plain(condition)
+    if _has_score(b):
+        kept, a, b = reader.make("not", kept), b, a
+    filling = as_number(reader.plain(b))
+    if filling is None:
+        raise Unrepresentable("its masked scores are filled with something that varies")
+    return filled(reader.read(a), kept, filling, reader.make)
+
+
+def _read_lower_bound(tie: float) -> Callable[..., ScoreTerms]:
+    def rule(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+        scores, bound = _bounded(reader, a, b)
+        if not bound <= ABSORBS:
+            raise Unrepresentable(f"its scores are clamped at {bound:g}")
+        return clamped(reader.read(scores), bound, tie, reader.make)
+
+    return rule
+
+
+def _read_min(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
+    scores, bound = _bounded(reader, a, b)
+    if not bound >= -ABSORBS:
+        raise Unrepresentable(f"its scores are clamped at {bound:g}")
+    return reader.read(scores)
+
+
+def _bounded(reader: Reader, a: Expr, b: Expr) -> tuple[Expr, float]:
+    scores, other = _parted(a, b)
+    bound = as_number(reader.plain(other))
+    if bound is None:
+        raise Unrepresentable("its scores are clamped by a value")
+    return scores, bound
+
+
+SCORE_RULES: Mapping[str, Callable[..., ScoreTerms]] = {
+    "add": _read_add,
+    "sub": _read_sub,
+    "mul": _read_mul,
+    "div": _read_div,
+    "neg": lambda reader, a: times(reader.read(a), -1.0, reader.make),
+    "kept": _read_kept,
+    "tanh": _read_tanh,
+    "where": _read_where,
+    "max": _read_lower_bound(tie=0.5),  # of two tensors: equal ones share the gradient
+    "clamp": _read_lower_bound(tie=1.0),
+    "min": _read_min,
+    **dict.fromkeys(("float", "double", "half", "bfloat16"), Reader.read),
+}

@@ -1,0 +1,81 @@
+"""Dynamo as ringfx uses it around a program: loading this module loads Dynamo.
+
+Each name says what it is needed for and, after "Without", what a release that drops it breaks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch._dynamo
+from torch._dynamo import callback, convert_frame, eval_frame, exc, source, trace_rules
+from torch._dynamo.symbolic_convert import TensorifyState
+
+__all__ = [
+    "COMPILER_MODULE", "ENTRY_MODULE", "BackendCompilerFailed", "CallbackArgs",
+    "CatchErrorsWrapper", "GradSource", "OptimizedModule", "TensorifyScalarRestartAnalysis",
+    "TensorifyState", "TorchDynamoException", "aot_eager", "callback_handler", "config",
+    "graph_break", "is_output", "skips", "stance", "unimplemented",
+]  # fmt: skip
+
+config = torch._dynamo.config
+"""Limits of recompilation and how regions are handed over. Without: models of many lengths."""
+
+graph_break = torch._dynamo.graph_break
+"""Ends a program with a reason. Without: packages' functions in forms that ringfx gives up."""
+
+OptimizedModule = eval_frame.OptimizedModule
+"""What ``torch.compile(module)`` returns. Without: refusing it by name."""
+
+BackendCompilerFailed = exc.BackendCompilerFailed
+"""What Dynamo makes of a backend's error. Without: errors of ringfx arrive inside others."""
+
+TorchDynamoException = exc.TorchDynamoException
+"""Base of Dynamo's errors. Without: its errors are reported as defects of ringfx."""
+
+unimplemented = exc.unimplemented
+"""Ends a program from inside Dynamo, with a reason. Without: log lines that cannot wait."""
+
+TensorifyScalarRestartAnalysis = exc.TensorifyScalarRestartAnalysis
+"""Asks Dynamo to trace again; ``TensorifyState`` says with which numbers. Without: floats of a
+model that is compiled with ``dynamic=True``."""
+
+GradSource = source.GradSource
+"""An input that is a parameter's gradient. Without: whole training steps that are compiled."""
+
+CatchErrorsWrapper = convert_frame.CatchErrorsWrapper
+"""Where Dynamo takes a frame. Without: the limits above, under ``backend="ringfx"``."""
+
+callback_handler = callback.callback_handler
+"""Tells of the start of every compilation. Without: packages that are imported later."""
+
+CallbackArgs = callback.CallbackArgs
+"""What it is told with."""
+
+ENTRY_MODULE = eval_frame.__name__
+"""Module of the frame in which compiled code is entered. Without: where a graph broke."""
+
+COMPILER_MODULE = convert_frame.__name__
+"""Module of the frame of the compiler. Without: where a graph broke."""
+
+
+def is_output(code: Any) -> bool:
+    """Whether Dynamo has made this code. Without: which function around a program runs as it is."""
+    return code in convert_frame.output_codes
+
+
+def skips(function: Any) -> bool:
+    """Whether Dynamo starts no program in this function's file. Without: roots of torch.nn."""
+    return bool(trace_rules.check(function))
+
+
+def stance() -> str:
+    """What ``set_stance`` was told. Without: naming it where a call ran unsplit."""
+    return str(eval_frame._stance.stance)
+
+
+def aot_eager(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """Autograd traced, operators run one by one. Without: ``compiler="aot_eager"``."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, inputs)

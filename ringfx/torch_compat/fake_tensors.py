@@ -1,0 +1,48 @@
+"""Tensors without values, and what is at work while a program is traced on them.
+
+Each name says what it is needed for and, after "Without", what a release that drops it breaks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch._guards
+import torch._subclasses.fake_tensor as fake
+
+__all__ = [
+    "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
+    "TracingContext", "detect_fake_mode", "symbol_name", "unset_fake_temporarily",
+]  # fmt: skip
+
+FakeTensor = fake.FakeTensor
+"""Shape, type and device of a value of the program. Without: all planning."""
+
+FakeTensorMode = fake.FakeTensorMode
+"""Under which operators give fake tensors. Without: all planning."""
+
+DataDependentOutputException = fake.DataDependentOutputException
+"""A value was asked of a fake tensor (``.item()``). Without: planning where models read values."""
+
+DynamicOutputShapeException = fake.DynamicOutputShapeException
+"""A result's shape depends on values (``nonzero``). Without: planning where models read values."""
+
+unset_fake_temporarily = fake.unset_fake_temporarily
+"""Real tensors while a program is traced. Without: proofs of attention, masks from buffers."""
+
+detect_fake_mode = torch._guards.detect_fake_mode
+"""The mode of which some values are. Without: axes of loop and branch bodies."""
+
+TracingContext = torch._guards.TracingContext
+"""Dynamo's state of the program that it traces: its fake mode, whether there is one at all.
+Without: capture in Dynamo's own mode, values that stay split after a graph break."""
+
+
+def symbol_name(value: FakeTensor) -> str | None:
+    """The symbol of the number that a fake scalar was read as; None if nobody has read it.
+
+    Without: floats that Dynamo hands over as tensors (``dynamic=True``).
+    """
+    memo: Any = value.item_memo
+    # The symbol, not what it was replaced with: Dynamo looks it up in the same way.
+    return None if memo is None else getattr(memo.node._expr, "name", None)

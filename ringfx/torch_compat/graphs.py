@@ -1,0 +1,38 @@
+"""Nodes of fx graphs, and modules.
+
+Each name says what it is needed for and, after "Without", what a release that drops it breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["call_of", "children_of", "has_hooks", "is_erased", "position_key"]
+
+
+def is_erased(node: torch.fx.Node) -> bool:
+    """Whether the node has left its graph. Without: dropping block masks of flex attention."""
+    return node._erased
+
+
+def position_key(node: torch.fx.Node) -> Any:
+    """Sorts nodes as they stand in their graph. Without: detection of attention."""
+    return node._sort_key
+
+
+def call_of(module: torch.nn.Module) -> Any:
+    """A module's call with its hooks, below ``compile``. Without: compiling a model's call."""
+    return module._call_impl
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether something runs before or after its forward. Without: models with hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def children_of(module: torch.nn.Module) -> Mapping[str, torch.nn.Module | None]:
+    """The module's own parts, by name, as it holds them. Without: optimizing parts of a model."""
+    return module._modules
