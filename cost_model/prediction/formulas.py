@@ -18,14 +18,14 @@ from ringfx.cost_model.prediction.kernel_choice import REFERENCE
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.terms import kernel_seconds, message_seconds
-from ringfx.cost_model.prediction.work import Work, ring_work
+from ringfx.cost_model.prediction.work import Work, ring_work, whole_work
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.tile_sizes import MASKED_TILE
 
 __all__ = [
     "Hops", "Phase", "exposed_seconds", "gradient_seconds", "hop_seconds", "hop_sum", "kv_seconds",
-    "work_seconds",
+    "whole_seconds", "work_seconds",
 ]  # fmt: skip
 
 
@@ -40,6 +40,14 @@ class Phase:
     @property
     def total_s(self) -> float:
         return self.compute_s + self.exposed_s
+
+    def times(self, number: int) -> Phase:
+        """So many, one after the other."""
+        return Phase(
+            compute_s=number * self.compute_s,
+            communication_s=number * self.communication_s,
+            exposed_s=number * self.exposed_s,
+        )
 
     def __add__(self, other: Phase) -> Phase:
         return Phase(
@@ -68,12 +76,25 @@ def hop_seconds(
 ) -> Hops:
     """The slowest rank's kernel time of each hop that the mask leaves."""
     tile = local.stored_tile if pick.plain == REFERENCE else MASKED_TILE
-    table = ring_work(local.site.spec, local.layout, local.world_size, tile)
+    table = ring_work(local.site.spec, local.layout, local.world_size, tile, local.kept)
     slowest = (
         max(work_seconds(profile, pick, local.site, work, direction, groups) for work in column)
         for column in zip(*table.rows, strict=True)
     )
     return list(zip(slowest, table.times, strict=True))
+
+
+def whole_seconds(
+    local: Local, profile: Profile, pick: Pick, direction: Direction, head_share: float = 1.0
+) -> float:
+    """Kernel time of whole sequences on one rank, of all heads or a share of them."""
+    return sum(
+        times
+        * kernel_seconds(
+            profile, pick, part.site, whole_work(part.site.spec), direction, head_share
+        )
+        for times, part in local.parts
+    )
 
 
 def work_seconds(

@@ -14,7 +14,9 @@ from typing import Protocol
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.ir.kernel_table import TABLE, Call, KernelChoice, Pick, forced_kernel
 from ringfx.ir.plan import LayerPlan
+from ringfx.ir.tiles import CAUSAL
 from ringfx.ir.values import AttentionSite
+from ringfx.ops.tiling.pieces import beyond_blocks
 
 __all__ = ["REFERENCE", "picks", "priced_as", "unmeasured", "unpriced"]
 
@@ -94,7 +96,8 @@ def _call(site: AttentionSite, profile: Profile, *, gathered: bool) -> Call:
 def _has_masked_pieces(site: AttentionSite) -> bool:
     """Whether a mask or bias is evaluated anywhere: a causal diagonal is every kernel's own."""
     spec = site.spec
-    is_plain = spec.keep is None or (spec.is_causal and spec.q_len == spec.kv_len)
+    keep = beyond_blocks(spec.keep)
+    is_plain = keep is None or (keep == CAUSAL and spec.q_len == spec.kv_len)
     return spec.bias is not None or not is_plain
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ringfx.cost_model.prediction.footprint import (
     Calls,
@@ -12,7 +13,7 @@ from ringfx.cost_model.prediction.footprint import (
     sums_backward,
     sums_forward,
 )
-from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.formulas import Phase, whole_seconds
 from ringfx.cost_model.prediction.kernel_choice import picks
 from ringfx.cost_model.prediction.profile import LOCAL, Direction, Profile
 from ringfx.cost_model.prediction.rank_share import Local, local_share
@@ -124,7 +125,7 @@ def _phases(
 ) -> list[tuple[Phase, Pick]]:
     """For each kernel: the strategy's formula, or the local kernel's, and what any layer costs."""
     is_split = local.world_size > 1
-    formula = strategy.time if is_split else _local_kernel
+    formula = partial(_split_seconds, strategy) if is_split else _local_kernel
     layer_us = profile.overhead_us(strategy.name if is_split else LOCAL, direction)
     handling_s = handling_seconds(profile, held_bytes(local, strategy, direction))
     any_layer = Phase(compute_s=layer_us / 1e6 + handling_s)
@@ -136,8 +137,19 @@ def _phases(
 
 def _local_kernel(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Phase:
     """One rank: the strategy's kernel over the whole sequence, and nothing is sent."""
-    work = whole_work(local.site.spec)
-    return Phase(compute_s=kernel_seconds(profile, pick, local.site, work, direction))
+    return Phase(compute_s=whole_seconds(local, profile, pick, direction))
+
+
+def _split_seconds(
+    strategy: Strategy, local: Local, profile: Profile, direction: Direction, pick: Pick
+) -> Phase:
+    """The strategy's formula; of a dilated attention for one part after the other."""
+    if not strategy.own_queries:
+        return strategy.time(local, profile, direction, pick)
+    found = Phase()
+    for times, part in local.parts:
+        found = found + strategy.time(part, profile, direction, pick).times(times)
+    return found
 
 
 def workspace_bytes(local: Local, strategy: Strategy) -> int:
@@ -157,7 +169,21 @@ def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
     """Bytes of buffers and results that one direction holds at most."""
     moments = strategy.memory if local.world_size > 1 else _local_moments
     math = strategy.math_only or local.site.spec.soft_cap is not None
-    return max(moments(local, Calls(local=local, direction=direction, math=math)))
+
+    def held(local: Local) -> int:
+        return max(moments(local, Calls(local=local, direction=direction, math=math)))
+
+    if not local.site.spec.branches or not (strategy.own_queries or local.world_size == 1):
+        return held(local)
+    sums = sums_forward(local) if direction == "forward" else sums_backward(local)
+    return sums + max(held(part) + _taken_rows(part, direction) for _, part in local.parts)
+
+
+def _taken_rows(part: Local, direction: Direction) -> int:
+    """Bytes of the kept rows of q, k, v, and in backward of the output and its gradient."""
+    there = part.q_items + part.kv_items
+    more = 2 * part.out_items if direction == "backward" else 0
+    return (there + more) * part.itemsize
 
 
 def _local_moments(local: Local, calls: Calls) -> Iterator[int]:

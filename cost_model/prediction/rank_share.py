@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ringfx.cost_model.prediction import terms
+from ringfx.ir.dilation import AnyLayout, HeadPart, KeptRows, head_parts, layout_of
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.head_groups import MOST_GROUPS, head_groups
@@ -24,6 +25,36 @@ class Local:
     layout: LayoutKind
     q_len: int
     kv_len: int
+    kept: KeptRows | None = None
+    """The rows of a longer sequence that these are: a part of a dilated attention."""
+
+    @property
+    def q_layout(self) -> AnyLayout:
+        return layout_of(self.layout, self.site.q_len, self.world_size, self.kept)
+
+    @property
+    def kv_layout(self) -> AnyLayout:
+        return layout_of(self.layout, self.site.kv_len, self.world_size, self.kept)
+
+    @property
+    def parts(self) -> tuple[tuple[int, Local], ...]:
+        """Of a dilated attention its parts, and how many are alike; else itself."""
+        site = self.site
+        if not site.spec.branches:
+            return ((1, self),)
+        parts = head_parts(site.spec.branches, site.q_len, site.heads, site.kv_heads)
+        alike: dict[tuple[int, ...], list[HeadPart]] = {}
+        for part in parts:
+            key = (part.rows.segment, part.rows.rate, len(part.heads), len(part.kv_heads))
+            alike.setdefault(key, []).append(part)
+        return tuple((len(found), self._part(found[0])) for found in alike.values())
+
+    def _part(self, part: HeadPart) -> Local:
+        spec = self.site.spec.of_rows(part.rows)
+        heads, kv_heads = len(part.heads), len(part.kv_heads)
+        site = replace(self.site, spec=spec, heads=heads, kv_heads=kv_heads)
+        length = layout_of(self.layout, spec.q_len, self.world_size, part.rows).local_length
+        return replace(self, site=site, q_len=length, kv_len=length, kept=part.rows)
 
     @property
     def itemsize(self) -> int:

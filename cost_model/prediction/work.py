@@ -13,12 +13,13 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.dilation import KeptRows, layout_of
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import conjunction, inputs_used, terms
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces, runs_of
 from ringfx.ops.tiling.tile_sizes import MASKED_TILE
 
-__all__ = ["RingWork", "Work", "gathered_work", "ring_work", "whole_work"]
+__all__ = ["RingWork", "Work", "gathered_work", "ring_work", "some_ranks", "whole_work"]
 
 MOST_BANDS = 24
 """Bands of queries that are counted in a run whose mask is evaluated; they stand for all."""
@@ -90,29 +91,34 @@ class RingWork:
 
 @lru_cache(maxsize=256)
 def ring_work(
-    spec: AttentionSpec, layout: LayoutKind, world_size: int, tile: int = MASKED_TILE
+    spec: AttentionSpec,
+    layout: LayoutKind,
+    world_size: int,
+    tile: int = MASKED_TILE,
+    rows: KeptRows | None = None,
 ) -> RingWork:
     """For some ranks the work of each hop; hops after the last that any of them needs are left out.
 
     Hop t of rank r meets the keys of rank r - t. ``tile`` is the side of a tile whose mask is
-    evaluated. However many ranks there are, a bounded number of them and of hops is looked at.
+    evaluated, ``rows`` which rows of a longer sequence these are. However many ranks there are, a
+    bounded number of them and of hops is looked at.
     """
     counted, full_like = _positional(spec)
     starts = _counted_hops(world_size)
-    rows = [
-        tuple(_hop(counted, full_like, tile, layout, world_size, rank, hop) for hop in starts)
-        for rank in _some_ranks(world_size)
+    table = [
+        tuple(_hop(counted, full_like, tile, layout, world_size, rank, hop, rows) for hop in starts)
+        for rank in some_ranks(world_size)
     ]
-    last = max((i for row in rows for i, work in enumerate(row) if work.pairs), default=0)
+    last = max((i for row in table for i, work in enumerate(row) if work.pairs), default=0)
     times = (stop - start for start, stop in pairwise((*starts, world_size)))
-    return RingWork(tuple(times)[: last + 1], tuple(row[: last + 1] for row in rows))
+    return RingWork(tuple(times)[: last + 1], tuple(row[: last + 1] for row in table))
 
 
 def gathered_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> tuple[Work, ...]:
     """For some ranks the work of their queries over all keys at once."""
     counted, full_like = _positional(spec)
     return tuple(
-        _gathered(counted, full_like, layout, world_size, rank) for rank in _some_ranks(world_size)
+        _gathered(counted, full_like, layout, world_size, rank) for rank in some_ranks(world_size)
     )
 
 
@@ -129,7 +135,7 @@ def _positional(spec: AttentionSpec) -> tuple[AttentionSpec, bool]:
     return replace(spec, keep=keep, bias=None, scale=1.0, soft_cap=None), depends_on_data
 
 
-def _some_ranks(world_size: int) -> Sequence[int]:
+def some_ranks(world_size: int) -> Sequence[int]:
     if world_size <= FEW_RANKS:
         return range(world_size)
     middle = world_size // 2
@@ -151,9 +157,10 @@ def _hop(
     world_size: int,
     rank: int,
     hop: int,
+    rows: KeptRows | None,
 ) -> Work:
-    keys = runs_of(Layout(layout, spec.kv_len, world_size), (rank - hop) % world_size)
-    queries = runs_of(Layout(layout, spec.q_len, world_size), rank)
+    keys = runs_of(layout_of(layout, spec.kv_len, world_size, rows), (rank - hop) % world_size)
+    queries = runs_of(layout_of(layout, spec.q_len, world_size, rows), rank)
     return _count(spec, masked, queries, keys, tile)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, PlainValidator
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir import tiles
-from ringfx.ir.dilation import Branch, describe_branches
+from ringfx.ir.dilation import Branch, KeptRows, describe_branches
 from ringfx.ir.tiles import Expr, conjunction
 from ringfx.ir.tiles.checked import checked_expr
 from ringfx.validation.fields import STRICT, Finite, Tokens
@@ -85,6 +85,11 @@ class AttentionSpec:
         """Whether equal runs of queries compute about as many pairs as each other."""
         segments = max(self.branches, key=lambda b: b.segment).segments if self.branches else None
         return tiles.is_balanced(conjunction(segments, self.keep), self.q_len, self.kv_len)
+
+    def of_rows(self, rows: KeptRows) -> AttentionSpec:
+        """One part of a dilated attention: attention among kept rows, by their numbers."""
+        keep = rows.keep(causal=self.is_causal)
+        return replace(self, q_len=rows.count, kv_len=rows.count, keep=keep, branches=())
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
+import torch
 from pydantic import ConfigDict
 
-from ringfx.ir.layout import Layout
+from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles.expr import CAUSAL, Expr, K, Q, conjunction
 from ringfx.validation.fields import STRICT, Tokens
 
-__all__ = ["Branch", "KeptLayout", "KeptRows", "StridedRun", "describe_branches"]
+__all__ = [
+    "AnyLayout", "Branch", "HeadPart", "KeptLayout", "KeptRows", "StridedRun", "describe_branches",
+    "head_parts", "layout_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,13 @@ class KeptLayout:
                 yield slice(first, stop), slice(place, place + stop - first)
             place += stop - first
 
+    def positions(self, rank: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Number of each local row, int64 [local_length]; of padding ``length``."""
+        found = torch.full((self.local_length,), self.length, device=device)
+        for there, here in self.chunks(rank):
+            found[here] = torch.arange(there.start, there.stop, device=device)
+        return found
+
     def strided_runs(self, rank: int) -> Iterator[StridedRun]:
         """Where a rank's kept rows are among its tokens: one run a chunk where segments line up."""
         rows, size = self.rows, self.tokens.chunk_length
@@ -171,3 +182,47 @@ class KeptLayout:
 
 def _next(number: int, size: int) -> int:
     return (number // size + 1) * size
+
+
+AnyLayout: TypeAlias = Layout | KeptLayout
+
+
+def layout_of(
+    kind: LayoutKind, length: int, world_size: int, rows: KeptRows | None = None
+) -> AnyLayout:
+    """How so many tokens lie on ranks, or the kept rows of a sequence."""
+    if rows is None:
+        return Layout(kind, length, world_size)
+    return KeptLayout(Layout(kind, rows.length, world_size), rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPart:
+    """One branch, for the heads that start at one offset."""
+
+    rows: KeptRows
+    heads: range
+    kv_heads: tuple[int, ...]
+    """Of each group of these heads, the K/V head that they read; one may serve several groups."""
+
+
+def head_parts(
+    branches: Sequence[Branch], length: int, num_heads: int, num_kv_heads: int, first_head: int = 0
+) -> Iterator[HeadPart]:
+    """The parts that keep any row, of heads of which the first has this number among all."""
+    ratio = num_heads // num_kv_heads
+    for branch in branches:
+        for offset in range(branch.rate):
+            rows = KeptRows(length=length, segment=branch.segment, rate=branch.rate, offset=offset)
+            heads = range((offset - first_head) % branch.rate, num_heads, branch.rate)
+            if heads and rows.count:
+                read = [head // ratio for head in heads]
+                yield HeadPart(rows=rows, heads=heads, kv_heads=_read_heads(read))
+
+
+def _read_heads(read: Sequence[int]) -> tuple[int, ...]:
+    """The K/V head of each query head, or of each group of them if all groups are of one size."""
+    distinct = sorted(set(read))
+    size = len(read) // len(distinct)
+    grouped = [head for head in distinct for _ in range(size)] == list(read)
+    return tuple(distinct if grouped else read)

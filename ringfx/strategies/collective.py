@@ -51,7 +51,7 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
-    if needed.in_blocks(problem):
+    if needed.in_blocks(problem.spec):
         return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=needed.ALL_AT_ONCE)
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
     mine, keys = problem.q_runs(problem.ranks.rank), _all_keys(problem)
@@ -74,9 +74,9 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
-    if needed.in_blocks(problem):
-        given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
-        return needed.backward(problem, *given, ahead=needed.ALL_AT_ONCE)
+    if needed.in_blocks(problem.spec):
+        rows = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+        return needed.backward(problem, *rows, ahead=needed.ALL_AT_ONCE)
     ranks = problem.ranks
     sums = Sums.empty(problem, q_BHQD, k_BGKD, v_BGKE)
     mine, keys = problem.q_runs(ranks.rank), _all_keys(problem)
@@ -151,6 +151,8 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
     forward     t + gather(KV)
     backward    t + gather(KV) + scatter(dKV)
     """
+    if needed.in_blocks(local.site.spec):
+        return needed.time(local, profile, direction, pick, ahead=needed.ALL_AT_ONCE)
     p, groups = local.world_size, num_groups(local)
     work = gathered_work(local.site.spec, local.layout, p)
     compute_s = max(work_seconds(profile, pick, local.site, w, direction, groups) for w in work)
@@ -169,6 +171,8 @@ def num_groups(local: Local) -> int:
 
 def memory(local: Local, calls: Calls) -> Iterator[int]:
     """Bytes held, moment by moment."""
+    if needed.in_blocks(local.site.spec):
+        return needed.memory(local, calls, ahead=needed.ALL_AT_ONCE)
     return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
 
 

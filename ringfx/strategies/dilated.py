@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ringfx.cost_model.prediction.strategy import Backward, Forward
-from ringfx.ir.dilation import KeptLayout, KeptRows, StridedRun
+from ringfx.ir.dilation import HeadPart, KeptLayout, StridedRun, head_parts
 from ringfx.ops.kernels.kernel import accumulation_dtype
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, merge_into
@@ -92,45 +92,23 @@ def _steps(heads: tuple[int, ...]) -> slice | list[int]:
 
 
 def _parts(problem: Problem, num_heads: int, num_kv_heads: int) -> Iterator[_Part]:
-    """The parts of this rank's heads that keep any row."""
-    for branch in problem.spec.branches:
-        for offset in range(branch.rate):
-            rows = KeptRows(
-                length=problem.spec.q_len,
-                segment=branch.segment, rate=branch.rate, offset=offset,
-            )  # fmt: skip
-            first = (offset - problem.first_head) % branch.rate
-            heads = range(first, num_heads, branch.rate)
-            if heads and rows.count:
-                yield _part(problem, rows, heads, num_heads // num_kv_heads)
+    """The parts of this rank's heads."""
+    spec = problem.spec
+    given = (spec.branches, spec.q_len, num_heads, num_kv_heads, problem.first_head)
+    return (_part(problem, part) for part in head_parts(*given))
 
 
-def _part(problem: Problem, rows: KeptRows, heads: range, ratio: int) -> _Part:
-    spec = replace(
-        problem.spec,
-        q_len=rows.count,
-        kv_len=rows.count,
-        keep=rows.keep(causal=problem.spec.is_causal),
-        branches=(),
-    )
-    part = replace(problem, spec=spec, rows=rows)
-    layout = part.q_layout
+def _part(problem: Problem, part: HeadPart) -> _Part:
+    local = replace(problem, spec=problem.spec.of_rows(part.rows), rows=part.rows)
+    layout = local.q_layout
     assert isinstance(layout, KeptLayout), "rows are given"
     return _Part(
-        problem=part,
-        heads=slice(heads.start, heads.stop, heads.step),
-        kv_heads=_read_heads([head // ratio for head in heads]),
+        problem=local,
+        heads=slice(part.heads.start, part.heads.stop, part.heads.step),
+        kv_heads=part.kv_heads,
         runs=tuple(layout.strided_runs(problem.ranks.rank)),
         local_length=layout.local_length,
     )
-
-
-def _read_heads(read: list[int]) -> tuple[int, ...]:
-    """The K/V head of each query head, or of each group of them if all groups are of one size."""
-    distinct = sorted(set(read))
-    size = len(read) // len(distinct)
-    grouped = [head for head in distinct for _ in range(size)] == read
-    return tuple(distinct if grouped else read)
 
 
 def forward(

@@ -17,6 +17,7 @@ Shapes: B batch, H query heads, G key/value heads, N rows, D and E the head dims
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections import deque
@@ -27,14 +28,31 @@ from functools import lru_cache
 import torch
 
 from ringfx.comm.process_group import Exchange
+from ringfx.cost_model.prediction.footprint import (
+    Calls,
+    gradient_moments,
+    output_moments,
+    sums_backward,
+    sums_forward,
+)
+from ringfx.cost_model.prediction.formulas import Phase, exposed_seconds, hop_seconds
+from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.rank_share import Local
+from ringfx.cost_model.prediction.terms import message_seconds
+from ringfx.cost_model.prediction.work import ring_work, some_ranks
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.dilation import AnyLayout
+from ringfx.ir.kernel_table import Pick
 from ringfx.ops.kernels.kernel import accumulation_dtype
-from ringfx.ops.tiling.attention_call import AnyLayout, Problem
+from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, Output, Sums, attend, attend_backward
 from ringfx.ops.tiling.pieces import Run, Tiling, block_size, pieces, runs_of
+from ringfx.ops.tiling.tile_sizes import MASKED_TILE
 from ringfx.strategies.packing import pack
 
-__all__ = ["ALL_AT_ONCE", "backward", "distances", "forward", "in_blocks", "needed_rows"]
+__all__ = [
+    "ALL_AT_ONCE", "backward", "distances", "forward", "in_blocks", "memory", "needed_rows", "time",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 
@@ -43,17 +61,15 @@ SHARE_TAG = 1 << 16
 """Gradients on their way home are told apart from rows by their tag."""
 
 
-def in_blocks(problem: Problem) -> bool:
+def in_blocks(spec: AttentionSpec) -> bool:
     """Whether ranks need so little of each other that rows are sent by need.
 
     Rows whose mask was added and absorbed their scores send gradients to all keys.
     """
-    spec = problem.spec
-    local = block_size(spec.keep) > 0 and spec.fully_masked != "absorbed"
-    return local and problem.ranks.size > 1
+    return block_size(spec.keep) > 0 and spec.fully_masked != "absorbed"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65_536)
 def needed_rows(
     spec: AttentionSpec, q: AnyLayout, k: AnyLayout, owner: int, receiver: int
 ) -> tuple[Run, ...]:
@@ -80,11 +96,37 @@ def _united(runs: Iterator[Run]) -> tuple[Run, ...]:
 def distances(spec: AttentionSpec, q: AnyLayout, k: AnyLayout) -> tuple[int, ...]:
     """How far apart ranks are of which one needs rows of the other; the same on all ranks."""
     size = q.world_size
+    near = {
+        (receiver - owner) % size
+        for receiver in range(size)
+        for owner in _in_same_blocks(q, k, block_size(spec.keep), receiver)
+    }
     return tuple(
         distance
-        for distance in range(1, size)
+        for distance in sorted(near - {0})
         if any(needed_rows(spec, q, k, r, (r + distance) % size) for r in range(size))
     )
+
+
+def _in_same_blocks(q: AnyLayout, k: AnyLayout, block: int, receiver: int) -> set[int]:
+    """The ranks with keys in the blocks of a rank's queries."""
+    runs = _runs_in_order(k)
+    found = set()
+    for run in runs_of(q, receiver):
+        start, stop = run.position // block * block, -(-run.stop // block) * block
+        first = bisect.bisect_right(runs, start, key=lambda found: found[0].stop)
+        for other, rank in itertools.islice(runs, first, None):
+            if other.position >= stop:
+                break
+            found.add(rank)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _runs_in_order(layout: AnyLayout) -> list[tuple[Run, int]]:
+    """All ranks' runs by position, with their rank."""
+    found = [(run, rank) for rank in range(layout.world_size) for run in runs_of(layout, rank)]
+    return sorted(found, key=lambda row: row[0].position)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -248,3 +290,72 @@ def backward(
     for home in under_way:
         home.settle(sums)
     return sums.finish()
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def time(local: Local, profile: Profile, direction: Direction, pick: Pick, *, ahead: int) -> Phase:
+    """With t_d the kernel's time at distance d (0: its own keys), m_d the rows that travel so far:
+
+    ahead = 0    sum t_d + sum m_d                       every message is exposed
+    else         sum over d of max(t_before, m_d)        each hides behind what is computed then
+
+    and in backward the gradients of the rows on their way home, beside what is computed next.
+    """
+    hops = _hop_table(local, profile, pick, direction)
+    far = distances(local.site.spec, local.q_layout, local.kv_layout)
+    compute_s = hops[0] + sum(hops[d] for d in far)
+    rows = [_most_rows(local, d) for d in far]
+    there = [_message(local, profile, n, local.itemsize) for n in rows]
+    home = [_message(local, profile, n, local.accumulator_bytes) for n in rows]
+    home = home if direction == "backward" else []
+    total = sum(seconds for seconds, _ in (*there, *home))
+    if ahead == 0:
+        return Phase(compute_s=compute_s, communication_s=total, exposed_s=total)
+    behind = [hops[d] for d in (0, *far)]
+    exposed = sum(exposed_seconds(profile, t, *m) for t, m in zip(behind, there, strict=False))
+    exposed += sum(exposed_seconds(profile, t, *m) for t, m in zip(behind[2:], home, strict=False))
+    exposed += sum(seconds for seconds, _ in home[-1:])
+    return Phase(compute_s=compute_s, communication_s=total, exposed_s=exposed)
+
+
+def _hop_table(local: Local, profile: Profile, pick: Pick, direction: Direction) -> list[float]:
+    """Seconds of each distance, 0 first."""
+    found = [seconds for seconds, times in hop_seconds(local, profile, pick, direction)
+             for _ in range(times)]  # fmt: skip
+    return found + [0.0] * (local.world_size - len(found))
+
+
+def _most_rows(local: Local, distance: int) -> int:
+    """Rows that any rank receives from so far away."""
+    size, spec = local.world_size, local.site.spec
+    return max(
+        _count(needed_rows(spec, local.q_layout, local.kv_layout, (r - distance) % size, r))
+        for r in some_ranks(size)
+    )
+
+
+def _message(local: Local, profile: Profile, rows: int, item: int) -> tuple[float, int]:
+    """Seconds and bytes of so many rows of K and V."""
+    site = local.site
+    size = site.batch * site.kv_heads * rows * (site.head_dim + site.v_head_dim) * item
+    return (message_seconds(profile, "send_recv", local.world_size, size) if rows else 0.0), size
+
+
+def memory(local: Local, calls: Calls, *, ahead: int) -> Iterator[int]:
+    """The sums and the parcels under way: sent, arriving and, in backward, their gradients."""
+    far = distances(local.site.spec, local.q_layout, local.kv_layout)
+    rows = max((_most_rows(local, d) for d in far), default=0)
+    width = local.site.head_dim + local.site.v_head_dim
+    items = local.site.batch * local.site.kv_heads * rows * width
+    parcels = min(len(far), ahead + 1) * 2 * items * local.itemsize
+    table = ring_work(local.site.spec, local.layout, local.world_size, MASKED_TILE, local.kept)
+    call = calls.of([work for row in table.rows for work in row], 1)
+    if calls.direction == "forward":
+        yield sums_forward(local) + parcels + call
+        yield from output_moments(local)
+    else:
+        homes = min(len(far), ahead + 1) * 2 * items * local.accumulator_bytes
+        yield sums_backward(local) + parcels + homes + call
+        yield from gradient_moments(local)

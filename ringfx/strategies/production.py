@@ -54,9 +54,10 @@ from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.strategy import Strategy
 from ringfx.cost_model.prediction.work import Work, ring_work
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.dilation import AnyLayout
 from ringfx.ir.kernel_table import Pick
 from ringfx.ops.kernels.kernel import accumulation_dtype
-from ringfx.ops.tiling.attention_call import AnyLayout, Problem
+from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.head_groups import (
     MOST_GROUPS,
     RING_GROUPS,
@@ -178,7 +179,7 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
-    if needed.in_blocks(problem):
+    if needed.in_blocks(problem.spec):
         return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=1)
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
@@ -236,9 +237,9 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
-    if needed.in_blocks(problem):
-        given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
-        return needed.backward(problem, *given, ahead=1)
+    if needed.in_blocks(problem.spec):
+        rows = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
+        return needed.backward(problem, *rows, ahead=1)
     ranks = problem.ranks
     groups = _groups(problem, q_BHQD, k_BGKD, v_BGKE)
     hops = _backward_hops(problem)
@@ -352,6 +353,8 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
     backward    the same, with m(dKV) beside each t_h from the second hop on: the gradients of the
                 hop before travel then; the last group's go home exposed, m(dKV) / N
     """
+    if needed.in_blocks(local.site.spec):
+        return needed.time(local, profile, direction, pick, ahead=1)
     groups = num_groups(local)
     hops = _last_alone(hop_seconds(local, profile, pick, direction, groups=groups))
     num = len(hops)
@@ -391,6 +394,8 @@ def num_groups(local: Local) -> int:
 
 def memory(local: Local, calls: Calls) -> Iterator[int]:
     """Bytes held, moment by moment."""
+    if needed.in_blocks(local.site.spec):
+        return needed.memory(local, calls, ahead=1)
     return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
 
 

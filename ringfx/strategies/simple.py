@@ -54,7 +54,7 @@ def forward(
     problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
-    if needed.in_blocks(problem):
+    if needed.in_blocks(problem.spec):
         return needed.forward(problem, q_BHQD, k_BGKD, v_BGKE, ahead=0)
     ranks = problem.ranks
     output = Output.empty(problem, q_BHQD, v_BGKE.shape[-1])
@@ -79,7 +79,7 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
-    if needed.in_blocks(problem):
+    if needed.in_blocks(problem.spec):
         given = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
         return needed.backward(problem, *given, ahead=0)
     ranks = problem.ranks
@@ -126,6 +126,8 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
     forward     sum t_h + (p-1) m(KV)
     backward    sum t_h + (p-1) m(KV) + p m(dKV)     gradients go all the way round, home
     """
+    if needed.in_blocks(local.site.spec):
+        return needed.time(local, profile, direction, pick, ahead=0)
     p = local.world_size
     hops = hop_seconds(local, profile, pick, direction)
     messages_s = (p - 1) * kv_seconds(local, profile)
@@ -136,6 +138,8 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
 
 def memory(local: Local, calls: Calls) -> Iterator[int]:
     """Bytes held, moment by moment."""
+    if needed.in_blocks(local.site.spec):
+        return needed.memory(local, calls, ahead=0)
     return (_forward_moments if calls.direction == "forward" else _backward_moments)(local, calls)
 
 

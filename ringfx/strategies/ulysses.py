@@ -18,14 +18,14 @@ import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.cost_model.prediction.footprint import Calls, sums_forward
-from ringfx.cost_model.prediction.formulas import Phase
+from ringfx.cost_model.prediction.formulas import Phase, whole_seconds
 from ringfx.cost_model.prediction.profile import Direction, Profile
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.strategy import Refusal, Strategy, refuse_dropout
-from ringfx.cost_model.prediction.terms import kernel_seconds, message_seconds
-from ringfx.cost_model.prediction.work import whole_work
+from ringfx.cost_model.prediction.terms import message_seconds
+from ringfx.cost_model.prediction.work import Work, whole_work
+from ringfx.ir.dilation import AnyLayout
 from ringfx.ir.kernel_table import Pick
-from ringfx.ir.layout import Layout
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.kernels.logsumexp import digits
 from ringfx.ops.tiling.attention_call import Problem
@@ -37,7 +37,7 @@ __all__ = ["ULYSSES"]
 Tensor = torch.Tensor
 
 
-def _to_heads(ranks: Ranks, layout: Layout, operation: str, x_BHQD: Tensor) -> Tensor:
+def _to_heads(ranks: Ranks, layout: AnyLayout, operation: str, x_BHQD: Tensor) -> Tensor:
     """[B, H, Q, D] on each rank -> [B, H/P, S, D]: all tokens, in order of position."""
     B, H, _, D = x_BHQD.shape
     heads = H // ranks.size
@@ -56,7 +56,7 @@ def _to_heads(ranks: Ranks, layout: Layout, operation: str, x_BHQD: Tensor) -> T
     return whole_BHSD
 
 
-def _to_tokens(ranks: Ranks, layout: Layout, operation: str, x_BHSD: Tensor) -> Tensor:
+def _to_tokens(ranks: Ranks, layout: AnyLayout, operation: str, x_BHSD: Tensor) -> Tensor:
     """The inverse: [B, H/P, S, D] -> [B, H, Q, D]."""
     B, heads, _, D = x_BHSD.shape
     local_BHQD = x_BHSD.new_empty(B, ranks.size * heads, layout.local_length, D)
@@ -200,8 +200,8 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
     forward     t + x(q) + x(k) + x(v) + x(out, lse)
     backward    t + x(q, out, dout, lse) + x(k) + x(v) + x(dq) + x(dk) + x(dv)
     """
-    site, p = local.site, local.world_size
-    compute_s = kernel_seconds(profile, pick, site, whole_work(site.spec), direction, 1 / p)
+    p = local.world_size
+    compute_s = whole_seconds(local, profile, pick, direction, 1 / p)
     messages = _exchanged_forward(local) if direction == "forward" else _exchanged_backward(local)
     sent = (p - 1) / p
     messages_s = sum(message_seconds(profile, "all_to_all", p, sent * size) for size in messages)
@@ -236,8 +236,13 @@ def _forward_moments(local: Local, calls: Calls) -> Iterator[int]:
     kv = _copies(local.site.kv_heads, local.world_size) * local.kv_items
     by_heads = (local.q_items + kv) * local.itemsize
     held = by_heads + sums_forward(local)
-    yield held + calls.of((whole_work(local.site.spec),), 1 / local.world_size)
+    yield held + calls.of(_works(local), 1 / local.world_size)
     yield held + sums_forward(local)
+
+
+def _works(local: Local) -> Iterator[Work]:
+    """Whole sequences, of each part of a dilated attention."""
+    return (whole_work(part.site.spec) for _, part in local.parts)
 
 
 def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
@@ -248,7 +253,7 @@ def _backward_moments(local: Local, calls: Calls) -> Iterator[int]:
     kv, a = _copies(local.site.kv_heads, local.world_size) * local.kv_items, local.accumulator_bytes
     by_heads = (local.q_items + 2 * local.out_items + kv) * local.itemsize + local.rows * a
     sums = (local.q_items + kv) * a
-    call = calls.of((whole_work(local.site.spec),), 1 / local.world_size)
+    call = calls.of(_works(local), 1 / local.world_size)
     yield by_heads + sums + call
     yield 2 * sums + 2 * local.q_items * a // local.world_size
 

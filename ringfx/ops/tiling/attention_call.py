@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 
 from ringfx.comm.process_group import Ranks
 from ringfx.comm.stats import LayerStats
 from ringfx.ir.attention_spec import AttentionSpec
-from ringfx.ir.dilation import KeptLayout, KeptRows
-from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.ir.dilation import AnyLayout, KeptRows, layout_of
+from ringfx.ir.layout import LayoutKind
 from ringfx.ops.kernels.kernel import Kernel
 from ringfx.ops.kernels.logsumexp import logsumexp_dtype
 from ringfx.ops.tiling.head_groups import HeadGroup
 from ringfx.ops.tiling.pieces import Run, Tiling, runs_of
 
-__all__ = ["AnyLayout", "Problem"]
-
-AnyLayout: TypeAlias = Layout | KeptLayout
+__all__ = ["Problem"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,9 +48,7 @@ class Problem:
         return self._layout_of(self.spec.kv_len)
 
     def _layout_of(self, length: int) -> AnyLayout:
-        if self.rows is None:
-            return Layout(self.layout, length, self.ranks.size)
-        return KeptLayout(Layout(self.layout, self.rows.length, self.ranks.size), self.rows)
+        return layout_of(self.layout, length, self.ranks.size, self.rows)
 
     def logsumexp_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What logsumexps are kept in, of queries of a dtype."""

@@ -20,7 +20,7 @@ from ringfx.ir.dilation import KeptLayout
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import Expr
 
-__all__ = ["Piece", "Run", "Tiling", "block_size", "pieces", "runs_of"]
+__all__ = ["Piece", "Run", "Tiling", "beyond_blocks", "block_size", "pieces", "runs_of"]
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,11 @@ class _Cut:
 def block_size(keep: Expr | None) -> int:
     """The blocks of positions within which a mask keeps every query's keys; 0 if there are none."""
     return max(map(_block_of, tiles.terms(keep)), default=0)
+
+
+def beyond_blocks(keep: Expr | None) -> Expr | None:
+    """What is left of a mask inside its blocks of positions."""
+    return tiles.conjunction(*(term for term in tiles.terms(keep) if not _block_of(term)))
 
 
 def _block_of(term: Expr) -> int:
