@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from ringfx import errors
+
 __all__ = ["describe_node", "inlined_call", "module_path", "source_line", "stamp_origins"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -15,6 +17,9 @@ _ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
 _DETECT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "detect")
 _PACKAGE_CALLS = os.path.join(_DETECT, "package_calls")
+_RINGFX = os.path.dirname(errors.__file__)
+_NOT_THE_USERS = (_TORCH, _DETECT, os.path.join(_RINGFX, "ops"), os.path.join(_RINGFX, "nn"))
+"""Folders whose functions users call: the line of theirs is the one to name."""
 
 
 def clean_path(text: str) -> str:
@@ -47,9 +52,9 @@ def module_path(node: torch.fx.Node) -> str:
 
 
 def source_line(node: torch.fx.Node) -> str:
-    """``file.py:line`` of the innermost frame outside torch."""
+    """``file.py:line`` of the innermost frame outside torch and ringfx."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    users = [f for f in frames if not f[0].startswith((_TORCH, _DETECT))] or frames
+    users = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
     if not users:
         return ""
     file, line, _ = users[-1]
