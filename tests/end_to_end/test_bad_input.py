@@ -237,7 +237,7 @@ def frozen_on_rank_1() -> None:
 
 def test_one_rank_with_a_frozen_parameter(ranks2: RankPool) -> None:
     for text in raises(ranks2, frozen_on_rank_1):
-        assert text.startswith("AgreementError: head.weight requires a gradient on rank 0 and not")
+        assert text.startswith("AgreementError: head.weight requires a gradient on rank 0 but not")
         assert "freeze the same parameters" in text
 
 

@@ -149,7 +149,7 @@ def test_weights_that_come_apart_are_found_and_named(ranks2: RankPool, apart: st
     for text in raises(ranks2, trained, 12, 5, apart):
         assert text.startswith("AgreementError: ")
         assert "has diverged" in text
-        assert "on rank 0 (checksum " in text
+        assert "between rank 0 (checksum " in text
         assert text.split(": ")[1].split(" ")[0].rpartition(".")[2] in ("weight", "bias")
 
 
@@ -176,7 +176,9 @@ def other_vectors_later() -> None:
 
 def test_float_inputs_are_compared_in_every_call(ranks2: RankPool) -> None:
     for text in raises(ranks2, other_vectors_later):
-        assert text.startswith("AgreementError: x has the same shape but other values on rank 0")
+        assert text.startswith(
+            "AgreementError: x has the same shape but different values on rank 0"
+        )
 
 
 @pytest.mark.parametrize("value", ["no", -1, 0.5, None])
