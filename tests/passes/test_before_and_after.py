@@ -263,8 +263,8 @@ def test_place_says_what_is_sharded() -> None:
         in2                                f32[4, 4]
         in3                                f32[1, 6, 4]
         v0 = linear(in1, in0)              f32[1, 6, 12]       sharded
-        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  split
-        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  split
+        v1 = unflatten(v0, 2, [3, 2, 2])   f32[1, 6, 3, 2, 2]  sharded
+        v2 = permute(v1, [2, 0, 3, 1, 4])  f32[3, 1, 2, 6, 2]  sharded
         v3 = select(v2, 0, 0)              f32[1, 2, 6, 2]     sharded
         v4 = select(v2, 0, 1)              f32[1, 2, 6, 2]     sharded
         v5 = select(v2, 0, 2)              f32[1, 2, 6, 2]     sharded
