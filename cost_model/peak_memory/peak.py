@@ -304,8 +304,7 @@ def _powers_by_reads(graph: Graph) -> Mapping[Node, int]:
     found: dict[Node, int] = {}
     for call in _attentions(graph):
         spec = _spec(call)
-        exprs = (e for e in (spec.keep, spec.bias) if e is not None)
-        for at in (e for expr in exprs for e in tiles.walk(expr) if e[0] == "at"):
+        for at in tiles.reads(spec.keep, spec.bias):
             value = _read(call)[at[1]]
             power = sum(size > 1 and _by_tokens(e) for size, e in _dims(value, at[2:]))
             given = given_input(value)

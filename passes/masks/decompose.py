@@ -79,7 +79,7 @@ def _finish(
     filled = [f for f in scores.fillings if not math.isnan(f)]
     if any(f > FAR_BELOW for f in filled):
         raise Unrepresentable(
-            f"its masked scores are filled with {max(filled):g}, which scores can come near"
+            f"mask fill value {max(filled):g} is too high to act as -inf: real scores may reach it"
         )
     terms = scores.terms
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
@@ -118,8 +118,8 @@ def _as_written(reader: Reader, scores: ScoreTerms) -> ScoreTerms:
     """Added as it is written: exact, whatever the strengths, and no tile is left out for them."""
     if scores.apart:
         raise Unrepresentable(
-            "two masks of different strength meet, and a query whose keys are all masked would "
-            "attend to those that are masked once"
+            "two masks with different fill values are added: a query whose keys are all masked "
+            "would attend to the keys that only one of them masks"
         )
     assert scores.written is not None, "something masks"
     added = Added.of(scores.written, reader.make)

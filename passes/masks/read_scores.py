@@ -45,7 +45,7 @@ class Reader:
                 left, right = map(self.read, args)
                 right = times(right, -1.0, self.make) if head == "sub" else right
                 return summed(left, right, self.make)
-            raise Unrepresentable(f'two parts of its scores meet in "{head}"')
+            raise Unrepresentable(f'"{head}" combines two parts of its scores')
         rule = SCORE_RULES.get(head)
         if rule is None:
             raise Unrepresentable(f'"{head}" stands between its product and its softmax')
@@ -92,7 +92,7 @@ def _read_mul(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
         return filled(found, kept, 0.0, reader.make)
     if _is_factor(found, other):
         return replace(found, factors=(*found.factors, other))
-    raise Unrepresentable("its scores are multiplied with a value of queries and keys")
+    raise Unrepresentable("its scores are multiplied by a value of queries and keys")
 
 
 def _read_div(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
@@ -118,26 +118,28 @@ def _read_kept(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
     """Exponentials that are left out of their sum: scores of -inf."""
     kept = as_truth(reader.plain(b), reader.lifter.captured)
     if kept is None:
-        raise Unrepresentable("its exponentials are multiplied with what is not known to be 0 or 1")
+        raise Unrepresentable(
+            "its exponentials are multiplied by a value that is not known to be 0 or 1"
+        )
     return filled(reader.read(a), kept, -math.inf, reader.make)
 
 
 def _read_tanh(reader: Reader, a: Expr) -> ScoreTerms:
     found = reader.read(a)
     if found.cap is not None or found.added or found.keep:
-        raise Unrepresentable("its soft cap comes after a mask or bias")
+        raise Unrepresentable("its soft cap is applied after a mask or bias")
     return replace(found, cap=1.0)
 
 
 def _read_where(reader: Reader, condition: Expr, a: Expr, b: Expr) -> ScoreTerms:
     if _has_score(condition):
-        raise Unrepresentable("what is kept depends on its scores")
+        raise Unrepresentable("its mask depends on its scores")
     kept = reader.plain(condition)
     if _has_score(b):
         kept, a, b = reader.make("not", kept), b, a
     filling = as_number(reader.plain(b))
     if filling is None:
-        raise Unrepresentable("its masked scores are filled with something that varies")
+        raise Unrepresentable("its mask fill value is not a constant")
     return filled(reader.read(a), kept, filling, reader.make)
 
 
@@ -162,7 +164,7 @@ def _bounded(reader: Reader, a: Expr, b: Expr) -> tuple[Expr, float]:
     scores, other = _parted(a, b)
     bound = as_number(reader.plain(other))
     if bound is None:
-        raise Unrepresentable("its scores are clamped by a value")
+        raise Unrepresentable("its scores are clamped at a bound that is not a constant")
     return scores, bound
 
 

@@ -155,7 +155,7 @@ def _sinks(candidate: Candidate, read: Expr) -> Node | float:
     by_head = expr[0] == "at" and all(e in (("h",), ("const", 0)) for e in expr[2:])
     if by_head and lifter.captured[expr[1]].meta["val"].numel() == heads:
         return lifter.captured[expr[1]]
-    raise Unrepresentable("the logit that joins its scores is not one for each head")
+    raise Unrepresentable("its attention sink is not one logit per head")
 
 
 def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered) -> Node:
@@ -223,7 +223,7 @@ def _factor(candidate: Candidate, i: int, factor: Expr) -> tuple[bool, Operand]:
     wanted = tuple(role if present & set(role) else () for role in roles)
     arrangement = Arrangement(given=dims, wanted=(*wanted, ()))
     if not arrangement.is_permutation:
-        raise Unrepresentable("its scores are multiplied with a value of keys and of query heads")
+        raise Unrepresentable("its scores are multiplied by a value of keys and query heads")
     return of_keys, Operand(value=value, arrangement=arrangement)
 
 
@@ -246,8 +246,8 @@ def _prove(candidate: Candidate, scores: CanonicalScores, lifter: Lifter, proofs
         proofs[key] = difference(candidate, claim)
     if not proofs[key] <= TOLERANCE:
         raise Unrepresentable(
-            f"its canonical form differs from it by {proofs[key]:.1e} on random values; please "
-            "report this with the model"
+            f"its canonical form differs from it by {proofs[key]:.1e} on random values. "
+            "Do: report this with the model."
         )
 
 

@@ -80,7 +80,7 @@ def absorbs(term: Term) -> bool:
 def summed(a: ScoreTerms, b: ScoreTerms, make: Make) -> ScoreTerms:
     """Scores added to scores (products of parts of the head dim)."""
     if a.cap is not None or b.cap is not None or a.factors or b.factors:
-        raise Unrepresentable("two of its products are capped or scaled apart")
+        raise Unrepresentable("its products are capped or scaled separately before they are added")
     products = dict(a.products)
     for i, c in b.products.items():
         products[i] = products.get(i, 0.0) + c
@@ -103,9 +103,9 @@ def _joined(a: Expr | None, b: Expr | None, make: Make) -> Expr | None:
 def times(scores: ScoreTerms, c: float, make: Make) -> ScoreTerms:
     """Scores times a number."""
     if not math.isfinite(c) or c == 0:
-        raise Unrepresentable(f"its scores are multiplied with {c}")
+        raise Unrepresentable(f"its scores are multiplied by {c}")
     if c < 0 and (scores.keep or any(term.low for term in scores.terms)):
-        raise Unrepresentable("its masked scores change their sign")
+        raise Unrepresentable("its masked scores are multiplied by a negative number")
     inner = c if scores.cap is None else math.copysign(1.0, c)
     return replace(
         scores,

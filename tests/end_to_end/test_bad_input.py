@@ -17,8 +17,6 @@ import ringfx
 from tests.end_to_end.models import llama, plain, tokens
 from tests.support.harness import RankPool, error_text, raises
 
-pytestmark = pytest.mark.ranks
-
 
 def call(model: nn.Module, drawn: torch.Tensor, **options: Any) -> Any:
     return ringfx.optimize(model, **{"compiler": "eager"} | options)(drawn)

@@ -10,8 +10,6 @@ import torch
 from tests.models.between import HIDDEN, OPERATORS, Between, inputs, loss
 from tests.support.harness import Case, RankPool, compare_all
 
-pytestmark = pytest.mark.ranks
-
 SEQ_LEN = 13
 """Odd, so that two ranks pad it."""
 IN_A_HURRY = (

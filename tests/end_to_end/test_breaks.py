@@ -20,8 +20,6 @@ from tests.end_to_end.models import tokens
 from tests.models.shapes import VOCAB, Causal
 from tests.support.harness import Case, RankPool, compare_all
 
-pytestmark = pytest.mark.ranks
-
 
 class Reading(Causal):
     """Reads a value in its loop over blocks: Dynamo skips the frame and compiles the callees."""

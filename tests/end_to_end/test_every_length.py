@@ -56,5 +56,6 @@ def test_on_three_ranks(ranks3: RankPool) -> None:
     check(ranks3, 3)
 
 
+@pytest.mark.slow
 def test_on_four_ranks(ranks4: RankPool) -> None:
     check(ranks4, 4)

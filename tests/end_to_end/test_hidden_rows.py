@@ -99,6 +99,7 @@ def check(pool: RankPool, *strategies: str) -> None:
         assert len(found.strategies) == 2
 
 
+@pytest.mark.slow  # on three ranks below
 def test_rows_that_two_masks_hide_are_the_unsplit_models_on_two_ranks(ranks2: RankPool) -> None:
     check(ranks2, "production", "ulysses")
 

@@ -76,6 +76,7 @@ def test_at_the_other_lengths_and_batches(
     check(ranks3, lengths_and_batches(strategy, OTHERS))
 
 
+@pytest.mark.slow
 def test_on_four_ranks(ranks4: RankPool) -> None:
     check(ranks4, [case(s, llama(), tokens_and_labels(61), "S=61") for s in STRATEGIES])
 
@@ -103,6 +104,7 @@ def equal_sizes(strategy: str) -> list[Case]:
     ]
 
 
+@pytest.mark.slow  # in test_token_axes.py too
 def test_when_the_length_equals_another_size(ranks2: RankPool, ranks3: RankPool) -> None:
     check(ranks2, equal_sizes("auto"))
     check(ranks3, [equal_sizes(strategy)[-1] for strategy in STRATEGIES])
@@ -127,6 +129,7 @@ def test_when_the_local_length_batch_and_heads_equal_other_sizes(ranks2: RankPoo
     )
 
 
+@pytest.mark.slow  # in test_every_length.py too
 def test_shorter_than_the_ranks_or_barely_longer(ranks3: RankPool) -> None:
     """In float64: with so few tokens most gradients of queries and keys are zero in theory."""
     lengths = itertools.product((2, 3, 5), ("simple", "auto"))
@@ -178,6 +181,7 @@ def test_a_new_length_is_compiled_anew(ranks2: RankPool) -> None:
     check(ranks2, [case("auto", llama(), tokens_and_labels(s), f"S={s}") for s in (24, 25, 26)])
 
 
+@pytest.mark.slow
 def test_with_other_compilers(ranks2: RankPool) -> None:
     check(
         ranks2,
@@ -196,6 +200,7 @@ def test_with_inductor(ranks2: RankPool) -> None:
     check(ranks2, [case("auto", llama(), tokens_and_labels(61, 2), "inductor", options=inductor)])
 
 
+@pytest.mark.slow
 def test_in_float64_gradients_agree_to_1e_10(ranks2: RankPool, ranks3: RankPool) -> None:
     cases = [case(s, llama(), tokens_and_labels(251, 2), "float64", dtype=F64) for s in STRATEGIES]
     check(ranks2, cases)

@@ -17,8 +17,6 @@ from tests.models.matrices import HIDDEN, MATRICES, Matrices
 from tests.support.harness import Case, RankPool, compare_all
 from tests.support.programs import lowered
 
-pytestmark = pytest.mark.ranks
-
 STRATEGIES = ("simple", "collective", "production")
 OF_PAIRS = [k for k, kind in MATRICES.items() if not kind.rows and k != "drawn"]
 SAID = "each rank takes the rows of its own queries"

@@ -32,8 +32,6 @@ from tests.end_to_end.mixed_models import (
 from tests.end_to_end.models import llama, with_ignored_labels
 from tests.support.harness import RankPool
 
-pytestmark = pytest.mark.ranks
-
 BF16, F16 = torch.bfloat16, torch.float16
 
 

@@ -14,8 +14,6 @@ from tests.end_to_end.long_models import states as few
 from tests.end_to_end.named import WAYS, ByKeyword, Named, keywords, states
 from tests.support.harness import Case, RankPool, compare_all
 
-pytestmark = pytest.mark.ranks
-
 
 def mean_square(output: Any) -> torch.Tensor:
     """Of every result, no two of them alike."""

@@ -14,8 +14,6 @@ import ringfx
 from tests.end_to_end.test_constructs import HIDDEN, Around, mean_square, only_tokens
 from tests.support.harness import Case, RankPool, compare_all
 
-pytestmark = pytest.mark.ranks
-
 
 def function(
     forward: Callable[..., Any], backward: Callable[..., Any]

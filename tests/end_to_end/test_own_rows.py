@@ -14,8 +14,6 @@ from tests.models.own_rows import HIDDEN, TERMS, Rows
 from tests.support.harness import Case, RankPool, compare_all
 from tests.support.programs import lowered
 
-pytestmark = pytest.mark.ranks
-
 STRATEGIES = ("simple", "collective", "production")
 ELSEWHERE = frozenset({"behind a token", "earlier keys"})
 """Terms that are read at another row than they are made at, and gathered."""

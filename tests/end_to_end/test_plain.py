@@ -13,8 +13,6 @@ import ringfx
 from tests.end_to_end.models import plain, shifted_loss, tokens, tokens_and_labels
 from tests.support.harness import Case, RankPool, compare_all
 
-pytestmark = pytest.mark.ranks
-
 STRATEGIES = ("simple", "collective", "production", "auto")
 
 

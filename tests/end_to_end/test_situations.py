@@ -63,7 +63,6 @@ ENDS = [
 
 OFTEN = {
     ("before optimize", situations.raises),
-    ("before the first call", situations.is_killed),
     ("a worker of the loader", situations.raises),
     ("before a barrier", situations.is_killed),
 }
@@ -140,7 +139,6 @@ APART: dict[Callable[[str], None], str] = {
 }
 
 APART_OFTEN = {
-    situations.calls_twice,
     situations.catches_in_backward,
     situations.evaluates_alone_before_a_barrier,
 }

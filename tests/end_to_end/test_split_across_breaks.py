@@ -159,7 +159,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_what_crosses_a_break_stays_split(ranks: int, request: pytest.FixtureRequest) -> None:
     pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
     cases = CASES if ranks == 2 else CASES[2:8:2]

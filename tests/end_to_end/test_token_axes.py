@@ -12,8 +12,6 @@ from tests.models.token_axes import CONSTRUCTS, HIDDEN, VOCAB, Around
 from tests.support.harness import Case, RankPool, compare_all
 from tests.support.programs import lowered
 
-pytestmark = pytest.mark.ranks
-
 ANNOUNCED = frozenset({("experts, order used", 2), ("experts, order used", 8), ("streams", 2)})
 """Constructs that still gather, and on how many ranks: on two a third of a line saves nothing."""
 FEW_BYTES = 2000

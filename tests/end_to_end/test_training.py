@@ -13,8 +13,6 @@ import ringfx
 from tests.end_to_end.models import llama, tokens
 from tests.support.harness import RankPool, gradient_differences
 
-pytestmark = pytest.mark.ranks
-
 GRADIENTS = 1e-4
 SEQ_LEN = 31
 

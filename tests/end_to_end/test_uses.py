@@ -19,8 +19,6 @@ from ringfx.errors import VerificationError
 from tests.end_to_end.models import plain, tokens
 from tests.support.harness import Case, RankPool, compare_all, raises
 
-pytestmark = pytest.mark.ranks
-
 
 def twice(compiler: Compiler) -> None:
     """A gradient penalty on the parameters."""

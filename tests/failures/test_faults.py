@@ -40,12 +40,16 @@ def _random_fault(number: int, how: signal.Signals) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("number", range(46))
+@pytest.mark.parametrize(
+    "number", [n if n < 12 else pytest.param(n, marks=pytest.mark.slow) for n in range(46)]
+)
 def test_a_killed_rank_is_an_error_on_all_others(number: int) -> None:
     _random_fault(number, signal.SIGKILL)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("number", range(100, 104))
+@pytest.mark.parametrize(
+    "number", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in range(101, 104))]
+)
 def test_a_stopped_rank_is_an_error_on_all_others(number: int) -> None:
     _random_fault(number, signal.SIGSTOP)

@@ -44,6 +44,7 @@ def test_every_kind_on_three_ranks(ranks3: RankPool) -> None:
     assert_equal_to_unsplit(list(examples(3)), ranks3)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_every_kind_on_four_ranks(ranks4: RankPool) -> None:
     assert_equal_to_unsplit(list(examples(4)), ranks4)

@@ -71,7 +71,7 @@ def _target(target: Any) -> str:
     if isinstance(target, str):
         return target
     if isinstance(target, torch._ops.OpOverload):
-        name = target.name().split("::")[1]
+        name: str = str(target.name()).split("::")[1]
         return name.removesuffix(f".{target._overloadname}")
     return str(target.__name__)
 

@@ -201,7 +201,7 @@ def copy(lifter: Lifter, call: Call, index: Index) -> Expr | None:
 
 
 def product(names: tuple[str, str]) -> Any:
-    """A product that contracts one number: an outer product in the spelling of a matmul."""
+    """A product that contracts one number: an outer product written as a matmul."""
 
     def rule(lifter: Lifter, call: Call, index: Index) -> Expr | None:
         left, right = (call[n] for n in names)

@@ -133,7 +133,7 @@ def _pool_of(groups: int, dtype: str, window: int | None) -> tuple[int, int]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_the_rings_buffers_are_those_of_its_schedule(
     size: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -116,7 +116,7 @@ REASONS = {
     "over queries": "normalises one axis and its values are summed over another",
     "a learned query pools": "not products of queries with keys",
     "clamped": "clamped at",
-    "filled weakly": "filled with -2",
+    "filled weakly": "mask fill value -2",
     "symmetric, one product": "an axis that queries and keys share",
     "detached": "no gradient flows",
     "an epsilon beside a maximum": "added to the sum of exponentials that its row has scaled",
