@@ -5,7 +5,7 @@ A number, a truth value, or a mask of a huge factor: ``(1 - m) * -3e38``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Node
@@ -34,7 +34,8 @@ def as_truth(factor: Expr, captured: Sequence[Node]) -> Expr | None:
         return ("bool", factor)
     if is_boolean(factor):
         return factor
-    for condition in (part[1] for part in walk(factor) if part[0] == "where"):
+    conditions: Iterator[Expr] = (part[1] for part in walk(factor) if part[0] == "where")
+    for condition in conditions:
         inside, outside = (assuming(factor, condition, value) for value in (True, False))
         pair = (inside[1], outside[1]) if inside[0] == "const" == outside[0] else None
         if pair == (1, 0):

@@ -124,5 +124,7 @@ def logical_xor(a: Interval, b: Interval) -> Interval:
 
 
 def where(condition: Interval, a: Interval, b: Interval) -> Interval:
-    chosen = {(1, 1): a, (0, 0): b}.get(truth(condition))
-    return (min(a[0], b[0]), max(a[1], b[1])) if chosen is None else chosen
+    low, high = truth(condition)
+    if low == high:
+        return a if low else b
+    return min(a[0], b[0]), max(a[1], b[1])
