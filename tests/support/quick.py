@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 DOORS = (
     "ringfx.optimize", "ringfx.plan", "ringfx.api", "ringfx.compile", "ringfx.passes.capture",
-    "ringfx.report.explanation", "ringfx.cli",                       # they capture a model
+    "ringfx.report.detection_report", "ringfx.cli",                       # they capture a model
     "torch.compile", "torch._dynamo", "torch._inductor", "transformers", "accelerate",
     "subprocess", "multiprocessing", "RankPool()", "LocalRanks()",          # further processes
 )  # fmt: skip
