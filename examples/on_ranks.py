@@ -24,7 +24,7 @@ def _run(model: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     model.zero_grad()
     y = model(x)
-    (y * torch.linspace(-1, 1, y.shape[1], dtype=y.dtype)[:, None]).sum().backward()
+    (y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype)[:, None]).sum().backward()
     gradients = [x.grad, *(p.grad for p in model.parameters())]
     return [y.detach() + 0, *(g.clone() for g in gradients if g is not None)]
 

@@ -103,8 +103,10 @@ class LocalRanks:
     output
         File for what the ranks print; by default they print where this process does.
 
-    >>> with LocalRanks(2) as ranks:                        # doctest: +SKIP
-    ...     ranks.run(function, 1, key=2)  # one result a rank, in order
+    For example, with one result a rank, in order::
+
+        with LocalRanks(2) as ranks:
+            results = ranks.run(function, 1, key=2)
     """
 
     def __init__(
