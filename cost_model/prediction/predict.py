@@ -205,8 +205,9 @@ def _observed(local: Local, profile: Profile, strategy: Strategy) -> Prediction:
     """
     if local.world_size > 1 or local.site.trains:
         raise ProfileError(
-            f"profile {profile.name!r} was observed forward on one rank: it holds no backward and"
-            " no message. Do: plan with another profile, such as one from `ringfx calibrate`."
+            f"profile {profile.name!r} was observed forward on one rank: it has no figures for "
+            "backward or communication. Do: plan with another profile, such as one from `ringfx "
+            "calibrate`."
         )
     row = next((row for row in profile.memory if row.strategy == strategy.name), None)
     if row is None:

@@ -15,6 +15,7 @@ from ringfx.ops import attention
 from ringfx.passes.axes.call import Call
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.exprs.emitter import Emitter
+from ringfx.strategies import DEFAULT
 
 __all__ = ["written_calls"]
 
@@ -33,7 +34,7 @@ def written_calls(graph: Graph) -> tuple[Node, ...]:
             )
         emit = Emitter(graph, old)
         new = emit.call(
-            attention, *old.args[:4], spec=call["spec"], strategy="production",
+            attention, *old.args[:4], spec=call["spec"], strategy=DEFAULT,
             layout="contiguous", group="", name=old.meta.get("ringfx_path", ""),
             value=old.meta["val"][0],
         )  # fmt: skip

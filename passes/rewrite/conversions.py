@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import FunctionType
 
-import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -19,6 +18,7 @@ from ringfx.passes.place import PlacementMap
 from ringfx.passes.split_modes import LocalGraph, Placement
 from ringfx.passes.split_modes.local_graph import COMPLETES_GRADIENT, describe, num_bytes
 from ringfx.passes.token_axes.token_line import TokenDim
+from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
 
 __all__ = ["PlacementConversions", "save_collectives"]
 
@@ -101,7 +101,7 @@ class PlacementConversions:
         assert last_enabled is not None
         while seen.next.op != "root":
             seen = seen.next
-            if seen.target is torch._C._set_grad_enabled:
+            if seen.target is SET_GRAD_ENABLED:
                 self._enabled = bool(seen.args[0])
             if self._enabled:
                 last_enabled = seen

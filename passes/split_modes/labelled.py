@@ -15,6 +15,7 @@ from ringfx.passes.split_modes.mode import CallOnLine, CannotSplit, SplitMode
 from ringfx.passes.split_modes.partial_sum import PartialSum
 from ringfx.passes.split_modes.placement import Placement
 from ringfx.passes.token_axes.token_line import NotShardable, TokenDim
+from ringfx.torch_compat.operators import schema_of
 
 __all__ = ["Creation", "Labelled", "split_by_labels"]
 
@@ -101,5 +102,5 @@ def _set_argument(new: Node, node: Node, name: str, value: Any) -> None:
     if name in new.kwargs:
         new.kwargs = {**new.kwargs, name: value}
         return
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in schema_of(node.target).arguments]
     new.update_arg(names.index(name), value)

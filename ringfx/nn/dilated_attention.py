@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ringfx.errors import InvalidArgument
-from ringfx.ops.dilated_attention import check_branches, dilated_spec
+from ringfx.ops.dilated import check_branches, dilated_spec
 from ringfx.ops.operator import attention
+from ringfx.strategies import DEFAULT
 from ringfx.validation.arguments import switch, whole_number
 
 __all__ = ["DilatedAttention"]
@@ -97,7 +98,7 @@ class DilatedAttention(nn.Module):
             scale=1.0 / math.sqrt(q.shape[3]), length=x.shape[1], causal=self.causal,
             segments=self.segment_lengths, rates=self.dilation_rates,
         )  # fmt: skip
-        out = attention(q, k, v, (), spec=spec, strategy="simple", layout="contiguous", group="")
+        out = attention(q, k, v, (), spec=spec, strategy=DEFAULT, layout="contiguous", group="")
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ringfx.comm.stats import reset as reset_stats
     from ringfx.comm.stats import timed
-    from ringfx.ops.dilated_attention import dilated_attention
+    from ringfx.ops.dilated import dilated_attention
     from ringfx.ops.direct import ring_attention
     from ringfx.ops.layouts import gather, shard
     from ringfx.ops.operator import attention
@@ -19,7 +19,7 @@ __all__ = [
 
 _HOME = {
     "attention": ("ringfx.ops.operator", "attention"),
-    "dilated_attention": ("ringfx.ops.dilated_attention", "dilated_attention"),
+    "dilated_attention": ("ringfx.ops.dilated", "dilated_attention"),
     "gather": ("ringfx.ops.layouts", "gather"),
     "reset_stats": ("ringfx.comm.stats", "reset"),
     "ring_attention": ("ringfx.ops.direct", "ring_attention"),

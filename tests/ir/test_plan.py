@@ -19,6 +19,7 @@ def _layer(index: int = 0, **changes: Any) -> LayerPlan:
     fields: dict[str, Any] = {
         "site": causal_site(index),
         "strategy": "production",
+        "gloss": "overlapped ring",
         "reason": "fastest of 4; next ulysses, 12% slower",
         "kernel": "flash",
         "forward_ms": 4.0,

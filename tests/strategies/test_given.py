@@ -21,6 +21,7 @@ from ringfx.cost_model.prediction.kernel_choice import unmeasured
 from ringfx.cost_model.prediction.predict import predict
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.errors import InvalidArgument, NoAxisRule, StrategyRefused
+from ringfx.ir.note import texts_of
 from ringfx.strategies import Refusal
 from ringfx.strategies.given import require_strategies
 from ringfx.strategies.keys import key_of, strategy_of
@@ -161,7 +162,7 @@ def test_the_command_line_takes_tables(tmp_path: Path) -> None:
     unknown = run(*made, "--strategies", "tests.strategies.test_given:TABEL")
     assert "has no attribute 'TABEL'. Did you mean 'TABLE'?" in unknown.stderr
     ruled = ["tests.strategies.test_given:ruled", "--seq-len", "128", "--world-size", "2"]
-    assert "has no row that says how to split it" in run(*ruled).stderr
+    assert "has no rule that says how to split it" in run(*ruled).stderr
     assert run(*ruled, "--rules", "examples.own_rule:RULES").exit_code == 0
 
 
@@ -189,7 +190,7 @@ def test_a_rule_makes_an_operator_split_that_is_an_error_without_it() -> None:
     assert any("gather" in move.kind for move in gathered.reshardings)
     plan = _ruled_plan(rules=own_rule.RULES)
     assert not any("gather" in move.kind for move in plan.reshardings)
-    assert "examples.swish.default: split by a rule that was given" in plan.notes
+    assert "examples.swish.default: split by a rule that was given" in texts_of(plan.notes)
 
 
 # --- bad values -----------------------------------------------------------------------------------

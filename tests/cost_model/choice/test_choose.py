@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ringfx.cost_model import choose
-from ringfx.cost_model.choice.budget import Menu, assign, least_memory, peak
+from ringfx.cost_model.choice.budget import Menu, assign, peak, smallest
 from ringfx.cost_model.prediction.formulas import Phase
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.errors import InvalidArgument, OutOfMemory, StrategyRefused
@@ -107,7 +107,7 @@ def test_the_choice_under_a_budget_is_exact(seed: int) -> None:
     plans = list(itertools.product(*(range(len(m)) for m in menus)))
     peaks = {plan: peak(menus, plan) for plan in plans}
     least = min(peaks.values())
-    assert peaks[least_memory(menus)] == least
+    assert peaks[smallest(menus)] == least
     assert assign(menus, least - 1) is None
     for room in (least, (least + max(peaks.values())) // 2, max(peaks.values())):
         picked = assign(menus, room)
