@@ -1,8 +1,8 @@
 """Stage ``seed``: the seed's experiment at its shapes, on this device.
 
 One rank, one batch, 8 heads of 64, float16, forward without gradient, not causal: each strategy's
-time and peak memory at 2,048 to 16,384 tokens. Of the seed's three columns this is the plain one;
-its dilated ones are other functions.
+time and peak memory at 2,048 to 16,384 tokens, of dense attention and of dilated attention with the
+seed's segments and rates.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from ringfx.strategies import STRATEGIES
 __all__ = ["run"]
 
 HEADS, HEAD_DIM = 8, 64
+SEGMENTS, RATES = (1024, 2048, 4096), (1, 2, 4)
 
 
 def run(setting: Setting) -> Report:
     report = Report(stage="seed", setting=setting)
     for tokens in (256, 512) if setting.small else (2048, 4096, 8192, 16384):
         for strategy in STRATEGIES:
-            name = f"{strategy}, {tokens} tokens"
-            report.tried(name, partial(_measured, strategy, tokens, setting))
+            for dilated in (False, True):
+                name = f"{'dilated' if dilated else 'dense'}, {strategy}, {tokens} tokens"
+                report.tried(name, partial(_measured, strategy, tokens, setting, dilated))
     return report
 
 
-def _measured(strategy: str, tokens: int, setting: Setting) -> dict[str, Any]:
+def _measured(strategy: str, tokens: int, setting: Setting, dilated: bool) -> dict[str, Any]:
     dtype = torch.float16
     q, k, v = (
         torch.randn(1, HEADS, tokens, HEAD_DIM, device=setting.device, dtype=dtype)
@@ -40,6 +42,10 @@ def _measured(strategy: str, tokens: int, setting: Setting) -> dict[str, Any]:
 
     def work() -> torch.Tensor:
         with torch.no_grad():
+            if dilated:
+                return ops.dilated_attention(
+                    q, k, v, segment_lengths=SEGMENTS, dilation_rates=RATES, strategy=strategy
+                )
             return ops.ring_attention(q, k, v, causal=False, strategy=strategy)
 
     try:
