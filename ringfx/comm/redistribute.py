@@ -25,7 +25,7 @@ KINDS: tuple[LayoutKind, ...] = ("contiguous", "zigzag")
 
 
 def reshard(x: torch.Tensor, dim: int, ends: bool = False) -> torch.Tensor:
-    """The value itself, split along ``dim`` in another way from here on, or not at all."""
+    """The value itself: from here on ``dim`` is another token axis, or with ``ends`` none."""
     same: torch.Tensor = torch.ops.aten.alias.default(x)
     return same
 

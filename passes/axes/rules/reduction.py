@@ -143,7 +143,7 @@ def renormed(call: Call) -> OpAxes:
     )
 
 
-_WHOLE = reduce()
+_REPLICATED = reduce()
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
 
@@ -167,7 +167,7 @@ RULES: dict[OpOverload, AxisRule] = {
             aten.all.dims, aten.any.dims, aten.aminmax.default, aten.std_mean.correction,
             aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
         ),
-        _WHOLE,
+        _REPLICATED,
     ),
     aten.softmax.int: _SOFTMAX,
     aten._softmax.default: _SOFTMAX,
