@@ -11,6 +11,7 @@ import datetime
 import re
 from typing import Annotated, TypeAlias
 
+import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
 __all__ = [
@@ -70,7 +71,18 @@ Kernels: TypeAlias = Annotated[
 ]
 """Such as ``cuda_flash``, ``cuda_cudnn (masked: cuda_efficient) forward, cuda_flash backward``."""
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.\-]*$", max_length=200)]
-DeviceType: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
+
+
+def _device_type(text: str) -> str:
+    try:
+        return torch.device(text).type
+    except RuntimeError as error:
+        raise ValueError(f"{text!r:.60} is no device type of torch, such as cpu, cuda") from error
+
+
+DeviceType: TypeAlias = Annotated[
+    str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40), AfterValidator(_device_type)
+]
 """Such as ``cpu``, ``cuda``."""
 
 

@@ -295,3 +295,9 @@ def test_times_add_up() -> None:
     assert plan.total_ms == 4 * 14.0
     for layer in plan.layers:
         assert layer.forward_ms + layer.backward_ms == layer.compute_ms + layer.exposed_ms
+
+
+def test_a_device_that_torch_does_not_know_is_refused() -> None:
+    text = _plan().to_json().replace('"device": "cuda"', '"device": "x"')
+    with pytest.raises(InvalidArgument, match=r"device: 'x' is no device type of torch"):
+        Plan.from_json(text)
