@@ -93,7 +93,7 @@ def _assert_predicted(ranks: RankPool, names: Iterable[str]) -> None:
     off = {}
     for (name, strategy, direction), seen in measured.items():
         expected = held_bytes(
-            local_share(SITES[name], ranks.world_size), STRATEGIES[strategy], direction
+            local_share(SITES[name], ranks.num_ranks), STRATEGIES[strategy], direction
         )
         if abs(expected - seen) > 0.1 * seen + SMALL:
             off[name, strategy, direction] = (expected, seen, round(expected / seen - 1, 3))
