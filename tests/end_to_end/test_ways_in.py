@@ -309,7 +309,7 @@ def stale_backend() -> None:
 def test_programs_of_the_backend_made_for_other_ranks_are_refused(ranks2: RankPool) -> None:
     for text in raises(ranks2, stale_backend):
         assert text.startswith("AgreementError: this program was compiled for 1 rank(s)")
-        assert "there are 2 now" in text
+        assert "now there are 2" in text
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

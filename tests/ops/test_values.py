@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from ringfx.ir.layout import Layout
 from ringfx.strategies.production import hops_needed
 from tests.ops.cases import examples
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
@@ -61,5 +62,6 @@ def test_head_groups_that_travel_apart(ranks3: RankPool) -> None:
 def test_a_ring_that_ends_early(ranks4: RankPool) -> None:
     """In contiguous layout a window of 5 tokens needs one hop of three."""
     cases = [e for e in examples(4, ["window"]) if e.strategy == "production"]
-    assert [hops_needed(e.spec, e.layout, 4) for e in cases] == [2, 4]
+    laid = [(e.spec, Layout(e.layout, e.spec.q_len, 4)) for e in cases]
+    assert [hops_needed(spec, layout, layout) for spec, layout in laid] == [2, 4]
     assert_equal_to_unsplit(cases, ranks4, least_bytes=64)
