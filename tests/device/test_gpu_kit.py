@@ -25,7 +25,8 @@ def test_a_stage_runs_alone_and_writes_what_it_found(tmp_path: Path) -> None:
     assert main(words) == 0
     found = json.loads((tmp_path / "seed.json").read_text())
     assert found["failures"] == 0
-    assert {row["name"] for row in found["rows"]} >= {"production, 256 tokens"}
+    names = {row["name"] for row in found["rows"]}
+    assert names >= {"dense, production, 256 tokens", "dilated, production, 256 tokens"}
     assert found["packages"]["torch"] == torch.__version__
 
 
