@@ -10,7 +10,7 @@ from ringfx.comm.process_group import Ranks
 from ringfx.errors import InvalidArgument, StrategyRefused
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout, LayoutKind
-from ringfx.ir.tiles import own_rows
+from ringfx.ir.tiles import CAUSAL, own_rows
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling import bias_gradients as bias_gradient_rules
 from ringfx.strategies import Strategy, refuse_dropout
@@ -59,6 +59,13 @@ def shapes(
 ) -> None:
     """q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E] with the lengths that the layout gives."""
     where = _where(ranks.layer)
+    if spec.branches and (
+        spec.keep not in (None, CAUSAL) or spec.bias or spec.q_len != spec.kv_len
+    ):
+        raise InvalidArgument(
+            f"{where}: dilated attention of {spec.q_len} queries over {spec.kv_len} keys, with "
+            f"{spec.words}. Do: use it without a mask or bias, or causal, over one sequence."
+        )
     found = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InvalidArgument(f"{where}: {found}. Do: pass [batch, heads, tokens, head dim].")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from ringfx import ops
+from ringfx.comm import stats
 from ringfx.errors import InvalidArgument
 from ringfx.ir.dilation import Branch, KeptLayout, KeptRows
 from ringfx.ir.layout import Layout, LayoutKind
-from ringfx.ir.tiles import CAUSAL
+from ringfx.ir.tiles import CAUSAL, K, Q, conjunction
 from tests.ops.cases import spec
 from tests.ops.oracle import Example, data, reference
 from tests.ops.test_values import assert_equal_to_unsplit
@@ -117,6 +118,47 @@ def test_on_three_ranks(ranks3: RankPool) -> None:
 @pytest.mark.ranks
 def test_on_four_ranks(ranks4: RankPool) -> None:
     assert_equal_to_unsplit([*grid(4), *(drawn(seed, 4) for seed in range(300, 340))], ranks4)
+
+
+def bytes_sent(segment: int) -> list[int]:
+    """Of each strategy, forward and backward, by this rank; 48 tokens."""
+    q, k, v = (torch.randn(1, 4, 24, 8, requires_grad=True) for _ in range(3))
+    for strategy in STRATEGIES[:3]:
+        out = ops.dilated_attention(
+            q, k, v, segment_lengths=[segment], dilation_rates=[2], strategy=strategy, name=strategy
+        )
+        out.sum().backward()
+    return [stats.layer(strategy).bytes_sent for strategy in STRATEGIES[:3]]
+
+
+def test_only_kept_rows_travel_and_only_within_their_segment(ranks2: RankPool) -> None:
+    """Of the segment of 32 tokens that lies on both, rank 0 holds 24 and rank 1 holds 8."""
+    assert ranks2.run(bytes_sent, 24) == [[0, 0, 0]] * 2
+    row = 4 * (8 + 8) * 4  # of 4 heads: a key and a value of 8 float32
+    there, back = 24 // 2 * row, 8 // 2 * row  # K/V forward and again in backward, gradients home
+    expected = [[2 * there + back] * 3, [2 * back + there] * 3]
+    assert ranks2.run(bytes_sent, 32) == expected
+
+
+def chunked(strategy: str) -> Example:
+    """What other models call chunked attention: blocks of positions without dilation."""
+    chunks = ("eq", ("floordiv", Q, ("const", 7)), ("floordiv", K, ("const", 7)))
+    found = spec(40, 40, keep=conjunction(chunks, CAUSAL))
+    return Example(spec=found, kv_heads=2, strategy=strategy, layout="zigzag", label=strategy)
+
+
+def test_chunked_attention_is_sent_by_need_as_well(ranks3: RankPool) -> None:
+    assert_equal_to_unsplit([chunked(strategy) for strategy in STRATEGIES[:3]], ranks3)
+
+
+def test_a_mask_or_bias_beside_branches_is_refused() -> None:
+    q = torch.ones(1, 4, 16, 8)
+    branches = (Branch(segment=8, rate=2),)
+    wrong = replace(spec(16, 16, keep=("lt", K, ("const", 3))), branches=branches)
+    with pytest.raises(InvalidArgument, match="dilated attention of 16 queries over 16 keys"):
+        ops.attention(
+            q, q, q, (), spec=wrong.to_json(), strategy="simple", layout="contiguous", group=""
+        )
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
