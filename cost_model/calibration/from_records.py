@@ -20,8 +20,9 @@ from ringfx.cost_model.prediction.profile import (
     Profile,
     Scope,
 )
-from ringfx.cost_model.prediction.terms import flops_per_pair, message_steps
+from ringfx.cost_model.prediction.terms import message_steps
 from ringfx.errors import ProfileError
+from ringfx.ops.tiling.flops import flops_per_pair
 
 __all__ = ["Quality", "fit_kernels", "fit_links", "fit_memory", "observed_profile"]
 

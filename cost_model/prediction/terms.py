@@ -24,12 +24,12 @@ from ringfx.cost_model.prediction.profile import Collective, Direction, Profile
 from ringfx.cost_model.prediction.work import Work
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite
+from ringfx.ops.tiling.flops import flops_per_pair
 from ringfx.ops.tiling.tile_sizes import MASKED_TILE, stored_tile
 
 __all__ = [
     "accumulator_bytes",
     "copy_seconds",
-    "flops_per_pair",
     "handling_seconds",
     "itemsize",
     "kernel_seconds",
@@ -168,13 +168,6 @@ def _merged_bytes(site: AttentionSite, work: Work, direction: Direction) -> floa
         kv_dims = site.head_dim + site.v_head_dim
         items = site.heads * work.q_rows * site.head_dim + site.kv_heads * work.k_rows * kv_dims
     return site.batch * items * accumulator_bytes(site)
-
-
-def flops_per_pair(head_dim: int, v_head_dim: int, direction: Direction) -> int:
-    """Two products forward; five backward, since the scores are computed again."""
-    if direction == "forward":
-        return 2 * (head_dim + v_head_dim)
-    return 2 * (3 * head_dim + 2 * v_head_dim)
 
 
 def copy_seconds(profile: Profile, moved_bytes: float) -> float:

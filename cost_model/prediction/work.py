@@ -188,15 +188,14 @@ def _work(piece: Piece, masked: bool) -> Work:
     """A diagonal computes its lower half; where data mask, every tile is a call of its own."""
     q, k = piece.q.length, piece.k.length
     area = q * k
-    pairs = q * (k + 1) / 2 if piece.causal else area
     is_masked = masked or piece.keep is not None
     most_queries, most_keys = (min(x, MASKED_TILE) if is_masked else x for x in (q, k))
     times = piece.times
     calls = times * (max(1.0, area / MASKED_TILE**2) if masked else 1.0)
     return Work(
         calls=calls,
-        pairs=times * pairs,
-        masked_pairs=times * pairs if is_masked else 0.0,
+        pairs=times * piece.pairs,
+        masked_pairs=times * piece.pairs if is_masked else 0.0,
         diagonals=times if piece.causal else 0.0,
         causal_rows=times * q if piece.causal else 0.0,
         q_rows=times * q * (max(1.0, k / MASKED_TILE) if masked else 1.0),

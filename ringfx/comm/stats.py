@@ -33,6 +33,9 @@ class LayerStats:
     backwards: int = 0
     tiles: int = 0
     """Kernel calls."""
+    flops: int = 0
+    """Operations of the products of q, k and v that the mask's tiles ask for; where a causal
+    diagonal lies, of its lower half."""
     messages: int = 0
     bytes_sent: int = 0
     retries: int = 0

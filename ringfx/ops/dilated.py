@@ -14,9 +14,11 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.dilation import Branch
 from ringfx.ir.layout import LayoutKind
 from ringfx.ir.tiles import CAUSAL
+from ringfx.ir.values import AttentionSite
 from ringfx.ops import checks
+from ringfx.ops.automatic import AUTO, fastest
 from ringfx.ops.operator import attention
-from ringfx.strategies import DEFAULT, STRATEGIES
+from ringfx.strategies import STRATEGIES
 from ringfx.torch_compat.dynamo_marks import constant_result
 from ringfx.validation.arguments import choice, number, switch, text, whole_number
 
@@ -36,7 +38,7 @@ def dilated_attention(
     dilation_rates: Sequence[int],
     causal: bool = False,
     scale: float | None = None,
-    strategy: str = DEFAULT,
+    strategy: str = AUTO,
     layout: LayoutKind = "contiguous",
     length: int | None = None,
     group: Group = None,
@@ -62,7 +64,8 @@ def dilated_attention(
     scale
         Multiplies q k^T; 1/sqrt(head dim) by default.
     strategy
-        ``simple``, ``collective``, ``production`` or ``ulysses``.
+        ``simple``, ``collective``, ``production`` or ``ulysses``; ``auto`` takes the one that is
+        predicted to be fastest, and the same on all ranks.
     layout
         How tokens lie on the ranks, ``contiguous`` or ``zigzag``.
     length
@@ -94,7 +97,7 @@ def dilated_attention(
     where = name or OPERATION
     checks.tensors({"q": q, "k": k, "v": v}, where)
     switch(where, "causal", causal)
-    choice(where, "strategy", strategy, tuple(STRATEGIES))
+    choice(where, "strategy", strategy, (AUTO, *STRATEGIES))
     choice(where, "layout", layout, ("contiguous", "zigzag"))
     if scale is not None:
         number(where, "scale", scale)
@@ -117,10 +120,41 @@ def dilated_attention(
         segments=tuple(segment_lengths),
         rates=tuple(dilation_rates),
     )
+    if strategy == AUTO:
+        strategy = _fastest(
+            spec, layout, tuple(q.shape), tuple(k.shape), v.shape[3], q.dtype, q.device.type,
+            needs_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+            where=where, group=group_name, size=size,
+        )  # fmt: skip
     return attention(
         q, k, v, (),
         spec=spec, strategy=strategy, layout=layout, group=group_name, name=name or OPERATION,
     )  # fmt: skip
+
+
+@constant_result
+def _fastest(
+    spec: str,
+    layout: LayoutKind,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    v_head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    needs_gradient: bool,
+    where: str,
+    group: str,
+    size: int,
+) -> str:
+    """Sizes instead of tensors, so that it can be asked while a compiler traces."""
+    site = AttentionSite(
+        node="", name=where, source="", found_by="call", spec=AttentionSpec.from_json(spec),
+        mask_words="", density=1.0, balanced=layout == "contiguous", batch=q_shape[0],
+        heads=q_shape[1], kv_heads=k_shape[1], head_dim=q_shape[3], v_head_dim=v_head_dim,
+        dtype=str(dtype).removeprefix("torch."), device=device, trains=needs_gradient,
+    )  # fmt: skip
+    return fastest(site, group, size)
 
 
 def check_branches(where: str, segments: Sequence[int], rates: Sequence[int]) -> None:

@@ -8,9 +8,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ringfx import ops
 from ringfx.comm import stats
@@ -18,8 +21,17 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.dilation import Branch, KeptLayout, KeptRows
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import CAUSAL, K, Q, conjunction
+from ringfx.ir.values import AttentionSite
+from ringfx.ops import automatic
 from tests.ops.cases import spec
-from tests.ops.oracle import Example, data, reference
+from tests.ops.oracle import (
+    Example,
+    Result,
+    assemble,
+    data,
+    reference,
+    run_all,
+)  # fmt: skip
 from tests.ops.test_values import assert_equal_to_unsplit
 from tests.support.ranks import RankPool
 
@@ -105,6 +117,55 @@ def test_on_one_rank() -> None:
     assert_equal_to_unsplit([drawn(seed, 1) for seed in range(100)])
 
 
+def of_type(dtype: torch.dtype) -> list[Example]:
+    """Both kinds of branches, causal and not; a spread of 1 in what softmax sees."""
+    branches = ((16, 1), (32, 2), (64, 5))
+    return [
+        dilated(
+            75, *branches, causal=causal, strategy=strategy, dtype=dtype, heads=8, kv_heads=2,
+            head_dim=16, v_head_dim=16, layout=LAYOUTS[causal],
+            label=f"{dtype} {strategy} {causal}",
+        )
+        for strategy in STRATEGIES
+        for causal in (False, True)
+    ]  # fmt: skip
+
+
+def errors_of(ours: Result, oracle: Result) -> dict[str, float]:
+    """Largest |ours - oracle| of the output and of each gradient."""
+    pairs = {"out": (ours.out, oracle.out)}
+    pairs |= {name: (ours.grads[name], value) for name, value in oracle.grads.items()}
+    return {name: float((a - b).abs().max()) for name, (a, b) in pairs.items()}
+
+
+def errors_of_one_kernel(example: Example) -> dict[str, float]:
+    """The largest of any branch alone, of which a row is part of one call of the same kernel."""
+    found: dict[str, float] = {}
+    for branch in example.spec.branches:
+        alone = replace(example, spec=replace(example.spec, branches=(branch,)))
+        errors = errors_of(assemble(alone, run_all([alone])), reference(alone))
+        found = {name: max(error, found.get(name, 0.0)) for name, error in errors.items()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.ranks
+def test_in_other_types_errors_are_at_most_twice_those_of_one_kernel(
+    ranks2: RankPool, dtype: torch.dtype
+) -> None:
+    cases = of_type(dtype)
+    by_rank = ranks2.run(run_all, cases)
+    for example, results in zip(cases, zip(*by_rank, strict=True), strict=True):
+        ours = errors_of(assemble(example, results), reference(example))
+        theirs = errors_of_one_kernel(example)
+        least = 8 * torch.finfo(torch.float32).eps  # sums in another order
+        assert all(ours[n] <= max(2 * theirs[n], least) for n in ours), (
+            example.label,
+            ours,
+            theirs,
+        )
+
+
 @pytest.mark.ranks
 def test_on_two_ranks(ranks2: RankPool) -> None:
     assert_equal_to_unsplit([*grid(2), *(drawn(seed, 2) for seed in range(100, 160))], ranks2)
@@ -118,6 +179,21 @@ def test_on_three_ranks(ranks3: RankPool) -> None:
 @pytest.mark.ranks
 def test_on_four_ranks(ranks4: RankPool) -> None:
     assert_equal_to_unsplit([*grid(4), *(drawn(seed, 4) for seed in range(300, 340))], ranks4)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_on_eight_ranks() -> None:
+    with RankPool(8) as ranks8:
+        assert_equal_to_unsplit([*grid(8), *(drawn(seed, 8) for seed in range(400, 420))], ranks8)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_many_drawn_configurations(ranks2: RankPool, ranks3: RankPool, ranks4: RankPool) -> None:
+    for size, pool in ((2, ranks2), (3, ranks3), (4, ranks4)):
+        first = 1000 * size
+        assert_equal_to_unsplit([drawn(seed, size) for seed in range(first, first + 200)], pool)
 
 
 def bytes_sent(segment: int) -> list[int]:
@@ -138,6 +214,49 @@ def test_only_kept_rows_travel_and_only_within_their_segment(ranks2: RankPool) -
     there, back = 24 // 2 * row, 8 // 2 * row  # K/V forward and again in backward, gradients home
     expected = [[2 * there + back] * 3, [2 * back + there] * 3]
     assert ranks2.run(bytes_sent, 32) == expected
+
+
+def flops(rate: int) -> list[int]:
+    """Of each strategy on this rank, forward and backward: 48 tokens in segments of 16, 4 heads."""
+    q, k, v = (torch.randn(1, 4, 24, 8, requires_grad=True) for _ in range(3))
+    for strategy in STRATEGIES:
+        out = ops.dilated_attention(
+            q, k, v, segment_lengths=[16], dilation_rates=[rate], strategy=strategy,
+            name=f"{strategy} {rate}",
+        )  # fmt: skip
+        out.sum().backward()
+    return [stats.layer(f"{strategy} {rate}").flops for strategy in STRATEGIES]
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_a_branch_computes_its_kept_pairs_and_no_others(ranks2: RankPool, rate: int) -> None:
+    """3 segments keep 16 / r rows of each head: in all r^2 times fewer pairs than without rates."""
+    pairs = 4 * 3 * (16 // rate) ** 2
+    of_both = [sum(ranks) for ranks in zip(*ranks2.run(flops, rate), strict=True)]
+    assert of_both == [pairs * (2 + 5) * 2 * 8] * len(STRATEGIES)
+
+
+def chosen_by_itself() -> tuple[float, list[str]]:
+    """How far the default's output is from production's where ranks would choose differently."""
+    q, k, v = (torch.randn(1, 4, 24, 8, dtype=torch.float64) for _ in range(3))
+    call = partial(ops.dilated_attention, q, k, v, segment_lengths=[8, 32], dilation_rates=[1, 2])
+    own = STRATEGIES[dist.get_rank() + 1]
+    asked: list[str] = []
+
+    def ask(site: AttentionSite, size: int) -> str:
+        asked.append(own)
+        return own
+
+    with mock.patch.object(automatic, "_predicted_fastest", ask):
+        auto = [call(), call()][1]
+    return float((auto - call(strategy="production")).abs().max()), asked
+
+
+def test_by_default_all_ranks_take_what_the_first_predicts_to_be_fastest(ranks2: RankPool) -> None:
+    """They are asked once for each size."""
+    found = ranks2.run(chosen_by_itself)
+    assert [asked for _, asked in found] == [["collective"], ["production"]]
+    assert max(difference for difference, _ in found) < 1e-12
 
 
 def chunked(strategy: str) -> Example:

@@ -24,6 +24,7 @@ from ringfx.ops.kernels.kernel import MATH, Scores, accumulation_dtype, math_bac
 from ringfx.ops.kernels.logsumexp import hides_rows, hides_rows_wholly, is_deep
 from ringfx.ops.tiling import bias_gradients
 from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.flops import flops_per_pair
 from ringfx.ops.tiling.head_groups import HeadGroup
 from ringfx.ops.tiling.oom_retry import smaller, tried
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces
@@ -204,18 +205,24 @@ def _fitting(
     q_runs: Sequence[Run],
     k_runs: Sequence[Run],
     tiling: Tiling,
+    per_pair: int,
     work: Callable[[Piece], bool],
 ) -> None:
-    """Does the work of every piece; one that does not fit in memory is cut and done in parts."""
+    """Does the work of every piece; one that does not fit in memory is cut and done in parts.
+
+    ``per_pair`` says how many operations a (query, key) pair of one head takes.
+    """
     B, H = q_BHQD.shape[:2]
     heads = (problem.first_head, problem.first_head + H)
     found = pieces(problem.spec, q_runs, k_runs, tiling, b=(0, B), h=heads, inputs=problem.inputs)
     for piece in found:
         problem.stats.tiles += 1
-        if tried(partial(work, piece)) is None:
-            smaller_tiling = smaller(problem, piece, B, H)
-            for part in piece.parts or (piece,):
-                _fitting(problem, q_BHQD, [part.q], [part.k], smaller_tiling, work)
+        if tried(partial(work, piece)) is not None:
+            problem.stats.flops += B * H * round(per_pair * piece.pairs)
+            continue
+        smaller_tiling = smaller(problem, piece, B, H)
+        for part in piece.parts or (piece,):
+            _fitting(problem, q_BHQD, [part.q], [part.k], smaller_tiling, per_pair, work)
 
 
 def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:
@@ -282,7 +289,8 @@ def attend(
         return True
 
     with span(problem.stats, f"{problem.ranks.layer}: tiles", "compute_s"):
-        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, work)
+        per_pair = flops_per_pair(q_BHQD.shape[3], v_BGKE.shape[3], "forward")
+        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, per_pair, work)
 
 
 def attend_backward(
@@ -326,7 +334,8 @@ def attend_backward(
         return True
 
     with span(problem.stats, f"{problem.ranks.layer}: tiles, backward", "compute_s"):
-        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, work)
+        per_pair = flops_per_pair(q_BHQD.shape[3], v_BGKE.shape[3], "backward")
+        _fitting(problem, q_BHQD, q_runs, k_runs, problem.tiling, per_pair, work)
         if problem.spec.fully_masked == "absorbed" and problem.spec.keep is not None:
             rows = (dout_BHQE, q_BHQD, k_BGKD, v_BGKE, out_BHQE, lse_BHQ)
             _absorbed_backward(problem, sums, rows, q_runs, k_runs)
@@ -363,7 +372,8 @@ def _absorbed_backward(
         return True
 
     bounded = Tiling(masked=problem.tiling.masked, plain=problem.tiling.masked)
-    _fitting(open_to_all, q_BHQD, q_runs, k_runs, bounded, work)
+    per_pair = flops_per_pair(q_BHQD.shape[3], v_BGKE.shape[3], "backward")
+    _fitting(open_to_all, q_BHQD, q_runs, k_runs, bounded, per_pair, work)
 
 
 def _add_bias_gradients(

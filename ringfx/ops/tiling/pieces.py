@@ -60,6 +60,12 @@ class Piece:
     times: int = 1
     """How many like it there are, of which this one stands for the others (``Tiling.bands``)."""
 
+    @property
+    def pairs(self) -> float:
+        """(query, key) pairs of one such piece; of a causal diagonal its lower half."""
+        q, k = self.q.length, self.k.length
+        return q * (k + 1) / 2 if self.causal else q * k
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:

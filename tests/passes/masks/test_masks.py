@@ -83,7 +83,8 @@ def settled(mask: torch.Tensor, mean: bool = False) -> torch.Tensor:
     """An additive mask with what has no weight at -inf, and rows that become a mean at 0."""
     low = mask <= -9_900
     hidden = low.all(-1, keepdim=True)
-    absorbed = hidden & (mask <= -1e30) & (mask == mask[..., :1]) & (mask > -math.inf)
+    absorbed = (mask <= -1e30) & (mask == mask[..., :1]) & (mask > -math.inf)
+    absorbed = absorbed.all(-1, keepdim=True)
     mask = mask.masked_fill(low & ~hidden, -math.inf)
     return mask.masked_fill(absorbed | (hidden & mean), 0.0)
 
