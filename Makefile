@@ -11,15 +11,14 @@ VENV ?= .venv
 PIP_INDEX_ARGS ?=
 # Further arguments of pytest: make test PYTEST_ARGS="-k causal"
 PYTEST_ARGS ?=
-# Files of tests without ranks that run at once. Those of ranks run one by one: ranks fill the cores.
+# Files of tests that run at once. Each worker has up to nine ranks, of half a gigabyte each.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # pytest over all tests but the slow ones: $(call tested,path of python)
-tested = OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow and not ranks" \
-  --numprocesses $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS) && \
-  OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow and ranks" --durations=10 $(PYTEST_ARGS)
+tested = OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow" \
+  --numprocesses $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := ringfx passes cost_model tests examples benchmarks
 

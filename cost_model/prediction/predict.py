@@ -167,20 +167,29 @@ def workspace_bytes(local: Local, strategy: Strategy) -> int:
 
 def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
     """Bytes of buffers and results that one direction holds at most."""
-    moments = strategy.memory if local.world_size > 1 else _local_moments
+    formula = strategy.memory if local.world_size > 1 else _local_moments
     math = strategy.math_only or local.site.spec.soft_cap is not None
 
     def held(local: Local) -> int:
-        return max(moments(local, Calls(local=local, direction=direction, math=math)))
+        return max(formula(local, Calls(local=local, direction=direction, math=math)))
 
     if not local.site.spec.branches or not (strategy.own_queries or local.world_size == 1):
         return held(local)
     sums = sums_forward(local) if direction == "forward" else sums_backward(local)
-    return sums + max(held(part) + _taken_rows(part, direction) for _, part in local.parts)
+    parts = [part for _, part in local.parts]
+    moments = [sums + held(part) + _taken_rows(part, direction) for part in parts]
+    if parts and parts[0].keeps_all_of(local):
+        moments[0] = held(parts[0])  # its sums go on as those of all parts
+    return max(moments, default=sums)
 
 
 def _taken_rows(part: Local, direction: Direction) -> int:
-    """Bytes of the kept rows of q, k, v, and in backward of the output and its gradient."""
+    """Bytes of the kept rows of q, k, v, and in backward of the output and its gradient.
+
+    Rows at even distances are views.
+    """
+    if part.is_one_run:
+        return 0
     there = part.q_items + part.kv_items
     more = 2 * part.out_items if direction == "backward" else 0
     return (there + more) * part.itemsize

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 
 from ringfx.cost_model.prediction import terms
-from ringfx.ir.dilation import AnyLayout, HeadPart, KeptRows, head_parts, layout_of
+from ringfx.ir.dilation import AnyLayout, HeadPart, KeptLayout, KeptRows, head_parts, layout_of
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.head_groups import MOST_GROUPS, head_groups
@@ -48,6 +49,19 @@ class Local:
             key = (part.rows.segment, part.rows.rate, len(part.heads), len(part.kv_heads))
             alike.setdefault(key, []).append(part)
         return tuple((len(found), self._part(found[0])) for found in alike.values())
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the kept rows lie at even distances among a rank's tokens."""
+        layout = self.q_layout
+        if not isinstance(layout, KeptLayout):
+            return True
+        runs = tuple(itertools.islice(layout.strided_runs(0), 2))
+        return len(runs) == 1 and runs[0].count == layout.local_length
+
+    def keeps_all_of(self, local: Local) -> bool:
+        """Whether this part has all rows of all heads."""
+        return self.site.heads == local.site.heads and self.q_len == local.q_len and self.is_one_run
 
     def _part(self, part: HeadPart) -> Local:
         spec = self.site.spec.of_rows(part.rows)

@@ -51,7 +51,14 @@ class _Part:
     def kv_rows(self, x_BGKD: Tensor) -> Tensor:
         return self._packed(x_BGKD[:, _steps(self.kv_heads)])
 
+    def keeps_all_of(self, x_BHQD: Tensor) -> bool:
+        """Whether its rows are all rows of all heads, in their order."""
+        whole = StridedRun(local=slice(0, x_BHQD.shape[2], 1), place=0, count=x_BHQD.shape[2])
+        return self.runs == (whole,) and self.heads.step == 1 and self.heads.stop == x_BHQD.shape[1]
+
     def _packed(self, x: Tensor) -> Tensor:
+        if len(self.runs) == 1 and self.runs[0].count == self.local_length:
+            return x[:, :, self.runs[0].local]
         found = x.new_zeros(*x.shape[:2], self.local_length, *x.shape[3:])
         for run in self.runs:
             found[:, :, run.place : run.place + run.count] = x[:, :, run.local]
@@ -115,15 +122,24 @@ def forward(
     of_part: Forward, problem: Problem, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The merged output of the local queries and its logsumexp; 0 and -inf of rows not kept."""
-    B, H, Q, _ = q_BHQD.shape
-    kept_in = accumulation_dtype(q_BHQD.dtype)
-    lse_in = problem.logsumexp_dtype(q_BHQD.dtype)
-    out_BHQE = q_BHQD.new_zeros(B, H, Q, v_BGKE.shape[3], dtype=kept_in)
-    lse_BHQ = q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in)
-    for part in _parts(problem, H, k_BGKD.shape[1]):
+    total: tuple[Tensor, Tensor] | None = None
+    for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
         k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
-        part.merge(out_BHQE, lse_BHQ, of_part(part.problem, part.rows(q_BHQD), k, v))
-    return out_BHQE, lse_BHQ
+        found = of_part(part.problem, part.rows(q_BHQD), k, v)
+        if total is None and part.keeps_all_of(q_BHQD):
+            total = found  # what comes after is added to it
+            continue
+        total = total or _nothing(problem, q_BHQD, v_BGKE)
+        part.merge(*total, found)
+    return total or _nothing(problem, q_BHQD, v_BGKE)
+
+
+def _nothing(problem: Problem, q_BHQD: Tensor, v_BGKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that no branch keeps."""
+    B, H, Q, _ = q_BHQD.shape
+    kept_in, lse_in = accumulation_dtype(q_BHQD.dtype), problem.logsumexp_dtype(q_BHQD.dtype)
+    out_BHQE = q_BHQD.new_zeros(B, H, Q, v_BGKE.shape[3], dtype=kept_in)
+    return out_BHQE, q_BHQD.new_full((B, H, Q), -math.inf, dtype=lse_in)
 
 
 def backward(
@@ -137,15 +153,23 @@ def backward(
     lse_BHQ: Tensor,
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
-    dq, dk, dv = map(_zeros, (q_BHQD, k_BGKD, v_BGKE))
+    total: Gradients | None = None
     for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
         dout, q, out, lse = map(part.rows, (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
         k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
         found = of_part(part.problem, dout, q, k, v, out, lse)
-        part.add_rows(dq, found.dq_BHQD)
-        part.add_kv_rows(dk, found.dk_BGKD)
-        part.add_kv_rows(dv, found.dv_BGKE)
-    return Gradients(dq, dk, dv, [])
+        if total is None and part.keeps_all_of(q_BHQD):
+            total = found
+            continue
+        total = total or _no_gradients(q_BHQD, k_BGKD, v_BGKE)
+        part.add_rows(total.dq_BHQD, found.dq_BHQD)
+        part.add_kv_rows(total.dk_BGKD, found.dk_BGKD)
+        part.add_kv_rows(total.dv_BGKE, found.dv_BGKE)
+    return total or _no_gradients(q_BHQD, k_BGKD, v_BGKE)
+
+
+def _no_gradients(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor) -> Gradients:
+    return Gradients(_zeros(q_BHQD), _zeros(k_BGKD), _zeros(v_BGKE), [])
 
 
 def _zeros(like: Tensor) -> Tensor:

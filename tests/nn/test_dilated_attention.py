@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ringfx
+from examples.longnet import PATCH, LongNet
 from ringfx.errors import InvalidArgument
 from ringfx.nn import DilatedAttention
 from tests.support.ranks import RankPool
@@ -68,6 +69,30 @@ def test_a_causal_model_on_three_ranks(ranks3: RankPool) -> None:
     for difference, words in ranks3.run(largest_difference, 61, causal=True):
         assert difference < 1e-12
         assert words.endswith(", causal")
+
+
+def longnet() -> tuple[dict[str, float], str]:
+    """How far the example's loss and gradients are from the unsplit model's, and its mask."""
+    torch.manual_seed(0)
+    stock = LongNet().double()
+    model = copy.deepcopy(stock)
+    optimized = ringfx.optimize(model, compiler="aot_eager")
+    patches, label = torch.randn(1, 4_500, PATCH, dtype=torch.float64), torch.tensor([1])
+    losses = [step(patches, label) for step in (stock, optimized)]
+    for loss in losses:
+        loss.backward()
+    found = {"loss": float((losses[1] - losses[0]).abs())}
+    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        found[name] = float((ours.grad - theirs.grad).abs().max())
+    return found, optimized.plan.layers[0].mask
+
+
+def test_the_longnet_of_the_examples_is_split_with_equal_results(ranks2: RankPool) -> None:
+    for found, words in ranks2.run(longnet):
+        assert max(found.values()) < 1e-12
+        assert words == "dilated, segments 1,024 / 2,048 / 4,096, rates 1 / 2 / 4"
 
 
 def test_the_layer_says_what_it_is_and_what_it_cannot_be() -> None:
