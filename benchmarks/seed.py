@@ -81,22 +81,23 @@ class Measured:
 def measured(case: Case) -> list[Measured]:
     """All strategies in turns, on this rank."""
     size = dist.get_world_size()
-    calls = {strategy: _call(case, strategy, size) for strategy in STRATEGIES}
-    peaks = {strategy: _largest(_peak(call, case)) for strategy, call in calls.items()}
+    calls = {strategy: prepared(case, strategy) for strategy in STRATEGIES}
+    peaks = {strategy: _largest(peak(call, case)) for strategy, call in calls.items()}
     seconds: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
     for number in range(case.rounds):
         order = STRATEGIES[number % 3 :] + STRATEGIES[: number % 3]
         for strategy in order:
-            seconds[strategy].append(_timed(calls[strategy], case))
+            seconds[strategy].append(timed(calls[strategy], case))
     return [
         Measured(ranks=size, strategy=s, seconds=seconds[s], peak_bytes=round(peaks[s]))
         for s in STRATEGIES
     ]
 
 
-def _call(case: Case, strategy: str, size: int) -> Callable[[], None]:
+def prepared(case: Case, strategy: str) -> Callable[[], None]:
+    """One call on this rank's share of random tensors."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (1, HEADS, case.length // size, HEAD_DIM)
+    shape = (1, HEADS, case.length // dist.get_world_size(), HEAD_DIM)
     dtype = getattr(torch, case.dtype)
     q, k, v = (
         torch.randn(shape, generator=generator).to(case.device, dtype).requires_grad_(case.backward)
@@ -123,7 +124,7 @@ def _call(case: Case, strategy: str, size: int) -> Callable[[], None]:
     return call
 
 
-def _peak(call: Callable[[], None], case: Case) -> int:
+def peak(call: Callable[[], None], case: Case) -> int:
     call()
     if case.device == "cpu":
         return peak_bytes(call)
@@ -133,7 +134,7 @@ def _peak(call: Callable[[], None], case: Case) -> int:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def _timed(call: Callable[[], None], case: Case) -> float:
+def timed(call: Callable[[], None], case: Case) -> float:
     dist.barrier()
     begin = time.perf_counter()
     call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 
@@ -89,4 +90,11 @@ def describe_node(node: torch.fx.Node) -> str:
     """``layers.3.mlp (model.py:17), aten.cumsum.default`` for messages."""
     path = node.meta.get("ringfx_path") or module_path(node) or "the model's top level"
     line = node.meta.get("ringfx_source") or source_line(node) or "no source line"
-    return f"{path} ({line}), {node.target}"
+    return f"{path} ({line}), {target_name(node.target)}"
+
+
+def target_name(target: object) -> str:
+    """What a node calls, as people write it: ``aten.add.Tensor``, ``operator.getitem``."""
+    if inspect.isfunction(target) or inspect.isbuiltin(target):
+        return f"{target.__module__.removeprefix('_')}.{target.__qualname__}"
+    return str(target)

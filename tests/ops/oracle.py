@@ -18,7 +18,7 @@ from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import TileIndex, evaluate
 from ringfx.ops import attention
 from ringfx.ops.tiling import head_groups as heads
-from ringfx.strategies import collective
+from ringfx.strategies import collective, ulysses
 
 Tensor = torch.Tensor
 LOWEST = torch.finfo(torch.float64).min
@@ -214,6 +214,7 @@ def run_all(
         with (
             mock.patch.multiple(heads, GROUP_BYTES={"cpu": (4 * least_bytes, least_bytes)}),
             mock.patch.object(collective, "GATHERED_BYTES", least_bytes),
+            mock.patch.object(ulysses, "GROUP_BYTES", {"cpu": least_bytes}),
         ):
             return run_all(examples)
     results = []

@@ -21,8 +21,9 @@ from ringfx.ir.layout import LayoutKind
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.operator import attention
 from ringfx.ops.tiling import head_groups
-from ringfx.strategies import STRATEGIES, production
+from ringfx.strategies import STRATEGIES, production, ulysses
 from ringfx.strategies.buffer_pool import POOL
+from ringfx.strategies.ulysses import ULYSSES
 from tests.support.ranks import RankPool
 
 SITES = {
@@ -109,6 +110,41 @@ def test_what_two_ranks_hold_is_predicted_within_10_percent(ranks2: RankPool) ->
 @pytest.mark.slow
 def test_what_three_ranks_hold_is_predicted_within_10_percent(ranks3: RankPool) -> None:
     _assert_predicted(ranks3, SITES)
+
+
+# --- ulysses in groups of heads -------------------------------------------------------------------
+
+GROUPED = {
+    "two groups of K/V heads": bench_site(tokens=3000, heads=8, kv_heads=4, head_dim=48),
+    "query heads of one K/V head parted": bench_site(
+        tokens=3000, heads=16, kv_heads=2, head_dim=32
+    ),
+}
+
+
+def _in_groups(least_bytes: int) -> list[tuple[int, int]]:
+    with mock.patch.object(ulysses, "GROUP_BYTES", {"cpu": least_bytes}):
+        return [_held(site, "ulysses") for site in GROUPED.values()]
+
+
+@pytest.mark.ranks
+def test_groups_of_heads_hold_less_as_predicted(
+    ranks2: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = []
+    for least in (2**40, 2**18):
+        monkeypatch.setattr(ulysses, "GROUP_BYTES", {"cpu": least})
+        expected.append([
+            tuple(held_bytes(local_share(site, 2), ULYSSES, x) for x in get_args(Direction))
+            for site in GROUPED.values()
+        ])  # fmt: skip
+    seen = [ranks2.run(_in_groups, least)[0] for least in (2**40, 2**18)]
+    for ours, theirs in zip(itertools.chain(*expected), itertools.chain(*seen), strict=True):
+        for predicted, measured in zip(ours, theirs, strict=True):
+            assert abs(predicted - measured) <= 0.1 * measured + SMALL, (expected, seen)
+    for whole, grouped in zip(*seen, strict=True):
+        assert grouped[0] < 0.8 * whole[0]
+        assert grouped[1] < 0.8 * whole[1]
 
 
 # --- the ring's buffers ---------------------------------------------------------------------------
