@@ -64,10 +64,10 @@ def trained(order: str, compiler: str, accumulate: bool) -> tuple[list[float], i
 @pytest.mark.parametrize(
     ("order", "compiler", "accumulate"),
     [
-        ("outside", "eager", False),
+        pytest.param("outside", "eager", False, marks=pytest.mark.slow),
         ("inside", "eager", False),
         ("outside", "aot_eager", True),
-        ("inside", "eager", True),
+        pytest.param("inside", "eager", True, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_those_of_the_mean_over_the_whole_batch(

@@ -62,7 +62,9 @@ def test_on_two_ranks_at_even_and_uneven_lengths(ranks2: RankPool, strategy: str
     check(ranks2, lengths_and_batches(strategy, EVEN_AND_UNEVEN))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["auto", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES[:-1])]
+)
 def test_on_three_ranks_at_even_and_uneven_lengths(ranks3: RankPool, strategy: str) -> None:
     check(ranks3, lengths_and_batches(strategy, EVEN_AND_UNEVEN))
 
@@ -118,6 +120,7 @@ def test_when_the_length_equals_another_size_in_a_strategy_by_name(
     check(ranks2, equal_sizes(strategy))
 
 
+@pytest.mark.slow  # in test_token_axes.py too
 def test_when_the_local_length_batch_and_heads_equal_other_sizes(ranks2: RankPool) -> None:
     check(
         ranks2,

@@ -55,7 +55,7 @@ def test_outputs_and_gradients_are_right_on_two_ranks(ranks2: RankPool) -> None:
 def test_outputs_and_gradients_are_right_on_three_ranks_where_sizes_coincide(
     ranks3: RankPool,
 ) -> None:
-    check(ranks3, cycled(HIDDEN, 1))
+    check(ranks3, cycled(HIDDEN, 1)[::2])
 
 
 def drawn_difference() -> list[float]:

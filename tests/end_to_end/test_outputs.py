@@ -132,7 +132,7 @@ FEW = 6 * 96 * 8 * 2
 """Bytes of what the tokens that are asked for may need, a tenth of the logits."""
 
 
-@pytest.mark.parametrize("ranks", ["ranks2", "ranks3"])
+@pytest.mark.parametrize("ranks", [pytest.param("ranks2", marks=pytest.mark.slow), "ranks3"])
 def test_only_the_tokens_that_are_read_are_moved(
     ranks: str, request: pytest.FixtureRequest
 ) -> None:
@@ -229,7 +229,7 @@ def rank_touches_alone(rank: int) -> str | None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_split_output_touched_by_one_rank_is_an_error_and_no_hang(
     ranks2: RankPool, rank: int
 ) -> None:

@@ -43,6 +43,7 @@ def cases(seq_len: int, *causal: bool) -> list[Case]:
     ]
 
 
+@pytest.mark.slow  # on three ranks below
 def test_terms_of_a_query_are_right_on_two_ranks(ranks2: RankPool) -> None:
     for found in compare_all(ranks2, cases(13, False, True)):
         found.check()

@@ -104,7 +104,7 @@ def as_a_dynamo_backend() -> float:
     "function",
     [
         accumulating_gradients,
-        switching_modes,
+        pytest.param(switching_modes, marks=pytest.mark.slow),
         with_frozen_parameters,
         loss_with_a_penalty_on_logits,
         with_gradient_checkpointing,
