@@ -10,7 +10,18 @@ import torch
 
 from tests.corpus.row import Inputs
 
-__all__ = ["both", "features", "frames", "images", "packed", "padded", "seq2seq", "tokens", "waves"]
+__all__ = [
+    "both",
+    "features",
+    "frames",
+    "illustrated",
+    "images",
+    "packed",
+    "padded",
+    "seq2seq",
+    "tokens",
+    "waves",
+]
 
 Tensor = torch.Tensor
 P = ParamSpec("P")
@@ -120,6 +131,21 @@ def waves(samples: int = 1230, batch: int = 2, padding: bool = False) -> dict[st
     if padding:
         given["attention_mask"] = _padding(batch, samples, left=False)
     return given
+
+
+@recipe
+def illustrated(
+    patches: int, token: int = 90, length: int = 61, size: int = 30, prefix: int = 0
+) -> dict[str, Any]:
+    """Text in which the first places of each row stand for the patches of its image.
+
+    The first ``prefix`` tokens, if any, are of another type than the others.
+    """
+    ids = _ids(2, length, token)
+    ids[:, 1 : patches + 1] = token
+    types = (torch.arange(length) >= prefix).long().expand(2, -1)
+    given = {"token_type_ids": types} if prefix else {}
+    return {"input_ids": ids, "labels": ids, "pixel_values": _noise(2, 3, size, size)} | given
 
 
 @recipe

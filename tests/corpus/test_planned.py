@@ -15,7 +15,7 @@ NAMES = ("openai_gpt/eager", "fsmt/eager", "wav2vec2/sdpa")
 attention."""
 
 MORE = (
-    "llama/sdpa", "xlm/eager", "dbrx/sdpa", "led/eager",
+    "llava/sdpa", "paligemma/eager", "llama/sdpa", "xlm/eager", "dbrx/sdpa", "led/eager",
     "hubert/sdpa", "data2vec_audio/sdpa", "data2vec_audio/eager", "unispeech_sat/sdpa",
     "wav2vec2-padded/sdpa", "dbrx/eager", "jetmoe/sdpa",
 )  # fmt: skip

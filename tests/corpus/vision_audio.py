@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.corpus.inputs import both, features, frames, images, tokens, waves
+from tests.corpus.inputs import both, features, frames, illustrated, images, tokens, waves
 from tests.corpus.row import Row
 
 __all__ = ["VISION_AUDIO"]
@@ -94,6 +94,13 @@ VISION_AUDIO: tuple[Row, ...] = (
         "max_image_length": -1}, inputs=both(), **ONLY_EAGER),
     row("git", "GitForCausalLM", TEXT | {"vision_config": VIT}, inputs=both(), sites=4,
         **ONLY_EAGER),
+    row("llava", "LlavaForConditionalGeneration", {"image_token_index": 90,
+        "vision_feature_layer": -1, "vision_config": VIT | {"model_type": "clip_vision_model"},
+        "text_config": TEXT | {"model_type": "llama"}}, inputs=illustrated(25), sites=4),
+    row("paligemma", "PaliGemmaForConditionalGeneration", {"image_token_index": 90,
+        "projection_dim": 48, "vision_config": VIT | {"model_type": "siglip_vision_model",
+        "projection_dim": 48}, "text_config": TEXT | {"model_type": "gemma", "head_dim": 12,
+        "num_key_value_heads": 2}}, inputs=illustrated(25, prefix=31), sites=4),
     row("detr-encoder", "ConditionalDetrModel", {"use_timm_backbone": False, "d_model": 48,
         "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
         "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80,
