@@ -16,7 +16,10 @@ from ringfx.passes.capture.own_backward import OwnBackward, writes_operands
 from ringfx.passes.capture.precision import Autocast, AutocastInterpreter, autocast_off
 from ringfx.passes.capture.regions import REGION, flatten_region
 from ringfx.passes.capture.selective import PolicyTags, policy_of
-from ringfx.torch_compat.fake_tensors import DataDependentOutputException
+from ringfx.torch_compat.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from ringfx.torch_compat.operators import HigherOrderOperator
 
 __all__ = ["INLINED", "REFUSED", "Inliner", "refuse_unsupported"]
@@ -97,6 +100,12 @@ class Inliner(AutocastInterpreter):
             raise CaptureRefused(
                 f"{self._where}: a size or a number is read from tensor values, which are unknown "
                 "during compilation. Do: give it as a Python number (.tolist())."
+            ) from unknown
+        except DynamicOutputShapeException as unknown:
+            raise CaptureRefused(
+                f"{self._where}: the shape of its result depends on tensor values, which are "
+                "unknown during compilation. Do: compute it outside of the compiled model "
+                "(torch.compiler.disable)."
             ) from unknown
 
     def _inline(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

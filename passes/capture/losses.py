@@ -86,6 +86,13 @@ def _weight(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
     return torch.where(kept, chosen, 0).sum(**wide)
 
 
+_TYPE_OF: dict[OpOverload, Callable[[torch.Tensor, torch.Tensor], torch.dtype]] = {
+    aten.binary_cross_entropy_with_logits.default: lambda x, target: target.dtype,
+    aten.soft_margin_loss.default: lambda x, target: x.dtype,
+}
+"""Of losses that torch computes in place, on 1 - target and on -x."""
+
+
 def elementwise(op: OpOverload) -> Callable[..., Any]:
     """The mean over all elements, of an operator that takes ``reduction`` at its own place."""
     at = [a.name for a in schema_of(op).arguments].index("reduction")
@@ -104,7 +111,7 @@ def elementwise(op: OpOverload) -> Callable[..., Any]:
             return result
 
         shapes = [v.shape for v in (*given, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        dtype = torch.result_type(x, target)
+        dtype = _TYPE_OF.get(op, torch.result_type)(x, target)
         return (_total(dtype, reduced) / torch.broadcast_shapes(*shapes).numel()).to(dtype)
 
     return mean

@@ -35,6 +35,14 @@ def _divisor(call: Call) -> tuple[str, ...]:
     return ("other",)
 
 
+def _second(call: Call) -> tuple[str, ...]:
+    return ("tensor2",)
+
+
+def _length(call: Call) -> tuple[str, ...]:
+    return ("abs",)
+
+
 def _power(call: Call) -> tuple[str, ...]:
     """Whole powers from 1 on, as of squares, are smooth."""
     exponent = call["exponent"]
@@ -80,6 +88,8 @@ SINGULAR: Mapping[object, Arguments] = {
         ),
         _power,
     ),
+    aten.addcdiv.default: _second,
+    aten.polar.default: _length,
     **dict.fromkeys((aten.layer_norm.default, aten.group_norm.default), _normalised),
 }  # fmt: skip
 """Operator -> the arguments in which padding is replaced."""

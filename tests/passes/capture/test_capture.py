@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from ringfx.errors import CaptureRefused, RingfxError
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from tests.models import constructs, torch_layers
 from tests.models.constructs import total
 from tests.models.shapes import HIDDEN
@@ -218,6 +220,23 @@ LOSSES: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 def test_losses_keep_their_value_and_gradient(name: str) -> None:
     model, inputs = LOSSES[name]
     alike(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [*itertools.permutations((torch.float64, torch.float32, torch.bfloat16), 2)],
+)
+def test_a_mean_loss_of_two_types_has_the_type_that_torch_gives_it(
+    given: torch.dtype, wanted: torch.dtype
+) -> None:
+    x, target = torch.randn(5, 3, dtype=given), torch.rand(5, 3, dtype=wanted)
+    for op in (
+        torch.ops.aten.binary_cross_entropy_with_logits.default,
+        torch.ops.aten.mse_loss.default,
+        torch.ops.aten.soft_margin_loss.default,
+    ):
+        ours, theirs = LOSS_DECOMPOSITIONS[op](x, target), op(x, target)
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
 
 
 def test_a_mean_over_no_target_is_nan_as_in_torch() -> None:

@@ -45,6 +45,8 @@ BETWEEN = getattr(torch.ops.aten.random_, "from")
 """Dynamo calls it as a method; make_fx alone would write its name, which is a keyword."""
 TOGETHER = 32
 """Trials in one program."""
+UNBOUNDED = 1e12
+"""A gradient beyond it is of a point where there is none, as of equal singular values."""
 SUBNORMAL, LARGE = 5e-324, 800.0  # exp(LARGE) is infinite
 
 ROWS = (
@@ -97,11 +99,11 @@ WAYS: Mapping[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "list": lambda f, h, w: f([h, h.roll(1, -1)]),
     "list, tokens": lambda f, h, w: f([h, h.roll(1, -1)], 1),
     "h, constant": lambda f, h, w: f(h, h.detach().roll(1, 1)),
-    "h, signs": lambda f, h, w: f(h, torch.where(h.detach() > 0, 1.0, -1.0)),
-    "h, h, signs": lambda f, h, w: f(h, h.roll(1, 1), torch.where(h.detach() > 0, 1.0, -1.0)),
+    "h, signs": lambda f, h, w: f(h, _signs(h)),
+    "h, h, signs": lambda f, h, w: f(h, h.roll(1, 1), _signs(h)),
     "h, h, signs of rows": lambda f, h, w: f(
         h.flatten(0, 1), h.roll(1, 1).flatten(0, 1),
-        torch.where(h.detach()[..., 0].flatten() > 0, 1.0, -1.0),
+        _signs(h[..., 0].flatten()),
     ),
     "h, mask": lambda f, h, w: f(h, h.detach() > 0),
     "h, mask, number": lambda f, h, w: f(h, h.detach() > 0, 0.5),
@@ -151,16 +153,22 @@ WAYS: Mapping[str, Callable[[Any, Tensor, Tensor], Any]] = {
 
 
 def _square(h: Tensor) -> Tensor:
-    """Far from singular: how much of an inverse is rounding is not what is asked."""
-    return h.tanh().mT @ h.tanh() + torch.eye(WIDTH, dtype=h.dtype)
+    """Far from singular, and no two alike: how rounding is inverted or sorted is not asked."""
+    h = h.tanh() * torch.linspace(0.8, 1.2, len(h), dtype=h.dtype)[:, None, None]
+    return h.mT @ h + torch.eye(WIDTH, dtype=h.dtype)
+
+
+def _signs(h: Tensor) -> Tensor:
+    return h.detach().gt(0).to(h.dtype) * 2 - 1
 
 
 def _whole(h: Tensor) -> Tensor:
     return h.detach().abs().clamp(max=50).long() % WIDTH
 
 
+# The factors of svd and qr are not unique where rows are equal.
 SKIPPED = re.compile(
-    r"^(_|is_|set_|requires_grad|retain|register|backward|data_ptr|storage|untyped|pin|share_mem"
+    r"^(_|qr$|svd$|is_|set_|requires_grad|retain|register|backward|data_ptr|storage|untyped|pin|share_mem"
     r"|resize|swap_|numpy|tolist|item|cuda|xpu|ipu|cpu|hpu|mtia|module_load|dim_order|apply|map_"
     r"|empty|new_empty|get_|sparse|to_sparse|to_dense|to_mkldnn|fbgemm|quant|dequant|fake_quant"
     r"|fused_moving|int_repr|q_|cudnn|miopen|mkldnn|batch_norm_|names|rename|refine|align|detach_"
@@ -403,7 +411,7 @@ def differences(ours: Results, expected: Results, i: int) -> Iterator[str]:
     """What is not as in eager mode, where that is finite."""
     size = float(expected.gradients[-1][i].nan_to_num(0, 0, 0).abs().max().clamp(min=1.0))
     for (name, a), (_, b) in zip(ours.of(i), expected.of(i), strict=True):
-        finite = b.isfinite()
+        finite = b.isfinite() & (b.abs() < UNBOUNDED)
         a, b = a[finite], b[finite]
         left = 1e-9 * (size * LARGE if name in ("scale", "gain", "w") else 1.0)
         if not torch.allclose(a, b, rtol=1e-8, atol=left):
