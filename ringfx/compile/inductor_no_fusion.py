@@ -9,7 +9,7 @@ The compiled program differs in the fusion only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,4 +77,20 @@ def config_without_attention_fusion() -> Mapping[str, Any]:
 def _beside(users: Any, ours: CustomGraphPass) -> Any:
     if users is None:
         return ours
-    return [*(users if isinstance(users, (list, tuple)) else (users,)), ours]
+    return _InOrder([*(users if isinstance(users, (list, tuple)) else (users,)), ours])
+
+
+class _InOrder(CustomGraphPass):
+    """Several passes as one: torch 2.11 takes no list."""
+
+    def __init__(self, passes: Sequence[Callable[[Graph], None]]) -> None:
+        self._passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """None, which keeps the program out of Inductor's cache, if a pass has no name."""
+        names = [each.uuid() for each in self._passes if isinstance(each, CustomGraphPass)]
+        return names if all(names) and len(names) == len(self._passes) else None
