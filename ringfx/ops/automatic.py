@@ -5,8 +5,6 @@ Inside a model the plan chooses, with memory in view. Here only the call is know
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from ringfx.comm.process_group import Ranks
 from ringfx.comm.rendezvous import meet
 from ringfx.cost_model.prediction.predict import predict
@@ -20,18 +18,20 @@ __all__ = ["AUTO", "fastest"]
 AUTO = "auto"
 
 
-@lru_cache(maxsize=1024)
 def fastest(site: AttentionSite, group: str, size: int) -> str:
     """The strategy that rank 0 predicts to be the fastest; ranks may hold different profiles.
 
-    All ranks of the group ask together, at their first call of this size.
+    All ranks of the group ask together, at their first call of this kind.
     """
     if size == 1 or site.heads % site.kv_heads:  # which the operator refuses
         return DEFAULT
-    names = list(STRATEGIES)
-    ranks = Ranks.named(group, site.name)
-    mine = names.index(_predicted_fastest(site, size))
-    return names[meet(ranks, f"{site.name}: choice of a strategy", [mine])[0][0]]
+    ranks, names = Ranks.named(group, site.name), list(STRATEGIES)
+    agreed = ranks.channel.agreed
+    if site not in agreed:
+        mine = names.index(_predicted_fastest(site, size))
+        agreed[site] = names[meet(ranks, f"{site.name}: choice of a strategy", [mine])[0][0]]
+    chosen: str = agreed[site]
+    return chosen
 
 
 def _predicted_fastest(site: AttentionSite, size: int) -> str:

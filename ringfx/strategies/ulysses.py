@@ -2,8 +2,8 @@
 
 Each rank then runs plain attention over whole sequences, and a second all-to-all brings the output
 back (Jacobs et al., DeepSpeed-Ulysses). Heads are worked through in groups, so that what is held by
-heads is a group's only. Where there are fewer K/V heads than ranks, or they do not
-divide, each is repeated until they do; the gradients of the copies are added.
+heads is a group's only. Where there are fewer K/V heads than ranks, or they do not divide, each is
+repeated until they do; the gradients of the copies are added.
 
 Shapes: B batch, H query heads, G key/value heads, Q local tokens, S all tokens (padded), D any head
 dim, P ranks.
@@ -75,9 +75,10 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def _groups(
-    heads: int, kv_heads: int, ranks: int, q_bytes: int, device: str, pairs_a_thread: int = 1
+    heads: int, kv_heads: int, ranks: int, q_bytes: int, device: str, pairs_a_thread: int
 ) -> _Groups:
-    """For all heads of a layer; ``pairs_a_thread`` (batch, head) pairs keep all threads busy."""
+    """For all heads of a layer, of whose (batch, head) pairs each thread has so many: one at least
+    is left to it in every group."""
     least = GROUP_BYTES.get(device, GROUP_BYTES_ELSEWHERE)
     most = min(MOST_GROUPS, q_bytes // least, pairs_a_thread)
     share, kv_share = heads // ranks, kv_heads * _copies(kv_heads, ranks) // ranks
