@@ -95,8 +95,9 @@ def explain(
     with _one_line_errors():
         from ringfx.cli.explain import run
 
+        assert seq_len is not None, "it has a default"
         run(
-            target, seq_len=seq_len or "4k", batch_size=batch_size, train=train, dtype=dtype, hf=hf,
+            target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
             strict=strict, as_json=as_json, rules=rules,
         )  # fmt: skip
 
@@ -140,9 +141,10 @@ def bench(
     with _one_line_errors():
         from ringfx.cli.bench import Attention, run
 
+        assert dtype is not None, "it has a default"
         asked = Attention(
             tokens=tokens, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-            dtype=dtype or "float32", causal=causal, window=window, train=train, device=device,
+            dtype=dtype, causal=causal, window=window, train=train, device=device,
         )  # fmt: skip
         run(asked, ranks=ranks, profile=profile, rounds=rounds)
 
