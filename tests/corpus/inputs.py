@@ -11,17 +11,9 @@ import torch
 from tests.corpus.row import Inputs
 
 __all__ = [
-    "both",
-    "features",
-    "frames",
-    "illustrated",
-    "images",
-    "packed",
-    "padded",
-    "seq2seq",
-    "tokens",
+    "both", "features", "frames", "illustrated", "images", "packed", "padded", "seq2seq", "tokens",
     "waves",
-]
+]  # fmt: skip
 
 Tensor = torch.Tensor
 P = ParamSpec("P")

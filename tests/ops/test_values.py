@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from ringfx.ir.layout import Layout
 from ringfx.strategies.production import hops_needed
-from tests.ops.cases import examples
+from tests.ops.cases import KINDS, examples
 from tests.ops.oracle import Example, assemble, difference, reference, run_all
 from tests.support.ranks import RankPool
 
@@ -56,6 +59,31 @@ def test_head_groups_that_travel_apart(ranks3: RankPool) -> None:
     """Messages of one head each: many steps in flight, and different ones on each rank."""
     kinds = ["causal", "documents", "alibi, trained", "grouped heads, smaller v", "cross"]
     assert_equal_to_unsplit(list(examples(3, kinds)), ranks3, least_bytes=64)
+
+
+def twelve_slopes() -> tuple[torch.Tensor]:
+    return (torch.rand(12, dtype=torch.float64),)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kv_heads", [12, 6, 2, 1])
+def test_ulysses_exchanges_heads_in_groups(
+    ranks2: RankPool, ranks3: RankPool, kv_heads: int
+) -> None:
+    """Groups of K/V heads, and of the query heads of one K/V head; a bias of a number a head."""
+    fields: dict[str, Any] = {
+        "heads": 12,
+        "kv_heads": kv_heads,
+        "v_head_dim": 5,
+        "strategy": "ulysses",
+    }
+    cases = [
+        replace(KINDS[kind], label=f"{kind}, {kv_heads} K/V heads", **fields)
+        for kind in ("causal", "documents", "padding, mean of v")
+    ]
+    alibi = replace(KINDS["alibi, trained"], make_inputs=twelve_slopes, label="alibi", **fields)
+    for pool in (ranks2, ranks3):
+        assert_equal_to_unsplit([*cases, alibi], pool, least_bytes=64)
 
 
 @pytest.mark.ranks
