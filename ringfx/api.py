@@ -37,6 +37,7 @@ from ringfx.torch_compat.fake_tensors import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    as_fake,
 )
 from ringfx.torch_compat.pytree import keystr, tree_leaves, tree_map_with_path
 from ringfx.torch_compat.releases import ISOLATED
@@ -388,7 +389,7 @@ def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: An
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
             return x
         if x.device.type != "meta":
-            twin = mode.from_tensor(x, static_shapes=True)
+            twin = as_fake(mode, x)
             if isinstance(mode, GivenMode):
                 mode.give(twin, x)
             return twin

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.other_torch import TORCH, mark_differences
 from tests.support.quick import LONG, why_not_quick
 from tests.support.ranks import RankPool, avoid_broken_kernels
 
@@ -48,6 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.ranks)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    mark_differences(items, TORCH)
     if config.getoption("quick"):
         left_out = [x for x in items if any(x.get_closest_marker(name) for name in LONG)]
         config.hook.pytest_deselected(items=left_out)

@@ -28,7 +28,7 @@ from ringfx.passes.capture.precision import (
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
-from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, TracingContext
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, TracingContext, as_fake
 
 __all__ = ["capture", "input_name", "keep_value"]
 
@@ -143,7 +143,7 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
         with mode:
             made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
         return made.requires_grad_(value.requires_grad)
-    return mode.from_tensor(value, static_shapes=True)
+    return as_fake(mode, value)
 
 
 def _requires_grad(value: Any) -> bool:

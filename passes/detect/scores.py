@@ -157,11 +157,11 @@ def nan_to_num(lifter: Lifter, call: Call, index: Index) -> Expr | None:
     lowest = call["neginf"]
     dtype = call.node.meta["val"].dtype
     lowest = torch.finfo(dtype).min if lowest is None else float(lowest)
-    return simplify("clamp", lifter.aligned(call["self"], index), const(lowest))
+    return simplify("lift", lifter.aligned(call["self"], index), const(lowest))
 
 
 def clamp(lifter: Lifter, call: Call, index: Index) -> Expr | None:
-    """At its lower bound it passes gradients on, which the maximum of two tensors halves."""
+    """At its bounds it has a gradient of its own, which ``clamp_tie`` knows."""
     found = lifter.aligned(call["self"], index)
     for name, head in (("min", "clamp"), ("max", "min")):
         if call.get(name) is not None:

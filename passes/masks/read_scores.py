@@ -24,6 +24,7 @@ from ringfx.passes.masks.score_terms import (
     summed,
     times,
 )
+from ringfx.torch_compat.releases import clamp_tie
 
 __all__ = ["SCORE_RULES", "Reader"]
 
@@ -143,14 +144,11 @@ def _read_where(reader: Reader, condition: Expr, a: Expr, b: Expr) -> ScoreTerms
     return filled(reader.read(a), kept, filling, reader.make)
 
 
-def _read_lower_bound(tie: float) -> Callable[..., ScoreTerms]:
-    def rule(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
-        scores, bound = _bounded(reader, a, b)
-        if not bound <= ABSORBS:
-            raise Unrepresentable(f"its scores are clamped at {bound:g}")
-        return clamped(reader.read(scores), bound, tie, reader.make)
-
-    return rule
+def _read_lower_bound(reader: Reader, a: Expr, b: Expr, tie: float) -> ScoreTerms:
+    scores, bound = _bounded(reader, a, b)
+    if not bound <= ABSORBS:
+        raise Unrepresentable(f"its scores are clamped at {bound:g}")
+    return clamped(reader.read(scores), bound, tie, reader.make)
 
 
 def _read_min(reader: Reader, a: Expr, b: Expr) -> ScoreTerms:
@@ -177,8 +175,10 @@ SCORE_RULES: Mapping[str, Callable[..., ScoreTerms]] = {
     "kept": _read_kept,
     "tanh": _read_tanh,
     "where": _read_where,
-    "max": _read_lower_bound(tie=0.5),  # of two tensors: equal ones share the gradient
-    "clamp": _read_lower_bound(tie=1.0),
+    # Of two equal tensors each has half of the gradient; only -inf is lifted to a number.
+    "max": lambda reader, a, b: _read_lower_bound(reader, a, b, tie=0.5),
+    "lift": lambda reader, a, b: _read_lower_bound(reader, a, b, tie=1.0),
+    "clamp": lambda reader, a, b: _read_lower_bound(reader, a, b, tie=clamp_tie()),
     "min": _read_min,
     **dict.fromkeys(("float", "double", "half", "bfloat16"), Reader.read),
 }

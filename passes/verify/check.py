@@ -16,7 +16,7 @@ from ringfx.passes.rewrite import LocalProgram
 from ringfx.passes.split_modes import local_shape
 from ringfx.passes.token_axes.token_line import Lines
 from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
-from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode
+from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, as_fake
 
 __all__ = ["line_inputs", "verify"]
 
@@ -71,7 +71,7 @@ class _Recorder(torch.fx.Interpreter):
         """A constant of the program (a list made into a tensor) as a fake, like all else."""
         value = super().get_attr(target, args, kwargs)
         real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-        return self._mode.from_tensor(value, static_shapes=True) if real else value
+        return as_fake(self._mode, value) if real else value
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -27,6 +27,7 @@ from ringfx.torch_compat.fake_tensors import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    as_fake,
     unset_fake_temporarily,
 )
 from ringfx.torch_compat.operators import OpOverload, schema_of
@@ -242,7 +243,7 @@ class GivenMode(FakeTensorMode):
             if not isinstance(x, torch.Tensor):
                 return x
             with unset_fake_temporarily():
-                made = self.from_tensor(x, static_shapes=True)
+                made = as_fake(self, x)
             self.give(made, x)
             return made
 

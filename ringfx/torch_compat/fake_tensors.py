@@ -9,10 +9,11 @@ from typing import Any
 
 import torch._guards
 import torch._subclasses.fake_tensor as fake
+from torch import Tensor
 
 __all__ = [
     "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "TracingContext", "detect_fake_mode", "symbol_name", "unset_fake_temporarily",
+    "TracingContext", "as_fake", "detect_fake_mode", "symbol_name", "unset_fake_temporarily",
 ]  # fmt: skip
 
 FakeTensor = fake.FakeTensor
@@ -36,6 +37,18 @@ detect_fake_mode = torch._guards.detect_fake_mode
 TracingContext = torch._guards.TracingContext
 """Dynamo's state of the program that it traces: its fake mode, whether there is one at all.
 Without: capture in Dynamo's own mode, values that stay split after a graph break."""
+
+
+def as_fake(mode: fake.FakeTensorMode, value: Tensor) -> Tensor:
+    """The tensor as a fake one of static shape, of which no number can be read.
+
+    Since 2.15 a mode outside Dynamo remembers the number of a scalar, and would write it into the
+    program. Without: all planning.
+    """
+    made = mode.from_tensor(value, static_shapes=True)
+    if isinstance(made.item_memo, int | float):
+        made.item_memo = None
+    return made
 
 
 def symbol_name(value: FakeTensor) -> str | None:

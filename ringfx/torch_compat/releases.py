@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,11 @@ import torch.distributed as dist
 from torch.nn import attention
 from torch.utils.checkpoint import SelectiveCheckpointContext
 
+from ringfx.torch_compat.dispatch import disable_current_modes
+from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
+
 __all__ = [
-    "ISOLATED", "all_gather_single", "asked_by_policy", "reduce_scatter_single",
+    "ISOLATED", "all_gather_single", "asked_by_policy", "clamp_tie", "reduce_scatter_single",
     "restore_flash_attention", "transforms_run",
 ]  # fmt: skip
 
@@ -40,6 +44,22 @@ def asked_by_policy(result: Any) -> SelectiveCheckpointContext:
     """What a policy of selective checkpointing is shown; since 2.13 the operator's result too."""
     shown = {"op_output": result} if _SHOWS_OUTPUT else {}
     return SelectiveCheckpointContext(is_recompute=False, **shown)
+
+
+@functools.cache
+def clamp_tie() -> float:
+    """The part of a gradient that ``torch.clamp`` passes on to a number equal to its bound.
+
+    All of it, and since 2.15 none.
+    """
+    with (
+        unset_fake_temporarily(),
+        disable_current_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        at_bound = torch.zeros((), device="cpu", requires_grad=True)
+        return float(torch.autograd.grad(at_bound.clamp(min=0.0), at_bound)[0])
 
 
 def restore_flash_attention() -> None:

@@ -70,6 +70,7 @@ class StagedGroup(_Untyped):  # type: ignore[misc]
         for device in ("cpu", "cuda"):  # who keeps the group's name
             kind = dist.ProcessGroup.BackendType.CUSTOM
             self._register_backend(torch.device(device), kind, self._gloo)
+        self._set_default_backend(kind)  # torch 2.15 records what groups do by it
 
     def size(self) -> int:
         return self._size

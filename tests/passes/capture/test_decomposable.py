@@ -71,7 +71,7 @@ def compare(op: OpOverload, taken_apart: Callable[..., Any], edge: str) -> None:
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("op", CALLS, ids=str)
+@pytest.mark.parametrize("op", [op for op in CALLS if op in decomposition_table], ids=str)
 def test_a_decomposition_has_the_operators_values_and_gradients(op: OpOverload, edge: str) -> None:
     compare(op, decomposition_table[op], edge)
 
