@@ -55,7 +55,7 @@ test: lint types
 check: test
 
 test-all: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all --durations=20 $(PYTEST_ARGS)
 
 # The tests on another release of torch, in a virtual environment of its own. What torch itself asks
 # for comes in the versions that it wants, the rest as in constraints.txt.

@@ -13,6 +13,7 @@ from hypothesis import settings
 from tests.support.other_torch import TORCH, mark_differences
 from tests.support.quick import LONG, why_not_quick
 from tests.support.ranks import RankPool, avoid_broken_kernels
+from tests.support.sampling import take_all
 
 # The same examples everywhere, and no deadline: machines that run tests differ and are shared.
 settings.register_profile("ringfx", deadline=None, derandomize=True)
@@ -23,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="only tests that need neither ranks nor a compiler"
     )
+    parser.addoption(
+        "--all", action="store_true", help="every case of lists that are sampled otherwise"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -32,7 +36,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if left_out else None
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("all"):
+        take_all()
     avoid_broken_kernels()
     # pytest listens to each logger that does not propagate, and torch then writes down every tensor
     # and stack of every compilation for its trace: a tenth of the time.

@@ -9,6 +9,7 @@ import torch
 
 from tests.models.between import HIDDEN, OPERATORS, Between, inputs, loss
 from tests.support.harness import Case, RankPool, compare_all
+from tests.support.sampling import one_in
 
 SEQ_LEN = 13
 """Odd, so that two ranks pad it."""
@@ -38,7 +39,7 @@ def case(name: str, causal: bool, seq_len: int) -> Case:
 
 
 def test_operators_between_attentions_are_right_on_two_ranks(ranks2: RankPool) -> None:
-    for found in compare_all(ranks2, [case(name, True, SEQ_LEN) for name in IN_A_HURRY[::2]]):
+    for found in compare_all(ranks2, [case(name, True, SEQ_LEN) for name in one_in(4, IN_A_HURRY)]):
         found.check()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.end_to_end.models import tokens
 from tests.support.harness import Case, RankPool, compare_all
+from tests.support.sampling import one_in
 
 pytestmark = pytest.mark.ranks
 
@@ -108,7 +109,8 @@ def cases() -> list[Case]:
 
 
 def check(pool: RankPool) -> None:
-    for found, case in zip(compare_all(pool, cases()), cases(), strict=True):
+    some = one_in(2, cases())
+    for found, case in zip(compare_all(pool, some), some, strict=True):
         found.check()
         _, words, layout = MASKS[case.label.split(", ")[0]]
         plan = found.ranks[0].plan

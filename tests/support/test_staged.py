@@ -92,7 +92,7 @@ def attention(some: Sequence[Example]) -> list[tuple[dict[str, torch.Tensor], ..
     return [run(example, group) for example in some]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_attention_is_exact_over_it(request: pytest.FixtureRequest, world_size: int) -> None:
     pool: RankPool = request.getfixturevalue(f"ranks{world_size}")
     some = list(examples(world_size, KINDS))

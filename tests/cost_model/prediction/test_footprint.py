@@ -25,6 +25,7 @@ from ringfx.strategies import STRATEGIES, production, ulysses
 from ringfx.strategies.buffer_pool import POOL
 from ringfx.strategies.ulysses import ULYSSES
 from tests.support.ranks import RankPool
+from tests.support.sampling import one_in
 
 SITES = {
     "causal": bench_site(tokens=3000, heads=12, head_dim=32),
@@ -103,7 +104,7 @@ def _assert_predicted(ranks: RankPool, names: Iterable[str]) -> None:
 
 @pytest.mark.ranks
 def test_what_two_ranks_hold_is_predicted_within_10_percent(ranks2: RankPool) -> None:
-    _assert_predicted(ranks2, ["grouped", "window", "bfloat16"])
+    _assert_predicted(ranks2, one_in(2, ["grouped", "window", "bfloat16"]))
 
 
 @pytest.mark.ranks

@@ -20,6 +20,7 @@ from transformers import (
 import ringfx
 from ringfx.ir.note import NoteKind, texts_of
 from tests.support.harness import RankPool
+from tests.support.sampling import one_in
 
 pytestmark = pytest.mark.ranks
 
@@ -103,8 +104,9 @@ def differences(names: list[str]) -> list[Any]:
 def test_padding_packing_and_windows_are_exact_on_two_ranks_without_graph_breaks(
     ranks2: RankPool,
 ) -> None:
-    for by_name in ranks2.run(differences, list(CASES)):
-        for name, (worst, found_by, masks, breaks) in zip(CASES, by_name, strict=True):
+    names = one_in(2, CASES)
+    for by_name in ranks2.run(differences, names):
+        for name, (worst, found_by, masks, breaks) in zip(names, by_name, strict=True):
             assert worst < 1e-12, name
             assert found_by == ["_flash_attention_forward"] * 2, name
             assert masks == [CASES[name][2]], name

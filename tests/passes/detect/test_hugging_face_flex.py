@@ -22,6 +22,7 @@ from tests.passes.detect.test_hugging_face_flash import (
     padded,
 )
 from tests.support.harness import RankPool, gradient_differences
+from tests.support.sampling import one_in
 
 pytestmark = pytest.mark.ranks
 
@@ -69,8 +70,9 @@ def differences(names: list[str]) -> list[Any]:
 
 
 def test_flex_attention_is_exact_on_two_ranks_and_breaks_no_graph(ranks2: RankPool) -> None:
-    for by_name in ranks2.run(differences, list(CASES)):
-        for name, (outputs, gradients, masks, breaks) in zip(CASES, by_name, strict=True):
+    names = one_in(2, CASES)
+    for by_name in ranks2.run(differences, names):
+        for name, (outputs, gradients, masks, breaks) in zip(names, by_name, strict=True):
             bound = 1e-4 if name == "soft cap" else 1e-10  # the model's softmax is in float32
             assert outputs < bound, name
             assert gradients < bound, name

@@ -6,6 +6,7 @@ import pytest
 
 from tests.models.composed import COMPOSED, DRAWS
 from tests.passes.rewrite.fuzz_operators import TOGETHER, Trial, check, trials
+from tests.support.sampling import one_in
 
 PARTS = 20
 SAMPLED = ("repeat_interleave", "arctan2", "roll", "logsumexp")
@@ -37,8 +38,9 @@ def test_a_sample_of_functions_is_equal_or_refused(ranks: int, after: bool) -> N
 
 @pytest.mark.parametrize(("ranks", "after"), [RARELY, OFTEN])
 def test_singular_values_in_padding_reach_no_weight(ranks: int, after: bool) -> None:
-    said = list(check(of_composed(list(COMPOSED)), ranks=ranks, after=after))
-    assert dict(zip(COMPOSED, said, strict=True)) == dict.fromkeys(COMPOSED, "equal")
+    names = one_in(2, COMPOSED)
+    said = list(check(of_composed(names), ranks=ranks, after=after))
+    assert dict(zip(names, said, strict=True)) == dict.fromkeys(names, "equal")
 
 
 def test_draws_into_new_memory_are_those_of_the_unsplit_model() -> None:
