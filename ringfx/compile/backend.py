@@ -29,7 +29,7 @@ from ringfx.compile.mask_buffer_guard import (
 from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
-from ringfx.compile.why_unsplit import why_unsplit
+from ringfx.compile.why_unsplit import Refusals, why_unsplit
 from ringfx.cost_model import Profile
 from ringfx.cost_model.calibration.shared_profile import agreed_profile
 from ringfx.errors import (
@@ -80,6 +80,7 @@ class Backend:
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
         self.turns = Turns(settings.check_inputs)
+        self.refusals = Refusals()
         self._announced: set[str] = set()
         for_ringfx(self)
         prepare_tracing()
@@ -136,13 +137,13 @@ class Backend:
         self.turns.number += 1
         with shared_call(self.world.group):
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
-            with self.handoff.call():
+            with self.refusals.watched(), self.handoff.call():
                 yield
             self._look_at_what_ran(is_part)
 
     def _look_at_what_ran(self, is_part: bool) -> None:
         if not self.ran:
-            self.announce(why_unsplit())
+            self.announce(why_unsplit(self.refusals.texts))
         elif not is_part and not any(plan.layers for plan in self.ran):
             raise AttentionNotFound(no_attention_text(self.ran))
         elif not is_part and (said := joined(self.ran).unsplit_words):

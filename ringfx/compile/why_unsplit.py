@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,14 +12,52 @@ from ringfx.torch_compat import dynamo
 from ringfx.torch_compat.autograd import in_transform, is_scripted
 from ringfx.torch_compat.dispatch import active_modes
 
-__all__ = ["why_unsplit"]
+__all__ = ["Refusals", "why_unsplit"]
 
 _WHOLE = "this call of the model was not compiled and ran unsharded on every rank: "
 
 
-def why_unsplit() -> str:
-    """The true cause, as far as torch tells, and what to do about it."""
-    return _WHOLE + next((text for holds, text in _causes() if holds), _UNKNOWN)
+class Refusals:
+    """What Dynamo says where it gives up code, over the calls of one model."""
+
+    def __init__(self) -> None:
+        self.texts: tuple[str, ...] = ()
+        """Of the last call in which it said something: it skips the same code in silence later."""
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """One call of the model."""
+        before = dynamo.refusals()
+        yield
+        now = dynamo.refusals()
+        self.texts = tuple(t for t, n in now.items() if n > before.get(t, 0)) or self.texts
+
+
+def why_unsplit(refused: Sequence[str] = ()) -> str:
+    """The true cause, as far as torch tells, and what to do about it.
+
+    Parameters
+    ----------
+    refused
+        What Dynamo said of the code that it gave up in this call.
+    """
+    rest = _refused(refused) if refused else _UNKNOWN
+    return _WHOLE + next((text for holds, text in _causes() if holds), rest)
+
+
+def _refused(texts: Sequence[str]) -> str:
+    """Dynamo's first lines: the kind and its explanation, without hints about Dynamo itself."""
+    said = "; ".join(dict.fromkeys(_kind_and_explanation(text) for text in texts))
+    return (
+        f"Dynamo does not trace its code: {said}. Do: put the part of the model that holds the "
+        "attention into a module of its own, and give that to ringfx.optimize."
+    )
+
+
+def _kind_and_explanation(text: str) -> str:
+    kind, *rest = [line.strip() for line in text.strip().splitlines()]
+    told = next((line for line in rest if line.startswith("Explanation: ")), "")
+    return f"{kind} ({told.removeprefix('Explanation: ').rstrip('.')})" if told else kind
 
 
 def _causes() -> list[tuple[bool, str]]:

@@ -5,17 +5,19 @@ Each name says what it is needed for and, after "Without", what a release that d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch._dynamo
 from torch._dynamo import callback, convert_frame, eval_frame, exc, source, trace_rules
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.utils import counters
 
 __all__ = [
     "COMPILER_MODULE", "ENTRY_MODULE", "BackendCompilerFailed", "CallbackArgs",
     "CatchErrorsWrapper", "GradSource", "OptimizedModule", "TensorifyScalarRestartAnalysis",
     "TensorifyState", "TorchDynamoException", "aot_eager", "callback_handler", "config",
-    "graph_break", "is_output", "skips", "stance", "unimplemented",
+    "graph_break", "is_output", "refusals", "skips", "stance", "unimplemented",
 ]  # fmt: skip
 
 config = torch._dynamo.config
@@ -72,6 +74,12 @@ def skips(function: Any) -> bool:
 def stance() -> str:
     """What ``set_stance`` was told. Without: naming it where a call ran unsplit."""
     return str(eval_frame._stance.stance)
+
+
+def refusals() -> Mapping[str, int]:
+    """How often Dynamo has given up in this process, by its text. Without: naming the reason where
+    a call ran unsplit."""
+    return dict(counters["unimplemented"])
 
 
 def aot_eager(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:

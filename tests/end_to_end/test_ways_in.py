@@ -409,6 +409,32 @@ def test_a_stance_is_named(ranks2: RankPool) -> None:
         assert "ran unsharded on every rank: torch.compiler.set_stance('force_eager')" in texts[0]
 
 
+class Recurrent(nn.Module):
+    """Dynamo gives up the code that reads the LSTM, and with it the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.qkv = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.lstm(x)[0])[:, None].chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def of_recurrent() -> list[str]:
+    model = optimize(Recurrent())
+    with said() as texts:
+        for _ in range(2):
+            model(torch.randn(1, LENGTH, 8))
+    return texts
+
+
+def test_code_that_dynamo_gives_up_is_named_with_its_reason(ranks2: RankPool) -> None:
+    for texts in ranks2.run(of_recurrent):
+        assert len(texts) == 1
+        assert "Dynamo does not support RNN, GRU, or LSTM). Do: put" in texts[0]
+
+
 def in_a_transform() -> list[str]:
     model = optimize(plain()())
     parameters = dict(model.named_parameters())

@@ -55,7 +55,7 @@ TABLES: dict[str, tuple[Collection[str], Collection[str]]] = {
         | {"add", "sub", "mul", "div", "fmod", "neg", "pow", "where", "int", "bool"},
     ),
     "masks/read_scores.py": (
-        SCORE_RULES.keys() - {"kept", "clamp"},  # operators of scores only
+        SCORE_RULES.keys() - {"kept", "clamp", "lift"},  # operators of scores only
         (FUNCTIONS - {"tanh"}) | STEPS | BITS | COMPARED | LOGIC | DIVISIONS
         | {"abs", "pow", "int", "bool"},
     ),
