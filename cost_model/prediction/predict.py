@@ -18,7 +18,11 @@ from ringfx.cost_model.prediction.kernel_choice import picks
 from ringfx.cost_model.prediction.profile import LOCAL, Direction, Profile
 from ringfx.cost_model.prediction.rank_share import Local, local_share
 from ringfx.cost_model.prediction.strategy import Strategy
-from ringfx.cost_model.prediction.terms import handling_seconds, kernel_seconds
+from ringfx.cost_model.prediction.terms import (
+    copy_seconds,
+    handling_seconds,
+    kernel_seconds,
+)
 from ringfx.cost_model.prediction.work import Work, whole_work
 from ringfx.errors import ProfileError
 from ringfx.ir.kernel_table import KernelChoice, Pick
@@ -127,8 +131,8 @@ def _phases(
     is_split = local.world_size > 1
     formula = partial(_split_seconds, strategy) if is_split else _local_kernel
     layer_us = profile.overhead_us(strategy.name if is_split else LOCAL, direction)
-    handling_s = handling_seconds(profile, held_bytes(local, strategy, direction))
-    any_layer = Phase(compute_s=layer_us / 1e6 + handling_s)
+    buffers_s = _buffer_seconds(local, profile, strategy, direction)
+    any_layer = Phase(compute_s=layer_us / 1e6 + buffers_s)
     return [
         (formula(local, profile, direction, pick) + any_layer, pick)
         for pick in picks(local.site, strategy, profile, direction)
@@ -152,6 +156,31 @@ def _split_seconds(
     return found
 
 
+def _buffer_seconds(
+    local: Local, profile: Profile, strategy: Strategy, direction: Direction
+) -> float:
+    """What a layer's buffers cost beside its kernels, messages and merges.
+
+    Those of a dilated attention are made for each part, whose results are added to those before.
+    """
+    if not local.site.spec.branches:
+        return handling_seconds(profile, held_bytes(local, strategy, direction))
+    made = sums_forward(local) if direction == "forward" else sums_backward(local)
+    moved = 0
+    for number, (times, part) in enumerate(local.parts):
+        made += times * (_held(part, strategy, direction) + _taken_rows(part, direction))
+        if number or not part.keeps_all_of(local):
+            moved += times * _added_bytes(part, direction)
+    return handling_seconds(profile, made) + copy_seconds(profile, moved)
+
+
+def _added_bytes(part: Local, direction: Direction) -> int:
+    """Read and written where a part is added: an output is scaled first, a gradient is not."""
+    if direction == "forward":
+        return 5 * part.out_items * part.accumulator_bytes
+    return 3 * (part.q_items + part.kv_items) * part.accumulator_bytes
+
+
 def workspace_bytes(local: Local, strategy: Strategy) -> int:
     """Bytes beyond q, k, v, the output, its logsumexp and the gradients that are handed over.
 
@@ -167,20 +196,25 @@ def workspace_bytes(local: Local, strategy: Strategy) -> int:
 
 def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
     """Bytes of buffers and results that one direction holds at most."""
-    formula = strategy.memory if local.world_size > 1 else _local_moments
-    math = strategy.math_only or local.site.spec.soft_cap is not None
-
-    def held(local: Local) -> int:
-        return max(formula(local, Calls(local=local, direction=direction, math=math)))
-
     if not local.site.spec.branches or not (strategy.own_queries or local.world_size == 1):
-        return held(local)
+        return _held(local, strategy, direction)
     sums = sums_forward(local) if direction == "forward" else sums_backward(local)
     parts = [part for _, part in local.parts]
-    moments = [sums + held(part) + _taken_rows(part, direction) for part in parts]
+    held = [_held(part, strategy, direction) for part in parts]
+    moments = [
+        sums + bytes_ + _taken_rows(part, direction)
+        for bytes_, part in zip(held, parts, strict=True)
+    ]
     if parts and parts[0].keeps_all_of(local):
-        moments[0] = held(parts[0])  # its sums go on as those of all parts
+        moments[0] = held[0]  # its sums go on as those of all parts
     return max(moments, default=sums)
+
+
+def _held(local: Local, strategy: Strategy, direction: Direction) -> int:
+    """What the strategy's own formula says, of a part or of an attention without branches."""
+    formula = strategy.memory if local.world_size > 1 else _local_moments
+    math = strategy.math_only or local.site.spec.soft_cap is not None
+    return max(formula(local, Calls(local=local, direction=direction, math=math)))
 
 
 def _taken_rows(part: Local, direction: Direction) -> int:
