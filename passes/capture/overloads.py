@@ -5,11 +5,13 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable, Mapping
 from itertools import takewhile
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch.fx import Node
 
+from ringfx.torch_compat.fake_tensors import FakeTensor, unset_fake_temporarily
 from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["CLEARER", "Program", "arguments_for", "functional_overload", "written_operands"]
@@ -101,12 +103,16 @@ def _copied(f: Program, node: Node) -> Node:
     value = f.current(node.args[1])
     if not isinstance(value, Node):
         return f.emit(aten.full_like.default, f.current(node.args[0]), value)
+    value = _cast(f, value, old)
+    return value if value.meta["val"].shape == old.shape else _expanded(f, value, old)
+
+
+def _cast(f: Program, value: Node, old: torch.Tensor) -> Node:
+    """In the type, and on the device, of what is written."""
     given = value.meta["val"]
     if given.device != old.device:
-        value = f.emit(aten.to.device, value, old.device, old.dtype)
-    elif given.dtype != old.dtype:
-        value = f.emit(aten.to.dtype, value, old.dtype)
-    return value if given.shape == old.shape else _expanded(f, value, old)
+        return f.emit(aten.to.device, value, old.device, old.dtype)
+    return value if given.dtype == old.dtype else f.emit(aten.to.dtype, value, old.dtype)
 
 
 def _expanded(f: Program, value: Node, old: torch.Tensor) -> Node:
@@ -119,9 +125,28 @@ def _expanded(f: Program, value: Node, old: torch.Tensor) -> Node:
 def _filled(f: Program, node: Node) -> Node:
     old = node.args[0].meta["val"]  # type: ignore[union-attr]
     value = f.current(node.args[1])
+    number = _number(value, node.graph.owning_module)
+    if number is not None:
+        return f.emit(aten.full_like.default, f.current(node.args[0]), number)
+    return _expanded(f, _cast(f, value, old), old)
+
+
+def _number(value: Any, module: torch.nn.Module | None) -> Any:
+    """A number as it is, or that of a constant which nothing has written; None if not known.
+
+    ``x[0] = 1.0`` hands over a tensor on the CPU, wherever x is.
+    """
     if not isinstance(value, Node):
-        return f.emit(aten.full_like.default, f.current(node.args[0]), value)
-    return _expanded(f, f.emit(aten.to.dtype, value, old.dtype), old)
+        return value
+    if value.target is aten.lift_fresh_copy.default:
+        (value,) = value.args
+    if not isinstance(value, Node) or value.op != "get_attr":
+        return None
+    held = attrgetter(str(value.target))(module)
+    if not isinstance(held, torch.Tensor) or isinstance(held, FakeTensor) or held.dim():
+        return None
+    with unset_fake_temporarily():
+        return held.item()
 
 
 def _zeroed(f: Program, node: Node) -> Node:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from ringfx.passes.place.repeated_layers import alike
 from ringfx.passes.split_modes import CannotSplit, Placement, SplitMode, split_mode
 from ringfx.passes.token_axes.token_line import Lines, TokenDim
 
-__all__ = ["PlacementMap", "place"]
+__all__ = ["PlacementMap", "home_device", "place"]
 
 REPLICATED, SHARDED = "replicated", "sharded"
 COMMUNICATION = 8
@@ -30,6 +31,7 @@ FLOPS_PER_BYTE = 100
 """Floating-point operations that take as long as a byte of memory traffic (same data sheets)."""
 
 OTHER_AXIS = CannotSplit("it is sharded along another token axis")
+ELSEWHERE = CannotSplit("it reads a tensor that is on another device")
 DEARER = "replicating it is cheaper than resharding"
 
 
@@ -42,6 +44,8 @@ class PlacementMap:
     """Calls that run on sharded tokens."""
     reasons: Mapping[Node, str]
     """For calls that touch tokens and are replicated: why."""
+    device: torch.device
+    """Of its sharded values."""
 
     def is_sharded(self, node: Node, index: int = 0) -> bool:
         """Whether each rank holds its tokens of the value."""
@@ -73,11 +77,13 @@ def place(graph: torch.fx.Graph, lines: Lines) -> PlacementMap:
     """The cheapest legal placement, one cut for each token line."""
     modes: dict[Node, SplitMode] = {}
     reasons: dict[Node, str] = {}
+    home = home_device(value for node in graph.nodes for value in result_values(node))
+    elsewhere = _reading_elsewhere(graph, home)
     for line in lines.lines:
         if line.layout.world_size == 1:
             continue
         possible = {
-            n: OTHER_AXIS if n in modes and not _moves_tokens(lines, n) else m
+            n: _barred(n, n in modes and not _moves_tokens(lines, n), elsewhere) or m
             for n in graph.nodes
             if (m := split_mode(lines, n, line.index)) is not None
         }
@@ -89,7 +95,31 @@ def place(graph: torch.fx.Graph, lines: Lines) -> PlacementMap:
                 modes[node] = modes[node].merged(mode) if node in modes else mode
             else:
                 reasons.setdefault(node, DEARER)
-    return PlacementMap(lines=lines, modes=modes, reasons=reasons)
+    return PlacementMap(lines=lines, modes=modes, reasons=reasons, device=home)
+
+
+def _barred(node: Node, on_other_axis: bool, elsewhere: set[Node]) -> CannotSplit | None:
+    if node in elsewhere:
+        return ELSEWHERE
+    return OTHER_AXIS if on_other_axis else None
+
+
+def home_device(values: Iterable[object]) -> torch.device:
+    """The device of most tensors among the values; a number may be anywhere."""
+    devices = Counter(v.device for v in values if isinstance(v, torch.Tensor) and v.dim())
+    return max(devices, key=lambda device: devices[device], default=torch.device("cpu"))
+
+
+def _reading_elsewhere(graph: torch.fx.Graph, home: torch.device) -> set[Node]:
+    """Calls on a tensor that cannot be sharded: its tokens are picked by tensors at home.
+
+    A model may keep a table on the CPU and move it when it is called; it is moved whole.
+    """
+    away = {
+        node for node in graph.nodes
+        if any(value.dim() and value.device != home for value in result_values(node))
+    }  # fmt: skip
+    return {node for node in graph.nodes if away.intersection(node.all_input_nodes)}
 
 
 def _moves_tokens(lines: Lines, node: Node) -> bool:

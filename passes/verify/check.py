@@ -53,9 +53,8 @@ def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMod
     given = [n.meta["val"] for n in inputs]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]
     mode = tensors[0].fake_mode if tensors else FakeTensorMode()  # type: ignore[attr-defined]
-    device = tensors[0].device if tensors else torch.device("cpu")
     with mode:
-        extra = line_inputs(local.placement.lines, 0, device)
+        extra = line_inputs(local.placement.lines, 0, local.placement.device)
         for i, node in enumerate(inputs):
             if local.placement.is_sharded(node):
                 given[i] = given[i].new_empty(local_shape(local.placement.lines, node))

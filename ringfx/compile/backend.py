@@ -47,6 +47,7 @@ from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.capture.trace import input_name
+from ringfx.passes.place.min_cut import home_device
 from ringfx.passes.rewrite import SplitOutput
 from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.autograd import wrap_all
@@ -96,7 +97,7 @@ class Backend:
         given, example_inputs = example_inputs, [global_example(v) for v in example_inputs]
         _refuse_unusable(gm, example_inputs)
         if not self.handoff.called:
-            self._agree_on_profile(_device(example_inputs))
+            self._agree_on_profile(home_device(example_inputs))
         lowered = lower_naming_internal_errors(
             gm, example_inputs, self.settings, self.world, arrivals
         )
@@ -107,8 +108,8 @@ class Backend:
         alone = lowered.captured.graph_break is None and is_outermost()
         if alone and len(self.plans) == 1 and not self.num_sites and not self._is_part:
             raise AttentionNotFound(no_attention_text(self.plans))
-        device = _device(example_inputs)
-        extra = line_inputs(lowered.local.placement.lines, self.world.rank, device)
+        placement = lowered.local.placement
+        extra = line_inputs(placement.lines, self.world.rank, placement.device)
         with autocast_off():
             compiled = compile_local_program(
                 lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
@@ -440,11 +441,6 @@ def _generators(lowered: Lowered) -> list[torch.device]:
         and isinstance(n.meta.get("val"), torch.Tensor)
     )
     return list(dict.fromkeys(drawing))
-
-
-def _device(inputs: Sequence[Any]) -> torch.device:
-    tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _spec(output: SplitOutput, lowered: Lowered, world: World, index: int) -> SplitSpec:

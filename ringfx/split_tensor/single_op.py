@@ -106,7 +106,7 @@ def _planned_as(
     local = rewrite(captured, placement, {}, group=group)
     if any(move.kind.gathers for move in local.reshardings) or _moves_all(placement):
         return None
-    extra = line_inputs(lines, rank, tensors[0].device)
+    extra = line_inputs(lines, rank, placement.device)
     results: Any = graph.output_node().args[0]
     expected = [
         local_shape(lines, n) if s else None for n, s in zip(results, local.outputs, strict=True)

@@ -145,6 +145,10 @@ def _claimed(mode: FakeTensorMode, model: nn.Module, variant: Variant) -> tuple[
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = twin
+    for module in model.modules():  # what a model keeps beside, .cuda() leaves on the CPU
+        for tensor in vars(module).values():
+            if isinstance(tensor, torch.Tensor):
+                memo[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
     given = pytree.tree_map_only(torch.Tensor, fake, variant.row.inputs())
     return copy.deepcopy(model, memo), given
 

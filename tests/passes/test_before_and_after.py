@@ -119,23 +119,21 @@ def test_capture_makes_writes_values_and_a_mean_a_sum_over_a_count() -> None:
     same_text(
         graph_text(program.graph_module.graph),
         """
-        in0                         f32[1, 6, 4]
-        in1                         f32[1, 6, 4]
-        v0 = mul(in0, 2)            f32[1, 6, 4]
-        in2                         f32[]
-        v1 = lift_fresh_copy(in2)   f32[]
-        v2 = to(v1, f32)            f32[]
-        v3 = expand(v2, [1, 4])     f32[1, 4]
-        v4 = unsqueeze(v3, 1)       f32[1, 1, 4]
-        v5 = arange(6)              i64[6]
-        v6 = eq(v5, 0)              bool[6]
-        v7 = reshape(v6, [6, 1])    bool[6, 1]
-        v8 = where(v7, v4, v0)      f32[1, 6, 4]
-        v9 = relu(v8)               f32[1, 6, 4]
-        v10 = mse_loss(v9, in1, 2)  f32[]
-        v11 = div(v10, 24)          f32[]
-        v12 = to(v11, f32)          f32[]
-        return [v12]
+        in0                        f32[1, 6, 4]
+        in1                        f32[1, 6, 4]
+        v0 = mul(in0, 2)           f32[1, 6, 4]
+        v1 = select(v0, 1, 0)      f32[1, 4]
+        v2 = full_like(v1, 1.0)    f32[1, 4]
+        v3 = unsqueeze(v2, 1)      f32[1, 1, 4]
+        v4 = arange(6)             i64[6]
+        v5 = eq(v4, 0)             bool[6]
+        v6 = reshape(v5, [6, 1])   bool[6, 1]
+        v7 = where(v6, v3, v0)     f32[1, 6, 4]
+        v8 = relu(v7)              f32[1, 6, 4]
+        v9 = mse_loss(v8, in1, 2)  f32[]
+        v10 = div(v9, 24)          f32[]
+        v11 = to(v10, f32)         f32[]
+        return [v11]
         """,
     )
 

@@ -72,10 +72,6 @@ DIFFERENCES = (
         last=UNTIL_2_11, why="DTensor has another opinion on stack",
     ),
     Difference(
-        tests="tests/passes/test_before_and_after.py::test_capture_makes_writes_*",
-        first=SINCE_2_15, why="torch writes a number into a slice by full_like",
-    ),
-    Difference(
         tests="tests/compile/test_inductor_no_fusion.py::test_inductor_takes_a_product_*",
         first=SINCE_2_15, why="the defect is mended there",
     ),
