@@ -61,7 +61,19 @@ DIFFERENCES = (
     ),
     Difference(
         tests="tests/end_to_end/test_token_axes.py::*[experts, order used-*", last=UNTIL_2_11,
-        why="the results are equal, but another sum is gathered",
+        why="the results are equal, but the sort by expert is gathered and announced",
+    ),
+    Difference(
+        tests="tests/passes/split_modes/test_split_modes.py::*[sort]", last=UNTIL_2_11,
+        why="a sort by expert is gathered and announced",
+    ),
+    Difference(
+        tests="tests/passes/split_modes/test_split_modes.py::*[inverse order]", last=UNTIL_2_11,
+        why="a sort by expert is gathered and announced",
+    ),
+    Difference(
+        tests="tests/passes/split_modes/test_split_modes.py::*[product by expert]", last=UNTIL_2_11,
+        why="a sort by expert is gathered and announced",
     ),
     Difference(
         tests="tests/end_to_end/test_own_backward.py::test_it_runs_split_*[a layer on rows]",
