@@ -112,7 +112,7 @@ ALL_GATHER_HALVES = ringfx.Strategy(
     backward=COLLECTIVE.backward,
     time=time,
     memory=memory,
-    gathered=True,
+    all_keys=True,
 )
 STRATEGIES = ringfx.STRATEGIES | {"all_gather_halves": ALL_GATHER_HALVES}
 

@@ -44,9 +44,9 @@ from ringfx.cost_model.prediction.devices import device_capability, device_name
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE
 from ringfx.cost_model.prediction.profile import (
     LOCAL,
-    Collective,
     Direction,
     KernelRow,
+    Operation,
     Profile,
     Scope,
 )
@@ -152,7 +152,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
     )
 
 
-def _messages(ranks: Ranks, effort: Effort) -> list[tuple[Collective, int]]:
+def _messages(ranks: Ranks, effort: Effort) -> list[tuple[Operation, int]]:
     if ranks.size == 1:
         return []
     return [(operation, size) for operation in OPERATIONS for size in message_sizes(effort)]

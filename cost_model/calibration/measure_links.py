@@ -17,7 +17,7 @@ from ringfx.comm.process_group import Exchange, Ranks
 from ringfx.cost_model.calibration.measure import Effort, software, synchronise
 from ringfx.cost_model.calibration.records import MessageRecord
 from ringfx.cost_model.prediction.devices import device_name
-from ringfx.cost_model.prediction.profile import Collective
+from ringfx.cost_model.prediction.profile import Operation
 
 __all__ = ["OPERATIONS", "agreed_count", "measure_contention", "measure_message", "message_sizes"]
 
@@ -57,7 +57,7 @@ def _all_reduce(ranks: Ranks, num_bytes: int, device: str) -> Callable[[], objec
     return lambda: ranks.all_reduce("calibration: all-reduce", whole)
 
 
-OPERATIONS: Mapping[Collective, Callable[[Ranks, int, str], Callable[[], object]]] = {
+OPERATIONS: Mapping[Operation, Callable[[Ranks, int, str], Callable[[], object]]] = {
     "send_recv": _send_recv,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
@@ -67,7 +67,7 @@ OPERATIONS: Mapping[Collective, Callable[[Ranks, int, str], Callable[[], object]
 
 
 def measure_message(
-    ranks: Ranks, operation: Collective, num_bytes: int, device: str, link: str, effort: Effort
+    ranks: Ranks, operation: Operation, num_bytes: int, device: str, link: str, effort: Effort
 ) -> MessageRecord:
     """Minimum and median time of one collective; all ranks repeat it equally often."""
     run = OPERATIONS[operation](ranks, num_bytes, device)

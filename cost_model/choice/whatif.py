@@ -133,7 +133,7 @@ def replan(
         memory=plan.memory.timeline, strategies=strategies, replicated=replicated_layers(plan),
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
-    reshardings = plan.reshardings if same_program else ()
+    collectives = plan.collectives if same_program else ()
     notes = (*_notes(plan, profile), *noted(_link_words(change)))
     changed = replace(
         plan,
@@ -144,8 +144,8 @@ def replan(
         profile_date=profile.date,
         layers=tuple(replace(x, axis=axis) for x, axis in zip(layers, axes, strict=True)),
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
-        reshardings=reshardings,
-        outside_ms=outside_ms(reshardings, world_size, profile),
+        collectives=collectives,
+        outside_ms=outside_ms(collectives, world_size, profile),
         notes=tuple(dict.fromkeys((*notes, *(() if same_program else (NOT_DERIVED,))))),
     )
     return replace(changed, memory=changed_memory(changed, same_program))

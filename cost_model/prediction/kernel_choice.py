@@ -30,7 +30,7 @@ class Kernels(Protocol):
     @property
     def math_only(self) -> bool: ...
     @property
-    def gathered(self) -> bool: ...
+    def all_keys(self) -> bool: ...
 
 
 def picks(
@@ -39,7 +39,7 @@ def picks(
     """What a layer's direction may run with under a strategy, one or more; ties go to the first."""
     if strategy.math_only:
         return (Pick(REFERENCE),)
-    call = _call(site, profile, gathered=strategy.gathered)
+    call = _call(site, profile, all_keys=strategy.all_keys)
     forced = forced_kernel(call) if profile.device == "cuda" else None
     plain = _admitted(profile, call, direction) if forced is None else [forced]
     if not _has_masked_pieces(site):
@@ -83,12 +83,12 @@ def unmeasured(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]
 # --- parts ------------------------------------------------------------------------------------
 
 
-def _call(site: AttentionSite, profile: Profile, *, gathered: bool) -> Call:
+def _call(site: AttentionSite, profile: Profile, *, all_keys: bool) -> Call:
     return Call(
         dtype=site.dtype,
         head_dim=max(site.head_dim, site.v_head_dim),
         soft_cap=site.spec.soft_cap is not None,
-        gathered=gathered,
+        all_keys=all_keys,
         capability=round(10 * float(profile.capability)) if profile.capability else None,
     )
 

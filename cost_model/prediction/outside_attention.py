@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from ringfx.cost_model.prediction.profile import Collective, Profile
+from ringfx.cost_model.prediction.profile import Operation, Profile
 from ringfx.cost_model.prediction.terms import message_seconds
-from ringfx.ir.values import CommKind, Resharding
+from ringfx.ir.values import Collective, CommKind
 
 __all__ = ["outside_ms"]
 
-COLLECTIVES: Mapping[CommKind, tuple[Collective, Callable[[int], float]]] = {
-    # kind:                       collective, and which share of the final bytes a rank receives
+COLLECTIVES: Mapping[CommKind, tuple[Operation, Callable[[int], float]]] = {
+    # kind:                       operation, and which share of the final bytes a rank receives
     CommKind.ALL_GATHER:          ("all_gather", lambda p: (p - 1) / p),
     CommKind.ALL_GATHER_GRADIENT: ("all_gather", lambda p: (p - 1) / p),
     CommKind.REDUCE_SCATTER:      ("reduce_scatter", lambda p: p - 1),
@@ -23,12 +23,12 @@ COLLECTIVES: Mapping[CommKind, tuple[Collective, Callable[[int], float]]] = {
 }  # fmt: skip
 
 
-def outside_ms(moves: Iterable[Resharding], world_size: int, profile: Profile) -> float:
+def outside_ms(moves: Iterable[Collective], world_size: int, profile: Profile) -> float:
     """Milliseconds of one step; 0 at one rank, where nothing is sent."""
     return 1e3 * sum(_seconds(move, world_size, profile) for move in moves)
 
 
-def _seconds(move: Resharding, world_size: int, profile: Profile) -> float:
+def _seconds(move: Collective, world_size: int, profile: Profile) -> float:
     if move.kind not in COLLECTIVES or world_size == 1:
         return 0.0
     operation, received = COLLECTIVES[move.kind]

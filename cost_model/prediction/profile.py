@@ -66,7 +66,7 @@ LOCAL = "local"
 """In place of a strategy's name: one rank."""
 
 Direction = Literal["forward", "backward"]
-Collective = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
+Operation = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
 Scope = Literal["node", "network"]
 Kind = Literal["measured", "published", "assumed", "observed"]
 """observed: fitted to whole strategies of other code; only for one rank, never found by itself."""
@@ -102,7 +102,7 @@ class LinkRow:
     Bytes are those that one rank receives. ``scope`` says whether the ranks share a node.
     """
 
-    operation: Collective
+    operation: Operation
     scope: Scope
     latency_us: UnitCost
     gbytes_per_s: Rate
@@ -210,7 +210,7 @@ class Profile:
         others = (us for name, us in rows.items() if LOCAL not in (name, strategy))
         return max(others, default=0.0)
 
-    def link(self, operation: Collective, world_size: int) -> LinkRow:
+    def link(self, operation: Operation, world_size: int) -> LinkRow:
         """The row of the slowest link that the collective crosses.
 
         A profile of one machine has no other row than its own: it stands for more ranks too.

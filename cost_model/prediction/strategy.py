@@ -84,7 +84,7 @@ class Strategy:
         A rank computes its own queries only, and needs no other rows of a mask or bias.
     math_only
         It runs with the reference kernel alone: plain products and a softmax, in bounded tiles.
-    gathered
+    all_keys
         One kernel call meets all keys, as some kernels ask.
     """
 
@@ -98,7 +98,7 @@ class Strategy:
     admits: Callable[[AttentionSite, int], Refusal | None] = refuse_dropout
     own_queries: bool = True
     math_only: bool = False
-    gathered: bool = False
+    all_keys: bool = False
 
     @property
     def words(self) -> str:

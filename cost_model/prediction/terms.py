@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE, priced_as
-from ringfx.cost_model.prediction.profile import Collective, Direction, Profile
+from ringfx.cost_model.prediction.profile import Direction, Operation, Profile
 from ringfx.cost_model.prediction.work import Work
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite
@@ -182,7 +182,7 @@ def handling_seconds(profile: Profile, made_bytes: float) -> float:
 
 
 def message_seconds(
-    profile: Profile, operation: Collective, world_size: int, received_bytes: float
+    profile: Profile, operation: Operation, world_size: int, received_bytes: float
 ) -> float:
     """Time in which one rank receives ``received_bytes`` by that collective."""
     if world_size == 1:
@@ -192,7 +192,7 @@ def message_seconds(
     return latency_s + received_bytes / (row.gbytes_per_s * 1e9)
 
 
-def message_steps(operation: Collective, world_size: int) -> int:
+def message_steps(operation: Operation, world_size: int) -> int:
     """Latencies that follow each other.
 
     An all-gather and a reduce-scatter go round a ring of p - 1 steps, an all-reduce is both; a send

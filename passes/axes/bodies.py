@@ -54,7 +54,7 @@ Kinds: TypeAlias = dict[Node, Kind]
 
 
 def own_backward(call: Call, rules: AxisRules) -> OpAxes:
-    """Labels of operands and results, each independent or replicated; worked out once a call."""
+    """Labels of operands and results, independent or needed whole; worked out once a call."""
     known = call.node.meta.setdefault("ringfx_own_axes", {})
     if call.shapes not in known:
         known[call.shapes] = _read(call, rules)
@@ -71,7 +71,7 @@ def _read(call: Call, rules: AxisRules) -> OpAxes:
     return OpAxes(
         operands=tuple(labels[:num]),
         results=tuple(labels[num:]),
-        share={name: AxisSharing.REPLICATED for name, a in names.items() if a not in local},
+        share={name: AxisSharing.NEEDS_ALL for name, a in names.items() if a not in local},
         sizes={name: joint.axes.space.size((a,)) for name, a in names.items()},
         reason=REASON,
     )

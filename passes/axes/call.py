@@ -28,7 +28,7 @@ class AxisSharing(Enum):
     """Works on its part alone; the result is sharded along the same label."""
     PARTIAL_SUM = "partial_sum"
     """The result is a partial sum."""
-    REPLICATED = "replicated"
+    NEEDS_ALL = "needs_all"
     """Needs all tokens."""
 
 

@@ -126,7 +126,7 @@ def _opaque(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=results,
-        share={x: AxisSharing.REPLICATED for dims in results for dim in dims for x in dim},
+        share={x: AxisSharing.NEEDS_ALL for dims in results for dim in dims for x in dim},
         reason=NO_RULE,
     )
 

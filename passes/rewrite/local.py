@@ -14,7 +14,7 @@ from ringfx.comm import conjugate
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.values import Captured, Resharding
+from ringfx.ir.values import Captured, Collective
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
@@ -63,7 +63,7 @@ class LocalProgram:
     graph_module: GraphModule
     placement: PlacementMap
     outputs: tuple[SplitOutput | None, ...]
-    reshardings: tuple[Resharding, ...]
+    collectives: tuple[Collective, ...]
     group: str
     values: Mapping[Node, Node]
     """Global value -> the local node that made it."""
@@ -141,7 +141,7 @@ class _Rewriter:
             graph_module=gm,
             placement=self.placement,
             outputs=outputs,
-            reshardings=tuple(self.local.reshardings),
+            collectives=tuple(self.local.collectives),
             group=self.group,
             values={value: made for value, made in self.as_produced.items() if made in alive},
             attentions=self.attentions,

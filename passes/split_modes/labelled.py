@@ -61,7 +61,7 @@ def split_by_labels(call: CallOnLine) -> Labelled | PartialSum | CannotSplit:
         sharded = (
             call.on_line(tokens)
             and len(names) == 1
-            and axes.share_of(names[0]) is not AxisSharing.REPLICATED
+            and axes.share_of(names[0]) is not AxisSharing.NEEDS_ALL
         )
         unsplit = Placement.REPLICATED if i in captured else Placement.REPLICATED_PARTIAL_GRAD
         placements.append(Placement.SHARDED if sharded else unsplit)

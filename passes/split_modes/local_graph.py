@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx.comm import conjugate
-from ringfx.ir.values import CommKind, Resharding
+from ringfx.ir.values import Collective, CommKind
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.token_axes.axis_on_line import AxisOnLine
@@ -27,7 +27,7 @@ class LocalGraph:
         self.graph = Graph()
         self.lines = lines
         self.group = group
-        self.reshardings: list[Resharding] = []
+        self.collectives: list[Collective] = []
         self.last_input: Node | None = None
         self._positions: list[Node] = []
         self._orders: list[Node] = []
@@ -115,8 +115,8 @@ class LocalGraph:
         self, node: Node, kind: CommKind, size: int, reason: str, *, in_backward: bool = False
     ) -> None:
         """Say in the plan that one collective runs."""
-        self.reshardings.append(
-            Resharding(
+        self.collectives.append(
+            Collective(
                 node=node.name,
                 name=node.meta.get("ringfx_path", "") or node.meta.get("ringfx_input", ""),
                 source=node.meta.get("ringfx_source", ""),

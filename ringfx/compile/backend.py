@@ -42,7 +42,7 @@ from ringfx.errors import (
 from ringfx.failures.channel import shared_call
 from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import LayerPlan, Plan, joined
-from ringfx.ir.values import Arrival, Resharding
+from ringfx.ir.values import Arrival, Collective
 from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
@@ -158,7 +158,7 @@ class Backend:
                 "why. Do: call it again, or use ringfx.plan(model, args, world_size=...)."
             )
         plan = joined(self.ran)
-        return replace(plan, reshardings=(*plan.reshardings, *self.handoff.moved))
+        return replace(plan, collectives=(*plan.collectives, *self.handoff.moved))
 
     def refuse_other_ranks(self) -> None:
         """Programs are made for the ranks that there were; a group may be made, or end, later.
@@ -208,7 +208,7 @@ class Backend:
             "pass strict=True to refuse this"
             for x in lowered.plan.replicated_layers
         ]
-        loud += [_gather_text(m) for m in lowered.plan.reshardings if m.kind.gathers]
+        loud += [_gather_text(m) for m in lowered.plan.collectives if m.kind.gathers]
         self.announce(*loud)
         for note in notes:
             if note.text not in self._announced:
@@ -403,10 +403,10 @@ def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
 def _refused(layer: LayerPlan, strategies: Mapping[str, Strategy]) -> str:
     """Why the planned kernel cannot run on this machine's card, in brackets."""
     site = layer.site
-    gathered = not layer.is_replicated and strategies[layer.strategy].gathered
+    all_keys = not layer.is_replicated and strategies[layer.strategy].all_keys
     whys = why_not(
         layer.kernel, torch.device(site.device), getattr(torch, site.dtype),
-        gathered=gathered, head_dim=max(site.head_dim, site.v_head_dim),
+        all_keys=all_keys, head_dim=max(site.head_dim, site.v_head_dim),
     )  # fmt: skip
     return f" ({'; '.join(whys)})" if whys else ""
 
@@ -468,7 +468,7 @@ def _summary(plan: Plan) -> str:
     return f"{len(plan.layers)} attentions ({chosen}), {axes}, digest {plan.digest()}"
 
 
-def _gather_text(move: Resharding) -> str:
+def _gather_text(move: Collective) -> str:
     size = format_bytes(move.bytes_moved)
     where = ", ".join(x for x in (move.name, move.source) if x)
     what = "for a gradient in backward" if move.in_backward else f"for {move.reason}"

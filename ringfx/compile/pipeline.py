@@ -144,8 +144,8 @@ def _plan_of(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=attentions.missed,
-        attentions=attentions.count, axes=_token_axes(local), reshardings=local.reshardings,
-        outside_ms=outside_ms(local.reshardings, world.size, profile), memory=memory,
+        attentions=attentions.count, axes=_token_axes(local), collectives=local.collectives,
+        outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
         notes=(
             *noted(about_profile, NoteKind.PROFILE),
             *noted(unknown),

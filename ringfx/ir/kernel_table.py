@@ -32,7 +32,7 @@ class Call:
     masked: bool = False
     """Whether scores are added to or hidden, other than by a causal diagonal."""
     soft_cap: bool = False
-    gathered: bool = False
+    all_keys: bool = False
     """Whether one call meets all keys, as in the collective strategy."""
     capability: int | None = None
     """The card's compute capability times ten, such as 90; None: unknown, or no card."""
@@ -53,7 +53,7 @@ class Limits:
     fewest_keys: int = 1
     masks: bool = False
     soft_caps: bool = False
-    gathered_only: bool = False
+    all_keys_only: bool = False
     """Only where one call meets all keys."""
     package: str = ""
     """The module that must be installed beside torch."""
@@ -74,7 +74,7 @@ class Limits:
             return "it supports only the causal mask"
         if call.soft_cap and not self.soft_caps:
             return "it does not support a soft cap"
-        if self.gathered_only and not call.gathered:
+        if self.all_keys_only and not call.all_keys:
             return "it needs all keys in one call"
         return ""
 
@@ -99,7 +99,7 @@ _ROWS = (
         device="cuda",
         dtypes=SINGLES,
         largest_head_dim=256,  # beyond it xformers has forward kernels only
-        gathered_only=True,
+        all_keys_only=True,
         package="xformers",
     ),
     Limits(
@@ -157,7 +157,7 @@ def forced_kernel(call: Call) -> str | None:
     name = os.environ.get(KERNEL_VARIABLE)
     if not name or call.soft_cap or call.dtype == "float64":
         return None
-    call = replace(call, masked=False, gathered=True)
+    call = replace(call, masked=False, all_keys=True)
     rows = [row for row in TABLE.values() if row.device in ("cuda", "")]
     known = {row.name: row.refusal(call) for row in rows}
     why = known.get(name, "there is no such kernel for CUDA")

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir.note import Note
-from ringfx.ir.values import AttentionSite, Declined, Resharding, TokenAxis
+from ringfx.ir.values import AttentionSite, Collective, Declined, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
     Bytes,
@@ -42,7 +42,7 @@ __all__ = [
     "MemoryPart", "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 REPLICATED = "replicated"
 """In place of a strategy: attention that every rank computes whole, with the local kernel."""
@@ -251,7 +251,7 @@ class Plan:
     attentions: Count | None = None
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
-    reshardings: tuple[Resharding, ...] = ()
+    collectives: tuple[Collective, ...] = ()
     memory: MemoryPlan = MemoryPlan()
     notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
@@ -308,12 +308,12 @@ class Plan:
     @property
     def num_collectives(self) -> int:
         """Messages of one step outside attention, forward and backward."""
-        return len(self.reshardings)
+        return len(self.collectives)
 
     @property
     def collective_bytes(self) -> int:
         """What those messages bring to one rank."""
-        return sum(move.bytes_moved for move in self.reshardings)
+        return sum(move.bytes_moved for move in self.collectives)
 
     @property
     def saved_bytes(self) -> int:
@@ -361,8 +361,8 @@ class Plan:
             "world_size": self.world_size,
             "layers": [_agreed_layer(layer) for layer in self.layers],
             "axes": [dataclasses.asdict(axis) for axis in self.axes],
-            "reshardings": [
-                [move.node, move.name, move.kind, move.bytes_moved] for move in self.reshardings
+            "collectives": [
+                [move.node, move.name, move.kind, move.bytes_moved] for move in self.collectives
             ],
         }
         text = json.dumps(agreed, sort_keys=True)
@@ -409,7 +409,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
         missed=tuple(x for p in plans for x in p.missed),
         attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
-        reshardings=tuple(x for p in plans for x in p.reshardings),
+        collectives=tuple(x for p in plans for x in p.collectives),
         outside_ms=sum(p.outside_ms for p in plans),
         memory=_joined_memory([p.memory for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),

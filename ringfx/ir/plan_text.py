@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ringfx.ir.note import texts_of
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
-from ringfx.ir.values import CommKind, Declined, Resharding
+from ringfx.ir.values import Collective, CommKind, Declined
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
 
@@ -46,7 +46,7 @@ def to_text(shown: object) -> str:
 def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
-    parts += _section(_moves_title(plan), _moves(plan.reshardings))
+    parts += _section(_moves_title(plan), _moves(plan.collectives))
     parts += _section("looks like attention, not recognised", _near(plan.missed))
     parts += _section("attention-like regions not parallelized", _near(plan.declined))
     if plan.memory.parts:
@@ -275,16 +275,16 @@ def _moves_title(plan: Plan) -> str:
     return f"outside attention: {count} collective{'' if count == 1 else 's'} a step, {size}{time}"
 
 
-def _moves(moves: Sequence[Resharding]) -> list[str]:
+def _moves(moves: Sequence[Collective]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
-    groups: dict[tuple[object, ...], list[Resharding]] = {}
+    groups: dict[tuple[object, ...], list[Collective]] = {}
     for move in sorted(moves, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)):
         key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
         groups.setdefault(key, []).append(move)
     return [_move_line(group) for group in groups.values()]
 
 
-def _move_line(group: Sequence[Resharding]) -> str:
+def _move_line(group: Sequence[Collective]) -> str:
     move = group[0]
     count = f"{len(group)} x " if len(group) > 1 else ""
     size = f", {format_bytes(move.bytes_moved)}" + (" each" if len(group) > 1 else "")

@@ -26,9 +26,9 @@ __all__ = [
     "Arrival",
     "AttentionSite",
     "Captured",
+    "Collective",
     "CommKind",
     "Declined",
-    "Resharding",
     "TokenAxis",
 ]
 
@@ -174,7 +174,7 @@ class CommKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resharding:
+class Collective:
     """One collective outside attention: a value changes its placement, or is summed."""
 
     node: Text

@@ -289,7 +289,7 @@ def _problem(
         q.dtype,
         soft_cap=spec.soft_cap is not None,
         math_only=strategy.math_only or bool(bias_grads),
-        gathered=strategy.gathered,
+        all_keys=strategy.all_keys,
         head_dim=max(q.shape[3], v.shape[3]),
         named=kernels,
     )

@@ -130,7 +130,7 @@ def _moves(plan: Plan) -> list[str]:
         f"{move.kind}, {format_bytes(move.bytes_moved)} at {move.name} ({move.source}):"
         f" {move.reason}"
         for move in sorted(
-            plan.reshardings, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)
+            plan.collectives, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)
         )
     ]
 

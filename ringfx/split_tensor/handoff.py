@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ringfx.comm.conjugate import slice_tokens
-from ringfx.ir.values import CommKind, Resharding
+from ringfx.ir.values import Collective, CommKind
 from ringfx.split_tensor.autograd import part
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import SplitTensor
@@ -33,7 +33,7 @@ class ProgramHandoff:
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
-        self.moved: list[Resharding] = []
+        self.moved: list[Collective] = []
         """By the model's current or last call, and its backward."""
         self.running = False
         """Whether the model is being called: its results may be another program's inputs."""
@@ -79,7 +79,7 @@ class ProgramHandoff:
         )
         kind = CommKind.ALL_GATHER_GRADIENT if in_backward else CommKind.ALL_GATHER
         self.moved.append(
-            Resharding(
+            Collective(
                 node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,
                 reason=reason, in_backward=in_backward,
             )

@@ -104,7 +104,7 @@ def _planned_as(
         return None
     placement = place(graph, lines)
     local = rewrite(captured, placement, {}, group=group)
-    if any(move.kind.gathers for move in local.reshardings) or _moves_all(placement):
+    if any(move.kind.gathers for move in local.collectives) or _moves_all(placement):
         return None
     extra = line_inputs(lines, rank, placement.device)
     results: Any = graph.output_node().args[0]
@@ -126,7 +126,7 @@ def _planned_as(
             None if x is None else (x.shape, lines.arrival(x.token_dim)) for x in local.outputs
         ),
         structure=shape,
-        sends=bool(local.reshardings),
+        sends=bool(local.collectives),
     )
 
 

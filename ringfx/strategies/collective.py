@@ -218,5 +218,5 @@ COLLECTIVE = Strategy(
     backward=backward,
     time=time,
     memory=memory,
-    gathered=True,
+    all_keys=True,
 )

@@ -73,7 +73,7 @@ def test_a_branch_on_unknown_values_is_not_taken_and_the_next_layer_stays_split(
     plan = ringfx.plan(model, (x,), world_size=2)
     assert [x.axis for x in plan.layers] == ["tokens", "tokens"]
     assert sum("to be False" in n for n in texts_of(plan.notes)) == 1
-    assert [m.node for m in plan.reshardings if m.kind == "all_gather"] == ["isinf"]
+    assert [m.node for m in plan.collectives if m.kind == "all_gather"] == ["isinf"]
     assert plan.memory.peak_bytes > 0
 
 

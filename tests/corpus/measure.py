@@ -191,7 +191,7 @@ def _presence(ours: Results, stock: Results, name: str) -> str:
 def _described(variant: Variant, plan: Plan) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     wide, narrow = [], 0
-    for move in plan.reshardings:
+    for move in plan.collectives:
         if move.kind != "all_gather":
             continue
         width = _numbers_a_token(move.bytes_moved, plan, variant, ranks)

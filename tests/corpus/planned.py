@@ -68,7 +68,7 @@ def _brief(plan: Plan | str) -> str:
 
 def _told(plan: Plan) -> tuple[object, ...]:
     """Messages that the model's own Python asks for between programs are left out."""
-    moves = Counter((m.kind, m.in_backward) for m in plan.reshardings if m.node != "python")
+    moves = Counter((m.kind, m.in_backward) for m in plan.collectives if m.node != "python")
     layers = [(x.name, x.strategy, x.axis) for x in plan.layers]
     return layers, [(a.axis, a.length, a.layout) for a in plan.axes], dict(moves)
 

@@ -378,7 +378,7 @@ def order_of_messages(compiler: str) -> tuple[list[str], int, int]:
     with recorded() as sent:
         loss.backward()
     total = sum(m.num_bytes for m in sent if m == "begin_sum")
-    planned = [m for m in model.plan.reshardings if m.in_backward]
+    planned = [m for m in model.plan.collectives if m.in_backward]
     assert len(planned) == sum(m == "begin_sum" for m in sent)
     return [str(m) for m in sent], total, sum(m.bytes_moved for m in planned)
 

@@ -116,5 +116,5 @@ def test_nothing_of_all_pairs_is_made_on_a_rank(kind: str) -> None:
     made = [n.meta.get("val") for n in local.nodes if n.op == "call_function"]
     square = [v.shape for v in made if isinstance(v, torch.Tensor) and v.shape.count(seq_len) > 1]
     assert square == []
-    moved = sum(m.bytes_moved for m in program.plan.reshardings if m.kind == "all_gather")
+    moved = sum(m.bytes_moved for m in program.plan.collectives if m.kind == "all_gather")
     assert moved <= 2 * 2 * seq_len * HIDDEN * 4 * 2  # x, or less, for each layer

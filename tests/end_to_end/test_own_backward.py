@@ -116,5 +116,5 @@ def test_gradients_are_those_of_the_backward_that_is_its_own(ranks3: RankPool) -
 @pytest.mark.parametrize("name", APPLIED)
 def test_it_runs_split_where_both_bodies_prove_it(name: str) -> None:
     plan = ringfx.plan(Between(name), tuple(only_tokens().values()), world_size=3)
-    gathered = [m for m in plan.reshardings if "own_backward" in m.reason]
+    gathered = [m for m in plan.collectives if "own_backward" in m.reason]
     assert bool(gathered) == (name in WHOLE), gathered

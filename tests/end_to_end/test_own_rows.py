@@ -70,7 +70,7 @@ def test_terms_of_a_query_are_right_at_every_length(
 def test_nothing_of_all_queries_is_gathered_or_held(term: str, causal: bool, ranks: int) -> None:
     program = lowered(Rows(term, causal), *own_rows.inputs(48), ranks=ranks)
     assert len(program.plan.layers) == 2
-    assert [m for m in program.plan.reshardings if m.kind == "all_gather"] == []
+    assert [m for m in program.plan.collectives if m.kind == "all_gather"] == []
     assert [n for n in texts_of(program.plan.notes) if "given whole" in n] == []
     values = [n.meta.get("val") for n in program.local.graph_module.graph.nodes]
     longest = 2 * 2 * 48 // ranks * 96  # batch, heads, own queries, distances

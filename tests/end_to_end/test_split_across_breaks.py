@@ -105,7 +105,7 @@ def _crossed(case: Case) -> Crossed:
     with recorded() as messages:
         comparison = compare_here(dataclasses.replace(case, optimize=keep))
     plan = made[0].plan
-    moved = [f"{m.kind} {m.name}: {m.reason}" for m in plan.reshardings if m.kind.gathers]
+    moved = [f"{m.kind} {m.name}: {m.reason}" for m in plan.collectives if m.kind.gathers]
     batch, length = case.inputs()[0].shape[:2]  # type: ignore[index]
     part = batch * (length // dist.get_world_size()) * HIDDEN * 8
     wide = sum(m == "all_gather" and m.num_bytes >= part for m in messages)

@@ -61,6 +61,6 @@ def test_every_construct_is_right_at_every_length(ranks3: RankPool, seq_len: int
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_no_whole_sequence_is_gathered(name: str, causal: bool, ranks: int) -> None:
     program = lowered(Around(name, causal), *token_axes.inputs(96), ranks=ranks)
-    gathers = [m for m in program.plan.reshardings if m.kind == "all_gather"]
+    gathers = [m for m in program.plan.collectives if m.kind == "all_gather"]
     moved = [f"{m.reason}: {m.node}" for m in gathers if m.bytes_moved > FEW_BYTES]
     assert bool(moved) == ((name, ranks) in ANNOUNCED), moved

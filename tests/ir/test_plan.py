@@ -10,7 +10,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.ir.note import Note, NoteKind
 from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
 from ringfx.ir.plan_text import fold
-from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
+from ringfx.ir.values import Collective, CommKind, Declined, TokenAxis
 from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
@@ -45,8 +45,8 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
             Declined(node="d", name="pool", source="model.py:3", reason="a learned query"),
         ),
         "axes": (TokenAxis(axis="s0", length=8192, layout="zigzag", local_length=1024),),
-        "reshardings": (
-            Resharding(
+        "collectives": (
+            Collective(
                 node="r",
                 name="lm_head",
                 source="model.py:9",
@@ -54,7 +54,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 bytes_moved=4096,
                 reason="a parameter's gradient",
             ),
-            Resharding(
+            Collective(
                 node="g",
                 name="router",
                 source="moe.py:4",
@@ -111,7 +111,7 @@ def test_kinds_of_communication_are_read_by_the_names_of_older_plans(
     old: str, kind: CommKind
 ) -> None:
     text = _plan().to_json().replace('"kind": "all_gather"', f'"kind": "{old}"')
-    (move,) = [m for m in Plan.from_json(text).reshardings if m.name == "router"]
+    (move,) = [m for m in Plan.from_json(text).collectives if m.name == "router"]
     assert move.kind is kind
 
 
@@ -174,7 +174,7 @@ def test_the_digest_ignores_what_may_differ_between_machines() -> None:
         {"layers": tuple(_layer(i, site=causal_site(i, 4096)) for i in range(4))},
         {"axes": ()},
         {"axes": (TokenAxis(axis="s0", length=8192, layout="contiguous", local_length=1024),)},
-        {"reshardings": ()},
+        {"collectives": ()},
     ],
 )
 def test_the_digest_sees_all_that_changes_a_message(change: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def test_text_is_plain_and_no_wider_than_a_page() -> None:
 
 
 def test_a_plan_without_layers_or_budget_still_prints() -> None:
-    text = str(_plan(layers=(), declined=(), reshardings=(), gpu_memory=None, notes=()))
+    text = str(_plan(layers=(), declined=(), collectives=(), gpu_memory=None, notes=()))
     assert "no budget given" in text
     assert "outside attention" not in text
 

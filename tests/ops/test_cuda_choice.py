@@ -53,9 +53,9 @@ def test_without_a_plan_the_order_is_the_published_one(card: Card) -> None:
 
 
 def test_gathered_keys_go_to_xformers_where_it_is_installed(card: Card) -> None:
-    assert _name(torch.bfloat16, gathered=True) == "cuda_cudnn"
+    assert _name(torch.bfloat16, all_keys=True) == "cuda_cudnn"
     card.has("xformers")
-    assert _name(torch.bfloat16, gathered=True) == "cuda_xformers"
+    assert _name(torch.bfloat16, all_keys=True) == "cuda_xformers"
     assert _name(torch.bfloat16) == "cuda_cudnn"
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_run_here_falls_to_the_next_that_can(card: Card, behind: Tor
     planned = "cuda_flash3 (masked: cuda_efficient)"
 
     def why(named: str = planned, head_dim: int = 128) -> str:
-        found = cuda.refusals(named, device, torch.bfloat16, gathered=False, head_dim=head_dim)
+        found = cuda.refusals(named, device, torch.bfloat16, all_keys=False, head_dim=head_dim)
         return "; ".join(found)
 
     assert _name(torch.bfloat16, named=planned) == "cuda_cudnn (masked: cuda_efficient)"
@@ -107,7 +107,7 @@ def test_a_package_that_does_not_load_is_not_taken(card: Card, behind: Torch) ->
 def test_a_kernel_can_be_forced(card: Card) -> None:
     card.monkeypatch.setenv(cuda.KERNEL_VARIABLE, "cuda_flash")
     assert _name(torch.float16) == "cuda_flash"
-    assert _name(torch.float16, named="cuda_cudnn", gathered=True) == "cuda_flash"
+    assert _name(torch.float16, named="cuda_cudnn", all_keys=True) == "cuda_flash"
     planned = "cuda_flash (masked: cuda_efficient)"
     assert _name(torch.float16, named="cuda_cudnn (masked: cuda_efficient)") == planned
     assert _name(torch.float64) == "math"
@@ -191,7 +191,7 @@ def on_a_card(card: Card, stand_ins: None) -> Iterator[list[str]]:
     called: list[str] = []
 
     def chosen(device: torch.device, dtype: torch.dtype, **asked: Any) -> Kernel:
-        asked = {name: asked[name] for name in ("gathered", "head_dim", "named")}
+        asked = {name: asked[name] for name in ("all_keys", "head_dim", "named")}
         return cuda.choose(torch.device("cuda"), dtype, **asked)
 
     functions = ops.attention.__globals__

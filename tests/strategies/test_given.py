@@ -187,9 +187,9 @@ def test_a_rule_makes_an_operator_split_that_is_an_error_without_it() -> None:
     with pytest.raises(NoAxisRule, match=r"or give a rule for it, rules=ringfx\.RULES \| "):
         _ruled_plan()
     gathered = _ruled_plan(on_unsupported="gather")
-    assert any("gather" in move.kind for move in gathered.reshardings)
+    assert any("gather" in move.kind for move in gathered.collectives)
     plan = _ruled_plan(rules=own_rule.RULES)
-    assert not any("gather" in move.kind for move in plan.reshardings)
+    assert not any("gather" in move.kind for move in plan.collectives)
     assert "examples.swish.default: split by a rule that was given" in texts_of(plan.notes)
 
 

@@ -33,7 +33,7 @@ def test_the_example_of_a_strategy_equals_the_unsplit_model(ranks2: RankPool) ->
 def test_the_example_of_a_rule_equals_the_unsplit_model(ranks2: RankPool) -> None:
     for difference, plan in ranks2.run(own_rule.compared):
         assert difference < 1e-9
-        assert not any(move.kind is CommKind.ALL_GATHER for move in plan.reshardings)
+        assert not any(move.kind is CommKind.ALL_GATHER for move in plan.collectives)
         assert "examples.swish.default: split by a rule that was given" in texts_of(plan.notes)
 
 

@@ -35,7 +35,7 @@ from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
 from ringfx.ir.note import Note
 from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
-from ringfx.ir.values import CommKind, Declined, Resharding, TokenAxis
+from ringfx.ir.values import Collective, CommKind, Declined, TokenAxis
 from ringfx.strategies import STRATEGIES
 from tests.cost_model.sites import causal_site, full_site, shipped
 from tests.validation.damage import corrupted
@@ -79,7 +79,7 @@ def _verdict(
 def _plan() -> Plan:
     sites = (causal_site(0, 1001), causal_site(1, 1001), full_site(2, 64, heads=8))
     layers = choose(sites, world_size=2, profile=shipped("h100-sxm-published"))
-    gather = Resharding(
+    gather = Collective(
         node="g",
         name="r",
         source="m.py:4",
@@ -98,7 +98,7 @@ def _plan() -> Plan:
         declined=(Declined(node="d", name="pool", source="m.py:3", reason="a learned query"),),
         attentions=4,
         axes=(TokenAxis(axis="s0", length=1001, layout="zigzag", local_length=502),),
-        reshardings=(gather,),
+        collectives=(gather,),
         memory=MemoryPlan(
             parts=(
                 MemoryPart(cause="parameters", bytes=2**34, kind="whole"),

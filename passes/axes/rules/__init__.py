@@ -1,7 +1,7 @@
 """The axis table: one row an operator family. It serves detection and the partitioner alike.
 
 A row says which dimensions are one axis, and for each axis whether the operator may run on a part
-of it (independent), leaves a partial sum, or needs all of it (replicated). An operator without a
+of it (independent), leaves a partial sum, or needs all of it. An operator without a
 row is an error that names it, never "replicate by default".
 """
 

@@ -29,7 +29,7 @@ def canonical(call: Call) -> OpAxes:
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(replicated=["d", "e", *others, *_indexed(operands, rest)]),
+        share=shares(needs_all=["d", "e", *others, *_indexed(operands, rest)]),
         how=how.Attend(
             tokens=frozenset({"s", "t"}), captured=frozenset(range(3, len(call.operands)))
         ),
@@ -59,7 +59,7 @@ def sdpa(call: Call) -> OpAxes:
     return OpAxes(
         operands=(*operands, *rest),
         results=(_result(q, v),),
-        share=shares(replicated=["s", "t", "d", "e", *_indexed(operands, rest)]),
+        share=shares(needs_all=["s", "t", "d", "e", *_indexed(operands, rest)]),
         reason="this attention is not in canonical form",
     )
 
@@ -99,7 +99,7 @@ def kernel(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=tuple(named),
-        share=shares(replicated=[x for labels in named for dim in labels for x in dim]),
+        share=shares(needs_all=[x for labels in named for dim in labels for x in dim]),
         reason="this attention is not in canonical form",
     )
 

@@ -44,7 +44,7 @@ def einsum(call: Call) -> OpAxes:
         result = _all_whole(call.result_shape, "out")
         every = [x for dims in (*labels, result) for dim in dims for x in dim]
         return OpAxes(
-            operands=labels, results=(result,), share=shares(replicated=every),
+            operands=labels, results=(result,), share=shares(needs_all=every),
             reason="an einsum that takes diagonals",
         )  # fmt: skip
     terms, right = written
@@ -107,7 +107,7 @@ def convolution(call: Call) -> OpAxes:
     return OpAxes(
         operands=labels,
         results=(_sized((("n",), ("o",), *after), call.result_shape),),
-        share=shares(replicated=["c", "w", *seen, *(["o"] if call["groups"] != 1 else [])]),
+        share=shares(needs_all=["c", "w", *seen, *(["o"] if call["groups"] != 1 else [])]),
         reason="its kernel sees neighbours along the axis",
     )
 
@@ -120,7 +120,7 @@ def columns(call: Call) -> OpAxes:
     made = batch + _all_whole(result[len(batch) :], "out")
     every = [name for labels in (given, made) for dim in labels for name in dim if name != "n"]
     return OpAxes(
-        operands=(given,), results=(made,), share=shares(replicated=every),
+        operands=(given,), results=(made,), share=shares(needs_all=every),
         reason="its windows see neighbours along the axis",
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _only_batch(call: Call) -> OpAxes:
     every = [name for dims in (x[1:], *rest, result[1:]) for dim in dims for name in dim]
     return OpAxes(
         operands=(batch + x[1:], *rest), results=(batch + result[1:],),
-        share=shares(replicated=every), reason="a transposed convolution sees neighbours",
+        share=shares(needs_all=every), reason="a transposed convolution sees neighbours",
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _all_whole(shape: torch.Size, prefix: object) -> Labels:
 
 def linear(call: Call) -> OpAxes:
     """A bias is added once, so a contraction over tokens may be partial only without one."""
-    contracted = "replicated" if call["bias"] is not None else "sum"
+    contracted = "needs_all" if call["bias"] is not None else "sum"
     rows = "n " if len(call.shape("weight")) == 2 else ""
     return axes(
         input="... m", weight=f"{rows}m", bias=rows, out=f"... {rows}",
@@ -217,7 +217,7 @@ def near_convolution(call: Call) -> OpAxes:
     results = (_sized((("n",), ("o",), *after), result),)
     every = {name for labels in (*operands, *results) for dim in labels for name in dim}
     return OpAxes(
-        operands=tuple(operands), results=results, share=shares(replicated=every - local),
+        operands=tuple(operands), results=results, share=shares(needs_all=every - local),
         sizes=sizes, windows=tuple(windows), how=how.Halo(dims=frozenset(near)),
         reason="its kernel sees neighbours along the axis",
     )  # fmt: skip
@@ -229,7 +229,7 @@ def grouped_product(call: Call) -> OpAxes:
     labels: tuple[Labels | None, ...] = (("row",), ("m",)), (("e",), ("m",), ("n",)), (("e",),)
     assert [len(n.meta["val"].shape) for n in (x, weights, *ends)] == [2, 3, 1], call.name
     return OpAxes(
-        operands=labels, results=((("row",), ("n",)),), share=shares(replicated=["row", "m", "e"]),
+        operands=labels, results=((("row",), ("n",)),), share=shares(needs_all=["row", "m", "e"]),
         reason="where its groups of rows end depends on all of them",
     )  # fmt: skip
 
@@ -247,9 +247,9 @@ RULES: dict[object, AxisRule] = {
         self="b r m", mat2="b m c", out="b r c", sum="m", fill={"self": 0, "mat2": 0}
     ),
     aten.mv.default: axes(self="r m", vec="m", out="r", sum="m", fill={"self": 0, "vec": 0}),
-    aten.addmm.default: biased(axes(mat1="r m", mat2="m c", out="r c", replicated="m"), "r c"),
+    aten.addmm.default: biased(axes(mat1="r m", mat2="m c", out="r c", needs_all="m"), "r c"),
     aten.baddbmm.default: biased(
-        axes(batch1="b r m", batch2="b m c", out="b r c", replicated="m"), "b r c"
+        axes(batch1="b r m", batch2="b m c", out="b r c", needs_all="m"), "b r c"
     ),
     aten.einsum.default: einsum,
     **dict.fromkeys(
@@ -267,18 +267,18 @@ RULES: dict[object, AxisRule] = {
     **dict.fromkeys(
         (aten._cdist_forward.default, aten._euclidean_dist.default),
         axes(
-            x1="... r m", x2="... c m", out="... r c", replicated="m",
+            x1="... r m", x2="... c m", out="... r c", needs_all="m",
             reason="it measures along the axis",
         ),
     ),
     aten.dot.default: axes(self="m", tensor="m", out="", sum="m", fill={"self": 0, "tensor": 0}),
     aten.vdot.default: axes(self="m", other="m", out="", sum="m", fill={"self": 0, "other": 0}),
     aten.grid_sampler_2d.default: axes(
-        input="n c h w", grid="n y x xy", out="n c y x", replicated="h w xy",
+        input="n c h w", grid="n y x xy", out="n c y x", needs_all="h w xy",
         reason="it looks anywhere along the axis",
     ),
     aten.grid_sampler_3d.default: axes(
-        input="n c d h w", grid="n z y x xyz", out="n c z y x", replicated="d h w xyz",
+        input="n c d h w", grid="n z y x xyz", out="n c z y x", needs_all="d h w xyz",
         reason="it looks anywhere along the axis",
     ),
     aten.outer.default: axes(self="r", vec2="c", out="r c"),

@@ -30,7 +30,7 @@ def counted(call: Call) -> OpAxes:
     return OpAxes(
         operands=(None,) * len(call.operands),
         results=(labels,),
-        share=shares(replicated=[x for dim in labels for x in dim]),
+        share=shares(needs_all=[x for dim in labels for x in dim]),
         reason="it counts or draws over the whole axis",
     )
 

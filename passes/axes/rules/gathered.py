@@ -24,7 +24,7 @@ def gathered(reason: str) -> AxisRule:
         return OpAxes(
             operands=(None,) * len(call.operands),
             results=results,
-            share=shares(replicated=[x for dims in results for dim in dims for x in dim]),
+            share=shares(needs_all=[x for dims in results for dim in dims for x in dim]),
             reason=reason,
         )
 

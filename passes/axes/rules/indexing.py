@@ -22,7 +22,7 @@ def embedding(call: Call) -> OpAxes:
     table: Labels = (("row",) if rows != 1 else (), ("width",) if width != 1 else ())
     return OpAxes(
         operands=(table, indices), results=((*indices, table[1]),),
-        share=shares(replicated=["row"]), reason="it looks rows up",
+        share=shares(needs_all=["row"]), reason="it looks rows up",
     )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def index_select(call: Call) -> OpAxes:
     picked: Labels = (("picked",) if call.result_shape[at] != 1 else (),)
     out = (*labels[:at], *picked, *labels[at + 1 :])
     return OpAxes(
-        operands=(labels, picked), results=(out,), share=shares(replicated=[f"d{at}"]),
+        operands=(labels, picked), results=(out,), share=shares(needs_all=[f"d{at}"]),
         how=how.Lookup(numbers={f"d{at}": 1}), reason="it looks elements up along the axis",
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def index(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels, *operand_labels),
         results=(out,),
-        share=shares(replicated=[f"d{d}" for d in at]),
+        share=shares(needs_all=[f"d{d}" for d in at]),
         how=how.Lookup(numbers={f"d{d}": 1 + i for i, d in enumerate(at)}),
         reason="it looks elements up along the axis",
     )
@@ -84,7 +84,7 @@ def gather(call: Call) -> OpAxes:
     ordered = call.position("self") < call.position("index")
     return OpAxes(
         operands=operands if ordered else operands[::-1],
-        results=(tuple(picked),), share=shares(replicated=needed),
+        results=(tuple(picked),), share=shares(needs_all=needed),
         how=how.Lookup(numbers={f"d{at}": 1}) if ordered else None,
         reason="it looks elements up along the axis",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def take_along_dim(call: Call) -> OpAxes:
     ordered = call.position("self") < call.position("indices")
     return OpAxes(
         operands=operands if ordered else operands[::-1],
-        results=(tuple(out),), share=shares(replicated=[f"d{at}"]),
+        results=(tuple(out),), share=shares(needs_all=[f"d{at}"]),
         how=how.Lookup(numbers={f"d{at}": 1}) if ordered else None,
         reason="it looks elements up along the axis",
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _along_all(call: Call) -> OpAxes:
     given = {call.position("self"): labels, call.position("indices"): picked}
     return OpAxes(
         operands=(given[0], given[1]), results=(picked,),
-        share=shares(replicated=[x for dim in labels for x in dim]),
+        share=shares(needs_all=[x for dim in labels for x in dim]),
         reason="it looks elements up in the flattened tensor",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def index_put(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels, *axes.operands[1 : 1 + len(at)], written),
         results=(out,),
-        share=shares(replicated=[f"{prefix}{d}" for d in at for prefix in ("d", "put")]),
+        share=shares(needs_all=[f"{prefix}{d}" for d in at for prefix in ("d", "put")]),
         reason="it writes at indices along the axis",
     )
 
@@ -153,7 +153,7 @@ def index_rows(call: Call) -> OpAxes:
     return OpAxes(
         operands=tuple(by_place.get(i, ()) for i in range(len(call.operands))),
         results=(labels,),
-        share=shares(replicated=[f"d{at}", "rows"]),
+        share=shares(needs_all=[f"d{at}", "rows"]),
         reason="it writes rows at indices along the axis",
     )
 
@@ -173,7 +173,7 @@ def scatter(call: Call) -> OpAxes:
     every = {x for dims in operands for dim in dims for x in dim}
     return OpAxes(
         operands=operands, results=(operands[0],),
-        share=shares(replicated=every - {f"d{d}" for d, same in enumerate(alike) if same}),
+        share=shares(needs_all=every - {f"d{d}" for d, same in enumerate(alike) if same}),
         reason="it writes at indices along the axis",
     )  # fmt: skip
 
@@ -181,7 +181,7 @@ def scatter(call: Call) -> OpAxes:
 def one_hot(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     return OpAxes(
-        operands=(labels,), results=((*labels, ("class",)),), share=shares(replicated=["class"])
+        operands=(labels,), results=((*labels, ("class",)),), share=shares(needs_all=["class"])
     )
 
 
@@ -193,7 +193,7 @@ def slice_scatter(call: Call) -> OpAxes:
     placed[at] = ("placed",) if placed[at] else ()
     return OpAxes(
         operands=(labels, tuple(placed)), results=(labels,),
-        share=shares(replicated=[f"d{at}", "placed"]),
+        share=shares(needs_all=[f"d{at}", "placed"]),
         reason="it writes into a part of the axis",
     )  # fmt: skip
 
@@ -216,7 +216,7 @@ def rank_among(values: str, borders: str) -> AxisRule:
         return OpAxes(
             operands=tuple(given.get(i) for i in range(len(call.operands))),
             results=(labels,),
-            share=shares(replicated=["border"]),
+            share=shares(needs_all=["border"]),
         )
 
     return rule
@@ -232,7 +232,7 @@ def _opaque(call: Call, reason: str) -> OpAxes:
         for n, shape in enumerate(call.result_shapes)
     )
     every = [x for dims in (*operands, *results) for dim in dims for x in dim]
-    return OpAxes(operands=operands, results=results, share=shares(replicated=every), reason=reason)
+    return OpAxes(operands=operands, results=results, share=shares(needs_all=every), reason=reason)
 
 
 RULES: dict[OpOverload, AxisRule] = {

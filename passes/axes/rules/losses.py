@@ -44,7 +44,7 @@ def cross_entropy(call: Call) -> OpAxes:
         results=(() if call["reduction"] != NONE else rows,),
         share=shares(
             sum=summed if total else [],
-            replicated=["class"] + (summed if call["reduction"] == MEAN else []),
+            needs_all=["class"] + (summed if call["reduction"] == MEAN else []),
         ),
         how=how.Sum(fill={1: call["ignore_index"] if by_index else 0}) if total else None,
         reason="a row of classes needs all of them",
@@ -69,7 +69,7 @@ def elementwise_loss(call: Call, fill: Mapping[str, float] = NOTHING) -> OpAxes:
         operands=operands,
         results=(labels if reduction == NONE else (),),
         share=shares(
-            sum=partial, replicated=[x for x in summed if reduction != NONE and x not in partial]
+            sum=partial, needs_all=[x for x in summed if reduction != NONE and x not in partial]
         ),
         how=how.Sum(fill=filled) if reduction == SUM else None,
     )

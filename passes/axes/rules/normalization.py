@@ -23,7 +23,7 @@ def trailing(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (normalized,) * (len(call.operands) - 1),
         results=(labels,) * len(call.result_shapes),
-        share=shares(replicated=[x for dim in normalized for x in dim]),
+        share=shares(needs_all=[x for dim in normalized for x in dim]),
         reason="it normalises over the axis",
     )
 
@@ -35,7 +35,7 @@ def grouped(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (channel,) * (len(call.operands) - 1),
         results=(labels,),
-        share=shares(replicated=[x for dim in labels[1:] for x in dim]),
+        share=shares(needs_all=[x for dim in labels[1:] for x in dim]),
         reason="it normalises over the axis",
     )
 

@@ -14,7 +14,7 @@ def axes(
     *,
     out: str | Sequence[str],
     sum: str = "",
-    replicated: str = "",
+    needs_all: str = "",
     mean: bool = False,
     fill: Mapping[str, float] | None = None,
     reason: str = "",
@@ -23,7 +23,7 @@ def axes(
     """A rule from one pattern for each tensor argument and result.
 
     A pattern lists labels, slowest dimension first; ``...`` stands for any leading dimensions and
-    aligns to the right, as broadcasting does. ``sum`` and ``replicated`` list labels; all others
+    aligns to the right, as broadcasting does. ``sum`` and ``needs_all`` list labels; all others
     are independent.
     """
     outs = (out,) if isinstance(out, str) else tuple(out)
@@ -46,7 +46,7 @@ def axes(
         return OpAxes(
             operands=tuple(given.get(i) for i in range(len(call.operands))),
             results=results,
-            share=shares(sum=sum.split(), replicated=replicated.split()),
+            share=shares(sum=sum.split(), needs_all=needs_all.split()),
             how=Sum(fill=fills, mean=mean) if fills or mean else None,
             reason=reason,
         )
@@ -54,9 +54,9 @@ def axes(
     return rule
 
 
-def shares(*, sum: Iterable[str] = (), replicated: Iterable[str] = ()) -> dict[str, AxisSharing]:
+def shares(*, sum: Iterable[str] = (), needs_all: Iterable[str] = ()) -> dict[str, AxisSharing]:
     summed = dict.fromkeys(sum, AxisSharing.PARTIAL_SUM)
-    return summed | dict.fromkeys(replicated, AxisSharing.REPLICATED)
+    return summed | dict.fromkeys(needs_all, AxisSharing.NEEDS_ALL)
 
 
 def leading(rank: int) -> list[str]:

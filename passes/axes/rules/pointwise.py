@@ -40,7 +40,7 @@ def random_elementwise(call: Call) -> OpAxes:
     return OpAxes(
         operands=axes.operands,
         results=axes.results,
-        share=shares(replicated=sorted(every)),
+        share=shares(needs_all=sorted(every)),
         reason="its random draws are those of the whole tensor",
     )
 
@@ -54,7 +54,7 @@ def crossed(call: Call) -> OpAxes:
     """Products of three coordinates of two points."""
     axes, at = elementwise(call), call.dim("dim", len(call.result_shape))
     return dataclasses.replace(
-        axes, share=shares(replicated=[f"d{at}"]), reason="it mixes the coordinates along the axis"
+        axes, share=shares(needs_all=[f"d{at}"]), reason="it mixes the coordinates along the axis"
     )
 
 

@@ -34,7 +34,7 @@ def reduce(
         return OpAxes(
             operands=(labels,) + (None,) * (len(call.operands) - 1),
             results=(out,) * len(call.result_shapes),
-            share=shares(sum=names) if partial else shares(replicated=names),
+            share=shares(sum=names) if partial else shares(needs_all=names),
             how=how.Sum(fill={0: 0}, mean=mean) if partial else None,
             reason=reason,
         )
@@ -60,7 +60,7 @@ def diff(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (None,) * (len(call.operands) - 1),
         results=(tuple(out),),
-        share=shares(replicated=[f"d{at}", "diff"]),
+        share=shares(needs_all=[f"d{at}", "diff"]),
         reason="it compares neighbours along the axis",
     )
 
@@ -80,7 +80,7 @@ def transform(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),),
-        share=shares(replicated=[name for i in at for name in (f"d{i}", f"f{i}")]),
+        share=shares(needs_all=[name for i in at for name in (f"d{i}", f"f{i}")]),
         reason="it transforms along the axis",
     )
 
@@ -94,7 +94,7 @@ def histogram(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) + (None,) * (len(call.operands) - 1),
         results=(bins,),
-        share=shares(sum=every if ranged else [], replicated=["bin", *([] if ranged else every)]),
+        share=shares(sum=every if ranged else [], needs_all=["bin", *([] if ranged else every)]),
         how=how.Sum(fill={0: call["min"] - 1}) if ranged else None,
         reason="it counts along the axis",
     )
@@ -111,7 +111,7 @@ def ordered(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),) * len(call.result_shapes),
-        share=shares(replicated=[f"d{at}", "ordered"]),
+        share=shares(needs_all=[f"d{at}", "ordered"]),
         reason="it sorts the axis",
     )
 
@@ -125,7 +125,7 @@ def topk(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),) * len(call.result_shapes),
-        share=shares(replicated=[f"d{at}", "k"]),
+        share=shares(needs_all=[f"d{at}", "k"]),
         reason="it ranks the axis",
     )
 
@@ -138,12 +138,12 @@ def renormed(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(labels,),
-        share=shares(replicated=[f"d{i}" for i in range(len(shape)) if i != kept]),
+        share=shares(needs_all=[f"d{i}" for i in range(len(shape)) if i != kept]),
         reason="it takes a norm over the axis",
     )
 
 
-_REPLICATED = reduce()
+_NEEDS_ALL = reduce()
 _SCAN = along("dim", reason="it scans along the axis")
 _SOFTMAX = along("dim", reason="it normalises along the axis")
 
@@ -167,7 +167,7 @@ RULES: dict[OpOverload, AxisRule] = {
             aten.all.dims, aten.any.dims, aten.aminmax.default, aten.std_mean.correction,
             aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
         ),
-        _REPLICATED,
+        _NEEDS_ALL,
     ),
     aten.softmax.int: _SOFTMAX,
     aten._softmax.default: _SOFTMAX,

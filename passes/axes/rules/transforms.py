@@ -34,7 +34,7 @@ def along_dims(
         return OpAxes(
             operands=(numbered(call.shapes[0]),) * len(call.operands),
             results=(made,) * len(call.result_shapes),
-            share=shares(replicated=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
+            share=shares(needs_all=[f"{kind}{i}" for i in dims for kind in ("d", "made")]),
             reason=reason,
         )
 

@@ -39,7 +39,7 @@ def every_token(call: Call) -> OpAxes:
     parted = {name for d in dims for name in labels[d]}
     made = tuple(tuple(f"all {x}" if x in parted else x for x in names) for names in labels)
     return OpAxes(
-        operands=(labels,), results=(made,), share=shares(replicated=parted),
+        operands=(labels,), results=(made,), share=shares(needs_all=parted),
         reason="it is read with every row of a mask or bias",
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def repeat(call: Call) -> OpAxes:
 
 
 def _needed(dims: Sequence[tuple[str, ...]], prefix: str) -> dict[str, AxisSharing]:
-    return shares(replicated=[label for dim in dims for label in dim if label.startswith(prefix)])
+    return shares(needs_all=[label for dim in dims for label in dim if label.startswith(prefix)])
 
 
 def _anew(call: Call, reason: str) -> OpAxes:
@@ -121,7 +121,7 @@ def _anew(call: Call, reason: str) -> OpAxes:
     out = tuple((f"out{i}",) if s != 1 else () for i, s in enumerate(call.result_shape))
     return OpAxes(
         operands=(None,) * len(call.operands), results=(out,),
-        share=shares(replicated=[x for dim in out for x in dim]), reason=reason,
+        share=shares(needs_all=[x for dim in out for x in dim]), reason=reason,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def repeat_interleave(call: Call) -> OpAxes:
     given = call.get("output_size") is not None
     return OpAxes(
         operands=(labels,), results=(tuple(result),),
-        share=shares(replicated=["copy", f"d{at}"] if given else ["copy"]),
+        share=shares(needs_all=["copy", f"d{at}"] if given else ["copy"]),
         reason="it is given the length of its result" if given else "",
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def slice_(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(tuple(out),),
-        share=shares(replicated=[f"d{at}", "window"]),
+        share=shares(needs_all=[f"d{at}", "window"]),
         windows=windows,
         reason="it takes a part of the axis",
     )
@@ -201,7 +201,7 @@ def narrow(call: Call) -> OpAxes:
     return OpAxes(
         operands=(numbered(shape),) + ((),) * (len(call.operands) - 1),
         results=(tuple(out),),
-        share=shares(replicated=[f"d{at}", "window"]),
+        share=shares(needs_all=[f"d{at}", "window"]),
         windows=windows,
         reason="it takes a part of the axis",
     )
@@ -227,7 +227,7 @@ def parts(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=tuple(results),
-        share=shares(replicated=[f"d{at}", *(w.result for w in windows)]),
+        share=shares(needs_all=[f"d{at}", *(w.result for w in windows)]),
         windows=tuple(windows),
         reason="it cuts the axis into parts",
     )
@@ -247,7 +247,7 @@ def unbind(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,),
         results=(rest,) * max(len(call.result_shapes), 1),
-        share=shares(replicated=[f"d{at}"]),
+        share=shares(needs_all=[f"d{at}"]),
         reason="it takes single elements of the axis",
     )
 
@@ -277,7 +277,7 @@ def cat(call: Call) -> OpAxes:
     return OpAxes(
         operands=tuple(operands),
         results=(tuple(out),),
-        share=shares(replicated=[*(f"part{i}" for i in range(len(call.shapes))), f"d{at}"]),
+        share=shares(needs_all=[*(f"part{i}" for i in range(len(call.shapes))), f"d{at}"]),
         windows=tuple(windows),
         how=how.Concat(dim=at, starts=tuple(starts)),
         reason="it joins tensors along the axis",
@@ -291,7 +291,7 @@ def stack(call: Call) -> OpAxes:
     return OpAxes(
         operands=(labels,) * len(call.shapes),
         results=((*labels[:at], joined, *labels[at:]),),
-        share=shares(replicated=joined),
+        share=shares(needs_all=joined),
     )
 
 
@@ -309,7 +309,7 @@ def pad(call: Call) -> OpAxes:
     return OpAxes(
         operands=(tuple(operand),),
         results=(tuple(out),),
-        share=shares(replicated=grown),
+        share=shares(needs_all=grown),
         reason="it pads the axis",
     )
 
@@ -327,7 +327,7 @@ def unfold(call: Call) -> OpAxes:
     inside: Labels = (("inside",) if call.result_shape[-1] != 1 else (),)
     return OpAxes(
         operands=(labels,), results=((*labels[:at], *windows, *labels[at + 1 :], *inside),),
-        share=shares(replicated=[f"d{at}", "windows", "inside"]),
+        share=shares(needs_all=[f"d{at}", "windows", "inside"]),
         reason="its windows of the axis overlap",
     )  # fmt: skip
 
@@ -351,7 +351,7 @@ def along(*names: str, reason: str) -> AxisRule:
         return OpAxes(
             operands=(labels,) + (None,) * (len(call.operands) - 1),
             results=(labels,) * len(call.result_shapes),
-            share=shares(replicated=needed),
+            share=shares(needs_all=needed),
             reason=reason,
         )
 
@@ -371,7 +371,7 @@ def triangle(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     needed = [label for dim in labels[-2:] for label in dim]
     return OpAxes(
-        operands=(labels,), results=(labels,), share=shares(replicated=needed),
+        operands=(labels,), results=(labels,), share=shares(needs_all=needed),
         reason="it reads global row and column numbers",
     )  # fmt: skip
 
@@ -381,7 +381,7 @@ def pairs(call: Call) -> OpAxes:
     return OpAxes(
         operands=(_with_pair(call.shapes[0], call.shapes[0], call.result_shape),),
         results=(_with_pair(call.result_shape, call.shapes[0], call.result_shape),),
-        share=shares(replicated=["pair"]),
+        share=shares(needs_all=["pair"]),
     )
 
 

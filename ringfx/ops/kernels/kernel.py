@@ -83,7 +83,7 @@ def choose(
     *,
     soft_cap: bool = False,
     math_only: bool = False,
-    gathered: bool = False,
+    all_keys: bool = False,
     head_dim: int = 0,
     named: str = "",
 ) -> Kernel:
@@ -91,7 +91,7 @@ def choose(
 
     Parameters
     ----------
-    gathered
+    all_keys
         One call meets all keys, as in the collective strategy.
     head_dim
         The larger of those of q and of v.
@@ -105,7 +105,7 @@ def choose(
     if device.type == "cuda":
         from ringfx.ops.kernels import cuda
 
-        return cuda.choose(device, dtype, gathered=gathered, head_dim=head_dim, named=named)
+        return cuda.choose(device, dtype, all_keys=all_keys, head_dim=head_dim, named=named)
     return MATH
 
 
@@ -121,14 +121,14 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
 
 
 def why_not(
-    named: str, device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int
+    named: str, device: torch.device, dtype: torch.dtype, *, all_keys: bool, head_dim: int
 ) -> tuple[str, ...]:
     """Why kernels that a plan named cannot run on a GPU, one text each; none where all can."""
     if device.type != "cuda":
         return ()
     from ringfx.ops.kernels import cuda
 
-    return cuda.refusals(named, device, dtype, gathered=gathered, head_dim=head_dim)
+    return cuda.refusals(named, device, dtype, all_keys=all_keys, head_dim=head_dim)
 
 
 # --- math: the reference ------------------------------------------------------------------------

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from ringfx.cost_model.prediction.outside_attention import outside_ms
-from ringfx.ir.values import CommKind, Resharding
+from ringfx.ir.values import Collective, CommKind
 from tests.cost_model.sites import shipped
 
 H100 = shipped("h100-sxm-published")
 
 
-def _move(kind: CommKind, size: int) -> Resharding:
-    return Resharding(node="n", name="m", source="f:1", kind=kind, bytes_moved=size, reason="why")
+def _move(kind: CommKind, size: int) -> Collective:
+    return Collective(node="n", name="m", source="f:1", kind=kind, bytes_moved=size, reason="why")
 
 
 def test_a_gather_receives_what_a_rank_did_not_have() -> None:

@@ -182,7 +182,7 @@ def checked_labels(trial: Trial) -> list[Any]:
     checked = []
     for label, size in trial.sizes().items():
         share = sharing(trial, label)
-        if size < 2 or share is AxisSharing.REPLICATED:
+        if size < 2 or share is AxisSharing.NEEDS_ALL:
             continue
         for at in (1, size // 2):  # a rank may hold a single token
             if share is AxisSharing.PARTIAL_SUM:

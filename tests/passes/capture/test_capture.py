@@ -90,7 +90,7 @@ def test_a_policy_says_which_calls_are_saved() -> None:
 
 def test_a_function_whose_backward_does_more_than_sum_is_whole_and_announced() -> None:
     program = lowered(constructs.OwnBackwards(), *x())
-    (move,) = [m for m in program.plan.reshardings if "own_backward" in m.reason]
+    (move,) = [m for m in program.plan.collectives if "own_backward" in m.reason]
     assert move.kind == "all_gather"
     assert "a backward of its own" in move.reason
     assert " at 0x" not in move.reason  # ranks compare plans

@@ -26,7 +26,7 @@ def split_calls(program: Lowered) -> list[str]:
 
 
 def gathers(program: Lowered) -> list[str]:
-    return [move.reason for move in program.plan.reshardings if move.kind == "all_gather"]
+    return [move.reason for move in program.plan.collectives if move.kind == "all_gather"]
 
 
 def calls(program: Lowered) -> list[str]:
@@ -54,7 +54,7 @@ def test_sizes_that_coincide_change_nothing(seq_len: int) -> None:
 def test_one_rank_splits_nothing() -> None:
     program = lowered(shapes.Causal(), ids(), ranks=1)
     assert split_calls(program) == []
-    assert program.plan.reshardings == ()
+    assert program.plan.collectives == ()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_line_is_one_of_blocks_where_tokens_are_cut_into_blocks() -> None:
 def test_rows_of_an_image_are_exchanged_with_its_tokens_and_not_gathered(ranks: int) -> None:
     """Each rank is sent 1/p of the tokens, forwards and backwards."""
     program = lowered(Around("rows of an image"), *token_axes.inputs(12), ranks=ranks)
-    sent = [m for m in program.plan.reshardings if m.kind == "all_to_all"]
+    sent = [m for m in program.plan.collectives if m.kind == "all_to_all"]
     values = 2 * 12 * 8 * token_axes.HIDDEN * 4
     assert sent
     assert {m.in_backward for m in sent} == {False, True}
@@ -117,7 +117,7 @@ def test_a_table_of_positions_is_no_line_of_tokens() -> None:
 
     program = lowered(Positions(), ids(11))
     assert [line.length for line in program.local.placement.lines.lines] == [11]
-    assert not any(m.kind == "all_to_all" for m in program.plan.reshardings)
+    assert not any(m.kind == "all_to_all" for m in program.plan.collectives)
 
 
 def test_two_token_axes_in_one_tensor_stay_whole() -> None:

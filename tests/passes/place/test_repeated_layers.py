@@ -49,7 +49,7 @@ def one_by_one(graph: Graph, describe: Callable[[Node], Hashable]) -> Mapping[No
 def decided(model: Callable[..., object]) -> list[tuple[str, str]]:
     program = lowered(model, ids())
     modes = [(n.name, repr(m)) for n, m in program.local.placement.modes.items()]
-    return modes + [(m.node, m.kind) for m in program.plan.reshardings]
+    return modes + [(m.node, m.kind) for m in program.plan.collectives]
 
 
 @pytest.mark.parametrize(

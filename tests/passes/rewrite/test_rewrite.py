@@ -111,15 +111,15 @@ def test_no_value_of_the_local_program_holds_all_tokens() -> None:
 
 def test_what_is_moved_is_reported() -> None:
     program = lowered(shapes.Neighbours(), ids())
-    reported = Counter(move.kind for move in program.plan.reshardings)
+    reported = Counter(move.kind for move in program.plan.collectives)
     made = moves(program)
     assert (
         reported["all_gather"]
         == made["all_gather_grad_slice"] + made["all_gather_grad_reduce_scatter"]
     )
     assert reported["reduce_scatter"] == made["all_gather_grad_reduce_scatter"]
-    assert all(move.reason for move in program.plan.reshardings)
-    assert all(move.source for move in program.plan.reshardings if move.kind == "all_gather")
+    assert all(move.reason for move in program.plan.collectives)
+    assert all(move.source for move in program.plan.collectives if move.kind == "all_gather")
 
 
 def test_outputs_stay_split() -> None:

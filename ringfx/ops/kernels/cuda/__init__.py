@@ -63,7 +63,7 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    gathered: bool = False,
+    all_keys: bool = False,
     head_dim: int = 0,
     named: str = "",
 ) -> Kernel:
@@ -71,7 +71,7 @@ def choose(
 
     Parameters
     ----------
-    gathered
+    all_keys
         Whether the call meets all keys at once, as in the collective strategy.
     head_dim
         The larger of those of q and of v.
@@ -83,11 +83,11 @@ def choose(
     RingfxError
         ``RINGFX_CUDA_KERNEL`` names a kernel that is unknown or cannot run here.
     """
-    call = _call(device, dtype, gathered=gathered, head_dim=head_dim)
+    call = _call(device, dtype, all_keys=all_keys, head_dim=head_dim)
     wanted = KernelChoice.of(named) if named else NO_PLAN
     forced = _forced(call)
     if forced is not None:
-        wanted, call = wanted.all_by(forced), replace(call, gathered=True)
+        wanted, call = wanted.all_by(forced), replace(call, all_keys=True)
     return _joined(
         KernelChoice(forward=_pick(wanted.forward, call), backward=_pick(wanted.backward, call))
     )
@@ -95,16 +95,16 @@ def choose(
 
 def available(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
     """Every kernel that can run here, by name."""
-    call = _call(device, dtype, gathered=True)
+    call = _call(device, dtype, all_keys=True)
     return {name: row.kernel for name, row in ROWS.items() if not _refusal(name, call)}
 
 
 def refusals(
-    named: str, device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int
+    named: str, device: torch.device, dtype: torch.dtype, *, all_keys: bool, head_dim: int
 ) -> tuple[str, ...]:
     """Why what the plan named cannot run here, one text a kernel; none where all of it can."""
     call, choice = (
-        _call(device, dtype, gathered=gathered, head_dim=head_dim),
+        _call(device, dtype, all_keys=all_keys, head_dim=head_dim),
         KernelChoice.of(named),
     )
     plain = {choice.forward.plain: call, choice.backward.plain: call}
@@ -126,18 +126,18 @@ def capability(device: torch.device) -> int | None:
 # --- parts ------------------------------------------------------------------------------------
 
 
-def _call(device: torch.device, dtype: torch.dtype, *, gathered: bool, head_dim: int = 0) -> Call:
+def _call(device: torch.device, dtype: torch.dtype, *, all_keys: bool, head_dim: int = 0) -> Call:
     return Call(
         dtype=str(dtype).removeprefix("torch."),
         head_dim=head_dim,
-        gathered=gathered,
+        all_keys=all_keys,
         capability=capability(device),
     )
 
 
 def _forced(call: Call) -> str | None:
     name = forced_kernel(call)
-    if name is not None and (why := _refusal(name, replace(call, gathered=True))):
+    if name is not None and (why := _refusal(name, replace(call, all_keys=True))):
         raise RingfxError(
             f"{KERNEL_VARIABLE}={name}: {why}. Do: install it, or unset the variable."
         )
