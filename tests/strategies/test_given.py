@@ -109,7 +109,7 @@ def test_a_strategy_that_nobody_measured_has_the_largest_overhead() -> None:
 
 
 def test_programs_tell_strategies_of_one_name_apart() -> None:
-    other = dataclasses.replace(FREE, gathered=False)
+    other = dataclasses.replace(FREE, all_keys=False)
     assert key_of(FREE) == key_of(dataclasses.replace(FREE)) != key_of(other)
     assert strategy_of(key_of(FREE), "") == FREE
     assert strategy_of(key_of(other), "") == other
