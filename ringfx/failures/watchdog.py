@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 import weakref
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch.distributed as dist
@@ -75,6 +75,13 @@ class _Watched:
 
 _WATCHED: weakref.WeakKeyDictionary[Channel, _Watched] = weakref.WeakKeyDictionary()
 _STARTED = threading.Event()
+_ENDING = threading.Event()
+
+AFTER_REPORT = 50
+"""Of steps at exit the highest number comes first; ``process_exit`` reports at 100."""
+
+LONGEST_LOOK_S = 10.0
+"""A store whose process is gone keeps the thread; longer than this nobody waits for it."""
 
 
 def start_watching(name: str) -> None:
@@ -95,7 +102,23 @@ def watch(channel: Channel) -> None:
 
         register_exit_report()
         _STARTED.set()
-        threading.Thread(target=_watch, name="ringfx-watch", daemon=True).start()
+        _start_thread()
+
+
+def _start_thread() -> None:
+    """It ends before the interpreter does.
+
+    A thread that Python ends while it is inside the store's C++ takes the process with it (SIGABRT,
+    "terminate called without an active exception").
+    """
+    thread = threading.Thread(target=_watch, name="ringfx-watch", daemon=True)
+    thread.start()
+    Finalize(None, _end, args=(thread,), exitpriority=AFTER_REPORT)
+
+
+def _end(thread: threading.Thread) -> None:
+    _ENDING.set()
+    thread.join(LONGEST_LOOK_S)
 
 
 def _group(channel: Channel) -> Any:
@@ -103,8 +126,7 @@ def _group(channel: Channel) -> Any:
 
 
 def _watch() -> None:
-    while True:
-        time.sleep(TICK_S)
+    while not _ENDING.wait(TICK_S):
         _look_at_all()
 
 

@@ -202,7 +202,7 @@ def quadratic_memory(seq_len: int) -> int | None:
 @pytest.mark.ranks
 def test_no_matrix_of_all_queries_and_keys_exists(ranks2: RankPool) -> None:
     """A whole step needs less than that matrix alone would, were it only bool."""
-    seq_len = 6144
+    seq_len = 8192
     matrix = seq_len**2
     whole = quadratic_memory(seq_len)
     assert whole is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, cast
 
 import pytest
@@ -97,3 +99,25 @@ def test_a_rank_that_stands_still_after_a_failure_is_ended(
         watchdog._look_at_device(channel, known) or group.backend.aborts for _ in range(looks)
     ]
     assert aborted == [int(first is not None and i >= first) for i in range(looks)]
+
+
+ENDS_WHILE_IT_LOOKS = """
+import time
+import torch.distributed as dist
+from ringfx.failures import watchdog
+
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+watchdog.TICK_S = 0.0
+watchdog._look_at_all = lambda: [store.check([key]) for key in map(str, range(500))]
+watchdog._start_thread()
+time.sleep(0.2)
+print("done")
+"""
+
+
+def test_a_process_may_end_while_the_thread_looks_at_the_store() -> None:
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", ENDS_WHILE_IT_LOOKS], capture_output=True, text=True, check=False
+        )
+        assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
