@@ -85,7 +85,7 @@ DIFFERENCES = (
     ),
     Difference(
         tests="tests/end_to_end/test_ways_in.py::test_code_that_dynamo_gives_up_*",
-        first=SINCE_2_15, why="Dynamo breaks the graph at an LSTM; the attention behind it is split",
+        first=SINCE_2_15, why="Dynamo breaks the graph at an LSTM, and what follows is split",
     ),
     Difference(
         tests="tests/compile/test_inductor_no_fusion.py::test_inductor_takes_a_product_*",
