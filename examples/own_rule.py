@@ -42,8 +42,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 swish.register_autograd(_backward, setup_context=_save)
 
-# One letter an axis. Tokens (s) are nobody's sum and nobody's whole: each rank may run its own, and
-# the gradient of slope, which has none, is then summed over the ranks.
+# One letter an axis. No operand sums over tokens (s) or needs all of them: each rank runs its own.
+# slope has no s, so its gradient is summed over the ranks.
 RULES = ringfx.RULES | {
     torch.ops.examples.swish.default: axes(x="b s c", slope="c", out="b s c"),
 }

@@ -30,6 +30,7 @@ from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.trace import keep_value
+from ringfx.passes.chunks.sizes import Chunks
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.torch_compat.dynamo import BackendCompilerFailed, OptimizedModule, TorchDynamoException
 from ringfx.torch_compat.fake_tensors import (
@@ -62,6 +63,7 @@ def optimize(
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool | int = True,
     strict: bool = False,
+    chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> M:
@@ -108,6 +110,11 @@ def optimize(
         Refuse a model with a region that looks like attention, by a count that is independent of
         detection, and was neither found nor declined (AttentionMissed); and a model with an
         attention that was found and cannot be split (AttentionReplicated).
+    chunks
+        Parts of the model that compute each token by itself, and are wide, run in chunks of tokens:
+        what is wide (logits, an MLP's inner values) then exists for one chunk only. ``"auto"``:
+        where nothing is computed again (losses), and everywhere if ``gpu_memory`` is exceeded
+        otherwise; ``"all"``; ``"none"``; or a number of tokens for each chunk, everywhere.
     strategies
         Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
         ``ringfx.Strategy``.
@@ -139,6 +146,7 @@ def optimize(
             "on_unsupported": on_unsupported,
             "check_inputs": check_inputs,
             "strict": strict,
+            "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
         }
@@ -195,6 +203,7 @@ def plan(
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
     strict: bool = False,
+    chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> Plan:
@@ -218,6 +227,7 @@ def plan(
             "optimizer": optimizer,
             "on_unsupported": on_unsupported,
             "strict": strict,
+            "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
         }

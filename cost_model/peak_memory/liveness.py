@@ -19,16 +19,19 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringfx.passes.chunks.outline import ChunkedCall
 from ringfx.torch_compat.operators import OpOverload, schema_of
 
-__all__ = ["Values", "kept_values", "needed_by", "op_name", "outputs_of", "values_of"]
+__all__ = [
+    "Values", "chunked_call", "kept_values", "needed_by", "op_name", "outputs_of", "values_of",
+]  # fmt: skip
 
 # fmt: off
 EXPENSIVE = frozenset([
     "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "grouped_mm", "_grouped_mm",
     "convolution", "conv1d", "conv2d", "attention", "scaled_dot_product_attention", "embedding",
     "cross_entropy_loss", "nll_loss", "sort", "topk", "cumsum", "index_put", "scatter",
-    "dropout", "native_dropout", "bernoulli", "rand", "rand_like",
+    "dropout", "native_dropout", "bernoulli", "rand", "rand_like", "region_in_chunks",
 ])
 """Operators that are not run twice: products, lookups, orders, draws."""
 
@@ -77,6 +80,12 @@ class Values:
             return ()
         owners = {self.owner[n] for n in node.all_input_nodes if n in self.has_grad}
         return {x for x in owners if self.bytes[x]}
+
+
+def chunked_call(node: Node) -> ChunkedCall | None:
+    """What a region in chunks holds; None for any other call."""
+    found: ChunkedCall | None = node.meta.get("ringfx_chunked")
+    return found
 
 
 def op_name(node: Node) -> str:
@@ -189,6 +198,8 @@ def needed_by(node: Node, values: Values) -> Iterable[Node]:
         return ()
     name = op_name(node)
     inputs = [n for n in node.all_input_nodes if _tensor(n) is not None]
+    if (chunked := chunked_call(node)) is not None and chunked.is_loss:
+        return ()
     if name in NEEDS_NOTHING:
         needed: Sequence[Node] = ()
     elif name in NEEDS_OUTPUT:

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from ringfx.cost_model.peak_memory.liveness import (
     Values,
+    chunked_call,
     kept_values,
     needed_by,
     op_name,
@@ -76,6 +77,7 @@ def outside_attention(
     it runs."""
     last_use = _last_uses(values)
     if not values.has_grad:
+        yield from _chunks(values, 0)
         yield from _forward(values, last_use)
         return
     yield from _messages(values, trained)
@@ -87,6 +89,7 @@ def outside_attention(
     fused = _fused_losses(values) if in_place else frozenset()
     yield from _kept(values, kept, end, fused)
     yield from _again(values)
+    yield from _chunks(values, end)
     handed_over = outputs_of(values) & values.has_grad
     for i, node in enumerate(values.nodes):
         if node not in values.has_grad or node.op != "call_function":
@@ -98,6 +101,19 @@ def outside_attention(
             if values.nodes[last] in fused and node not in kept:
                 last -= 1
             yield _value("gradients of activations", node, node, values, i + 1, last)
+
+
+def _chunks(values: Values, end: int) -> Iterator[Held]:
+    """What regions in chunks hold: one chunk, and a loss the gradients that it is left with."""
+    for i, node in enumerate(values.nodes):
+        chunked = chunked_call(node)
+        if chunked is None:
+            continue
+        yield Held(cause="temporaries", node=node, bytes=chunked.bytes, first=i, last=i)
+        if chunked.is_loss:
+            for of in _owners(node.all_input_nodes, values):
+                if of in values.has_grad:
+                    yield _value(KEPT, node, of, values, i, end)
 
 
 def _value(cause: str, node: Node, of: Node, values: Values, first: int, last: int) -> Held:

@@ -131,6 +131,7 @@ class PlacementConversions:
             if wanted is Placement.SHARDED:
                 assert isinstance(tokens, TokenDim)
                 new = self._shard(value, tokens)
+                self.local.holds_tokens(new, tokens)
             elif gathers:
                 assert isinstance(tokens, TokenDim)
                 new = self._gather(value, tokens, wanted, user)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ from ringfx.comm import conjugate
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
+from ringfx.ir.token_place import TokenPlace
 from ringfx.ir.values import Captured, Collective
 from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
@@ -71,6 +72,12 @@ class LocalProgram:
     """Attention's name -> its call in this program."""
     matrices: Mapping[str, ReplicatedMatrices]
     """Attention's name -> what it reads that is replicated and has an entry for each pair."""
+    tokens: Mapping[Node, TokenPlace] = field(default_factory=dict)
+    """Local value of which each rank has its tokens -> where they are."""
+    partials: Mapping[Node, Node] = field(default_factory=dict)
+    """Global sum over tokens -> the local node with this rank's part."""
+    bodies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Regions in chunks, by the key of their body -> the programs of it that are run."""
 
 
 def rewrite(
@@ -122,6 +129,7 @@ class _Rewriter:
         for node, name in zip(self.inputs, self.captured.input_names, strict=True):
             node.meta["ringfx_input"] = name
             self.as_produced[node] = self.graph.node_copy(node)
+            self._note_tokens(node)
         self.trains = any(map(needs_grad, nodes))
         self.local.add_line_inputs()
         share_parameters(self.captured, self.placement, self.conversions)
@@ -131,6 +139,7 @@ class _Rewriter:
                 outputs = self._output(node)
             elif node.op != "placeholder":
                 self.as_produced[node] = self._emit(node)
+                self._note_tokens(node)
         gm = GraphModule(self.captured.graph_module, self.graph, "RingfxLocal")
         eliminate_dead(gm.graph)
         alive = set(gm.graph.nodes)
@@ -146,7 +155,14 @@ class _Rewriter:
             values={value: made for value, made in self.as_produced.items() if made in alive},
             attentions=self.attentions,
             matrices=self.matrices,
+            tokens={n: place for n, place in self.local.tokens.items() if n in alive},
+            partials={n: part for n, part in self.local.partials.items() if part in alive},
         )
+
+    def _note_tokens(self, node: Node) -> None:
+        tokens = self.placement.lines.token_dim(node)
+        if self.placement.is_sharded(node) and isinstance(tokens, TokenDim):
+            self.local.holds_tokens(self.as_produced[node], tokens)
 
     def _emit(self, node: Node) -> Node:
         mode = self.placement.modes.get(node)

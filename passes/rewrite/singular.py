@@ -111,6 +111,7 @@ def without_padding(call: LocalCall, mode: SplitMode) -> LocalCall:
             place = (tokens.dim, tokens.outer, tokens.inner)
             valid = call.local.valid(stored_with)
             operands[i] = call.emit(conjugate.repeat_token, operands[i], valid, *place)
+            call.local.holds_tokens(operands[i], tokens)
     return call.with_operands(operands)
 
 

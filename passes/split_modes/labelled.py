@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.fx import Node
 
@@ -24,6 +24,8 @@ __all__ = ["Creation", "Labelled", "split_by_labels"]
 class Labelled(SplitMode):
     """Every sharded label of the operands lives on in the results."""
 
+    is_token_local: ClassVar[bool] = True
+
     @staticmethod
     def match(call: CallOnLine) -> SplitMode | CannotSplit | None:
         return split_by_labels(call)
@@ -39,6 +41,8 @@ class Labelled(SplitMode):
 @dataclass(frozen=True, kw_only=True)
 class Creation(Labelled):
     """A constant reads no values: each rank makes its own part."""
+
+    is_token_local: ClassVar[bool] = False
 
     @staticmethod
     def match(call: CallOnLine) -> SplitMode | CannotSplit | None:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx.comm import conjugate
+from ringfx.ir.token_place import TokenPlace
 from ringfx.ir.values import Collective, CommKind
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
@@ -28,6 +29,10 @@ class LocalGraph:
         self.lines = lines
         self.group = group
         self.collectives: list[Collective] = []
+        self.tokens: dict[Node, TokenPlace] = {}
+        """Local values of which each rank has its tokens -> where they are."""
+        self.partials: dict[Node, Node] = {}
+        """Sums over tokens -> this rank's part."""
         self.last_input: Node | None = None
         self._positions: list[Node] = []
         self._orders: list[Node] = []
@@ -54,6 +59,10 @@ class LocalGraph:
         while after.next.meta.get("ringfx_conversion") or after.next.meta.get("ringfx_prologue"):
             after = after.next
         return after
+
+    def holds_tokens(self, node: Node, tokens: TokenDim) -> None:
+        """Each rank has its tokens of this local value."""
+        self.tokens[node] = TokenPlace(dim=tokens.dim, outer=tokens.outer, inner=tokens.inner)
 
     def valid(self, tokens: TokenDim) -> Node:
         """bool [local tokens]: which local tokens are elements of the axis."""
@@ -103,6 +112,7 @@ class LocalGraph:
         """The sum; of float16 and bfloat16 in float32, as an operator sums that has them all."""
         size = num_bytes(node) * (2 if is_narrow(node) else 1)
         self.report(node, CommKind.ALL_REDUCE, size, "sums over tokens")
+        self.partials[node] = partial
         args = (partial, self.group, describe(node))
         return self.graph.call_function(conjugate.sum_partials, args)
 
@@ -132,6 +142,8 @@ class LocalGraph:
         if key not in self._made:
             with self.graph.inserting_after(self.after_inputs()):
                 self._made[key] = self._make(tokens, kind)
+            if kind != "order":
+                self.tokens[self._made[key]] = TokenPlace(dim=0, outer=1, inner=1)
         return self._made[key]
 
     def _make(self, tokens: TokenDim, kind: str) -> Node:

@@ -26,6 +26,8 @@ class SplitMode:
 
     is_partial_sum: ClassVar[bool] = False
     """Each rank makes its part of a sum; the result is replicated."""
+    is_token_local: ClassVar[bool] = False
+    """A call on a rank's tokens is as well a call on a part of them."""
     is_window: ClassVar[bool] = False
     """Its result is stored as its operand: it is no call of its own."""
 

@@ -25,6 +25,7 @@ class PartialSum(SplitMode):
     """Recognised by labels (``labelled.split_by_labels``)."""
 
     is_partial_sum: ClassVar[bool] = True
+    is_token_local: ClassVar[bool] = True
 
     def emit(self, call: LocalCall) -> Node:
         family = call.axes.how if isinstance(call.axes.how, how.Sum) else how.Sum()
@@ -46,6 +47,7 @@ class PartialSum(SplitMode):
                 operands[i] = call.emit(
                     conjugate.mask_tokens, operands[i], valid, family.fill[i], *where
                 )
+                call.local.holds_tokens(operands[i], tokens)
         return call.with_operands(operands)
 
 

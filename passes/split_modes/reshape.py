@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -20,6 +21,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True, kw_only=True)
 class Reshape(SplitMode):
     """A reshape to the local sizes; of further operands only shapes are read."""
+
+    is_token_local: ClassVar[bool] = True
 
     @staticmethod
     def match(call: CallOnLine) -> Reshape | CannotSplit | None:

@@ -6,10 +6,10 @@ import contextlib
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -18,9 +18,9 @@ from ringfx.comm.double_backward import refuse_in_compiled
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.stats import snapshot
 from ringfx.comm.world import World
+from ringfx.compile.compilers import Compiled, compile_bodies, compile_local_program
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.fully_sharded import is_dtensor
-from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
 from ringfx.compile.mask_buffer_guard import (
     BufferSnapshot,
     buffers_to_watch,
@@ -55,15 +55,13 @@ from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.strategies import Strategy
 from ringfx.torch_compat.autograd import without_saved_tensor_hooks
-from ringfx.torch_compat.dynamo import TorchDynamoException, aot_eager
-from ringfx.torch_compat.inductor import compiled_by_inductor
+from ringfx.torch_compat.dynamo import TorchDynamoException
 from ringfx.units.format import format_bytes
 
 __all__ = ["Backend", "ringfx_backend"]
 
 log = logging.getLogger("ringfx")
 _CPU = torch.device("cpu")
-Compiled = Callable[..., Sequence[Any]]
 
 
 class Backend:
@@ -111,6 +109,7 @@ class Backend:
         placement = lowered.local.placement
         extra = line_inputs(placement.lines, self.world.rank, placement.device)
         with autocast_off():
+            compile_bodies(lowered.local.bodies, self.settings.compiler)
             compiled = compile_local_program(
                 lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
             )
@@ -376,15 +375,6 @@ def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
                 "tensors; to run, make the model (to_empty, load_state_dict) and the inputs on a "
                 "real device."
             )
-
-
-def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
-    """Compile the local program."""
-    if compiler == "eager":
-        return gm.forward
-    if compiler == "aot_eager":
-        return cast(Compiled, aot_eager(gm, inputs))
-    return cast(Compiled, compiled_by_inductor(gm, inputs, config_without_attention_fusion()))
 
 
 def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:

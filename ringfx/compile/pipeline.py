@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule
 
@@ -22,7 +22,8 @@ from ringfx.cost_model import (
     unmeasured,
     unpriced,
 )
-from ringfx.errors import AttentionReplicated, NoAxisRule, VerificationError
+from ringfx.cost_model.peak_memory.peak import Alive
+from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
 from ringfx.ir.note import NoteKind, noted
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
 from ringfx.ir.tiles.words import whole_text
@@ -33,6 +34,8 @@ from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
+from ringfx.passes.chunks import find_regions, outlined, run_in_chunks
+from ringfx.passes.chunks.sizes import Chunks, Sized, all_sized
 from ringfx.passes.place import PlacementMap, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.steps import Attentions, find_attention, find_tokens
@@ -91,22 +94,28 @@ def _lowered(
 
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
-    alive = alive_in(
-        captured, carries_tokens=placement.is_sharded if world.size > 1 else lines.carries_one,
-        power=lines.power, world_size=world.size, optimizer=settings.optimizer,
-        compiler=settings.compiler,
-    )  # fmt: skip
-    layers = choose(
-        sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
-        strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
-        replicated=whole,
-    )  # fmt: skip
+    regions = find_regions(graph, placement, deferrable=False)
+
+    def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
+        in_chunks = all_sized(regions, lines, device, chunks)
+        alive = _alive(captured, in_chunks, placement, lines, settings, world)
+        layers = choose(
+            sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
+            strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
+            replicated=whole,
+        )  # fmt: skip
+        return in_chunks, alive, layers
+
+    in_chunks, alive, layers = _with_more_chunks(planned, settings)
 
     chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
     local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
+    local, done = run_in_chunks(local, in_chunks, captured.needs_grad)
+    if len(done) < len(in_chunks):
+        alive = _alive(captured, done, placement, lines, settings, world)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
@@ -118,6 +127,40 @@ def _lowered(
         arrived=frozenset(i for i, n in enumerate(given) if n in lines.arrived),
         digest=_digest(captured, plan, arrivals),
     )
+
+
+def _alive(
+    captured: Captured,
+    regions: Sequence[Sized],
+    placement: PlacementMap,
+    lines: Lines,
+    settings: Settings,
+    world: World,
+) -> Alive:
+    """What is alive when, with these regions in chunks."""
+    outline = outlined(captured, regions)
+    carries = placement.is_sharded if world.size > 1 else lines.carries_one
+    return alive_in(
+        outline.captured,
+        carries_tokens=outline.of_original(carries, False),
+        power=outline.of_original(lines.power, 0),
+        world_size=world.size,
+        optimizer=settings.optimizer,
+        compiler=settings.compiler,
+    )
+
+
+P = TypeVar("P")
+
+
+def _with_more_chunks(planned: Callable[[Chunks], P], settings: Settings) -> P:
+    """The plan with as few regions in chunks as fit the memory."""
+    try:
+        return planned(settings.chunks)
+    except OutOfMemory:
+        if settings.chunks != "auto":
+            raise
+    return planned("all")
 
 
 def _plan_of(

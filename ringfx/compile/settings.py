@@ -13,6 +13,7 @@ from ringfx.cost_model.prediction.profile import check_profile, check_profile_ty
 from ringfx.errors import InvalidArgument
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, checked_rules
+from ringfx.passes.chunks.sizes import Chunks
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.strategies.given import checked_strategies
 
@@ -39,6 +40,8 @@ class Settings:
     """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
+    chunks: Chunks = "auto"
+    """Which regions run in chunks of tokens."""
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     """To choose from."""
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -73,6 +76,7 @@ class Settings:
         if not several_processes():  # of several ranks only rank 0 must have it: all are told
             check_profile(settings.profile)
         _check_interval(settings.check_inputs)
+        _check_chunks(settings.chunks)
         if not isinstance(settings.strict, bool):
             raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
         _check_strategy(settings.strategy, settings.strategies)
@@ -91,6 +95,15 @@ def _check_interval(value: object) -> None:
         raise InvalidArgument(
             f"check_inputs={value!r} must be True, False, or a number N (all parameters are "
             "compared once in N calls)."
+        )
+
+
+def _check_chunks(value: object) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value not in ("auto", "all", "none") and not is_number:
+        raise InvalidArgument(
+            f"chunks={value!r} is none of 'auto', 'all', 'none' and a number of tokens, such as "
+            "1024."
         )
 
 

@@ -75,7 +75,8 @@ def rows() -> Iterator[Row]:
     for name, model in constructs.GRADIENTS.items():
         yield Row(group="gradients", name=name, model=model)
     yield Row(
-        group="gradients", name="an autograd.Function that writes into its input",
+        group="gradients",
+        name="an autograd.Function that writes into its input without mark_dirty",
         model=constructs.HiddenWrite, refused="writes into its inputs",
         why="tracing keeps it as one call, whose operands are values"
     )  # fmt: skip

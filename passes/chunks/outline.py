@@ -1,0 +1,111 @@
+"""The global program with each region as one call: what the memory of a step is counted on."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ringfx.ir.values import Captured
+from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.chunks.sizes import Sized
+
+__all__ = ["ChunkedCall", "Outlined", "outlined", "region_in_chunks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedCall:
+    """What a region in chunks holds while it runs, and for its backward."""
+
+    bytes: int
+    """Of one chunk: wide values, their gradients, a chunk's part of gradients that are sums."""
+    is_loss: bool
+    """Whether its gradients are computed with it, and kept in place of its operands."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outlined:
+    """A copy of the captured program, with regions as calls."""
+
+    captured: Captured
+    original: Mapping[Node, Node]
+    """Node of the copy -> of the captured program; calls of regions have none."""
+
+    def of_original(self, ask: Callable[[Node], Any], other: Any) -> Callable[[Node], Any]:
+        """A question about nodes of the captured program, asked about the copy's."""
+
+        def asked(node: Node) -> Any:
+            found = self.original.get(node)
+            return other if found is None else ask(found)
+
+        return asked
+
+
+def region_in_chunks(*operands: Any) -> Any:
+    """Stands for a region; it never runs."""
+    raise NotImplementedError
+
+
+def outlined(captured: Captured, regions: Sequence[Sized]) -> Outlined:
+    """The copy. Of values that are deferred the copy returns the operands."""
+    return _Outliner(captured, regions).run()
+
+
+class _Outliner:
+    def __init__(self, captured: Captured, regions: Sequence[Sized]) -> None:
+        self.captured = captured
+        self.graph = Graph()
+        self.made: dict[Node, Node] = {}
+        self.region_of = {n: x for x in regions for n in x.region.nodes}
+        self.original: dict[Node, Node] = {}
+
+    def run(self) -> Outlined:
+        for node in self.captured.graph_module.graph.nodes:
+            if node in self.region_of:
+                continue
+            if node.op == "output":
+                results = [x for value in node.args[0] for x in self._returned(value)]
+                self.graph.output(tuple(torch.fx.node.map_arg(results, self._of)))
+                continue
+            self.made[node] = self.graph.node_copy(node, self._of)
+            self.original[self.made[node]] = node
+        module = GraphModule(self.captured.graph_module, self.graph, "RingfxOutlined")
+        captured = replace(self.captured, graph_module=module)
+        return Outlined(captured=captured, original=self.original)
+
+    def _of(self, value: Node) -> Node:
+        if value not in self.made:
+            self._call(self.region_of[value])
+        return self.made[value]
+
+    def _returned(self, value: Any) -> Sequence[Any]:
+        found = self.region_of.get(value) if isinstance(value, Node) else None
+        if found is None or value not in found.region.returned:
+            return (value,)
+        return [n for n in found.region.entering if needs_grad(n) and n.op != "placeholder"]
+
+    def _call(self, found: Sized) -> None:
+        """The region as one call, with an item for each value that leaves it."""
+        region = found.region
+        call = self.graph.call_function(region_in_chunks, tuple(map(self._of, region.entering)))
+        call.meta = {k: v for k, v in region.nodes[0].meta.items() if k not in ("val", "recompute")}
+        call.meta["val"] = tuple(n.meta["val"] for n in region.leaving)
+        call.meta["ringfx_path"] = region.name
+        call.meta["ringfx_chunked"] = _held(found)
+        for i, value in enumerate(region.leaving):
+            item = self.graph.call_function(operator.getitem, (call, i))
+            item.meta = dict(value.meta)
+            self.made[value] = item
+            self.original[item] = value
+
+
+def _held(found: Sized) -> ChunkedCall:
+    region = found.region
+    shared = [n for n in region.entering if needs_grad(n) and n.op == "placeholder"]
+    sums = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in shared)
+    wide = found.wide_bytes * (2 if region.trains else 1)
+    return ChunkedCall(bytes=wide + (sums if region.trains else 0), is_loss=region.is_loss)

@@ -1,0 +1,88 @@
+"""The compilers that local programs, and the bodies of regions in chunks, are handed to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
+from ringfx.ops.chunked import Body, body_of
+from ringfx.torch_compat.dynamo import aot_eager
+from ringfx.torch_compat.fake_tensors import FakeTensorMode, detect_fake_mode
+from ringfx.torch_compat.inductor import compiled_by_inductor
+
+__all__ = ["Compiled", "compile_bodies", "compile_local_program"]
+
+Compiled: TypeAlias = Callable[..., Sequence[Any]]
+
+
+def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> Compiled:
+    """Compile the local program."""
+    if compiler == "eager":
+        return gm.forward
+    if compiler == "aot_eager":
+        return cast(Compiled, aot_eager(gm, inputs))
+    return cast(Compiled, compiled_by_inductor(gm, inputs, config_without_attention_fusion()))
+
+
+def compile_bodies(bodies: Mapping[str, tuple[str, ...]], compiler: str) -> None:
+    """Compile what a program runs of the bodies of its regions, for each length of chunks."""
+    for key, programs in bodies.items():
+        body = body_of(key)
+        for tokens in body.sizes:
+            for what in programs:
+                if (what, tokens) not in body.compiled:
+                    body.compiled[what, tokens] = _compiled(body, what, tokens, compiler)
+
+
+def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
+    mode = detect_fake_mode([*body.given, *body.values]) or FakeTensorMode()
+    with mode, torch.no_grad():
+        inputs = [
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            if place is None
+            else place.empty(x, tokens)
+            for x, place in zip(body.given, body.operands, strict=True)
+        ]
+        if what == "backward":
+            inputs += [
+                torch.empty_like(x) if place is None else place.empty(x, tokens)
+                for x, place in zip(body.values, body.results, strict=True)
+            ]
+        traced: Callable[..., GraphModule] = make_fx(_function(body, what))
+        program = traced(*inputs)
+    if compiler != "inductor":
+        return program.forward
+    with torch.no_grad():
+        settings = config_without_attention_fusion()
+        return cast(Compiled, compiled_by_inductor(program, inputs, settings))
+
+
+def _function(body: Body, what: str) -> Callable[..., Any]:
+    """Forward; backward, which takes operands and gradients of results; or a sum with gradients."""
+    if what == "forward":
+        return body.program
+
+    def differentiated(*given: Any) -> Any:
+        operands, grads = given[: len(body.operands)], given[len(body.operands) :]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(i in body.wanted) for i, x in enumerate(operands)]
+            results = body.program(*leaves)
+        pairs = [
+            (x, g)
+            for x, g in zip(results, grads or [torch.ones_like(r) for r in results], strict=True)
+            if x.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs],
+            [leaves[i] for i in body.wanted],
+            [g for _, g in pairs],
+            materialize_grads=True,
+        )
+        return (*(() if grads else (r.detach() for r in results)), *found)
+
+    return differentiated
