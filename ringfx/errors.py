@@ -65,6 +65,10 @@ class SplitWrite(RingfxError):
     """A write into a split value or into a view of it, which the other would not see."""
 
 
+class DeferredLost(RingfxError):
+    """An output that is computed when it is first used can no longer be: its operands changed."""
+
+
 class CommunicationError(RingfxError):
     """A rank did not answer in time, or a message had the wrong size."""
 

@@ -4,6 +4,6 @@ Local shapes, ring operators, and for every change of placement a conjugate coll
 after the value it converts (in that value's own gradient mode).
 """
 
-from ringfx.passes.rewrite.local import LocalProgram, SplitOutput, rewrite
+from ringfx.passes.rewrite.local import DeferredOutput, LocalProgram, SplitOutput, rewrite
 
-__all__ = ["LocalProgram", "SplitOutput", "rewrite"]
+__all__ = ["DeferredOutput", "LocalProgram", "SplitOutput", "rewrite"]

@@ -31,7 +31,7 @@ from ringfx.passes.token_axes.windows import along_the_line
 from ringfx.strategies import Strategy
 from ringfx.strategies.keys import key_of
 
-__all__ = ["LocalProgram", "SplitOutput", "rewrite"]
+__all__ = ["DeferredOutput", "LocalProgram", "SplitOutput", "rewrite"]
 
 aten = torch.ops.aten
 
@@ -43,6 +43,18 @@ class SplitOutput:
     token_dim: TokenDim
     shape: tuple[int, ...]
     """Of all tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeferredOutput(SplitOutput):
+    """An output that is computed when it is touched; the program gives None in its place."""
+
+    body: str
+    """The key of the program that computes a rank's part."""
+    inputs: Mapping[int, int]
+    """Operand of the body -> the input of this program that it is."""
+    results: Mapping[int, int]
+    """Operand of the body -> the result of this program that it is, after all outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,7 @@ def _enter(bucket: Sequence[Node], conversions: PlacementConversions, numbers: l
         for i, value in enumerate(bucket):
             with local.graph.inserting_after(shared):
                 item = local.graph.call_function(operator.getitem, (shared, i))
+                item.meta["ringfx_input_node"] = given[i]
             conversions.remember(value, Placement.REPLICATED_PARTIAL_GRAD, item)
 
     for value in bucket:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ringfx.comm.conjugate import identity_grad_all_reduce
 from ringfx.comm.double_backward import refuse_in_compiled
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.stats import snapshot
@@ -43,14 +44,15 @@ from ringfx.failures.channel import shared_call
 from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import LayerPlan, Plan, joined
 from ringfx.ir.values import Arrival, Collective
+from ringfx.ops.chunked import body_of
 from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.capture.trace import input_name
 from ringfx.passes.place.min_cut import home_device
-from ringfx.passes.rewrite import SplitOutput
+from ringfx.passes.rewrite import DeferredOutput, SplitOutput
 from ringfx.passes.verify.check import line_inputs
-from ringfx.split_tensor.autograd import wrap_all
+from ringfx.split_tensor.autograd import wrap_all, wrap_deferred
 from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.strategies import Strategy
@@ -250,10 +252,14 @@ class Runner:
         self._outputs_form = settings.outputs
         self._names, self._held = lowered.captured.input_names, lowered.held
         self._buffers = BufferSnapshot(buffers_to_watch(lowered.captured, lowered.held))
-        self._specs = [
+        self._outputs = lowered.local.outputs
+        specs = [
             None if output is None else _spec(output, lowered, world, i)
-            for i, output in enumerate(lowered.local.outputs)
+            for i, output in enumerate(self._outputs)
         ]
+        is_deferred = [isinstance(output, DeferredOutput) for output in self._outputs]
+        self._specs = [None if x else s for s, x in zip(specs, is_deferred, strict=True)]
+        self._deferred_specs = specs
         self._agreement = (
             Agreement(
                 world,
@@ -297,7 +303,7 @@ class Runner:
             self._compared = True
             for text in other_kernels(self._plan, self._strategies):
                 log.warning(text)
-        finished = self._finish(results)
+        finished = self._finish(results, taken)
         return self._write(inputs, finished)
 
     def _take(self, index: int, value: Any) -> Any:
@@ -323,14 +329,37 @@ class Runner:
             for i, result in enumerate(results[:given])
         ]
 
-    def _finish(self, results: Sequence[Any]) -> list[Any]:
+    def _finish(self, results: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The results as the user gets them; what follows the outputs is for deferred ones."""
+        outputs = self._outputs
+        further, results = results, results[: len(outputs)]
         if self._outputs_form == "local" and self._broken is None:
             for result, spec in zip(results, self._specs, strict=True):
                 if spec is not None:
                     result.ringfx_positions = spec.layout.positions(spec.rank) - spec.offset
             return list(results)
         on_gather = self._handoff.on_gather(self._broken)
-        return wrap_all(results, self._specs, on_gather)
+        finished = wrap_all(results, self._specs, on_gather)
+        for i, output in enumerate(outputs):
+            if isinstance(output, DeferredOutput):
+                operands = self._operands(output, further, inputs)
+                spec = self._deferred_specs[i]
+                finished[i] = wrap_deferred(body_of(output.body), operands, spec, on_gather)
+        return finished
+
+    def _operands(
+        self, output: DeferredOutput, results: Sequence[Any], inputs: Sequence[Any]
+    ) -> list[torch.Tensor]:
+        """What a deferred output is computed from; of inputs each rank's gradient is a part."""
+        body = body_of(output.body)
+        found = {i: results[number] for i, number in output.results.items()}
+        for i, number in output.inputs.items():
+            value = inputs[number]
+            what = f"{self._names[number]}, which a deferred output reads"
+            found[i] = (
+                identity_grad_all_reduce(value, self._group, what) if i in body.wanted else value
+            )
+        return [found[i] for i in range(len(found))]
 
 
 def lower_naming_internal_errors(

@@ -94,7 +94,7 @@ def _lowered(
 
     device = sites.found[0].device if sites.found else "cpu"
     profile = load_profile(settings.profile, device=device)
-    regions = find_regions(graph, placement, deferrable=False)
+    regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
     def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
         in_chunks = all_sized(regions, lines, device, chunks)
@@ -148,6 +148,12 @@ def _alive(
         optimizer=settings.optimizer,
         compiler=settings.compiler,
     )
+
+
+def _may_defer(captured: Captured, settings: Settings, world: World) -> bool:
+    """Whether outputs may be computed when they are touched: not between programs of one call."""
+    broken = captured.graph_break or captured.uncompiled_caller
+    return world.size > 1 and settings.outputs == "global" and not broken
 
 
 P = TypeVar("P")

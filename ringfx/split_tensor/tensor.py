@@ -21,6 +21,7 @@ from ringfx.comm.conjugate import all_gather_tokens, take_tokens
 from ringfx.comm.token_lookup import local_rows, mask_rows
 from ringfx.errors import SplitWrite
 from ringfx.ir.values import Arrival
+from ringfx.split_tensor.deferred import Deferred
 from ringfx.split_tensor.local_rules import (
     LocalCall,
     ToOne,
@@ -53,7 +54,8 @@ _NEW = frozenset(
 class Cell:
     """What one value and its aliases hold: this rank's part and, once gathered, all of it."""
 
-    local: torch.Tensor
+    held: torch.Tensor | Deferred
+    """This rank's part, or how it is computed when it is touched."""
     whole: torch.Tensor | None = None
     """Once gathered it is the value: views of it may be written."""
     made: Counter[str] = field(default_factory=Counter)
@@ -70,6 +72,19 @@ class Cell:
     views: WeakSet[Cell] = field(default_factory=WeakSet)
     """Views of this rank's part."""
 
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's part."""
+        if isinstance(self.held, Deferred):
+            self.held = self.held.part()
+        return self.held
+
+    def rows(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        """Some tokens of dimension ``dim``, by their numbers on this rank."""
+        if isinstance(self.held, Deferred):
+            return self.held.rows(rows)
+        return self.held.index_select(dim, rows)
+
 
 class SplitTensor(torch.Tensor):
     """A tensor of the global shape whose tokens are spread over the ranks.
@@ -84,7 +99,7 @@ class SplitTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, cell: Cell, spec: SplitSpec) -> SplitTensor:
-        local = cell.local
+        local = cell.held
         made: SplitTensor = make_wrapper(
             cls, spec.shape, dtype=local.dtype, device=local.device, requires_grad=False
         )
@@ -165,7 +180,7 @@ class SplitTensor(torch.Tensor):
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
             return _with_whole(func, args, kwargs)
-        for run in (_made_like, _as_looked_at, _without_gathering, _as_program):
+        for run in (_made_like, _still_deferred, _as_looked_at, _without_gathering, _as_program):
             found = run(func, args, kwargs)
             if found is not None:
                 return found
@@ -173,12 +188,12 @@ class SplitTensor(torch.Tensor):
 
     def _tokens(self, asked: range) -> torch.Tensor:
         """These tokens on every rank: each comes from the rank that has it."""
-        spec, local = self._spec, self._local
+        spec, device = self._spec, self.device
         rendezvous_before_gather(spec, f"{asked}{self._next(str(asked))}")
-        index = torch.arange(asked.start, asked.stop, asked.step, device=local.device)
-        own = spec.layout.positions(spec.rank, local.device) - spec.offset
+        index = torch.arange(asked.start, asked.stop, asked.step, device=device)
+        own = spec.layout.positions(spec.rank, device) - spec.offset
         rows = local_rows(index, own, spec.length, 1, 1)
-        taken = local.index_select(spec.dim, rows.clamp_min(0))
+        taken = self._cell.rows(spec.dim, rows.clamp_min(0))
         taken = mask_rows(taken, rows, taken.dim() - spec.dim - 1)
         number = taken.to(torch.uint8) if taken.dtype == torch.bool else taken
         total: torch.Tensor = collective_ops.all_reduce(number, spec.group, spec.name)
@@ -236,7 +251,7 @@ class SplitTensor(torch.Tensor):
         Between programs all ranks run the same calls; outside, what was gathered once needs no
         other rank any more.
         """
-        if isinstance(self._local, FakeTensor):
+        if isinstance(self._cell.held, FakeTensor):
             return False
         return self._whole is None or (self._is_inside() and self._is_current())
 
@@ -320,7 +335,7 @@ def _write_local(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     if call is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
         return False
     target, *rest = call.args
-    args[0]._cell.local = func(target.clone(), *rest, **kwargs)
+    args[0]._cell.held = func(target.clone(), *rest, **kwargs)
     return True
 
 
@@ -367,7 +382,7 @@ def _few_tokens(
 def _as_looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dynamo makes a row that was handed out again, and compares strides; None for other calls."""
     source = args[0]
-    if not func.is_view or not isinstance(source._local, FakeTensor):
+    if not func.is_view or not isinstance(source._cell.held, FakeTensor):
         return None
     asked = _few_tokens(func, source, args, kwargs)
     if asked is None:
@@ -381,7 +396,21 @@ def _made_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.new_zeros(...)`` takes no more of x than its type."""
     if func not in _NEW:
         return None
-    return func(args[0]._local, *args[1:], **kwargs)
+    some = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+    return func(some, *args[1:], **kwargs)
+
+
+def _still_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``logits.float()`` is computed when it is touched as well."""
+    held = args[0]._cell.held if isinstance(args[0], SplitTensor) else None
+    if func is not aten._to_copy.default or kwargs.keys() != {"dtype"}:
+        return None
+    if not isinstance(held, Deferred) or args[0]._whole is not None:
+        return None
+    source: SplitTensor = args[0]
+    number = f"{source._spec.number}/{func}{source._next(str(func))}"
+    spec = dataclasses.replace(source._spec, number=number)
+    return SplitTensor(Cell(held.to(kwargs["dtype"]), on_gather=source._cell.on_gather), spec)
 
 
 def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
