@@ -82,7 +82,8 @@ def _copied(
 ) -> Node:
     """The call with the number of tokens left open."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
-    new = graph.call_function(node.target, args, kwargs)  # named anew: equal regions have one text
+    # Named anew: equal regions have one text.
+    new = graph.create_node(node.op, node.target, args, kwargs, name="value")
     place = local.tokens.get(node)
     named = None if value is None else local.placement.lines.axes.ops.get(value)
     family = None if named is None else named.axes.how

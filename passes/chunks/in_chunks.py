@@ -160,7 +160,7 @@ class _LocalRegion:
                     token_dim=split.token_dim, shape=split.shape, body=registered(body),
                     inputs=inputs, results=further,
                 )  # fmt: skip
-        output.args = (tuple(results),)  # type: ignore[assignment]
+        output.args = (tuple(results),)  # type: ignore[arg-type]
 
     def _place(self, entering: Iterable[Node]) -> Node:
         """The first call that reads what leaves, which comes after all that enters."""

@@ -25,7 +25,7 @@ from ringfx.passes.place import PlacementMap
 from ringfx.passes.split_modes import CannotSplit, Placement, SplitMode, split_mode
 from ringfx.passes.token_axes.token_line import Lines, TokenDim
 from ringfx.torch_compat.autograd import SET_GRAD_ENABLED
-from ringfx.torch_compat.operators import OpOverload
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["Region", "find_regions"]
 
@@ -346,6 +346,5 @@ class _Growth:
 
 
 def _is_view(node: Node) -> bool:
-    target = node.target
-    returns = target._schema.returns if isinstance(target, OpOverload) else ()
+    returns = schema_of(node.target).returns
     return bool(returns) and returns[0].alias_info is not None

@@ -40,6 +40,7 @@ def plan(
     strategy: o.Strategy = None,
     profile: o.Profile = None,
     optimizer: o.Optimizer = "none",
+    chunks: o.Chunks = "auto",
     train: o.Train = True,
     labels: o.Labels = True,
     dtype: o.Dtype = None,
@@ -66,7 +67,7 @@ def plan(
         request = Request(
             target=target, seq_len=seq_len, world_size=world_size, batch_size=batch_size,
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
-            train=train, labels=labels, dtype=dtype, hf=hf, strict=strict,
+            train=train, labels=labels, dtype=dtype, hf=hf, strict=strict, chunks=chunks,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip
         view = View(

@@ -11,6 +11,7 @@ __all__ = [
     "AsJson",
     "Batch",
     "Causal",
+    "Chunks",
     "Device",
     "Diff",
     "Dtype",
@@ -119,6 +120,14 @@ Optimizer = Annotated[
     _plan(
         help="Optimizer whose state is counted: adamw, momentum, sgd, ..., or its bytes for each "
         "parameter."
+    ),
+]
+
+Chunks = Annotated[
+    str,
+    _plan(
+        help="Wide parts that run in chunks of tokens: auto (losses; more if memory is short), "
+        "all, none, or the tokens of a chunk."
     ),
 ]
 

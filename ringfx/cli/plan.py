@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,6 +61,7 @@ class Request:
     dtype: str | None
     hf: bool
     strict: bool = False
+    chunks: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
 
@@ -205,8 +207,9 @@ def _made(request: Request) -> Plan:
                 gpu_memory=budget,
                 profile=request.profile,
                 strategy=chosen,
-                optimizer=_optimizer(request.optimizer),
+                optimizer=_number_or_name(request.optimizer),
                 strict=request.strict,
+                chunks=_number_or_name(request.chunks),
                 strategies=request.strategies,
                 rules=request.rules,
             )
@@ -216,8 +219,8 @@ def _made(request: Request) -> Plan:
     return replace(plan, notes=(*plan.notes, Note(text=note)))
 
 
-def _optimizer(word: str) -> str | int:
-    """A name, or bytes for each parameter."""
+def _number_or_name(word: str) -> Any:
+    """An optimizer's name or bytes for each parameter; chunks by name or of so many tokens."""
     return int(word) if word.isdecimal() and len(word) <= 12 else word
 
 

@@ -344,6 +344,7 @@ class Runner:
             if isinstance(output, DeferredOutput):
                 operands = self._operands(output, further, inputs)
                 spec = self._deferred_specs[i]
+                assert spec is not None, "an output that is deferred is split"
                 finished[i] = wrap_deferred(body_of(output.body), operands, spec, on_gather)
         return finished
 

@@ -27,7 +27,7 @@ from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, Verifica
 from ringfx.ir.note import NoteKind, noted
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
 from ringfx.ir.tiles.words import whole_text
-from ringfx.ir.values import Arrival, AttentionSite, Captured, Sites, TokenAxis
+from ringfx.ir.values import Arrival, AttentionSite, Captured, InChunks, Sites, TokenAxis
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, find_rule
@@ -119,6 +119,7 @@ def _lowered(
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
+    plan = replace(plan, chunks=tuple(map(_in_chunks, done)))
     return Lowered(
         captured=captured,
         plan=plan,
@@ -302,6 +303,15 @@ def _replicated(
             "Do: drop strict to run them replicated, in the time and memory of one rank."
         )
     return whole
+
+
+def _in_chunks(found: Sized) -> InChunks:
+    region = found.region
+    gradients = ("with it" if region.is_loss else "again") if region.trains else "none"
+    return InChunks(
+        name=region.name, source=region.source, tokens=found.chunk, count=found.count,
+        bytes=found.wide_bytes, gradients=gradients, deferred=len(region.returned),  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _along(

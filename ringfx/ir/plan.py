@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir.note import Note
-from ringfx.ir.values import AttentionSite, Collective, Declined, TokenAxis
+from ringfx.ir.values import AttentionSite, Collective, Declined, InChunks, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
     Bytes,
@@ -252,6 +252,8 @@ class Plan:
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
     collectives: tuple[Collective, ...] = ()
+    chunks: tuple[InChunks, ...] = ()
+    """Parts that run in chunks of tokens, in program order."""
     memory: MemoryPlan = MemoryPlan()
     notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
@@ -361,6 +363,7 @@ class Plan:
             "world_size": self.world_size,
             "layers": [_agreed_layer(layer) for layer in self.layers],
             "axes": [dataclasses.asdict(axis) for axis in self.axes],
+            "chunks": [[x.tokens, x.count, x.deferred] for x in self.chunks],
             "collectives": [
                 [move.node, move.name, move.kind, move.bytes_moved] for move in self.collectives
             ],
@@ -410,6 +413,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
         attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
         collectives=tuple(x for p in plans for x in p.collectives),
+        chunks=tuple(x for p in plans for x in p.chunks),
         outside_ms=sum(p.outside_ms for p in plans),
         memory=_joined_memory([p.memory for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ringfx.ir.note import texts_of
 from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
-from ringfx.ir.values import Collective, CommKind, Declined
+from ringfx.ir.values import Collective, CommKind, Declined, InChunks
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
 
@@ -47,6 +47,7 @@ def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
     parts += _section(_moves_title(plan), _moves(plan.collectives))
+    parts += _section("in chunks of tokens", _chunk_lines(plan.chunks))
     parts += _section("looks like attention, not recognised", _near(plan.missed))
     parts += _section("attention-like regions not parallelized", _near(plan.declined))
     if plan.memory.parts:
@@ -292,6 +293,34 @@ def _move_line(group: Sequence[Collective]) -> str:
     source = f" ({_short_source(move.source)})" if move.source else ""
     kind = move.kind + (" in backward" if move.in_backward else "")
     return f"{count}{kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"
+
+
+def _chunk_lines(chunks: Sequence[InChunks]) -> list[str]:
+    """Equal parts of equal layers together."""
+    alike: dict[object, list[InChunks]] = {}
+    for x in chunks:
+        key = (x.tokens, x.count, x.bytes, x.gradients, x.deferred)
+        alike.setdefault(key, []).append(x)
+    return [
+        _chunk_line(name, members[places[0]])
+        for members in alike.values()
+        for name, places in fold_names([x.name for x in members])
+    ]
+
+
+_GRADIENTS = {
+    "with it": ", its gradients computed with it",
+    "again": ", computed again in backward",
+    "none": "",
+}
+
+
+def _chunk_line(name: str, x: InChunks) -> str:
+    later = ", what the model returns of it computed when it is touched" if x.deferred else ""
+    return (
+        f"{name or 'top level'} ({_short_source(x.source)}): {x.count} chunks of {x.tokens:,} "
+        f"tokens, {format_bytes(x.bytes)} wide{_GRADIENTS[x.gradients]}{later}"
+    )
 
 
 def _near(declined: Sequence[Declined]) -> list[str]:

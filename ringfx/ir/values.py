@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,7 @@ __all__ = [
     "Collective",
     "CommKind",
     "Declined",
+    "InChunks",
     "TokenAxis",
 ]
 
@@ -142,6 +144,26 @@ class TokenAxis:
     length: Tokens
     layout: LayoutKind
     local_length: Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class InChunks:
+    """A part of the model that runs in chunks of a rank's tokens."""
+
+    name: Text
+    """Module path."""
+    source: Text
+    """``file:line``."""
+    tokens: Tokens
+    """Of one chunk."""
+    count: Tokens
+    """Chunks of one rank."""
+    bytes: Bytes
+    """Of what is wide in one chunk."""
+    gradients: Literal["with it", "again", "none"]
+    """Whether its gradients are computed with it (a loss), or after it ran again in backward."""
+    deferred: Count = 0
+    """Wide values of it that the model returns: they are computed when they are touched."""
 
 
 class CommKind(StrEnum):

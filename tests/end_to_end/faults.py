@@ -142,7 +142,7 @@ def fails_to_compile(compiler: str) -> None:
         def broken(*_: Any) -> Any:
             raise MemoryError("no room to compile")
 
-        backend.compile_local_program = broken  # type: ignore[assignment]
+        backend.compile_local_program = broken  # type: ignore[assignment, attr-defined]
     optimized(compiler=compiler)(tokens(16))
 
 

@@ -117,7 +117,7 @@ class Script:
         if self.phase == "compilation" and is_victim():
             from ringfx.compile import backend
 
-            backend.compile_local_program = lambda *_: self.cause()  # type: ignore[assignment, misc, return-value]
+            backend.compile_local_program = lambda *_: self.cause()  # type: ignore[assignment, attr-defined, misc, return-value]
 
     def batches(self) -> Iterable[torch.Tensor]:
         workers = int("worker" in self.phase)
