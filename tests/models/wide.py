@@ -29,7 +29,8 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(B, S, D))
         y = self.norms[1](x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        wide: Tensor = self.down(F.silu(self.gate(y)) * self.up(y))
+        return x + wide
 
 
 def hugging_face(z: Tensor, labels: Tensor) -> Tensor:
