@@ -63,6 +63,7 @@ def optimize(
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool | int = True,
     strict: bool = False,
+    shard_states: bool = False,
     chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -110,6 +111,10 @@ def optimize(
         Refuse a model with a region that looks like attention, by a count that is independent of
         detection, and was neither found nor declined (AttentionMissed); and a model with an
         attention that was found and cannot be split (AttentionReplicated).
+    shard_states
+        Parameters become DTensors in the model itself, each cut by its first dimension over these
+        ranks; their gradients and the optimizer's state are cut with them. A parameter is gathered
+        just before it is used, and again in backward. Make the optimizer afterwards.
     chunks
         Parts of the model that compute each token by itself, and are wide, run in chunks of tokens:
         what is wide (logits, an MLP's inner values) then exists for one chunk only. ``"auto"``:
@@ -146,6 +151,7 @@ def optimize(
             "on_unsupported": on_unsupported,
             "check_inputs": check_inputs,
             "strict": strict,
+            "shard_states": shard_states,
             "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
@@ -203,6 +209,7 @@ def plan(
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
     strict: bool = False,
+    shard_states: bool = False,
     chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -227,13 +234,14 @@ def plan(
             "optimizer": optimizer,
             "on_unsupported": on_unsupported,
             "strict": strict,
+            "shard_states": shard_states,
             "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
         }
     )
     refuse_parameters(
-        model.parameters(), settings.gpu_memory, settings.optimizer,
+        model.parameters(), None if shard_states else settings.gpu_memory, settings.optimizer,
         trained=lambda: _trained(model, args, dict(kwargs or {})),
     )  # fmt: skip
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")

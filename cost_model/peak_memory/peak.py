@@ -26,6 +26,7 @@ from ringfx.cost_model.peak_memory.optimizers import state_bytes
 from ringfx.cost_model.peak_memory.timeline_of import (
     AGAIN,
     Held,
+    Sharded,
     again_ranges,
     keeps_result,
     num_bytes,
@@ -38,7 +39,7 @@ from ringfx.ir.memory_timeline import (
     CAUSES,
     GIVEN,
     KEPT,
-    MESSAGES,
+    ONLY_OF_SEVERAL,
     REUSE,
     ROWS,
     memory_parts,
@@ -86,6 +87,7 @@ def alive_in(
     world_size: int,
     optimizer: str | int = "none",
     compiler: str = "aot_eager",
+    states: Collection[int] = (),
 ) -> Alive:
     """What is alive when in a step, whatever the strategies.
 
@@ -102,6 +104,8 @@ def alive_in(
     compiler
         ``inductor`` holds buffers for reuse; ``eager`` keeps all that backwards need, and runs
         nothing again.
+    states
+        Inputs (parameters) of which each rank holds its rows.
     """
     graph = captured.graph_module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
@@ -117,14 +121,25 @@ def alive_in(
         values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
     everything, in_place = compiler == "eager", compiler == "inductor"
-    held = list(outside_attention(values, trained, everything=everything, in_place=in_place))
+    sharded = Sharded(nodes=frozenset(inputs[i] for i in states), ranks=world_size)
+
+    def state(cause: str, n: Node, size: int) -> Held:
+        if n in sharded.nodes:
+            return sharded.held(cause, n, size, 0)
+        return Held(cause=cause, node=n, bytes=size)
+
+    held = list(
+        outside_attention(
+            values, trained, everything=everything, in_place=in_place, sharded=sharded
+        )
+    )
     always = [
-        *(Held(cause="parameters", node=n, bytes=num_bytes(n)) for n in parameters),
+        *(state("parameters", n, num_bytes(n)) for n in parameters),
         *(
             Held(cause=GIVEN, node=n, bytes=num_bytes(n), of=n)
             for n in _given_masks(graph, parameters)
         ),
-        *(Held(cause="optimiser state", node=n, bytes=_state_bytes(optimizer, n)) for n in trained),
+        *(state("optimiser state", n, _state_bytes(optimizer, n)) for n in trained),
     ]
     last = len(values.nodes) - 1
     by_reads = _powers_by_reads(graph)
@@ -149,6 +164,7 @@ class Growth:
     def term(self, x: Held) -> MemoryTerm:
         tokens = 0 if x.of is None else self.power(x.of)
         is_split = x.of is not None and x.cause != GIVEN and self.is_split(x.of)
+        is_split = is_split or bool(x.all_ranks)
         return MemoryTerm(cause=x.cause, tokens=tokens, is_split=is_split)
 
 
@@ -172,7 +188,7 @@ class Alive:
             self.timeline, chosen, world_size=self.world_size, seq_len=self.timeline.seq_len
         )
         position = self.positions[self.timeline.moments.index(found.moment)]
-        held = [x for x in self.held if x.cause != MESSAGES or self.world_size > 1]
+        held = [x for x in self.held if x.cause not in ONLY_OF_SEVERAL or self.world_size > 1]
         held += of_attention(self.values, layers)
         return MemoryPlan(
             parts=memory_parts(found),
@@ -220,7 +236,7 @@ def _table(
     """Bytes of all ranks together: a row for each position, a column for each term."""
     alike: dict[tuple[MemoryTerm, int], list[Held]] = {}
     for x in held:
-        size = x.bytes if x.of is None else num_bytes(x.of)
+        size = (x.all_ranks or x.bytes) if x.of is None else num_bytes(x.of)
         if size:
             alike.setdefault((growth.term(x), size), []).append(replace(x, bytes=size))
     columns: dict[MemoryTerm, NDArray[np.int64]] = {}

@@ -31,6 +31,7 @@ from ringfx.cost_model.peak_memory.liveness import (
 )
 from ringfx.ir.memory_timeline import (
     AGAIN_FOR_ATTENTION,
+    GATHERED,
     KEPT,
     KEPT_BY_ATTENTION,
     MESSAGES,
@@ -40,7 +41,7 @@ from ringfx.ir.plan import LayerPlan
 from ringfx.passes.rewrite.parameters import buckets
 
 __all__ = [
-    "AGAIN", "Held", "again_ranges", "keeps_result", "num_bytes", "of_attention",
+    "AGAIN", "Held", "Sharded", "again_ranges", "keeps_result", "num_bytes", "of_attention",
     "outside_attention",
 ]  # fmt: skip
 
@@ -61,9 +62,25 @@ class Held:
     last: int = 0
     of: Node | None = None
     """The value whose memory it is; None: no value's, and of any length the same."""
+    all_ranks: int = 0
+    """Of a sharded state: bytes of all ranks together."""
 
     def at(self, position: int) -> bool:
         return self.first <= position <= self.last
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sharded:
+    """Parameters of which each rank holds its rows."""
+
+    nodes: frozenset[Node]
+    ranks: int
+
+    def held(self, cause: str, node: Node, whole: int, last: int) -> Held:
+        """One rank's share of a state of so many bytes."""
+        mine = -(-whole // self.ranks)
+        cause = f"sharded {cause}"
+        return Held(cause=cause, node=node, bytes=mine, last=last, all_ranks=whole)
 
 
 def outside_attention(
@@ -72,6 +89,7 @@ def outside_attention(
     *,
     everything: bool,
     in_place: bool,
+    sharded: Sharded | None = None,
 ) -> Iterator[Held]:
     """All that is ever alive outside attention; of a program without a backward, in the order that
     it runs."""
@@ -85,7 +103,8 @@ def outside_attention(
     kept = (kept | outputs_of(values)) - _kept_by_attention(values)
     end = len(values.nodes) - 1
     for node in trained:
-        yield _whole_gradient(node, last_use)
+        yield _whole_gradient(node, last_use, sharded)
+    yield from _gathered(trained, sharded, end)
     fused = _fused_losses(values) if in_place else frozenset()
     yield from _kept(values, kept, end, fused)
     yield from _again(values)
@@ -127,9 +146,20 @@ def _fused_losses(values: Values) -> frozenset[Node]:
     return frozenset(node for node in values.nodes if values.hidden(node))
 
 
-def _whole_gradient(parameter: Node, last_use: Mapping[Node, int]) -> Held:
-    cause, last = "parameter gradients", last_use[parameter]
-    return Held(cause=cause, node=parameter, bytes=num_bytes(parameter), first=0, last=last)
+def _whole_gradient(parameter: Node, last_use: Mapping[Node, int], sharded: Sharded | None) -> Held:
+    cause, last, size = "parameter gradients", last_use[parameter], num_bytes(parameter)
+    if sharded is not None and parameter in sharded.nodes:
+        return sharded.held(cause, parameter, size, last)
+    return Held(cause=cause, node=parameter, bytes=size, first=0, last=last)
+
+
+def _gathered(trained: Sequence[Node], sharded: Sharded | None, end: int) -> Iterator[Held]:
+    """Whole parameters of two buckets: one in use, one that is gathered, and its flat message."""
+    found = [] if sharded is None else buckets([n for n in trained if n in sharded.nodes])
+    sizes = sorted((sum(map(num_bytes, bucket)) for bucket in found), reverse=True)
+    if sizes:
+        size = MESSAGE_COPIES * sizes[0] + sum(sizes[1:2])
+        yield Held(cause=GATHERED, node=found[0][0], bytes=size, first=0, last=end)
 
 
 def of_attention(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:

@@ -17,6 +17,7 @@ COLLECTIVES: Mapping[CommKind, tuple[Operation, Callable[[int], float]]] = {
     # kind:                       operation, and which share of the final bytes a rank receives
     CommKind.ALL_GATHER:          ("all_gather", lambda p: (p - 1) / p),
     CommKind.ALL_GATHER_GRADIENT: ("all_gather", lambda p: (p - 1) / p),
+    CommKind.ALL_GATHER_STATES:   ("all_gather", lambda p: (p - 1) / p),
     CommKind.REDUCE_SCATTER:      ("reduce_scatter", lambda p: p - 1),
     CommKind.ALL_REDUCE:          ("all_reduce", lambda p: 1),
     CommKind.ALL_TO_ALL:          ("all_to_all", lambda p: (p - 1) / p),

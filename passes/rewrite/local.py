@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ringfx.comm import conjugate
+from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
@@ -22,7 +23,7 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import PlacementMap
 from ringfx.passes.rewrite.conversions import PlacementConversions, save_collectives
-from ringfx.passes.rewrite.parameters import share_parameters
+from ringfx.passes.rewrite.parameters import gather_whole, share_parameters
 from ringfx.passes.rewrite.singular import without_padding
 from ringfx.passes.split_modes import LocalCall, LocalGraph, Placement, SplitMode
 from ringfx.passes.split_modes.local_call import copied
@@ -69,6 +70,20 @@ class ReplicatedMatrices:
     """Of both: those of which each rank takes the rows of its own queries."""
 
 
+class _Produced(dict[Node, Node]):
+    """Global value -> the local node that made it; sharded parameters are gathered when asked."""
+
+    def __init__(self, local: LocalGraph, states: Mapping[Node, Node]) -> None:
+        super().__init__()
+        self._local, self._states = local, states
+
+    def __missing__(self, value: Node) -> Node:
+        if value not in self._states:
+            raise KeyError(value)
+        self[value] = gather_whole(value, self._local, self._states)
+        return self[value]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LocalProgram:
     """One rank's program. After the user's inputs it takes, for each line, positions and order."""
@@ -88,6 +103,8 @@ class LocalProgram:
     """Local value of which each rank has its tokens -> where they are."""
     partials: Mapping[Node, Node] = field(default_factory=dict)
     """Global sum over tokens -> the local node with this rank's part."""
+    states: Mapping[int, int] = field(default_factory=dict)
+    """Inputs of which a rank holds its rows -> how many, padding included."""
     bodies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Regions in chunks, by the key of their body -> the programs of it that are run."""
 
@@ -99,6 +116,7 @@ def rewrite(
     *,
     group: str,
     kernels: Mapping[str, str] = MappingProxyType({}),
+    states: Collection[int] = (),
 ) -> LocalProgram:
     """The local program.
 
@@ -110,8 +128,10 @@ def rewrite(
         Name of the process group that the sequence is split over; "" for one rank.
     kernels
         Canonical node name -> the kernels that the plan counts on.
+    states
+        Inputs (parameters) of which each rank holds its rows.
     """
-    return _Rewriter(captured, placement, strategies, group, kernels).run()
+    return _Rewriter(captured, placement, strategies, group, kernels, states).run()
 
 
 class _Rewriter:
@@ -122,6 +142,7 @@ class _Rewriter:
         strategies: Mapping[str, Strategy],
         group: str,
         kernels: Mapping[str, str],
+        states: Collection[int],
     ) -> None:
         self.captured = captured
         self.placement = placement
@@ -130,7 +151,9 @@ class _Rewriter:
         self.kernels = kernels
         self.local = LocalGraph(placement.lines, group)
         self.graph = self.local.graph
-        self.as_produced: dict[Node, Node] = {}
+        self.numbers = states
+        self.states: dict[Node, Node] = {}
+        self.as_produced = _Produced(self.local, self.states)
         self.conversions = PlacementConversions(self.local, placement, self.as_produced)
         self.attentions: dict[str, Node] = {}
         self.matrices: dict[str, ReplicatedMatrices] = {}
@@ -138,13 +161,17 @@ class _Rewriter:
     def run(self) -> LocalProgram:
         nodes = list(self.captured.graph_module.graph.nodes)
         self.inputs = [n for n in nodes if n.op == "placeholder"]
-        for node, name in zip(self.inputs, self.captured.input_names, strict=True):
-            node.meta["ringfx_input"] = name
-            self.as_produced[node] = self.graph.node_copy(node)
-            self._note_tokens(node)
+        for number, node in enumerate(self.inputs):
+            node.meta["ringfx_input"] = self.captured.input_names[number]
+            made = self.graph.node_copy(node)
+            if number in self.numbers:
+                self.states[node] = made
+            else:
+                self.as_produced[node] = made
+                self._note_tokens(node)
         self.trains = any(map(needs_grad, nodes))
         self.local.add_line_inputs()
-        share_parameters(self.captured, self.placement, self.conversions)
+        share_parameters(self.captured, self.placement, self.conversions, self.states)
         outputs: tuple[SplitOutput | None, ...] = ()
         for node in nodes:
             if node.op == "output":
@@ -168,6 +195,10 @@ class _Rewriter:
             attentions=self.attentions,
             matrices=self.matrices,
             tokens={n: place for n, place in self.local.tokens.items() if n in alive},
+            states={
+                i: rows_of_a_part(int(self.inputs[i].meta["val"].shape[0]), self.local.ranks)
+                for i in self.numbers
+            },
             partials={n: part for n, part in self.local.partials.items() if part in alive},
         )
 

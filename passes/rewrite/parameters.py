@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.comm import conjugate
+from ringfx.comm.state_buckets import gather_state, gather_states
 from ringfx.ir.values import Captured, CommKind
-from ringfx.passes.capture.gradients import receives_grad
+from ringfx.passes.capture.gradients import needs_grad, receives_grad
 from ringfx.passes.place import PlacementMap
 from ringfx.passes.rewrite.conversions import PlacementConversions
-from ringfx.passes.split_modes import Placement
-from ringfx.passes.split_modes.local_graph import num_bytes
+from ringfx.passes.split_modes import LocalGraph, Placement
+from ringfx.passes.split_modes.local_graph import describe, num_bytes
 
-__all__ = ["buckets", "share_parameters"]
+__all__ = ["buckets", "gather_whole", "share_parameters"]
 
 LARGEST_BUCKET = 25 * 2**20
 """Gradients summed in one all-reduce at most, as DistributedDataParallel's default bucket."""
@@ -28,13 +30,19 @@ flat copy that an all-reduce needs is an eighth of the gradients."""
 
 
 def share_parameters(
-    captured: Captured, placement: PlacementMap, conversions: PlacementConversions
+    captured: Captured,
+    placement: PlacementMap,
+    conversions: PlacementConversions,
+    states: Mapping[Node, Node],
 ) -> None:
     """Inputs that need a gradient and that split calls use replicated enter in buckets.
 
     Buckets follow the order of first use, so that in backward each completes early. A bucket
     enters at the start of the program and leaves for its first user: in backward its all-reduce
     starts as soon as it is complete, and is waited for after everything else.
+
+    ``states``: of these inputs a rank holds its rows (local placeholders); they are gathered before
+    their first user, and again in backward.
     """
     nodes = list(captured.graph_module.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
@@ -49,8 +57,10 @@ def share_parameters(
     ]
     used.sort(key=lambda n: min(order[u] for u in n.users))
     parameters = [n for n in used if captured.is_parameter[number[n]]]
-    for bucket in buckets(parameters):
+    for bucket in buckets([n for n in parameters if n not in states]):
         _enter(bucket, conversions, [number[n] for n in bucket])
+    for bucket in buckets([n for n in parameters if n in states]):
+        _gather_on_use(bucket, conversions, states)
     for bucket in buckets([n for n in used if n not in set(parameters)]):
         _enter(bucket, conversions, [])
 
@@ -108,6 +118,58 @@ def _enter(bucket: Sequence[Node], conversions: PlacementConversions, numbers: l
 
     for value in bucket:
         conversions.on_first_use(value, leave)
+
+
+def _gather_on_use(
+    bucket: Sequence[Node], conversions: PlacementConversions, states: Mapping[Node, Node]
+) -> None:
+    local, size = conversions.local, sum(map(num_bytes, bucket))
+    what = _listed(bucket)
+    ranks = local.ranks
+    local.report(bucket[0], CommKind.ALL_GATHER_STATES, size, f"of {what}")
+    again = f"of {what}, again"
+    local.report(bucket[0], CommKind.ALL_GATHER_STATES, size, again, in_backward=True)
+    local.report(
+        bucket[0], CommKind.REDUCE_SCATTER, size // ranks, f"sums the gradients of {what}",
+        in_backward=True,
+    )  # fmt: skip
+
+    def gather() -> None:
+        parts, rows = [states[n] for n in bucket], [int(n.meta["val"].shape[0]) for n in bucket]
+        args = (parts, rows, ranks, local.group, what)
+        gathered = _again(local.graph.call_function(gather_states, args))
+        for i, value in enumerate(bucket):
+            with local.graph.inserting_after(gathered):
+                item = _again(local.graph.call_function(operator.getitem, (gathered, i)))
+            conversions.remember(value, Placement.REPLICATED_PARTIAL_GRAD, item)
+
+    for value in bucket:
+        conversions.on_first_use(value, gather)
+
+
+def gather_whole(value: Node, local: LocalGraph, states: Mapping[Node, Node]) -> Node:
+    """A parameter for users that every rank repeats, or that needs no gradient."""
+    rows, what = int(value.meta["val"].shape[0]), describe(value)
+    local.report(value, CommKind.ALL_GATHER_STATES, num_bytes(value), "of a sharded parameter")
+    args = (states[value], rows, local.ranks, local.group, what)
+    if not needs_grad(value):
+        return _again(local.graph.call_function(gather_state, args))
+    # At the start: where it is first used gradients may be disabled, and later users' be lost.
+    with local.graph.inserting_after(local.after_inputs()):
+        gathered = _again(local.graph.call_function(gather_state, args))
+    gathered.meta["ringfx_conversion"] = True
+    return gathered
+
+
+def _again(node: Node) -> Node:
+    """What is gathered is not kept for backward; inside of any checkpoint too."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = OF_NO_CHECKPOINT
+    return node
+
+
+OF_NO_CHECKPOINT = 1 << 30
+"""torch keeps what a region hands to one of a higher number."""
 
 
 def _listed(bucket: Sequence[Node]) -> str:

@@ -38,6 +38,10 @@ class LocalGraph:
         self._orders: list[Node] = []
         self._made: dict[tuple[int, AxisOnLine, str], Node] = {}
 
+    @property
+    def ranks(self) -> int:
+        return max((line.layout.world_size for line in self.lines.lines), default=1)
+
     def add_line_inputs(self) -> None:
         """Placeholders for each line: this rank's positions and the order of all ranks' tokens.
 

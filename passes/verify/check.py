@@ -56,7 +56,9 @@ def _fake_inputs(captured: Captured, local: LocalProgram) -> tuple[FakeTensorMod
     with mode:
         extra = line_inputs(local.placement.lines, 0, local.placement.device)
         for i, node in enumerate(inputs):
-            if local.placement.is_sharded(node):
+            if i in local.states:
+                given[i] = given[i].new_empty((local.states[i], *given[i].shape[1:]))
+            elif local.placement.is_sharded(node):
                 given[i] = given[i].new_empty(local_shape(local.placement.lines, node))
     return mode, (*given, *extra)
 

@@ -40,6 +40,7 @@ def plan(
     strategy: o.Strategy = None,
     profile: o.Profile = None,
     optimizer: o.Optimizer = "none",
+    shard_states: o.ShardStates = False,
     chunks: o.Chunks = "auto",
     train: o.Train = True,
     labels: o.Labels = True,
@@ -68,6 +69,7 @@ def plan(
             target=target, seq_len=seq_len, world_size=world_size, batch_size=batch_size,
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
             train=train, labels=labels, dtype=dtype, hf=hf, strict=strict, chunks=chunks,
+            shard_states=shard_states,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip
         view = View(

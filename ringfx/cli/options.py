@@ -35,6 +35,7 @@ __all__ = [
     "Rules",
     "SeqLen",
     "Sequences",
+    "ShardStates",
     "Strategies",
     "Strategy",
     "Strict",
@@ -123,6 +124,13 @@ Optimizer = Annotated[
     ),
 ]
 
+ShardStates = Annotated[
+    bool,
+    _plan(
+        "--shard-states",
+        help="Each rank holds its rows of parameters, gradients and optimizer state.",
+    ),
+]
 Chunks = Annotated[
     str,
     _plan(

@@ -61,6 +61,7 @@ class Request:
     dtype: str | None
     hf: bool
     strict: bool = False
+    shard_states: bool = False
     chunks: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -209,6 +210,7 @@ def _made(request: Request) -> Plan:
                 strategy=chosen,
                 optimizer=_number_or_name(request.optimizer),
                 strict=request.strict,
+                shard_states=request.shard_states,
                 chunks=_number_or_name(request.chunks),
                 strategies=request.strategies,
                 rules=request.rules,

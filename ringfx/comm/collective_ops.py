@@ -21,7 +21,7 @@ from ringfx.comm.process_group import Ranks
 from ringfx.errors import CommunicationError
 from ringfx.torch_compat.autograd import storage_id
 
-__all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter", "take_part"]
 
 Tensor = torch.Tensor
 
@@ -140,7 +140,18 @@ def _(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [flat.new_empty(size) for size in sizes]
 
 
-for _operator in (all_gather, reduce_scatter, all_reduce, begin_sum, finish_sum):
+@torch.library.custom_op("ringfx::take_part", mutates_args=())
+def take_part(parts: Tensor, group: str) -> Tensor:
+    """This rank's of ``parts``, [ranks, ...]; nothing is sent."""
+    return parts[_ranks(group).rank].clone()
+
+
+@take_part.register_fake
+def _(parts: Tensor, group: str) -> Tensor:
+    return parts.new_empty(parts.shape[1:])
+
+
+for _operator in (all_gather, reduce_scatter, all_reduce, take_part, begin_sum, finish_sum):
     refuse_double_backward(_operator)
 
 

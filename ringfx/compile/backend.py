@@ -30,6 +30,7 @@ from ringfx.compile.mask_buffer_guard import (
 from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.rank_agreement import Agreement, Turns
 from ringfx.compile.settings import Settings
+from ringfx.compile.states import example_of_part, part_of_state
 from ringfx.compile.why_unsplit import Refusals, why_unsplit
 from ringfx.cost_model import Profile
 from ringfx.cost_model.calibration.shared_profile import agreed_profile
@@ -103,6 +104,8 @@ class Backend:
         )
         for i in lowered.arrived:
             example_inputs[i] = local_example(given[i])
+        for i, rows in lowered.local.states.items():
+            example_inputs[i] = example_of_part(example_inputs[i], rows)
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -247,6 +250,7 @@ class Runner:
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
         self._arrived = arrived
+        self._states = lowered.local.states
         self._handoff = backend.handoff
         self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
         self._outputs_form = settings.outputs
@@ -293,7 +297,8 @@ class Runner:
         unchanged = self._buffers.unchanged(taken)
         refuse_changed_buffers(self._names, self._held, unchanged)
         if self._agreement is not None:
-            whole = [None if i in self._arrived else x for i, x in enumerate(taken)]
+            parts = self._arrived.keys() | self._states.keys()
+            whole = [None if i in parts else x for i, x in enumerate(taken)]
             self._agreement.check(whole, unchanged)
         if self._extra:
             self._extra[-1] = torch.full((), self._accumulation.call(taken))
@@ -308,6 +313,8 @@ class Runner:
 
     def _take(self, index: int, value: Any) -> Any:
         """An input as the program was made for it: this rank's part, or the whole."""
+        if index in self._states:
+            return part_of_state(value, self._states[index])
         spec = self._arrived.get(index)
         if spec is None:
             return self._handoff.whole(value)
@@ -499,7 +506,13 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     """Entry point of ``torch.compile(model, backend="ringfx", options={...})``."""
     options = dict(kwargs.get("options") or {})
     mesh = options.pop("mesh", None)
-    backend = Backend(Settings.of(options), World.of(mesh), mesh)
+    settings = Settings.of(options)
+    if settings.shard_states:
+        raise InvalidArgument(
+            "torch.compile(backend='ringfx') cannot shard states: it does not hold the model. Do: "
+            "use ringfx.optimize(model, shard_states=True)."
+        )
+    backend = Backend(settings, World.of(mesh), mesh)
     with shared_call(backend.world.group, begins=False):
         return backend(gm, example_inputs)
 

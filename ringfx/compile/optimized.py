@@ -27,6 +27,7 @@ from ringfx.compile.backend import Backend
 from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
+from ringfx.compile.states import StandIns, shard_states
 from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import RingfxError
 from ringfx.failures.watchdog import start_watching
@@ -58,6 +59,7 @@ class _Shared:
         self.settings = settings
         self.mesh = mesh
         self._backend: Backend | None = None
+        self.stand_ins = StandIns()
 
     @property
     def backend(self) -> Backend:
@@ -174,6 +176,8 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
     _start_watching(mesh)
+    if settings.shard_states:
+        shard_states(model, World.of(mesh), mesh)
     inner, shared = _twin(type(model), dict(model.__dict__)), _Shared(settings, mesh)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
@@ -270,12 +274,20 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         backend.announce(why_unsplit())
         return inner(*args, **kwargs)
     try:
-        with backend.call(inner, is_part=outer._ringfx_is_part):
+        with backend.call(inner, is_part=outer._ringfx_is_part), _states(outer, backend):
             return _programs(outer, backend)(*args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
             raise failure.inner_exception from failure.inner_exception.__cause__
         raise
+
+
+def _states(outer: Optimized, backend: Backend) -> contextlib.AbstractContextManager[None]:
+    """Sharded parameters stand aside for the call."""
+    shared = outer._ringfx_shared
+    if not shared.settings.shard_states or backend.world.size == 1:
+        return contextlib.nullcontext()
+    return shared.stand_ins.in_place(outer._ringfx_inner, backend.world)
 
 
 def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
+from ringfx.compile.states import has_rows
 from ringfx.cost_model import (
     Profile,
     alive_in,
@@ -96,9 +97,11 @@ def _lowered(
     profile = load_profile(settings.profile, device=device)
     regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
+    states = sharded_states(captured) if settings.shard_states and world.size > 1 else ()
+
     def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
         in_chunks = all_sized(regions, lines, device, chunks)
-        alive = _alive(captured, in_chunks, placement, lines, settings, world)
+        alive = _alive(captured, in_chunks, placement, states, settings, world)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
@@ -110,12 +113,12 @@ def _lowered(
 
     chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
-    local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels)
+    local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels, states=states)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
     local, done = run_in_chunks(local, in_chunks, captured.needs_grad)
     if len(done) < len(in_chunks):
-        alive = _alive(captured, done, placement, lines, settings, world)
+        alive = _alive(captured, done, placement, states, settings, world)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
@@ -134,12 +137,12 @@ def _alive(
     captured: Captured,
     regions: Sequence[Sized],
     placement: PlacementMap,
-    lines: Lines,
+    states: Sequence[int],
     settings: Settings,
     world: World,
 ) -> Alive:
     """What is alive when, with these regions in chunks."""
-    outline = outlined(captured, regions)
+    outline, lines = outlined(captured, regions), placement.lines
     carries = placement.is_sharded if world.size > 1 else lines.carries_one
     return alive_in(
         outline.captured,
@@ -148,6 +151,7 @@ def _alive(
         world_size=world.size,
         optimizer=settings.optimizer,
         compiler=settings.compiler,
+        states=states,
     )
 
 
@@ -303,6 +307,14 @@ def _replicated(
             "Do: drop strict to run them replicated, in the time and memory of one rank."
         )
     return whole
+
+
+def sharded_states(captured: Captured) -> tuple[int, ...]:
+    """The parameters of which each rank holds its rows: by their number among the inputs."""
+    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
+    return tuple(
+        i for i, n in enumerate(inputs) if captured.is_parameter[i] and has_rows(n.meta["val"])
+    )
 
 
 def _in_chunks(found: Sized) -> InChunks:

@@ -40,6 +40,8 @@ class Settings:
     """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
+    shard_states: bool = False
+    """Each rank holds its rows of every parameter, and of its gradient."""
     chunks: Chunks = "auto"
     """Which regions run in chunks of tokens."""
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
@@ -75,6 +77,10 @@ class Settings:
         check_profile_type(settings.profile)
         if not several_processes():  # of several ranks only rank 0 must have it: all are told
             check_profile(settings.profile)
+        if not isinstance(settings.shard_states, bool):
+            raise InvalidArgument(
+                f"shard_states={settings.shard_states!r} is neither True nor False."
+            )
         _check_interval(settings.check_inputs)
         _check_chunks(settings.chunks)
         if not isinstance(settings.strict, bool):

@@ -31,7 +31,8 @@ from ringfx.ir.plan import (
 from ringfx.ir.values import AttentionSite
 
 __all__ = [
-    "AGAIN_FOR_ATTENTION", "CAUSES", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES", "REUSE",
+    "AGAIN_FOR_ATTENTION", "CAUSES", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES",
+    "ONLY_OF_SEVERAL", "REUSE",
     "ROWS", "WORKSPACE", "Peak", "flat", "in_order", "memory_parts", "never_below", "outside_peak",
     "peak", "pruned", "whole_bytes",
 ]  # fmt: skip
@@ -43,6 +44,8 @@ AGAIN_FOR_ATTENTION = "recomputed for attention"
 WORKSPACE = "attention's workspace"
 ROWS = "rows of dense masks"
 MESSAGES = "gradient buckets"
+GATHERED = "gathered parameters"
+ONLY_OF_SEVERAL = (MESSAGES, GATHERED)
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
 
@@ -55,6 +58,10 @@ CAUSES: Mapping[str, Kind] = {
     "optimiser state": "whole",
     "parameter gradients": "whole",
     MESSAGES: "whole",
+    "sharded parameters": "split",
+    "sharded optimiser state": "split",
+    "sharded parameter gradients": "split",
+    GATHERED: "whole",
     KEPT: "split",
     "recomputed for checkpoints": "split",
     KEPT_BY_ATTENTION: "attention",
@@ -150,7 +157,7 @@ def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
     """The most that is there at one moment whatever the length and number of ranks, by cause."""
     fixed = [
         i for i, t in enumerate(timeline.terms)
-        if not t.tokens and not t.is_split and t.cause != MESSAGES
+        if not t.tokens and not t.is_split and t.cause not in ONLY_OF_SEVERAL
     ]  # fmt: skip
     moment = max(timeline.moments, key=lambda moment: sum(moment.bytes[i] for i in fixed))
     found: dict[str, int] = {}
@@ -185,7 +192,7 @@ class _At:
         self._masks_so_far = [0, *accumulate(whole)]
 
     def _factor(self, term: MemoryTerm) -> tuple[int, int]:
-        if term.cause == MESSAGES and self._world_size == 1:
+        if term.cause in ONLY_OF_SEVERAL and self._world_size == 1:
             return 0, 1
         ranks = self._world_size if term.is_split else 1
         return self._seq_len**term.tokens, self._timeline.seq_len**term.tokens * ranks

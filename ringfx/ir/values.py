@@ -173,6 +173,8 @@ class CommKind(StrEnum):
     """Every rank gets all tokens."""
     ALL_GATHER_GRADIENT = "all_gather_gradient"
     """In backward, of a replicated value whose users have a rank's tokens each."""
+    ALL_GATHER_STATES = "all_gather_states"
+    """Of parameters of which each rank holds its rows."""
     ALL_REDUCE = "all_reduce"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"

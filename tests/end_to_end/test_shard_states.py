@@ -1,0 +1,198 @@
+"""Parameters, gradients and optimizer state of which each rank holds its rows."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import ringfx
+from ringfx.comm.stats import snapshot
+from ringfx.errors import InvalidArgument
+from tests.models.wide import VOCABULARY, WideModel
+from tests.support.harness import RankPool
+
+STEPS = 3
+
+
+def inputs(seq_len: int, seed: int = 1) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    tokens, labels = (torch.randint(VOCABULARY, (2, seq_len), generator=made) for _ in range(2))
+    return {"tokens": tokens, "labels": labels}
+
+
+def whole(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def mine(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def trained(
+    model: nn.Module, call: nn.Module, seq_len: int, steps: int = STEPS
+) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """AdamW steps with clipped gradients: losses, norms, the last gradients, the parameters."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(2):  # gradients accumulate
+            loss = call(**inputs(seq_len, 2 * step + part))
+            loss.backward()
+            found.append(loss.detach())
+        found.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        last = [whole(p.grad) for p in model.parameters() if p.requires_grad]
+        optimizer.step()
+    return optimizer, [*found, *last, *(whole(p.detach()) for p in model.parameters())]
+
+
+def model_of(kind: str) -> nn.Module:
+    model = WideModel("smoothed", tied=kind == "tied").double()
+    if kind == "frozen":
+        for p in model.blocks.parameters():
+            p.requires_grad_(False)
+    return model
+
+
+def difference(kind: str, compiler: Any, seq_len: int, chunks: Any) -> tuple[float, float, bool]:
+    """How far three steps are from the unsplit model's; a rank's share of all states."""
+    whole_model, model = model_of(kind), model_of(kind)
+    _, expected = trained(whole_model, whole_model, seq_len)
+    total = sum(p.numel() + (p.numel() * 3 if p.requires_grad else 0) for p in model.parameters())
+    split = ringfx.optimize(model, shard_states=True, compiler=compiler, chunks=chunks)
+    optimizer, found = trained(model, split, seq_len)
+    states = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    held = sum(mine(x).numel() for x in (*model.parameters(), *grads, *states))
+    worst = max(
+        ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+        for a, b in zip(found, expected, strict=True)
+    )
+    same_names = [*split.state_dict()] == [*whole_model.state_dict()]
+    return worst, held / total, same_names
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "frozen"])
+def test_three_steps_are_those_of_the_unsplit_model(ranks2: RankPool, kind: str) -> None:
+    chunks = 5 if kind == "tied" else "auto"
+    for worst, share, same_names in ranks2.run(difference, kind, "aot_eager", 25, chunks):
+        assert worst < 1e-9
+        assert share <= 1.05 / 2
+        assert same_names
+
+
+def test_rows_that_do_not_divide_are_right_on_three_ranks(ranks3: RankPool) -> None:
+    """257 rows of the vocabulary, 32 of others: ranks hold 86, 86, 85 and 11, 11, 10."""
+    for worst, share, _ in ranks3.run(difference, "plain", "eager", 26, 4):
+        assert worst < 1e-9
+        assert share <= 1.05 / 3
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(ranks2: RankPool) -> None:
+    for worst, *_ in ranks2.run(difference, "plain", "inductor", 25, 5):
+        assert worst < 1e-9
+
+
+def gathers() -> tuple[int, int]:
+    """All-gathers outside attention of a forward, and of its backward."""
+    split = ringfx.optimize(WideModel(), shard_states=True, compiler="aot_eager", strategy="simple")
+    split(**inputs(16)).backward()
+    ringfx.ops.reset_stats()
+    loss = split(**inputs(16))
+    forward = snapshot()["outside attention"].messages
+    loss.backward()
+    return forward, snapshot()["outside attention"].messages - forward
+
+
+def test_what_was_gathered_is_gathered_again_in_backward(ranks2: RankPool) -> None:
+    """One bucket: gathered once; in backward again, and its gradients are summed and cut."""
+    assert ranks2.run(gathers) == [(1, 2), (1, 2)]
+
+
+def saved(folder: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = WideModel()
+    split = ringfx.optimize(model, shard_states=True, compiler="eager")
+    optimizer, _ = trained(model, split, 24, steps=1)
+    save({"model": split.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def loaded(folder: str) -> list[Tensor]:
+    """Into a model that is built on meta, of which only rows are ever made."""
+    with torch.device("meta"):
+        model = WideModel()
+    split = ringfx.optimize(model, shard_states=True, compiler="eager")
+    split.to_empty(device="cpu")
+    assert all(mine(p).numel() <= p.numel() // 2 + p.shape[-1] for p in model.parameters())
+    state = {"model": split.state_dict()}
+    load(state, checkpoint_id=folder)
+    split.load_state_dict(state["model"])
+    split(**inputs(24)).backward()
+    return [whole(p.detach()) for p in split.parameters()]
+
+
+def test_what_four_ranks_save_two_ranks_load(ranks4: RankPool, ranks2: RankPool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        before = ranks4.run(saved, folder)[0]
+        for after in ranks2.run(loaded, folder):
+            for a, b in zip(before, after, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def refused(what: str) -> str:
+    model, options = WideModel(), {"shard_states": True}
+    if what == "another cut":
+        mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        given = distribute_tensor(model.head.weight, mesh, [Shard(1)])
+        model.head.weight = nn.Parameter(given)
+    optimizer = torch.optim.SGD(model.parameters()) if what == "an optimizer" else None
+    try:
+        ringfx.optimize(model, **options)  # type: ignore[arg-type]
+    except InvalidArgument as error:
+        return str(error)
+    return f"nothing was refused; {optimizer}"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("another cut", "head.weight (257, 32) is a DTensor already"),
+        ("an optimizer", "make the optimizer after ringfx.optimize"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(ranks2: RankPool, what: str, words: str) -> None:
+    for text in ranks2.run(refused, what):
+        assert words in text
+
+
+def test_it_needs_ranks() -> None:
+    with pytest.raises(InvalidArgument, match="init_process_group"):
+        ringfx.optimize(WideModel(), shard_states=True)
+
+
+def test_the_plan_counts_rows(tmp_path: Path) -> None:
+    peaks = []
+    for sharded in (False, True):
+        given = {k: torch.zeros_like(v) for k, v in inputs(64).items()}
+        plan = ringfx.plan(
+            WideModel(), (), given, world_size=4, optimizer="adamw", shard_states=sharded
+        )
+        parts = {p.cause: p.bytes for p in plan.memory.parts}
+        peaks.append(parts)
+    names = ("parameters", "optimiser state")
+    assert sum(peaks[1][f"sharded {n}"] for n in names) <= 1.05 / 4 * sum(
+        peaks[0][n] for n in names
+    )
+    assert "all_gather_states" in str(plan)
