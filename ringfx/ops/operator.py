@@ -38,8 +38,7 @@ from ringfx.ops.tiling.empty_rows import (
     sink_gradient,
     warn_of_lost_digits,
 )
-from ringfx.ops.tiling.pieces import Tiling
-from ringfx.ops.tiling.tile_sizes import MASKED_TILE, stored_tile
+from ringfx.ops.tiling.pieces import tiling_of
 from ringfx.strategies import Strategy, dilated, local
 from ringfx.strategies.keys import strategy_of
 
@@ -303,19 +302,11 @@ def _problem(
         ranks=ranks,
         layout=kind,
         kernel=kernel,
-        tiling=_tiling(q, kernel.stores_scores),
+        tiling=tiling_of(q, kernel.stores_scores),
         stats=found,
         bias_grads=bias_grads,
     )
     return problem, sinks_H
-
-
-def _tiling(q: Tensor, stores_scores: bool) -> Tiling:
-    """Tiles small enough that a kernel which keeps its scores stays within its bound."""
-    if not stores_scores:
-        return Tiling(masked=MASKED_TILE)
-    side = stored_tile(q.device.type, q.shape[0] * q.shape[1])
-    return Tiling(masked=side, plain=side)
 
 
 def _forward_of(strategy: Strategy, problem: Problem) -> Forward:

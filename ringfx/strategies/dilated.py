@@ -26,6 +26,7 @@ from ringfx.ir.dilation import HeadPart, KeptLayout, StridedRun, head_parts
 from ringfx.ops.kernels.kernel import accumulation_dtype
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients, merge_into
+from ringfx.ops.tiling.pieces import tiling_of
 
 __all__ = ["backward", "forward"]
 
@@ -98,15 +99,17 @@ def _steps(heads: tuple[int, ...]) -> slice | list[int]:
     return slice(heads[0], stop, step) if even else list(heads)
 
 
-def _parts(problem: Problem, num_heads: int, num_kv_heads: int) -> Iterator[_Part]:
+def _parts(problem: Problem, q_BHQD: Tensor, num_kv_heads: int) -> Iterator[_Part]:
     """The parts of this rank's heads."""
     spec = problem.spec
-    given = (spec.branches, spec.q_len, num_heads, num_kv_heads, problem.first_head)
-    return (_part(problem, part) for part in head_parts(*given))
+    given = (spec.branches, spec.q_len, q_BHQD.shape[1], num_kv_heads, problem.first_head)
+    return (_part(problem, part, q_BHQD) for part in head_parts(*given))
 
 
-def _part(problem: Problem, part: HeadPart) -> _Part:
-    local = replace(problem, spec=problem.spec.of_rows(part.rows), rows=part.rows)
+def _part(problem: Problem, part: HeadPart, q_BHQD: Tensor) -> _Part:
+    tiling = tiling_of(q_BHQD[:, : len(part.heads)], problem.kernel.stores_scores)
+    spec = problem.spec.of_rows(part.rows)
+    local = replace(problem, spec=spec, rows=part.rows, tiling=tiling)
     layout = local.q_layout
     assert isinstance(layout, KeptLayout), "rows are given"
     return _Part(
@@ -123,7 +126,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The merged output of the local queries and its logsumexp; 0 and -inf of rows not kept."""
     total: tuple[Tensor, Tensor] | None = None
-    for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
+    for part in _parts(problem, q_BHQD, k_BGKD.shape[1]):
         k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
         found = of_part(part.problem, part.rows(q_BHQD), k, v)
         if total is None and part.keeps_all_of(q_BHQD):
@@ -154,7 +157,7 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     total: Gradients | None = None
-    for part in _parts(problem, q_BHQD.shape[1], k_BGKD.shape[1]):
+    for part in _parts(problem, q_BHQD, k_BGKD.shape[1]):
         dout, q, out, lse = map(part.rows, (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
         k, v = map(part.kv_rows, (k_BGKD, v_BGKE))
         found = of_part(part.problem, dout, q, k, v, out, lse)

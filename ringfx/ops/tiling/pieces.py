@@ -19,8 +19,11 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.dilation import KeptLayout
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import Expr
+from ringfx.ops.tiling.tile_sizes import MASKED_TILE, stored_tile
 
-__all__ = ["Piece", "Run", "Tiling", "beyond_blocks", "block_size", "pieces", "runs_of"]
+__all__ = [
+    "Piece", "Run", "Tiling", "beyond_blocks", "block_size", "pieces", "runs_of", "tiling_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,14 @@ class Tiling:
             return None
         plain = 4096 if self.plain is None else self.plain // 2
         return Tiling(masked=max(16, self.masked // 2), plain=max(16, plain))
+
+
+def tiling_of(q_BHQD: torch.Tensor, stores_scores: bool) -> Tiling:
+    """Tiles small enough that a kernel which keeps its scores stays within its bound."""
+    if not stores_scores:
+        return Tiling(masked=MASKED_TILE)
+    side = stored_tile(q_BHQD.device.type, q_BHQD.shape[0] * q_BHQD.shape[1])
+    return Tiling(masked=side, plain=side)
 
 
 def runs_of(layout: Layout | KeptLayout, rank: int) -> tuple[Run, ...]:
