@@ -17,14 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.tensor import DTensor
 
 import ringfx
 from benchmarks.gpu.stage import Report, Setting, attempted, relative_error
@@ -39,6 +42,11 @@ RANK_S = 450
 
 MODELS = {"plain": plain, "llama": llama}
 RECIPES = ("float32", "autocast")
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "in chunks": {"chunks": 7},
+    "sharded states": {"shard_states": True},
+}
+"""Beside the strategies: wide parts in chunks with logits deferred; parameters cut into rows."""
 FLOAT32 = 1e-4
 BFLOAT16 = 2**-7
 """Between two numbers of bfloat16 near 1."""
@@ -112,22 +120,37 @@ def rank_main(device: str, small: bool, folder: Path) -> None:
                         partial(_step, name, recipe, compiler, strategy, device)
                     )
                     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
+                for what, options in OPTIONS.items():
+                    label = f"{name}, {recipe}, {compiler}, {what}"
+                    found[label] = attempted(
+                        partial(_step, name, recipe, compiler, "auto", device, options)
+                    )
+                    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _step(name: str, recipe: str, compiler: Any, strategy: Any, device: str) -> dict[str, Any]:
+def _step(
+    name: str,
+    recipe: str,
+    compiler: Any,
+    strategy: Any,
+    device: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     stock = MODELS[name]()().to(device)
     exact, ours = copy.deepcopy(stock).double(), copy.deepcopy(stock)
-    optimized: Any = ringfx.optimize(ours, strategy=strategy, compiler=compiler)
+    optimized: Any = ringfx.optimize(ours, strategy=strategy, compiler=compiler, **options)
     ids = tokens(61, 2).to(device)
     wanted = _results(exact, exact, ids, "float64")
     near = _results(stock, stock, ids, recipe)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = _results(optimized, ours, ids, recipe)
+    wanted, near = ({k: _like(x, found[k]) for k, x in xs.items()} for xs in (wanted, near))
+    found = {k: x.to_local() if isinstance(x, DTensor) else x for k, x in found.items()}
     errors = {k: relative_error(found[k], wanted[k]) for k in wanted}
     own = {k: relative_error(near[k], wanted[k]) for k in wanted}
     largest = max(float(x.norm()) for x in wanted.values())
@@ -147,6 +170,14 @@ def _step(name: str, recipe: str, compiler: Any, strategy: Any, device: str) -> 
     if device == "cuda":
         row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return row
+
+
+def _like(whole: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a gradient, where the other is cut into rows."""
+    if not isinstance(found, DTensor):
+        return whole
+    rows = -(-whole.shape[0] // dist.get_world_size())
+    return whole[dist.get_rank() * rows :][:rows]
 
 
 def _chance(x: torch.Tensor, recipe: str) -> float:

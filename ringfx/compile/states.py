@@ -117,7 +117,8 @@ def _sharded(parameter: nn.Parameter, world: World, mesh: Any) -> nn.Parameter:
     from torch.distributed.tensor import DTensor, Shard
 
     rows, given = rows_of_a_part(parameter.shape[0], world.size), parameter.detach()
-    mine = given[world.rank * rows : (world.rank + 1) * rows].clone()
+    mine = given[world.rank * rows : (world.rank + 1) * rows]
+    mine = mine.clone(memory_format=torch.contiguous_format)
     placed = DTensor.from_local(
         mine, mesh, [Shard(0)], run_check=False,
         shape=given.shape, stride=given.contiguous().stride(),

@@ -72,10 +72,17 @@ class Body:
         for start in range(0, self.tokens, self.chunk):
             yield start, min(start + self.chunk, self.tokens)
 
+    def begun(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Operands as the compiled programs take them: what all chunks share is contiguous."""
+        return [
+            x.contiguous() if place is None else x
+            for x, place in zip(operands, self.operands, strict=True)
+        ]
+
     def part(self, operands: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
         """Operands of the tokens from ``start`` to ``stop``."""
         return [
-            x.contiguous() if place is None else place.part(x, start, stop)
+            x if place is None else place.part(x, start, stop)
             for x, place in zip(operands, self.operands, strict=True)
         ]
 
@@ -122,10 +129,11 @@ def body_of(key: str) -> Body:
 def chunked(operands: list[Tensor], body: str) -> list[Tensor]:
     """The results of a region over all of the rank's tokens."""
     region = body_of(body)
-    totals = _Totals(region.results)
-    for start, stop in region.chunks():
-        parts = region.part(operands, start, stop)
-        totals.add(region.run("forward", parts, stop - start), start, region.tokens)
+    totals, given = _Totals(region.results), region.begun(operands)
+    with _plain_arithmetic(operands[0]):
+        for start, stop in region.chunks():
+            parts = region.part(given, start, stop)
+            totals.add(region.run("forward", parts, stop - start), start, region.tokens)
     return totals.taken([x.dtype for x in region.values])
 
 
@@ -139,13 +147,15 @@ def chunked_backward(grads: list[Tensor], operands: list[Tensor], body: str) -> 
     """Gradients of the operands in ``Body.wanted``."""
     region = body_of(body)
     totals = _Totals([region.operands[i] for i in region.wanted])
-    for start, stop in region.chunks():
-        parts = region.part(operands, start, stop)
-        parts += [
-            g if place is None else place.part(g, start, stop)
-            for g, place in zip(grads, region.results, strict=True)
-        ]
-        totals.add(region.run("backward", parts, stop - start), start, region.tokens)
+    given = region.begun(operands)
+    with _plain_arithmetic(operands[0]):
+        for start, stop in region.chunks():
+            parts = region.part(given, start, stop)
+            parts += [
+                g if place is None else place.part(g, start, stop)
+                for g, place in zip(grads, region.results, strict=True)
+            ]
+            totals.add(region.run("backward", parts, stop - start), start, region.tokens)
     return totals.taken([operands[i].dtype for i in region.wanted])
 
 
@@ -159,9 +169,11 @@ def chunked_loss(operands: list[Tensor], body: str) -> list[Tensor]:
     """The sum that the region ends in, and its gradients to the operands in ``Body.wanted``."""
     region = body_of(body)
     totals = _Totals([None, *(region.operands[i] for i in region.wanted)])
-    for start, stop in region.chunks():
-        parts = region.part(operands, start, stop)
-        totals.add(region.run("loss", parts, stop - start), start, region.tokens)
+    given = region.begun(operands)
+    with _plain_arithmetic(operands[0]):
+        for start, stop in region.chunks():
+            parts = region.part(given, start, stop)
+            totals.add(region.run("loss", parts, stop - start), start, region.tokens)
     (value,) = region.values
     return totals.taken([value.dtype, *(None for _ in region.wanted)])
 
@@ -191,6 +203,11 @@ def _(grad: Tensor, saved: list[Tensor], body: str) -> list[Tensor]:
         x.new_empty(x.shape, dtype=region.given[i].dtype)
         for i, x in zip(region.wanted, saved, strict=True)
     ]
+
+
+def _plain_arithmetic(x: Tensor) -> torch.autocast:
+    """The program says every cast: autocast would add others, in backward too."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class _Totals:

@@ -13,6 +13,7 @@ from ringfx.comm.autograd_function import Function
 from ringfx.comm.conjugate import mask_tokens, take_own_tokens
 from ringfx.failures.channel import next_number
 from ringfx.ops.chunked import Body
+from ringfx.passes.capture.precision import autocast_off
 from ringfx.split_tensor.deferred import Deferred
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
 from ringfx.split_tensor.tensor import Cell, SplitTensor
@@ -65,10 +66,11 @@ def _gradients(
         parts = [x.detach() for x in body.part(operands, start, stop)]
         for i in wanted:
             parts[i].requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast_off():
             (result,) = body.program(*parts)
         mine = place.part(grad, start, stop).to(result.dtype)
-        found = torch.autograd.grad(result, [parts[i] for i in wanted], mine)
+        with autocast_off():
+            found = torch.autograd.grad(result, [parts[i] for i in wanted], mine)
         for i, total, x in zip(wanted, totals, found, strict=True):
             at = body.operands[i]
             if at is None:

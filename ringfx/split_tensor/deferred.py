@@ -9,6 +9,7 @@ import torch
 from ringfx.comm.conjugate import take_tokens
 from ringfx.errors import DeferredLost
 from ringfx.ops.chunked import Body
+from ringfx.passes.capture.precision import autocast_off
 from ringfx.torch_compat.autograd import version_of
 
 __all__ = ["Deferred"]
@@ -65,6 +66,6 @@ class Deferred:
         return self._operands
 
     def _run(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off():  # the program says every cast
             (result,) = self.body.program(*operands)
             return result.to(self.dtype)  # type: ignore[no-any-return]

@@ -109,7 +109,7 @@ def cases() -> list[Case]:
 
 
 def check(pool: RankPool) -> None:
-    some = one_in(2, cases())
+    some = one_in(3, cases())
     for found, case in zip(compare_all(pool, some), some, strict=True):
         found.check()
         _, words, layout = MASKS[case.label.split(", ")[0]]

@@ -33,7 +33,7 @@ def case(model: Any, inputs: Any, label: str, **options: Any) -> Case:
 
 def test_names_that_code_cannot_say_change_nothing(ranks2: RankPool) -> None:
     chosen = {"strategy": {"*": "production", "inner.class attends": "collective"}}
-    named = [case(partial(Named, way), states, way, **chosen) for way in one_in(2, WAYS)]
+    named = [case(partial(Named, way), states, way, **chosen) for way in one_in(3, WAYS)]
     *found, arguments = compare_all(ranks2, [*named, case(ByKeyword, keywords, "arguments")])
     for comparison in found:
         comparison.check()

@@ -38,7 +38,7 @@ def test_a_sample_of_functions_is_equal_or_refused(ranks: int, after: bool) -> N
 
 @pytest.mark.parametrize(("ranks", "after"), [RARELY, OFTEN])
 def test_singular_values_in_padding_reach_no_weight(ranks: int, after: bool) -> None:
-    names = one_in(2, COMPOSED)
+    names = one_in(3, COMPOSED)
     said = list(check(of_composed(names), ranks=ranks, after=after))
     assert dict(zip(names, said, strict=True)) == dict.fromkeys(names, "equal")
 
