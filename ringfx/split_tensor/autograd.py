@@ -14,9 +14,10 @@ from ringfx.comm.conjugate import mask_tokens, take_own_tokens
 from ringfx.failures.channel import next_number
 from ringfx.ops.chunked import Body
 from ringfx.passes.capture.precision import autocast_off
+from ringfx.split_tensor.cell import Cell
 from ringfx.split_tensor.deferred import Deferred
 from ringfx.split_tensor.spec import GatherObserver, SplitSpec
-from ringfx.split_tensor.tensor import Cell, SplitTensor
+from ringfx.split_tensor.tensor import SplitTensor
 from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["part", "wrap", "wrap_all", "wrap_deferred"]

@@ -7,11 +7,8 @@ vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
@@ -21,6 +18,7 @@ from ringfx.comm.conjugate import all_gather_tokens, take_tokens
 from ringfx.comm.token_lookup import local_rows, mask_rows
 from ringfx.errors import SplitWrite
 from ringfx.ir.values import Arrival
+from ringfx.split_tensor.cell import Cell
 from ringfx.split_tensor.deferred import Deferred
 from ringfx.split_tensor.local_rules import (
     LocalCall,
@@ -31,14 +29,14 @@ from ringfx.split_tensor.local_rules import (
     writes_where_it_is,
 )
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
-from ringfx.split_tensor.spec import GatherObserver, SplitSpec, rendezvous_before_gather
+from ringfx.split_tensor.spec import SplitSpec, rendezvous_before_gather
 from ringfx.torch_compat.autograd import make_wrapper, version_of
 from ringfx.torch_compat.dispatch import no_dispatch
 from ringfx.torch_compat.fake_tensors import FakeTensor
 from ringfx.torch_compat.operators import schema_of
 from ringfx.torch_compat.pytree import tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["Cell", "SplitTensor"]
+__all__ = ["SplitTensor"]
 
 aten = torch.ops.aten
 _LOCAL_OPS = frozenset({aten.detach.default, aten.alias.default})
@@ -48,42 +46,6 @@ _NEW = frozenset(
         aten.new_empty.default, aten.new_empty_strided.default,
     }
 )  # fmt: skip
-
-
-@dataclass(eq=False)
-class Cell:
-    """What one value and its aliases hold: this rank's part and, once gathered, all of it."""
-
-    held: torch.Tensor | Deferred
-    """This rank's part, or how it is computed when it is touched."""
-    whole: torch.Tensor | None = None
-    """Once gathered it is the value: views of it may be written."""
-    made: Counter[str] = field(default_factory=Counter)
-    """What was computed from it without gathering, to number the results."""
-    on_gather: GatherObserver | None = None
-    """Called for a gather, where programs of one model hand the value on."""
-    gathered_at: int | None = None
-    """Version at which it was gathered: written since, it is no longer this rank's part."""
-    viewed: int | None = None
-    """Version at which rows of it were handed out, or it was taken of another one, as a view that
-    is none; None: never."""
-    aliased: bool = False
-    """Several results of a program are this one value."""
-    views: WeakSet[Cell] = field(default_factory=WeakSet)
-    """Views of this rank's part."""
-
-    @property
-    def local(self) -> torch.Tensor:
-        """This rank's part."""
-        if isinstance(self.held, Deferred):
-            self.held = self.held.part()
-        return self.held
-
-    def rows(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
-        """Some tokens of dimension ``dim``, by their numbers on this rank."""
-        if isinstance(self.held, Deferred):
-            return self.held.rows(rows)
-        return self.held.index_select(dim, rows)
 
 
 class SplitTensor(torch.Tensor):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import ringfx
 from ringfx import ops
 from ringfx.comm import stats
-from ringfx.compile.backend import other_kernels
+from ringfx.compile.runner import other_kernels
 from ringfx.cost_model import choose as choose_layers
 from ringfx.cost_model.calibration.measure import Effort, kernel_cases, masked_ns_per_pair
 from ringfx.cost_model.prediction.profile import Direction, KernelRow, Profile
