@@ -32,7 +32,7 @@ from tests.ops.oracle import (
     reference,
     run_all,
 )  # fmt: skip
-from tests.ops.test_values import assert_equal_to_unsplit
+from tests.ops.test_values import TOLERANCE, assert_equal_to_unsplit
 from tests.support.ranks import RankPool
 from tests.support.sampling import one_in
 
@@ -196,7 +196,8 @@ def test_on_eight_ranks() -> None:
 def test_many_drawn_configurations(ranks2: RankPool, ranks3: RankPool, ranks4: RankPool) -> None:
     for size, pool in ((2, ranks2), (3, ranks3), (4, ranks4)):
         first = 1000 * size
-        assert_equal_to_unsplit([drawn(seed, size) for seed in range(first, first + 200)], pool)
+        cases = [drawn(seed, size) for seed in range(first, first + 200)]
+        assert_equal_to_unsplit(cases, pool, tolerance=10 * TOLERANCE)  # some gradients cancel
 
 
 def bytes_sent(segment: int) -> list[int]:
