@@ -30,7 +30,7 @@ class Deferred:
 
     def to(self, dtype: torch.dtype) -> Deferred:
         """The same part, in another type."""
-        return Deferred(self.body, self._operands, self.name, dtype)
+        return Deferred(self.body, self.operands(), self.name, dtype)
 
     def part(self) -> torch.Tensor:
         """All of the rank's tokens.

@@ -78,21 +78,23 @@ def test_logits_that_are_touched_are_right(ranks2: RankPool) -> None:
         found.check()
 
 
-def written_before_they_are_touched() -> tuple[str, str]:
+def written_before_they_are_touched(cast: bool) -> tuple[str, str]:
+    """``cast``: first to another type, which defers them again."""
     model = WideModel(returns_logits=True)
     split = ringfx.optimize(model, chunks=4, compiler="eager")
     with torch.no_grad():
         _, logits = split(**inputs(24))
         model.head.weight.mul_(2)
         try:
-            logits.sum()
+            (logits.double() if cast else logits).sum()
         except ringfx.errors.DeferredLost as error:
             return type(error).__name__, str(error)
     return "nothing", ""
 
 
-def test_logits_whose_weights_have_changed_are_an_error(ranks2: RankPool) -> None:
-    for kind, text in ranks2.run(written_before_they_are_touched):
+@pytest.mark.parametrize("cast", [False, True])
+def test_logits_whose_weights_have_changed_are_an_error(ranks2: RankPool, cast: bool) -> None:
+    for kind, text in ranks2.run(written_before_they_are_touched, cast):
         assert kind == "DeferredLost"
         assert "written before" in text
         assert "chunks='none'" in text
