@@ -7,11 +7,13 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.stats import LayerStats, snapshot
 from ringfx.comm.world import World
 from ringfx.compile.backend import lower_naming_internal_errors, no_attention_text
@@ -20,6 +22,7 @@ from ringfx.compile.given_values import GivenMode
 from ringfx.compile.optimized import Optimized, optimized
 from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
+from ringfx.compile.states import cast_inputs, in_param_dtype, planned_states
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
@@ -45,6 +48,9 @@ from ringfx.torch_compat.releases import ISOLATED
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
 __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -63,7 +69,8 @@ def optimize(
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool | int = True,
     strict: bool = False,
-    shard_states: bool = False,
+    shard_states: bool | DeviceMesh = False,
+    mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -112,9 +119,16 @@ def optimize(
         detection, and was neither found nor declined (AttentionMissed); and a model with an
         attention that was found and cannot be split (AttentionReplicated).
     shard_states
-        Parameters become DTensors in the model itself, each cut by its first dimension over these
-        ranks; their gradients and the optimizer's state are cut with them. A parameter is gathered
-        just before it is used, and again in backward. Make the optimizer afterwards.
+        Parameters become DTensors in the model itself, each cut by its first dimension over the
+        sequence's ranks; their gradients and the optimizer's state are cut with them. A parameter
+        is gathered just before it is used, and again in backward. Make the optimizer afterwards.
+        A DeviceMesh (``mesh["dp_shard", "cp"]``): over its ranks, which contain the sequence's. A
+        gradient is then summed over the sequence's ranks and averaged over the data parallel ones.
+    mp_policy
+        For sharded states, torch's ``MixedPrecisionPolicy``, as ``fully_shard`` takes it: the type
+        in which parameters are gathered and used (``param_dtype``; floating-point inputs are
+        converted too), and that in which gradients are sent and summed (``reduce_dtype``). Rows,
+        their gradients and the optimizer's state stay in the type of the model.
     chunks
         Parts of the model that compute each token by itself, and are wide, run in chunks of tokens:
         what is wide (logits, an MLP's inner values) then exists for one chunk only. ``"auto"``:
@@ -152,6 +166,7 @@ def optimize(
             "check_inputs": check_inputs,
             "strict": strict,
             "shard_states": shard_states,
+            "mp_policy": mp_policy,
             "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
@@ -209,7 +224,8 @@ def plan(
     strategy: StrategyChoice = "auto",
     on_unsupported: OnUnsupported = "error",
     strict: bool = False,
-    shard_states: bool = False,
+    shard_states: bool | int = False,
+    mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -217,7 +233,8 @@ def plan(
     """What ``optimize`` would do on ``world_size`` ranks, without running a tensor.
 
     No process group and no accelerator is needed. The model and its inputs may be real, on
-    ``meta``, or fake (see ``ringfx.api.offline``).
+    ``meta``, or fake (see ``ringfx.api.offline``). ``shard_states`` is True, or the number of ranks
+    that share the states where that is more than ``world_size``.
 
     Raises
     ------
@@ -235,6 +252,7 @@ def plan(
             "on_unsupported": on_unsupported,
             "strict": strict,
             "shard_states": shard_states,
+            "mp_policy": mp_policy,
             "chunks": chunks,
             "strategies": strategies,
             "rules": rules,
@@ -245,13 +263,17 @@ def plan(
         trained=lambda: _trained(model, args, dict(kwargs or {})),
     )  # fmt: skip
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
+    states = planned_states(shard_states, world, dict(model.named_parameters()), mp_policy)
+    args, kwargs = cast_inputs((args, dict(kwargs or {})), states, mp_policy)
     plans: list[Plan] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         if reads_gradients(gm):
             return gm.forward
         arrivals = arrived(example_inputs)
-        lowered = lower_naming_internal_errors(gm, example_inputs, settings, world, arrivals)
+        lowered = lower_naming_internal_errors(
+            gm, example_inputs, settings, world, arrivals, states
+        )
         if lowered.captured.graph_break is None and is_outermost():
             plans.append(lowered.plan)
             raise Planned
@@ -262,7 +284,7 @@ def plan(
 
         return run
 
-    stopped = trace(model, args, dict(kwargs or {}), backend)
+    stopped = trace(model, args, kwargs, backend, states)
     if not sum(len(p.layers) for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
@@ -296,7 +318,9 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
         )
 
 
-def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple[str, ...]:
+def trace(
+    model: torch.nn.Module, args: Any, kwargs: Any, backend: Any, states: StateRanks = ONE_RANK
+) -> tuple[str, ...]:
     """Run the model on fake tensors; returns notes, such as where it could not continue.
 
     Programs that the process has compiled stay. Programs traced here have a backend of their own
@@ -306,6 +330,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Any, backend: Any) -> tuple
     mode = _mode_of(model, args, kwargs)
     notes = mode.notes if isinstance(mode, GivenMode) else {}
     fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
+    in_param_dtype(fake_model, states)
     if not ISOLATED:
         torch.compiler.reset()
     traced = compiled(fake_model, backend)

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.fx import Graph, Node
 
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.cost_model.peak_memory.liveness import Values, kept_values, op_name, values_of
 from ringfx.cost_model.peak_memory.optimizers import state_bytes
 from ringfx.cost_model.peak_memory.timeline_of import (
@@ -88,6 +89,7 @@ def alive_in(
     optimizer: str | int = "none",
     compiler: str = "aot_eager",
     states: Collection[int] = (),
+    state_ranks: StateRanks = ONE_RANK,
 ) -> Alive:
     """What is alive when in a step, whatever the strategies.
 
@@ -106,6 +108,8 @@ def alive_in(
         nothing again.
     states
         Inputs (parameters) of which each rank holds its rows.
+    state_ranks
+        The ranks that hold them.
     """
     graph = captured.graph_module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
@@ -121,12 +125,21 @@ def alive_in(
         values = replace(values, region={})
     trained = [n for n in parameters if has_grad[n]]
     everything, in_place = compiler == "eager", compiler == "inductor"
-    sharded = Sharded(nodes=frozenset(inputs[i] for i in states), ranks=world_size)
+    sharded = Sharded(nodes=frozenset(inputs[i] for i in states), ranks=state_ranks)
 
-    def state(cause: str, n: Node, size: int) -> Held:
+    def parameter(n: Node) -> Held:
         if n in sharded.nodes:
-            return sharded.held(cause, n, size, 0)
-        return Held(cause=cause, node=n, bytes=size)
+            return sharded.held("parameters", n, 0)
+        return Held(cause="parameters", node=n, bytes=num_bytes(n))
+
+    def optimizer_state(n: Node) -> Held:
+        value: torch.Tensor = n.meta["val"]
+        if n not in sharded.nodes:
+            size = state_bytes(optimizer, value.numel(), value.element_size())
+            return Held(cause="optimiser state", node=n, bytes=size)
+        each = state_ranks.bytes_kept(value) // max(value.numel(), 1)
+        size = state_bytes(optimizer, value.numel(), each)
+        return sharded.held("optimiser state", n, 0, size)
 
     held = list(
         outside_attention(
@@ -134,12 +147,12 @@ def alive_in(
         )
     )
     always = [
-        *(state("parameters", n, num_bytes(n)) for n in parameters),
+        *map(parameter, parameters),
         *(
             Held(cause=GIVEN, node=n, bytes=num_bytes(n), of=n)
             for n in _given_masks(graph, parameters)
         ),
-        *(state("optimiser state", n, _state_bytes(optimizer, n)) for n in trained),
+        *map(optimizer_state, trained),
     ]
     last = len(values.nodes) - 1
     by_reads = _powers_by_reads(graph)
@@ -385,11 +398,6 @@ def _over_program(held: Sequence[Held], num: int, rows: int) -> tuple[int, ...]:
     """Without what Inductor holds for reuse, and with the rows that are taken of masks."""
     stretches = np.array_split(_alive(held, num), min(num, STRETCHES))
     return tuple(int(stretch.max()) + rows for stretch in stretches)
-
-
-def _state_bytes(optimizer: str | int, parameter: Node) -> int:
-    value: torch.Tensor = parameter.meta["val"]
-    return state_bytes(optimizer, value.numel(), value.element_size())
 
 
 # --- sums ---------------------------------------------------------------------------------------

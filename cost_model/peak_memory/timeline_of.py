@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ringfx.comm.state_ranks import StateRanks
 from ringfx.cost_model.peak_memory.liveness import (
     Values,
     chunked_call,
@@ -63,7 +64,7 @@ class Held:
     of: Node | None = None
     """The value whose memory it is; None: no value's, and of any length the same."""
     all_ranks: int = 0
-    """Of a sharded state: bytes of all ranks together."""
+    """Of a sharded state: bytes of all ranks of a sequence together."""
 
     def at(self, position: int) -> bool:
         return self.first <= position <= self.last
@@ -74,13 +75,14 @@ class Sharded:
     """Parameters of which each rank holds its rows."""
 
     nodes: frozenset[Node]
-    ranks: int
+    ranks: StateRanks
 
-    def held(self, cause: str, node: Node, whole: int, last: int) -> Held:
-        """One rank's share of a state of so many bytes."""
-        mine = -(-whole // self.ranks)
+    def held(self, cause: str, node: Node, last: int, whole: int | None = None) -> Held:
+        """One rank's share of a state of so many bytes; by default, of those of a parameter."""
+        whole = self.ranks.bytes_kept(node.meta["val"]) if whole is None else whole
+        mine, sequence = -(-whole // self.ranks.ranks), -(-whole // self.ranks.replicas)
         cause = f"sharded {cause}"
-        return Held(cause=cause, node=node, bytes=mine, last=last, all_ranks=whole)
+        return Held(cause=cause, node=node, bytes=mine, last=last, all_ranks=sequence)
 
 
 def outside_attention(
@@ -147,10 +149,10 @@ def _fused_losses(values: Values) -> frozenset[Node]:
 
 
 def _whole_gradient(parameter: Node, last_use: Mapping[Node, int], sharded: Sharded | None) -> Held:
-    cause, last, size = "parameter gradients", last_use[parameter], num_bytes(parameter)
+    cause, last = "parameter gradients", last_use[parameter]
     if sharded is not None and parameter in sharded.nodes:
-        return sharded.held(cause, parameter, size, last)
-    return Held(cause=cause, node=parameter, bytes=size, first=0, last=last)
+        return sharded.held(cause, parameter, last)
+    return Held(cause=cause, node=parameter, bytes=num_bytes(parameter), first=0, last=last)
 
 
 def _gathered(trained: Sequence[Node], sharded: Sharded | None, end: int) -> Iterator[Held]:

@@ -30,7 +30,8 @@ def outside_ms(moves: Iterable[Collective], world_size: int, profile: Profile) -
 
 
 def _seconds(move: Collective, world_size: int, profile: Profile) -> float:
-    if move.kind not in COLLECTIVES or world_size == 1:
+    ranks = move.ranks or world_size
+    if move.kind not in COLLECTIVES or ranks == 1:
         return 0.0
     operation, received = COLLECTIVES[move.kind]
-    return message_seconds(profile, operation, world_size, received(world_size) * move.bytes_moved)
+    return message_seconds(profile, operation, ranks, received(ranks) * move.bytes_moved)

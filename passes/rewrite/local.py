@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ringfx.comm import conjugate
 from ringfx.comm.state_buckets import rows_of_a_part
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
@@ -23,7 +24,7 @@ from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import PlacementMap
 from ringfx.passes.rewrite.conversions import PlacementConversions, save_collectives
-from ringfx.passes.rewrite.parameters import gather_whole, share_parameters
+from ringfx.passes.rewrite.parameters import States, gather_whole, share_parameters
 from ringfx.passes.rewrite.singular import without_padding
 from ringfx.passes.split_modes import LocalCall, LocalGraph, Placement, SplitMode
 from ringfx.passes.split_modes.local_call import copied
@@ -73,12 +74,12 @@ class ReplicatedMatrices:
 class _Produced(dict[Node, Node]):
     """Global value -> the local node that made it; sharded parameters are gathered when asked."""
 
-    def __init__(self, local: LocalGraph, states: Mapping[Node, Node]) -> None:
+    def __init__(self, local: LocalGraph, states: States) -> None:
         super().__init__()
         self._local, self._states = local, states
 
     def __missing__(self, value: Node) -> Node:
-        if value not in self._states:
+        if value not in self._states.rows:
             raise KeyError(value)
         self[value] = gather_whole(value, self._local, self._states)
         return self[value]
@@ -117,6 +118,7 @@ def rewrite(
     group: str,
     kernels: Mapping[str, str] = MappingProxyType({}),
     states: Collection[int] = (),
+    state_ranks: StateRanks = ONE_RANK,
 ) -> LocalProgram:
     """The local program.
 
@@ -130,8 +132,11 @@ def rewrite(
         Canonical node name -> the kernels that the plan counts on.
     states
         Inputs (parameters) of which each rank holds its rows.
+    state_ranks
+        The ranks that hold them.
     """
-    return _Rewriter(captured, placement, strategies, group, kernels, states).run()
+    made = States(ranks=state_ranks)
+    return _Rewriter(captured, placement, strategies, group, kernels, states, made).run()
 
 
 class _Rewriter:
@@ -142,7 +147,8 @@ class _Rewriter:
         strategies: Mapping[str, Strategy],
         group: str,
         kernels: Mapping[str, str],
-        states: Collection[int],
+        numbers: Collection[int],
+        states: States,
     ) -> None:
         self.captured = captured
         self.placement = placement
@@ -151,8 +157,8 @@ class _Rewriter:
         self.kernels = kernels
         self.local = LocalGraph(placement.lines, group)
         self.graph = self.local.graph
-        self.numbers = states
-        self.states: dict[Node, Node] = {}
+        self.numbers = numbers
+        self.states = states
         self.as_produced = _Produced(self.local, self.states)
         self.conversions = PlacementConversions(self.local, placement, self.as_produced)
         self.attentions: dict[str, Node] = {}
@@ -165,7 +171,7 @@ class _Rewriter:
             node.meta["ringfx_input"] = self.captured.input_names[number]
             made = self.graph.node_copy(node)
             if number in self.numbers:
-                self.states[node] = made
+                self.states.rows[node] = made
             else:
                 self.as_produced[node] = made
                 self._note_tokens(node)
@@ -196,7 +202,7 @@ class _Rewriter:
             matrices=self.matrices,
             tokens={n: place for n, place in self.local.tokens.items() if n in alive},
             states={
-                i: rows_of_a_part(int(self.inputs[i].meta["val"].shape[0]), self.local.ranks)
+                i: rows_of_a_part(int(self.inputs[i].meta["val"].shape[0]), self.states.ranks.ranks)
                 for i in self.numbers
             },
             partials={n: part for n, part in self.local.partials.items() if part in alive},

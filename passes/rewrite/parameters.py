@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.comm import conjugate
 from ringfx.comm.state_buckets import gather_state, gather_states
+from ringfx.comm.state_ranks import StateRanks
 from ringfx.ir.values import Captured, CommKind
 from ringfx.passes.capture.gradients import needs_grad, receives_grad
 from ringfx.passes.place import PlacementMap
@@ -18,7 +20,7 @@ from ringfx.passes.rewrite.conversions import PlacementConversions
 from ringfx.passes.split_modes import LocalGraph, Placement
 from ringfx.passes.split_modes.local_graph import describe, num_bytes
 
-__all__ = ["buckets", "gather_whole", "share_parameters"]
+__all__ = ["States", "buckets", "gather_whole", "share_parameters"]
 
 LARGEST_BUCKET = 25 * 2**20
 """Gradients summed in one all-reduce at most, as DistributedDataParallel's default bucket."""
@@ -29,11 +31,20 @@ NUM_BUCKETS = 8
 flat copy that an all-reduce needs is an eighth of the gradients."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class States:
+    """The inputs of which a rank holds its rows."""
+
+    ranks: StateRanks
+    rows: dict[Node, Node] = field(default_factory=dict)
+    """Parameter -> this rank's rows (a local placeholder)."""
+
+
 def share_parameters(
     captured: Captured,
     placement: PlacementMap,
     conversions: PlacementConversions,
-    states: Mapping[Node, Node],
+    states: States,
 ) -> None:
     """Inputs that need a gradient and that split calls use replicated enter in buckets.
 
@@ -41,8 +52,7 @@ def share_parameters(
     enters at the start of the program and leaves for its first user: in backward its all-reduce
     starts as soon as it is complete, and is waited for after everything else.
 
-    ``states``: of these inputs a rank holds its rows (local placeholders); they are gathered before
-    their first user, and again in backward.
+    Inputs of ``states`` are gathered before their first user, and again in backward.
     """
     nodes = list(captured.graph_module.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
@@ -57,9 +67,9 @@ def share_parameters(
     ]
     used.sort(key=lambda n: min(order[u] for u in n.users))
     parameters = [n for n in used if captured.is_parameter[number[n]]]
-    for bucket in buckets([n for n in parameters if n not in states]):
+    for bucket in buckets([n for n in parameters if n not in states.rows]):
         _enter(bucket, conversions, [number[n] for n in bucket])
-    for bucket in buckets([n for n in parameters if n in states]):
+    for bucket in buckets([n for n in parameters if n in states.rows]):
         _gather_on_use(bucket, conversions, states)
     for bucket in buckets([n for n in used if n not in set(parameters)]):
         _enter(bucket, conversions, [])
@@ -121,22 +131,21 @@ def _enter(bucket: Sequence[Node], conversions: PlacementConversions, numbers: l
 
 
 def _gather_on_use(
-    bucket: Sequence[Node], conversions: PlacementConversions, states: Mapping[Node, Node]
+    bucket: Sequence[Node], conversions: PlacementConversions, states: States
 ) -> None:
-    local, size = conversions.local, sum(map(num_bytes, bucket))
-    what = _listed(bucket)
-    ranks = local.ranks
-    local.report(bucket[0], CommKind.ALL_GATHER_STATES, size, f"of {what}")
-    again = f"of {what}, again"
-    local.report(bucket[0], CommKind.ALL_GATHER_STATES, size, again, in_backward=True)
-    local.report(
-        bucket[0], CommKind.REDUCE_SCATTER, size // ranks, f"sums the gradients of {what}",
-        in_backward=True,
-    )  # fmt: skip
+    local, what, ranks = conversions.local, _listed(bucket), states.ranks
+    size = sum(map(num_bytes, bucket))
+    reduced = sum(ranks.bytes_reduced(n.meta["val"]) for n in bucket)
+    for kind, moved, reason, in_backward in (
+        (CommKind.ALL_GATHER_STATES, size, f"of {what}", False),
+        (CommKind.ALL_GATHER_STATES, size, f"of {what}, again", True),
+        (CommKind.REDUCE_SCATTER, reduced // ranks.ranks, f"sums the gradients of {what}", True),
+    ):
+        local.report(bucket[0], kind, moved, reason, in_backward=in_backward, ranks=ranks.others)
 
     def gather() -> None:
-        parts, rows = [states[n] for n in bucket], [int(n.meta["val"].shape[0]) for n in bucket]
-        args = (parts, rows, ranks, local.group, what)
+        parts, rows = [states.rows[n] for n in bucket], [_num_rows(n) for n in bucket]
+        args = (parts, rows, ranks.as_argument(), what)
         gathered = _again(local.graph.call_function(gather_states, args))
         for i, value in enumerate(bucket):
             with local.graph.inserting_after(gathered):
@@ -147,11 +156,13 @@ def _gather_on_use(
         conversions.on_first_use(value, gather)
 
 
-def gather_whole(value: Node, local: LocalGraph, states: Mapping[Node, Node]) -> Node:
+def gather_whole(value: Node, local: LocalGraph, states: States) -> Node:
     """A parameter for users that every rank repeats, or that needs no gradient."""
-    rows, what = int(value.meta["val"].shape[0]), describe(value)
-    local.report(value, CommKind.ALL_GATHER_STATES, num_bytes(value), "of a sharded parameter")
-    args = (states[value], rows, local.ranks, local.group, what)
+    local.report(
+        value, CommKind.ALL_GATHER_STATES, num_bytes(value), "of a sharded parameter",
+        ranks=states.ranks.others,
+    )  # fmt: skip
+    args = (states.rows[value], _num_rows(value), states.ranks.as_argument(), describe(value))
     if not needs_grad(value):
         return _again(local.graph.call_function(gather_state, args))
     # At the start: where it is first used gradients may be disabled, and later users' be lost.
@@ -159,6 +170,10 @@ def gather_whole(value: Node, local: LocalGraph, states: Mapping[Node, Node]) ->
         gathered = _again(local.graph.call_function(gather_state, args))
     gathered.meta["ringfx_conversion"] = True
     return gathered
+
+
+def _num_rows(parameter: Node) -> int:
+    return int(parameter.meta["val"].shape[0])
 
 
 def _again(node: Node) -> Node:

@@ -126,9 +126,16 @@ class LocalGraph:
         return self.graph.call_function(aten.to.dtype, (total, node.meta["val"].dtype))
 
     def report(
-        self, node: Node, kind: CommKind, size: int, reason: str, *, in_backward: bool = False
+        self,
+        node: Node,
+        kind: CommKind,
+        size: int,
+        reason: str,
+        *,
+        in_backward: bool = False,
+        ranks: int = 0,
     ) -> None:
-        """Say in the plan that one collective runs."""
+        """Say in the plan that one collective runs; ``ranks``: over others than the sequence's."""
         self.collectives.append(
             Collective(
                 node=node.name,
@@ -138,6 +145,7 @@ class LocalGraph:
                 bytes_moved=size,
                 reason=reason,
                 in_backward=in_backward,
+                ranks=ranks,
             )
         )
 

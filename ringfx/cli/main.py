@@ -41,6 +41,8 @@ def plan(
     profile: o.Profile = None,
     optimizer: o.Optimizer = "none",
     shard_states: o.ShardStates = False,
+    state_ranks: o.StateRanks = None,
+    param_dtype: o.ParamDtype = None,
     chunks: o.Chunks = "auto",
     train: o.Train = True,
     labels: o.Labels = True,
@@ -69,7 +71,7 @@ def plan(
             target=target, seq_len=seq_len, world_size=world_size, batch_size=batch_size,
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
             train=train, labels=labels, dtype=dtype, hf=hf, strict=strict, chunks=chunks,
-            shard_states=shard_states,
+            shard_states=state_ranks or shard_states, param_dtype=param_dtype,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip
         view = View(

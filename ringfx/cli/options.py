@@ -131,6 +131,20 @@ ShardStates = Annotated[
         help="Each rank holds its rows of parameters, gradients and optimizer state.",
     ),
 ]
+StateRanks = Annotated[
+    int | None,
+    _plan(
+        min=1,
+        max=2**30,
+        help="Ranks that share these states, if more than the sequence's: times data parallel.",
+    ),
+]
+ParamDtype = Annotated[
+    str | None,
+    _plan(
+        help="Sharded parameters are gathered and used in it, such as bfloat16; their rows stay."
+    ),
+]
 Chunks = Annotated[
     str,
     _plan(

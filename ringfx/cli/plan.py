@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ringfx import api
-from ringfx.cli.model_target import Inputs, build, find_target
+from ringfx.cli.model_target import Inputs, build, find_target, floating_dtype
 from ringfx.cost_model import (
     Profile,
     StrategyChoice,
@@ -61,7 +61,8 @@ class Request:
     dtype: str | None
     hf: bool
     strict: bool = False
-    shard_states: bool = False
+    shard_states: bool | int = False
+    param_dtype: str | None = None
     chunks: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -163,6 +164,9 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--infer": not request.train,
         "--dtype": request.dtype is not None,
         "--rules": request.rules is not RULES,
+        "--shard-states": request.shard_states is not False,
+        "--param-dtype": request.param_dtype is not None,
+        "--chunks": request.chunks != "auto",
     }
 
 
@@ -211,6 +215,7 @@ def _made(request: Request) -> Plan:
                 optimizer=_number_or_name(request.optimizer),
                 strict=request.strict,
                 shard_states=request.shard_states,
+                mp_policy=_mp_policy(request.param_dtype),
                 chunks=_number_or_name(request.chunks),
                 strategies=request.strategies,
                 rules=request.rules,
@@ -219,6 +224,14 @@ def _made(request: Request) -> Plan:
         return plan
     note = f"--seq-len was not used: {request.target} takes no seq_len and returns its own inputs"
     return replace(plan, notes=(*plan.notes, Note(text=note)))
+
+
+def _mp_policy(param_dtype: str | None) -> Any:
+    if param_dtype is None:
+        return None
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=floating_dtype(param_dtype))
 
 
 def _number_or_name(word: str) -> Any:

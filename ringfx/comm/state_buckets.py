@@ -15,6 +15,7 @@ import torch
 
 from ringfx.comm import collective_ops
 from ringfx.comm.autograd_function import Function
+from ringfx.comm.state_ranks import StateRanks
 
 __all__ = ["gather_state", "gather_states", "rows_of_a_part"]
 
@@ -26,53 +27,67 @@ def rows_of_a_part(rows: int, ranks: int) -> int:
 
 class _GatherReduceScatter(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Sequence[int], where: tuple[Any, ...], *parts: Any) -> Any:
+    def forward(ctx: Any, rows: Sequence[int], states: StateRanks, what: str, *parts: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.where, ctx.shapes = where, [part.shape for part in parts]
-        return tuple(_gathered(rows, where, parts))
+        ctx.where, ctx.shapes, ctx.dtype = (states, what), [p.shape for p in parts], parts[0].dtype
+        return tuple(_gathered(rows, states, what, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        ranks, group, what = ctx.where
+        states, what = ctx.where
         given = next((g for g in grads if g is not None), None)
         if given is None:
-            return None, None, *[None] * len(grads)
+            return None, None, None, *[None] * len(grads)
         padded = [
-            given.new_zeros(ranks, shape.numel()) if g is None else _in_parts(g, shape, ranks)
+            given.new_zeros(states.ranks, shape.numel())
+            if g is None
+            else _in_parts(g, shape, states.ranks)
             for g, shape in zip(grads, ctx.shapes, strict=True)
         ]
-        mine = collective_ops.reduce_scatter(torch.cat(padded, 1), group, what)
+        mine = _summed(torch.cat(padded, 1), states, what)
+        if states.replicas > 1:
+            mine = mine / states.replicas
         sizes = [shape.numel() for shape in ctx.shapes]
-        pieces = zip(mine.split(sizes), ctx.shapes, grads, strict=True)
-        return None, None, *(None if g is None else x.view(s).clone() for x, s, g in pieces)
+        pieces = zip(mine.to(ctx.dtype).split(sizes), ctx.shapes, grads, strict=True)
+        return None, None, None, *(None if g is None else x.view(s).clone() for x, s, g in pieces)
 
 
 class _GatherSlice(Function):
-    """The gradients of all ranks are equal: each takes its rows."""
+    """The gradients of all ranks of a sequence are equal: each takes its rows."""
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, rows: int, where: tuple[Any, ...]) -> Any:
-        ctx.where, ctx.shape = where, part.shape
-        return _gathered([rows], where, [part])[0]
+    def forward(ctx: Any, part: torch.Tensor, rows: int, states: StateRanks, what: str) -> Any:
+        ctx.where, ctx.shape, ctx.dtype = (states, what), part.shape, part.dtype
+        return _gathered([rows], states, what, [part])[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        ranks, group, _ = ctx.where
-        parts = _in_parts(grads[0], ctx.shape, ranks)
-        return collective_ops.take_part(parts, group).view(ctx.shape), None, None
+        states, what = ctx.where
+        parts = _in_parts(grads[0], ctx.shape, states.ranks)
+        if states.replicas > 1:  # equal within a sequence, so that the mean is over replicas
+            mine = _summed(parts, states, what) / states.ranks
+        else:
+            mine = collective_ops.take_part(parts, states.group)
+        return mine.to(ctx.dtype).view(ctx.shape), None, None, None
 
 
 def _gathered(
-    rows: Sequence[int], where: tuple[Any, ...], parts: Sequence[torch.Tensor]
+    rows: Sequence[int], states: StateRanks, what: str, parts: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    ranks, group, what = where
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    everyone = collective_ops.all_gather(flat, ranks, group, what)
+    flat = torch.cat([part.reshape(-1) for part in parts]).to(states.param_dtype or parts[0].dtype)
+    everyone = collective_ops.all_gather(flat, states.ranks, states.group, what)
     pieces = everyone.split([part.numel() for part in parts], 1)
     return [
-        piece.reshape(ranks * part.shape[0], *part.shape[1:])[:number].clone()
+        piece.reshape(states.ranks * part.shape[0], *part.shape[1:])[:number].clone()
         for piece, part, number in zip(pieces, parts, rows, strict=True)
     ]
+
+
+def _summed(parts: torch.Tensor, states: StateRanks, what: str) -> torch.Tensor:
+    """This rank's part of the sum over all ranks, in the type that gradients are summed in."""
+    sent = parts.to(states.reduce_dtype or parts.dtype)
+    total: torch.Tensor = collective_ops.reduce_scatter(sent, states.group, what)
+    return total
 
 
 def _in_parts(grad: torch.Tensor, shape: torch.Size, ranks: int) -> torch.Tensor:
@@ -84,23 +99,26 @@ def _in_parts(grad: torch.Tensor, shape: torch.Size, ranks: int) -> torch.Tensor
 
 
 def gather_states(
-    parts: Sequence[torch.Tensor], rows: Sequence[int], ranks: int, group: str, what: str
+    parts: Sequence[torch.Tensor], rows: Sequence[int], states: tuple[Any, ...], what: str
 ) -> tuple[torch.Tensor, ...]:
     """Whole parameters of a bucket, for computations that each rank does for its own tokens.
 
     Parameters
     ----------
     parts
-        [rows of a part, ...] of each parameter.
+        [rows of a part, ...] of each parameter, of one type.
     rows
         Of each whole parameter.
+    states
+        ``StateRanks.as_argument()``.
     """
-    where = (ranks, group, what)
-    found: tuple[torch.Tensor, ...] = _GatherReduceScatter.apply(list(rows), where, *parts)  # type: ignore[no-untyped-call]
+    ranks = StateRanks.of_argument(states)
+    found: tuple[torch.Tensor, ...] = _GatherReduceScatter.apply(list(rows), ranks, what, *parts)  # type: ignore[no-untyped-call]
     return found
 
 
-def gather_state(part: torch.Tensor, rows: int, ranks: int, group: str, what: str) -> torch.Tensor:
-    """A whole parameter, for computations that every rank repeats."""
-    found: torch.Tensor = _GatherSlice.apply(part, rows, (ranks, group, what))  # type: ignore[no-untyped-call]
+def gather_state(part: torch.Tensor, rows: int, states: tuple[Any, ...], what: str) -> torch.Tensor:
+    """A whole parameter, for computations that every rank of a sequence repeats."""
+    ranks = StateRanks.of_argument(states)
+    found: torch.Tensor = _GatherSlice.apply(part, rows, ranks, what)  # type: ignore[no-untyped-call]
     return found

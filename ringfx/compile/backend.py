@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from ringfx.comm.grad_accumulation import Accumulation
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
 from ringfx.compile.compilers import Compiled, compile_bodies, compile_local_program
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
@@ -57,9 +58,17 @@ _CPU = torch.device("cpu")
 class Backend:
     """Compiles every graph that Dynamo captures of one model."""
 
-    def __init__(self, settings: Settings, world: World, mesh: Any = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        mesh: Any = None,
+        *,
+        states: StateRanks = ONE_RANK,
+    ) -> None:
         self.settings = settings
         self.world = world
+        self.states = states
         self._mesh = mesh
         self.plans: list[Plan] = []
         self.ran: list[Plan] = []
@@ -87,12 +96,12 @@ class Backend:
         if not self.handoff.called:
             self._agree_on_profile(home_device(example_inputs))
         lowered = lower_naming_internal_errors(
-            gm, example_inputs, self.settings, self.world, arrivals
+            gm, example_inputs, self.settings, self.world, arrivals, self.states
         )
         for i in lowered.arrived:
             example_inputs[i] = local_example(given[i])
         for i, rows in lowered.local.states.items():
-            example_inputs[i] = example_of_part(example_inputs[i], rows)
+            example_inputs[i] = example_of_part(example_inputs[i], rows, self.states.dtype)
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
@@ -220,11 +229,12 @@ def lower_naming_internal_errors(
     settings: Settings,
     world: World,
     arrivals: Mapping[int, Arrival],
+    states: StateRanks = ONE_RANK,
 ) -> Lowered:
     """``lower``; what goes wrong inside it and has no name of its own gets one."""
     try:
         with without_saved_tensor_hooks():
-            return lower(gm, example_inputs, settings, world, arrivals)
+            return lower(gm, example_inputs, settings, world, arrivals, states)
     except (RingfxError, TorchDynamoException):
         raise
     except Exception as error:  # whatever a defect of ours raises: it is raised again, as its cause
@@ -291,7 +301,7 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     options = dict(kwargs.get("options") or {})
     mesh = options.pop("mesh", None)
     settings = Settings.of(options)
-    if settings.shard_states:
+    if settings.shard_states is not False:
         raise InvalidArgument(
             "torch.compile(backend='ringfx') cannot shard states: it does not hold the model. Do: "
             "use ringfx.optimize(model, shard_states=True)."

@@ -22,12 +22,13 @@ from torch.nn import ModuleDict, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.comm.autograd_function import uncompiled
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
 from ringfx.compile.backend import Backend
 from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
-from ringfx.compile.states import StandIns, shard_states
+from ringfx.compile.states import StandIns, cast_inputs, shard_states
 from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import RingfxError
 from ringfx.failures.watchdog import start_watching
@@ -55,9 +56,10 @@ _COMPILED = (
 class _Shared:
     """Shared by the outer model and its parts: the options, and the backend that compiles."""
 
-    def __init__(self, settings: Settings, mesh: Any) -> None:
+    def __init__(self, settings: Settings, mesh: Any, states: StateRanks = ONE_RANK) -> None:
         self.settings = settings
         self.mesh = mesh
+        self.states = states
         self._backend: Backend | None = None
         self.stand_ins = StandIns()
 
@@ -77,7 +79,7 @@ class _Shared:
             return self._backend
         world = World.of(self.mesh)
         if self._backend is None or self._backend.world != world:
-            self._backend = Backend(self.settings, world)
+            self._backend = Backend(self.settings, world, states=self.states)
         return self._backend
 
 
@@ -176,9 +178,10 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     if isinstance(model, Optimized):  # optimized again: with the new options
         model = cast(M, model._ringfx_inner)
     _start_watching(mesh)
-    if settings.shard_states:
-        shard_states(model, World.of(mesh), mesh)
-    inner, shared = _twin(type(model), dict(model.__dict__)), _Shared(settings, mesh)
+    states = ONE_RANK
+    if settings.shard_states is not False:
+        states = shard_states(model, World.of(mesh), settings.shard_states, settings.mp_policy)
+    inner, shared = _twin(type(model), dict(model.__dict__)), _Shared(settings, mesh, states)
     carry_state(model, inner)
     if isinstance(inner, DistributedDataParallel):  # it runs its inner model itself
         inside = _twin(type(inner.module), dict(inner.module.__dict__))
@@ -235,7 +238,8 @@ def _given_class(outer_class: type) -> Any:
 
 def _anew(outer: Optimized) -> _Shared:
     """A copy shares no program and no held gradient."""
-    return _Shared(outer._ringfx_shared.settings, outer._ringfx_shared.mesh)
+    shared = outer._ringfx_shared
+    return _Shared(shared.settings, shared.mesh, shared.states)
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -275,6 +279,7 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return inner(*args, **kwargs)
     try:
         with backend.call(inner, is_part=outer._ringfx_is_part), _states(outer, backend):
+            args, kwargs = cast_inputs((args, kwargs), backend.states, backend.settings.mp_policy)
             return _programs(outer, backend)(*args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
@@ -285,9 +290,9 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _states(outer: Optimized, backend: Backend) -> contextlib.AbstractContextManager[None]:
     """Sharded parameters stand aside for the call."""
     shared = outer._ringfx_shared
-    if not shared.settings.shard_states or backend.world.size == 1:
+    if backend.states.ranks == 1:
         return contextlib.nullcontext()
-    return shared.stand_ins.in_place(outer._ringfx_inner, backend.world)
+    return shared.stand_ins.in_place(outer._ringfx_inner, backend.states)
 
 
 def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule
 
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import gc_frozen
 from ringfx.compile.settings import Settings
@@ -68,19 +69,25 @@ def lower(
     settings: Settings,
     world: World,
     arrivals: Mapping[int, Arrival] | None = None,
+    states: StateRanks = ONE_RANK,
 ) -> Lowered:
     """Capture, detect, recover masks, name axes, place, choose, rewrite and verify.
 
     ``arrivals`` says which inputs are split already, by their number; the local program takes the
     parts of those that it can use so (``Lowered.arrived``), and all others whole.
+    ``states``: the ranks that parameters are sharded over.
     """
     captured = capture(gm, example_inputs, known=partial(find_rule, rules=settings.rules))
     with autocast_off():  # the captured program says every cast
-        return _lowered(captured, settings, world, arrivals or {})
+        return _lowered(captured, settings, world, arrivals or {}, states)
 
 
 def _lowered(
-    captured: Captured, settings: Settings, world: World, arrivals: Mapping[int, Arrival]
+    captured: Captured,
+    settings: Settings,
+    world: World,
+    arrivals: Mapping[int, Arrival],
+    state_ranks: StateRanks,
 ) -> Lowered:
     attentions = find_attention(captured, strict=settings.strict, rules=settings.rules)
     sites, graph = attentions.sites, captured.graph_module.graph
@@ -97,11 +104,14 @@ def _lowered(
     profile = load_profile(settings.profile, device=device)
     regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
-    states = sharded_states(captured) if settings.shard_states and world.size > 1 else ()
+    states = sharded_states(captured) if state_ranks.ranks > 1 else ()
+
+    def alive_with(in_chunks: Sequence[Sized]) -> Alive:
+        return _alive(captured, in_chunks, placement, states, state_ranks, settings, world)
 
     def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
         in_chunks = all_sized(regions, lines, device, chunks)
-        alive = _alive(captured, in_chunks, placement, states, settings, world)
+        alive = alive_with(in_chunks)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
@@ -113,12 +123,15 @@ def _lowered(
 
     chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
     kernels = {x.site.node: x.kernel for x in layers}
-    local = rewrite(captured, placement, chosen, group=world.group, kernels=kernels, states=states)
+    local = rewrite(
+        captured, placement, chosen, group=world.group, kernels=kernels, states=states,
+        state_ranks=state_ranks,
+    )  # fmt: skip
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
     local, done = run_in_chunks(local, in_chunks, captured.needs_grad)
     if len(done) < len(in_chunks):
-        alive = _alive(captured, done, placement, states, settings, world)
+        alive = alive_with(done)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
@@ -138,6 +151,7 @@ def _alive(
     regions: Sequence[Sized],
     placement: PlacementMap,
     states: Sequence[int],
+    state_ranks: StateRanks,
     settings: Settings,
     world: World,
 ) -> Alive:
@@ -152,6 +166,7 @@ def _alive(
         optimizer=settings.optimizer,
         compiler=settings.compiler,
         states=states,
+        state_ranks=state_ranks,
     )
 
 

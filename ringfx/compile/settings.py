@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
 from ringfx.comm.world import several_processes
 from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.peak_memory.optimizers import check_optimizer
@@ -40,8 +43,11 @@ class Settings:
     """Compare inputs and parameters across ranks; a number: all parameters in so many calls."""
     strict: bool = False
     """Refuse a model in which something looks like attention and is neither found nor explained."""
-    shard_states: bool = False
-    """Each rank holds its rows of every parameter, and of its gradient."""
+    shard_states: Any = False
+    """Each rank holds its rows of every parameter, and of its gradient: True for the ranks of the
+    sequence; a mesh of more; of a plan that is made offline, how many ranks."""
+    mp_policy: Any = None
+    """The types that sharded parameters and their gradients are sent in."""
     chunks: Chunks = "auto"
     """Which regions run in chunks of tokens."""
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
@@ -77,10 +83,7 @@ class Settings:
         check_profile_type(settings.profile)
         if not several_processes():  # of several ranks only rank 0 must have it: all are told
             check_profile(settings.profile)
-        if not isinstance(settings.shard_states, bool):
-            raise InvalidArgument(
-                f"shard_states={settings.shard_states!r} is neither True nor False."
-            )
+        _check_states(settings.shard_states, settings.mp_policy)
         _check_interval(settings.check_inputs)
         _check_chunks(settings.chunks)
         if not isinstance(settings.strict, bool):
@@ -94,6 +97,31 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise InvalidArgument(f"{name}={value!r} is not one of {listed}.")
+
+
+def _check_states(shard_states: object, policy: object) -> None:
+    if not isinstance(shard_states, int | DeviceMesh | dist.ProcessGroup):
+        raise InvalidArgument(
+            f"shard_states={shard_states!r} is none of True, False, a DeviceMesh and a group."
+        )
+    if policy is None:
+        return
+    names = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
+    if not all(hasattr(policy, name) for name in names):
+        raise InvalidArgument(
+            f"mp_policy={policy!r} is no torch.distributed.fsdp.MixedPrecisionPolicy."
+        )
+    if shard_states is False:
+        raise InvalidArgument(
+            "mp_policy says how sharded states are sent, but shard_states is False. Do: pass "
+            "shard_states=True too; without sharding use torch.autocast."
+        )
+    output_dtype = getattr(policy, names[2])
+    if output_dtype is not None:
+        raise InvalidArgument(
+            f"mp_policy: output_dtype={output_dtype} is not supported. Do: leave it out, and "
+            "convert what the model returns."
+        )
 
 
 def _check_interval(value: object) -> None:

@@ -11,19 +11,30 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.comm.state_buckets import rows_of_a_part
+from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
 from ringfx.errors import InvalidArgument
+from ringfx.torch_compat.distributed import flattened
+from ringfx.torch_compat.pytree import tree_map
 
-__all__ = ["StandIns", "example_of_part", "has_rows", "part_of_state", "shard_states"]
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+__all__ = [
+    "StandIns", "cast_inputs", "example_of_part", "has_rows", "in_param_dtype", "part_of_state",
+    "planned_states", "shard_states",
+]  # fmt: skip
 
 _STATE = "_ringfx_state"
 """Attribute of a stand-in: the sharded parameter."""
@@ -36,60 +47,180 @@ def has_rows(parameter: torch.Tensor) -> bool:
     return parameter.dim() > 0 and parameter.is_floating_point()
 
 
-def shard_states(model: nn.Module, world: World, mesh: Any) -> None:
+def shard_states(
+    model: nn.Module, world: World, mesh: Any, policy: MixedPrecisionPolicy | None
+) -> StateRanks:
     """Put DTensors in the place of the model's parameters; no rank keeps more than its rows.
+
+    ``mesh``: True for the ranks of the sequence, or a mesh or group that contains them.
 
     Raises
     ------
     InvalidArgument
-        A parameter is a DTensor that is cut in another way, or an optimizer holds one already.
+        A parameter is a DTensor that is cut in another way, an optimizer holds one already, or the
+        mesh does not contain the sequence's ranks.
     """
-    from torch.distributed.device_mesh import DeviceMesh
-
     if not (dist.is_available() and dist.is_initialized()):
         raise InvalidArgument(
-            "shard_states=True needs the ranks to share the states, but torch.distributed is not "
+            "shard_states needs the ranks to share the states, but torch.distributed is not "
             "initialised. Do: call torch.distributed.init_process_group() before ringfx.optimize."
         )
-    if world.size == 1:
-        return
+    if not isinstance(mesh, bool | DeviceMesh | dist.ProcessGroup):
+        raise InvalidArgument(
+            f"shard_states={mesh!r}: a number of ranks is for ringfx.plan, which has none. Do: "
+            "pass True, or the DeviceMesh of these ranks."
+        )
+    mesh = flattened(mesh) if isinstance(mesh, DeviceMesh) else mesh
+    over = world if mesh is True else World.of(mesh)
+    if over.size == 1:
+        return ONE_RANK
+    _refuse_other_ranks(over, world)
     parameters = dict(model.named_parameters())
-    _refuse_other_dtensors(parameters, world)
+    _refuse_fully_sharded(model)
+    _refuse_other_dtensors(parameters, over)
     _refuse_made_optimizers(parameters)
+    ranks = with_dtypes(sharded_over(over, world), parameters, policy)
+    _refuse_numbers(parameters, ranks)
     devices = [p.device.type for p in parameters.values() if p.device.type != "meta"]
     device = next(iter(devices), "cuda" if torch.cuda.is_available() else "cpu")
-    ranks = mesh if isinstance(mesh, DeviceMesh) else _mesh_of(world, device)
+    if not isinstance(mesh, DeviceMesh):
+        mesh = DeviceMesh.from_group(process_group(over.group), device)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not has_rows(parameter) or _is_sharded(parameter, world):
+            if parameter is None or not has_rows(parameter) or _is_sharded(parameter, over.group):
                 continue
             if parameter not in made:
-                made[parameter] = _sharded(parameter, world, ranks)
+                made[parameter] = _sharded(parameter, over, mesh)
             module._parameters[name] = made[parameter]
+    return ranks
 
 
-def _mesh_of(world: World, device: str) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh
+def planned_states(
+    asked: bool | int,
+    world: World,
+    parameters: Mapping[str, torch.Tensor],
+    policy: MixedPrecisionPolicy | None,
+) -> StateRanks:
+    """For a plan that is made offline; a number says how many ranks share the states.
 
-    return DeviceMesh.from_group(process_group(world.group), device)
+    Raises
+    ------
+    InvalidArgument
+        It is no multiple of the sequence's ranks.
+    """
+    if not isinstance(asked, int):
+        raise InvalidArgument(
+            f"shard_states={asked!r}: a plan is made without ranks. Do: pass True, or how many "
+            "ranks share the states."
+        )
+    if asked is False:
+        return ONE_RANK
+    size = world.size if asked is True else asked
+    if size < 1 or size % world.size:
+        raise InvalidArgument(
+            f"shard_states={size} is no multiple of world_size={world.size}, the ranks of a "
+            "sequence. Do: pass the sequence's ranks times the data parallel ones."
+        )
+    if size > world.size == 1:
+        raise InvalidArgument(_ONE_RANK_OF.format(size))
+    over = sharded_over(World(size, 0, world.group), world)
+    return with_dtypes(over, parameters, policy)
 
 
-def _is_sharded(parameter: torch.Tensor, world: World) -> bool:
-    """Whether it is a DTensor of which each of these ranks holds its rows."""
+_ONE_RANK_OF = (
+    "shard_states: the sequence is on one rank, and states would be over {}, which are data "
+    "parallel alone. Do: use torch.distributed.fsdp.fully_shard, or split the sequence over "
+    "several ranks."
+)
+
+
+def sharded_over(over: World, world: World) -> StateRanks:
+    """States over those ranks, with the sequence over ``world``."""
+    return StateRanks(
+        ranks=over.size, rank=over.rank, group=over.group, replicas=over.size // world.size
+    )
+
+
+def with_dtypes(
+    ranks: StateRanks, parameters: Mapping[str, torch.Tensor], policy: MixedPrecisionPolicy | None
+) -> StateRanks:
+    """With the types that rows are kept, and that parameters and gradients are sent in.
+
+    Raises
+    ------
+    InvalidArgument
+        With a policy, parameters of several types.
+    """
+    if policy is None:
+        return ranks
+    of: dict[torch.dtype, str] = {}
+    for name, parameter in parameters.items():
+        if has_rows(parameter):
+            of.setdefault(parameter.dtype, name)
+    if len(of) > 1:
+        listed = ", ".join(f"{name} of {dtype}" for dtype, name in of.items())
+        raise InvalidArgument(
+            f"mp_policy: parameters are of several types ({listed}), and rows are kept in one. Do: "
+            "convert the model to one type, model.float(), before ringfx.optimize."
+        )
+    return replace(
+        ranks, dtype=next(iter(of), None), param_dtype=policy.param_dtype,
+        reduce_dtype=policy.reduce_dtype,
+    )  # fmt: skip
+
+
+def _refuse_numbers(parameters: Mapping[str, nn.Parameter], ranks: StateRanks) -> None:
+    """What is not cut has a gradient of the sequence's ranks alone."""
+    numbers = [n for n, p in parameters.items() if p.requires_grad and not has_rows(p)]
+    if numbers and ranks.replicas > 1:
+        raise InvalidArgument(
+            f"shard_states: {', '.join(numbers[:NAMED])} has no dimension to be cut by, and its "
+            "gradient would not be averaged over the data parallel ranks. Do: give it one, "
+            "nn.Parameter(value.reshape(1)), as fully_shard asks too."
+        )
+
+
+def _refuse_other_ranks(over: World, world: World) -> None:
+    if world.size == 1:
+        raise InvalidArgument(_ONE_RANK_OF.format(over.size))
+    mine, all_of_them = (
+        dist.get_process_group_ranks(process_group(w.group)) for w in (world, over)
+    )
+    if not set(mine) <= set(all_of_them):
+        raise InvalidArgument(
+            f"shard_states: the mesh that was given has ranks {all_of_them}, which do not contain "
+            f"the sequence's, {mine}. Do: pass a mesh of both, such as "
+            'shard_states=mesh["dp_shard", "cp"] beside mesh=mesh["cp"], or shard_states=True.'
+        )
+
+
+def _refuse_fully_sharded(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            raise InvalidArgument(
+                f"shard_states: {name or 'the model'} was given to fully_shard already, which "
+                "shards and gathers its parameters. Do: leave out fully_shard, or shard_states."
+            )
+
+
+def _is_sharded(parameter: torch.Tensor, over: str) -> bool:
+    """Whether it is a DTensor of which each rank of that group holds its rows."""
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
         return False
     group: str = parameter.device_mesh.get_group().group_name
-    return group == world.group and tuple(parameter.placements) == (Shard(0),)
+    return group == over and tuple(parameter.placements) == (Shard(0),)
 
 
-def _refuse_other_dtensors(parameters: dict[str, nn.Parameter], world: World) -> None:
+def _refuse_other_dtensors(parameters: dict[str, nn.Parameter], over: World) -> None:
     from torch.distributed.tensor import DTensor
 
     for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor) and not _is_sharded(parameter, world):
+        if isinstance(parameter, DTensor) and not _is_sharded(parameter, over.group):
             raise InvalidArgument(
                 f"shard_states: {name} {tuple(parameter.shape)} is a DTensor already, "
                 f"{parameter.placements} on {parameter.device_mesh}. Do: call ringfx.optimize("
@@ -113,11 +244,11 @@ def _refuse_made_optimizers(parameters: dict[str, nn.Parameter]) -> None:
             )
 
 
-def _sharded(parameter: nn.Parameter, world: World, mesh: Any) -> nn.Parameter:
+def _sharded(parameter: nn.Parameter, over: World, mesh: Any) -> nn.Parameter:
     from torch.distributed.tensor import DTensor, Shard
 
-    rows, given = rows_of_a_part(parameter.shape[0], world.size), parameter.detach()
-    mine = given[world.rank * rows : (world.rank + 1) * rows]
+    rows, given = rows_of_a_part(parameter.shape[0], over.size), parameter.detach()
+    mine = given[over.rank * rows : (over.rank + 1) * rows]
     mine = mine.clone(memory_format=torch.contiguous_format)
     placed = DTensor.from_local(
         mine, mesh, [Shard(0)], run_check=False,
@@ -135,18 +266,19 @@ class StandIns:
         )
 
     @contextlib.contextmanager
-    def in_place(self, model: nn.Module, world: World) -> Iterator[None]:
+    def in_place(self, model: nn.Module, ranks: StateRanks) -> Iterator[None]:
         """Inside, they stand where the model's sharded parameters are."""
         places = [
             (module, name, parameter)
             for module in model.modules()
             for name, parameter in module._parameters.items()
-            if parameter is not None and _is_sharded(parameter, world)
+            if parameter is not None and _is_sharded(parameter, ranks.group)
         ]
         tied: dict[nn.Parameter, nn.Parameter] = {}
         for module, name, parameter in places:
             if parameter not in tied:
-                tied[parameter] = self._of(module, name, parameter)
+                dtype = ranks.param_dtype or parameter.dtype
+                tied[parameter] = self._of(module, name, parameter, dtype)
             module._parameters[name] = tied[parameter]
         try:
             yield
@@ -154,18 +286,44 @@ class StandIns:
             for module, name, parameter in places:
                 module._parameters[name] = parameter
 
-    def _of(self, module: nn.Module, name: str, state: nn.Parameter) -> nn.Parameter:
+    def _of(
+        self, module: nn.Module, name: str, state: nn.Parameter, dtype: torch.dtype
+    ) -> nn.Parameter:
         made = self._made.setdefault(module, {})
         known = made.get(name)
         if known is None or (known.shape, known.dtype, known.device) != (
-            state.shape, state.dtype, state.device,
+            state.shape, dtype, state.device,
         ):  # fmt: skip
-            known = nn.Parameter(torch.empty(state.shape, dtype=state.dtype, device=state.device))
+            known = nn.Parameter(torch.empty(state.shape, dtype=dtype, device=state.device))
             known.untyped_storage().resize_(0)
             made[name] = known
         known.requires_grad_(state.requires_grad)
         setattr(known, _STATE, state)
         return known
+
+
+def in_param_dtype(model: nn.Module, states: StateRanks) -> None:
+    """Let a model that is only traced have its parameters in the type that they are used in."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules() if states.param_dtype else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and has_rows(parameter):
+                if parameter not in made:
+                    used = parameter.detach().to(states.param_dtype)
+                    made[parameter] = nn.Parameter(used, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+
+
+def cast_inputs(given: Any, states: StateRanks, policy: MixedPrecisionPolicy | None) -> Any:
+    """Arguments of the model, floating-point tensors among them as its parameters are used."""
+    if states.param_dtype is None or policy is None or not policy.cast_forward_inputs:
+        return given
+    return tree_map(
+        lambda x: (
+            x.to(states.param_dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        ),
+        given,
+    )
 
 
 def part_of_state(stand_in: Any, rows: int) -> torch.Tensor:
@@ -175,7 +333,8 @@ def part_of_state(stand_in: Any, rows: int) -> torch.Tensor:
     return F.pad(mine, (0, 0) * (mine.dim() - 1) + (0, missing)) if missing else mine
 
 
-def example_of_part(whole: torch.Tensor, rows: int) -> torch.Tensor:
+def example_of_part(whole: torch.Tensor, rows: int, dtype: torch.dtype | None) -> torch.Tensor:
     """For compilation."""
-    made = torch.empty((rows, *whole.shape[1:]), dtype=whole.dtype, device=whole.device)
+    dtype = dtype or whole.dtype
+    made = torch.empty((rows, *whole.shape[1:]), dtype=dtype, device=whole.device)
     return made.requires_grad_(whole.requires_grad)

@@ -209,6 +209,8 @@ class Collective:
     """Bytes that one rank has when it is done."""
     reason: Text
     in_backward: bool = False
+    ranks: Count = 0
+    """Over so many ranks; 0: those of the sequence."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 __all__ = [
     "PrefixStore", "Store", "TCPStore", "backends_of", "carry_composable_state", "default_store",
-    "device_types", "group_named", "timeout_of",
+    "device_types", "flattened", "group_named", "timeout_of",
 ]  # fmt: skip
 
 
@@ -60,6 +60,11 @@ def timeout_of(group: Any) -> datetime.timedelta | None:
             found: datetime.timedelta = options._timeout
             return found
     return None
+
+
+def flattened(mesh: Any) -> Any:
+    """One dimension of all of a DeviceMesh's, in order. Without: states over dp_shard x cp."""
+    return mesh._flatten() if mesh.ndim > 1 else mesh
 
 
 def carry_composable_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
