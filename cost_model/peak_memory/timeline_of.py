@@ -100,7 +100,7 @@ def outside_attention(
         yield from _chunks(values, 0)
         yield from _forward(values, last_use)
         return
-    yield from _messages(values, trained)
+    yield from _messages(values, trained, sharded)
     kept = _needed(values) if everything else kept_values(values)
     kept = (kept | outputs_of(values)) - _kept_by_attention(values)
     end = len(values.nodes) - 1
@@ -297,17 +297,21 @@ def _forward(values: Values, last_use: Mapping[Node, int]) -> Iterator[Held]:
         yield _value("temporaries", node, node, values, i, last)
 
 
-def _messages(values: Values, trained: Sequence[Node]) -> Iterator[Held]:
+def _messages(values: Values, trained: Sequence[Node], sharded: Sharded | None) -> Iterator[Held]:
     """The largest message so far of those that sum parameter gradients: passes/rewrite.
+
+    Of sharded states the one before it is still under way.
 
     Backward runs from the last position to the first, and completes a bucket where it reaches the
     first use of its first member.
     """
     first = {n: i for i, node in reversed([*enumerate(values.nodes)]) for n in node.all_input_nodes}
     used = sorted((n for n in trained if n in first), key=first.__getitem__)
-    largest = 0
+    largest = before = 0
     for bucket in reversed(buckets(used)):
-        size = MESSAGE_COPIES * sum(map(num_bytes, bucket))
+        message = sum(map(num_bytes, bucket))
+        size = MESSAGE_COPIES * message + before
+        before = message if sharded is not None and sharded.nodes else 0
         last = first[bucket[0]] - 1
         if size > largest and last >= 0:
             more = size - largest

@@ -112,7 +112,8 @@ def _enter(bucket: Sequence[Node], conversions: PlacementConversions, numbers: l
     what = f"the gradients of {_listed(bucket)}"
     local = conversions.local
     size = sum(map(num_bytes, bucket))
-    local.report(bucket[0], CommKind.ALL_REDUCE, size, f"completes {what}", in_backward=True)
+    reason = f"completes its gradient{_and_others(bucket)}"
+    local.report(bucket[0], CommKind.ALL_REDUCE, size, reason, in_backward=True)
     given = [conversions.as_produced[n] for n in bucket]
     entered = local.graph.call_function(conjugate.grad_bucket_wait, (given,))
     entered.meta["ringfx_conversion"] = True
@@ -136,10 +137,11 @@ def _gather_on_use(
     local, what, ranks = conversions.local, _listed(bucket), states.ranks
     size = sum(map(num_bytes, bucket))
     reduced = sum(ranks.bytes_reduced(n.meta["val"]) for n in bucket)
+    more = _and_others(bucket)
     for kind, moved, reason, in_backward in (
-        (CommKind.ALL_GATHER_STATES, size, f"of {what}", False),
-        (CommKind.ALL_GATHER_STATES, size, f"of {what}, again", True),
-        (CommKind.REDUCE_SCATTER, reduced // ranks.ranks, f"sums the gradients of {what}", True),
+        (CommKind.ALL_GATHER_STATES, size, f"of sharded parameters{more}", False),
+        (CommKind.ALL_GATHER_STATES, size, f"of sharded parameters{more}, again", True),
+        (CommKind.REDUCE_SCATTER, reduced // ranks.ranks, f"sums its gradient{more}", True),
     ):
         local.report(bucket[0], kind, moved, reason, in_backward=in_backward, ranks=ranks.others)
 
@@ -185,6 +187,11 @@ def _again(node: Node) -> Node:
 
 OF_NO_CHECKPOINT = 1 << 30
 """torch keeps what a region hands to one of a higher number."""
+
+
+def _and_others(bucket: Sequence[Node]) -> str:
+    """After the name of the first."""
+    return f", with {len(bucket) - 1} more" if len(bucket) > 1 else ""
 
 
 def _listed(bucket: Sequence[Node]) -> str:

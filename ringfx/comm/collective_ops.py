@@ -10,16 +10,15 @@ program runs while the message travels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ringfx.comm.double_backward import refuse_double_backward
 from ringfx.comm.grad_accumulation import parts_to_send
+from ringfx.comm.pending import Pending
 from ringfx.comm.process_group import Ranks
-from ringfx.errors import CommunicationError
-from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter", "take_part"]
 
@@ -66,40 +65,17 @@ def _(x: Tensor, group: str, what: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Pending:
-    """Sums under way, by the storage that they arrive in."""
-
-    def __init__(self) -> None:
-        self.waits: dict[int, Callable[[], None]] = {}
-
-    def begin(self, flat: Tensor, group: str, what: str) -> None:
-        ranks, operation = _ranks(group), f"all-reduce of {what}"
-        work = ranks.guarded(
-            operation,
-            "all ranks",
-            lambda: ranks.start_sum(flat, async_op=True),
-        )
-        self.waits[_place(flat)] = partial(ranks.collective, operation, work.wait)
-
-    def held_back(self, flat: Tensor) -> None:
-        self.waits[_place(flat)] = _nothing
-
-    def finish(self, flat: Tensor) -> None:
-        wait = self.waits.pop(_place(flat), None)
-        if wait is None:
-            raise CommunicationError(
-                "a gradient all-reduce that is not in progress was waited for: the compiler "
-                "copied the tensor between the start and the end of the all-reduce. This is a "
-                "defect of ringfx; please report it with the model."
-            )
-        wait()
+_SUMS = Pending("a gradient all-reduce")
 
 
 def _nothing() -> None:
-    pass
+    """What waits for a sum that is held back."""
 
 
-_PENDING = _Pending()
+def _begin(flat: Tensor, group: str, what: str) -> None:
+    ranks, operation = _ranks(group), f"all-reduce of {what}"
+    work = ranks.guarded(operation, "all ranks", lambda: ranks.start_sum(flat, async_op=True))
+    _SUMS.begin(flat, partial(ranks.collective, operation, work.wait))
 
 
 @torch.library.custom_op("ringfx::begin_sum", mutates_args=())
@@ -114,10 +90,10 @@ def begin_sum(
     sent = parts_to_send(int(call), members, parts)
     if sent is None:
         flat = _real(parts[0]).new_zeros(sum(_real(part).numel() for part in parts))
-        _PENDING.held_back(flat)
+        _SUMS.begin(flat, _nothing)
     else:
         flat = torch.cat([_real(part).reshape(-1) for part in sent])
-        _PENDING.begin(flat, group, what)
+        _begin(flat, group, what)
     return flat
 
 
@@ -131,7 +107,7 @@ def _(
 @torch.library.custom_op("ringfx::finish_sum", mutates_args=())
 def finish_sum(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Waits, and gives each part storage of its own."""
-    _PENDING.finish(flat)
+    _SUMS.finish(flat)
     return [part.clone() for part in flat.split(list(sizes))]
 
 
@@ -162,8 +138,3 @@ def _ranks(group: str) -> Ranks:
 def _real(x: Tensor) -> Tensor:
     """Complex numbers as pairs: backends sum real ones only."""
     return torch.view_as_real(x) if x.is_complex() else x.contiguous()
-
-
-def _place(flat: Tensor) -> int:
-    place = storage_id(flat)
-    return int(place)

@@ -31,6 +31,10 @@ wire: 4 MB both ways over 1 Gbit/s took 33 to 67 ms, in pieces of 1/16 33 to 40 
 loopback a piece costs about 30 us alone, and nothing where 4 MB or more are sent."""
 
 
+BESIDE_TAG = 1 << 20
+"""Of messages that are under way while attention sends its own."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transfer:
     """A message between this rank and one other."""
@@ -178,6 +182,65 @@ class Ranks:
                 ),
             )
         return whole
+
+    def begin_all_gather(
+        self, operation: str, local: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Where everyone's tensor arrives, [size, *local.shape], and what waits for it."""
+        whole = local.new_empty((self.size, *local.shape))
+        if not self._sends_one_by_one:
+            self._count(local)
+            sent = local.contiguous().view(-1)
+            return whole, self._begun(
+                operation,
+                lambda: all_gather_single(whole.view(-1), sent, group=self.wire, async_op=True),
+            )
+        whole[self.rank].copy_(local)
+        swaps = self._swaps(operation, lambda rank: local, lambda rank: whole[rank])
+        return whole, partial(_wait_all, swaps)
+
+    def begin_reduce_scatter(
+        self, operation: str, parts: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Where the sum of this rank's part arrives, and what waits for it; ``parts`` is [size,
+        ...] and contiguous."""
+        if not self._sends_one_by_one:
+            mine = torch.empty_like(parts[0])
+            self._count(parts[1:])
+            return mine, self._begun(
+                operation,
+                lambda: reduce_scatter_single(
+                    mine.view(-1), parts.view(-1), group=self.wire, async_op=True
+                ),
+            )
+        total = parts[self.rank].clone()
+        swaps = self._swaps(
+            operation, lambda rank: parts[rank], lambda rank: torch.empty_like(total)
+        )
+        return total, lambda: _add_all(total, swaps)
+
+    def _begun(self, operation: str, start: Callable[[], Any]) -> Callable[[], None]:
+        """Start a collective; what waits for it keeps its tensors."""
+        work = self.guarded(operation, "all ranks", start)
+        return lambda: self.collective(operation, lambda: (start, work.wait()))
+
+    def _swaps(
+        self,
+        operation: str,
+        sent: Callable[[int], torch.Tensor],
+        received: Callable[[int], torch.Tensor],
+    ) -> list[Exchange]:
+        """One message to and from every other rank, all under way together."""
+        found = []
+        for distance in range(1, self.size):
+            to, source = self.neighbour(distance), self.neighbour(-distance)
+            found.append(
+                self.exchange(
+                    operation, send=sent(to), to=to, receive=received(source), source=source,
+                    tag=BESIDE_TAG,
+                )
+            )  # fmt: skip
+        return found
 
     def reduce_scatter(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of the part for this rank; ``parts`` is [size, ...]."""
@@ -361,6 +424,16 @@ class Exchange:
             for work, peer in zip(self.works, self.peers, strict=False):
                 self.ranks.guarded(self.operation, f"rank {peer}", partial(_finish, work))
         return self.buffers[1]
+
+
+def _wait_all(swaps: Sequence[Exchange]) -> None:
+    for swap in swaps:
+        swap.wait()
+
+
+def _add_all(total: torch.Tensor, swaps: Sequence[Exchange]) -> None:
+    for swap in swaps:
+        total.add_(swap.wait())
 
 
 def _finish(work: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ringfx.comm import collective_ops
+from ringfx.comm import collective_ops, state_messages
 from ringfx.comm.autograd_function import Function
 from ringfx.comm.state_ranks import StateRanks
 
@@ -75,10 +75,10 @@ def _gathered(
     rows: Sequence[int], states: StateRanks, what: str, parts: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     flat = torch.cat([part.reshape(-1) for part in parts]).to(states.param_dtype or parts[0].dtype)
-    everyone = collective_ops.all_gather(flat, states.ranks, states.group, what)
-    pieces = everyone.split([part.numel() for part in parts], 1)
+    begun = state_messages.begin_gather(flat, states.ranks, states.group, what)
+    pieces = state_messages.finish_gather(begun, [part.numel() for part in parts], [])
     return [
-        piece.reshape(states.ranks * part.shape[0], *part.shape[1:])[:number].clone()
+        piece.view(states.ranks * part.shape[0], *part.shape[1:])[:number]
         for piece, part, number in zip(pieces, parts, rows, strict=True)
     ]
 
@@ -86,7 +86,8 @@ def _gathered(
 def _summed(parts: torch.Tensor, states: StateRanks, what: str) -> torch.Tensor:
     """This rank's part of the sum over all ranks, in the type that gradients are summed in."""
     sent = parts.to(states.reduce_dtype or parts.dtype)
-    total: torch.Tensor = collective_ops.reduce_scatter(sent, states.group, what)
+    begun = state_messages.begin_scatter(sent, states.group, what)
+    total: torch.Tensor = state_messages.finish_scatter(begun, [])
     return total
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
+from ringfx.compile.inductor_settings import inductor_settings
+from ringfx.compile.prefetch import overlap_states
 from ringfx.ops.chunked import Body, body_of
 from ringfx.torch_compat.dynamo import aot_eager
 from ringfx.torch_compat.fake_tensors import FakeTensorMode, detect_fake_mode
@@ -25,8 +26,8 @@ def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> 
     if compiler == "eager":
         return gm.forward
     if compiler == "aot_eager":
-        return cast(Compiled, aot_eager(gm, inputs))
-    return cast(Compiled, compiled_by_inductor(gm, inputs, config_without_attention_fusion()))
+        return cast(Compiled, aot_eager(gm, inputs, overlap_states))
+    return cast(Compiled, compiled_by_inductor(gm, inputs, inductor_settings()))
 
 
 def compile_bodies(bodies: Mapping[str, tuple[str, ...]], compiler: str) -> None:
@@ -58,7 +59,7 @@ def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
     if compiler != "inductor":
         return program.forward
     with torch.no_grad():
-        settings = config_without_attention_fusion()
+        settings = inductor_settings()
         return cast(Compiled, compiled_by_inductor(program, inputs, settings))
 
 

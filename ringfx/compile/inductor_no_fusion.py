@@ -9,15 +9,14 @@ The compiled program differs in the fusion only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph
 
-from ringfx.torch_compat.inductor import CustomGraphPass, config, hash_of_files
+from ringfx.torch_compat.inductor import CustomGraphPass, hash_of_files
 
-__all__ = ["config_without_attention_fusion"]
+__all__ = ["InsertBarriers", "RemoveBarriers"]
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
@@ -36,7 +35,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 _FUSION_BARRIER = torch.ops.ringfx.fusion_barrier.default
 
 
-class _InsertBarriers(CustomGraphPass):
+class InsertBarriers(CustomGraphPass):
     """Inserts a barrier after every batched product."""
 
     def __call__(self, graph: Graph) -> None:
@@ -53,7 +52,7 @@ class _InsertBarriers(CustomGraphPass):
         return hash_of_files((__file__,))
 
 
-class _RemoveBarriers(CustomGraphPass):
+class RemoveBarriers(CustomGraphPass):
     """Removes the barriers."""
 
     def __call__(self, graph: Graph) -> None:
@@ -64,33 +63,3 @@ class _RemoveBarriers(CustomGraphPass):
 
     def uuid(self) -> Any:
         return hash_of_files((__file__,))
-
-
-def config_without_attention_fusion() -> Mapping[str, Any]:
-    """Inductor's settings for one compilation; the user's own passes stay."""
-    return {
-        "joint_custom_pre_pass": _beside(config.joint_custom_pre_pass, _InsertBarriers()),
-        "joint_custom_post_pass": _beside(config.joint_custom_post_pass, _RemoveBarriers()),
-    }
-
-
-def _beside(users: Any, ours: CustomGraphPass) -> Any:
-    if users is None:
-        return ours
-    return _InOrder([*(users if isinstance(users, (list, tuple)) else (users,)), ours])
-
-
-class _InOrder(CustomGraphPass):
-    """Several passes as one: torch 2.11 takes no list."""
-
-    def __init__(self, passes: Sequence[Callable[[Graph], None]]) -> None:
-        self._passes = passes
-
-    def __call__(self, graph: Graph) -> None:
-        for each in self._passes:
-            each(graph)
-
-    def uuid(self) -> Any:
-        """None, which keeps the program out of Inductor's cache, if a pass has no name."""
-        names = [each.uuid() for each in self._passes if isinstance(each, CustomGraphPass)]
-        return names if all(names) and len(names) == len(self._passes) else None

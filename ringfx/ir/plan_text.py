@@ -278,18 +278,23 @@ def _moves_title(plan: Plan) -> str:
 
 def _moves(moves: Sequence[Collective]) -> list[str]:
     """Gathers first, since they are what a reader wants to remove; equal ones together."""
-    groups: dict[tuple[object, ...], list[Collective]] = {}
+    alike: dict[tuple[object, ...], list[Collective]] = {}
     for move in sorted(moves, key=lambda m: (m.kind != CommKind.ALL_GATHER, -m.bytes_moved)):
-        key = (move.kind, _template(move.name), move.reason, move.bytes_moved)
-        groups.setdefault(key, []).append(move)
-    return [_move_line(group) for group in groups.values()]
+        key = (move.kind, move.in_backward, move.reason, move.bytes_moved, move.source)
+        alike.setdefault(key, []).append(move)
+    return [
+        _move_line(name, [group[i] for i in places])
+        for group in alike.values()
+        for name, places in fold_names([move.name for move in group])
+    ]
 
 
-def _move_line(group: Sequence[Collective]) -> str:
+def _move_line(name: str, group: Sequence[Collective]) -> str:
+    """``name``: that of all of them."""
     move = group[0]
     count = f"{len(group)} x " if len(group) > 1 else ""
     size = f", {format_bytes(move.bytes_moved)}" + (" each" if len(group) > 1 else "")
-    where = f" at {move.name}" if move.name else ""
+    where = f" at {name}" if name else ""
     source = f" ({_short_source(move.source)})" if move.source else ""
     kind = move.kind + (" in backward" if move.in_backward else "")
     return f"{count}{kind}{size if move.bytes_moved else ''}{where}{source}: {move.reason}"

@@ -5,7 +5,7 @@ Each name says what it is needed for and, after "Without", what a release that d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch._dynamo
@@ -82,8 +82,15 @@ def refusals() -> Mapping[str, int]:
     return dict(counters["unimplemented"])
 
 
-def aot_eager(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Autograd traced, operators run one by one. Without: ``compiler="aot_eager"``."""
-    from torch._dynamo.backends.debugging import aot_eager
+def aot_eager(
+    gm: torch.fx.GraphModule, inputs: list[Any], change: Callable[[torch.fx.Graph], None]
+) -> Any:
+    """Autograd traced, operators run one by one; ``change`` is made to forward and to backward.
+    Without: ``compiler="aot_eager"``."""
+    from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-    return aot_eager(gm, inputs)
+    def compiled(part: torch.fx.GraphModule, given: list[Any]) -> Any:
+        change(part.graph)
+        return boxed_nop(part, given)
+
+    return aot_eager(gm, inputs, fw_compiler=compiled, bw_compiler=compiled)

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional as F
 
 import ringfx
-from ringfx.compile.inductor_no_fusion import config_without_attention_fusion
+from ringfx.compile.inductor_settings import inductor_settings
 
 Tensor = torch.Tensor
 SIZE = 4
@@ -64,7 +64,7 @@ def test_inductor_takes_a_product_without_transpose_for_attention() -> None:
 
 
 def test_kept_apart_it_is_what_was_written() -> None:
-    assert error(dict(config_without_attention_fusion())) < 1e-5
+    assert error(dict(inductor_settings())) < 1e-5
     assert counters["inductor"]["fuse_attention"] == 0
 
 
@@ -74,7 +74,7 @@ def test_the_users_own_passes_still_run() -> None:
     with torch._inductor.config.patch(
         joint_custom_pre_pass=lambda graph: before(), joint_custom_post_pass=lambda graph: after()
     ):
-        assert error(dict(config_without_attention_fusion())) < 1e-5
+        assert error(dict(inductor_settings())) < 1e-5
     assert seen == ["before", "after"]
 
 
