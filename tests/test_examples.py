@@ -116,3 +116,30 @@ def test_the_demo_succeeds_on_a_short_sequence() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All runs agree" in done.stdout
     assert "model.layers.{0..3}.self_attn" in done.stdout
+
+
+def steps_of(ranks: int, folder: Path, steps: int) -> dict[str, str]:
+    """What ``examples.sharded_states`` prints of each step."""
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    arguments = ["--seq-len", "97", "--steps", str(steps), "--folder", str(folder)]
+    done = subprocess.run(
+        [
+            sys.executable, *(launched if ranks > 1 else []), "-m", "examples.sharded_states",
+            *arguments, "--compiler", "eager",
+        ],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    return {name: text for name, text in lines if name.startswith("step")}
+
+
+@pytest.mark.ranks
+def test_one_rank_goes_on_from_what_two_ranks_saved(tmp_path: Path) -> None:
+    alone = steps_of(1, tmp_path / "one", 2)
+    found = {**steps_of(2, tmp_path / "two", 1), **steps_of(1, tmp_path / "two", 1)}
+    losses = [
+        {name: float(text.split()[1][:-1]) for name, text in x.items()} for x in (alone, found)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

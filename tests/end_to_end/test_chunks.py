@@ -12,6 +12,7 @@ from torch import Tensor
 import ringfx
 from tests.models.wide import LOSSES, VOCABULARY, WideModel
 from tests.support.harness import Case, RankPool, compare_all
+from tests.support.sampling import one_in
 
 
 def inputs(seq_len: int) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ def case(loss: str, seq_len: int, compiler: str = "eager", **model: bool) -> Cas
 
 @pytest.mark.parametrize("seq_len", [24, 61])
 def test_every_loss_is_right_on_two_ranks(ranks2: RankPool, seq_len: int) -> None:
-    for found in compare_all(ranks2, [case(loss, seq_len) for loss in LOSSES]):
+    for found in compare_all(ranks2, [case(loss, seq_len) for loss in one_in(2, LOSSES)]):
         found.check()
 
 

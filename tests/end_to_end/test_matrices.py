@@ -50,7 +50,7 @@ def cycled(seq_len: int, first: int) -> list[Case]:
 
 
 def test_outputs_and_gradients_are_right_on_two_ranks(ranks2: RankPool) -> None:
-    check(ranks2, cycled(13, 0))
+    check(ranks2, one_in(2, cycled(13, 0)))
 
 
 def test_outputs_and_gradients_are_right_on_three_ranks_where_sizes_coincide(

@@ -81,7 +81,10 @@ def on_a_2x2_mesh(given: str, compiler: Any) -> tuple[float, float]:
     return relative(found, mean_over_batches()), held / total
 
 
-@pytest.mark.parametrize(("given", "compiler"), [("2-D", "aot_eager"), ("flattened", "eager")])
+@pytest.mark.parametrize(
+    ("given", "compiler"),
+    [("2-D", "aot_eager"), pytest.param("flattened", "eager", marks=pytest.mark.slow)],
+)
 def test_gradients_are_summed_over_tokens_and_averaged_over_data(
     ranks4: RankPool, given: str, compiler: str
 ) -> None:

@@ -32,7 +32,7 @@ def case(row: Row) -> Case:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("row", one_in(3, CARRIED), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", one_in(6, CARRIED), ids=lambda row: row.name)
 def test_carried_with_outputs_and_gradients_of_eager(row: Row) -> None:
     with flex_trains():
         compare_here(case(row)).check()
