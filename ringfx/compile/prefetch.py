@@ -16,22 +16,26 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ringfx.comm.state_messages import finish_gather, finish_scatter
+from ringfx.comm import state_messages  # defines the operators
 from ringfx.torch_compat.inductor import CustomGraphPass, hash_of_files
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["OverlapStates", "overlap_states"]
+
+assert state_messages.finish_gather
+_OPS = torch.ops.ringfx
 
 
 def overlap_states(graph: Graph) -> None:
     """Move the messages of one program; what it computes stays the same."""
-    for this, following in pairwise(_waits(graph, finish_gather)):
+    for this, following in pairwise(_waits(graph, _OPS.finish_gather.default)):
         _begin_before(this, following.args[0])
-    for this, following in pairwise(_waits(graph, finish_scatter)):
+    for this, following in pairwise(_waits(graph, _OPS.finish_scatter.default)):
         _wait_after(this, following.args[0])
 
 
 def _waits(graph: Graph, operator: Any) -> list[Node]:
-    return graph.find_nodes(op="call_function", target=operator._opoverload)
+    return graph.find_nodes(op="call_function", target=operator)
 
 
 def _begin_before(wait: Node, begin: Any) -> None:
@@ -76,10 +80,10 @@ def _positions(graph: Graph) -> Mapping[Node, int]:
 
 def _is_fixed(node: Node) -> bool:
     """Whether it stays in its place: it draws random numbers, writes, or sends."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return node.op != "call_function"
     is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return is_random or node.target.namespace == "ringfx" or node.target._schema.is_mutable
+    return is_random or node.target.namespace == "ringfx" or schema_of(node.target).is_mutable
 
 
 def _put_after(wait: Node, begin: Node) -> None:
