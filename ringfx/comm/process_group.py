@@ -186,24 +186,27 @@ class Ranks:
     def begin_all_gather(
         self, operation: str, local: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Where everyone's tensor arrives, [size, *local.shape], and what waits for it."""
+        """Where everyone's tensor arrives, [size, *local.shape], and what waits for it.
+
+        It is sent from there: a compiler may put other values into ``local`` at once.
+        """
         whole = local.new_empty((self.size, *local.shape))
+        whole[self.rank].copy_(local)
         if not self._sends_one_by_one:
             self._count(local)
-            sent = local.contiguous().view(-1)
+            sent = whole[self.rank].view(-1)
             return whole, self._begun(
                 operation,
                 lambda: all_gather_single(whole.view(-1), sent, group=self.wire, async_op=True),
             )
-        whole[self.rank].copy_(local)
-        swaps = self._swaps(operation, lambda rank: local, lambda rank: whole[rank])
+        swaps = self._swaps(operation, lambda rank: whole[self.rank], lambda rank: whole[rank])
         return whole, partial(_wait_all, swaps)
 
     def begin_reduce_scatter(
         self, operation: str, parts: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[], None]]:
         """Where the sum of this rank's part arrives, and what waits for it; ``parts`` is [size,
-        ...] and contiguous."""
+        ...] and contiguous, and keeps its values until then."""
         if not self._sends_one_by_one:
             mine = torch.empty_like(parts[0])
             self._count(parts[1:])

@@ -87,7 +87,7 @@ def _summed(parts: torch.Tensor, states: StateRanks, what: str) -> torch.Tensor:
     """This rank's part of the sum over all ranks, in the type that gradients are summed in."""
     sent = parts.to(states.reduce_dtype or parts.dtype)
     begun = state_messages.begin_scatter(sent, states.group, what)
-    total: torch.Tensor = state_messages.finish_scatter(begun, [])
+    total: torch.Tensor = state_messages.finish_scatter(begun, sent, [])
     return total
 
 

@@ -46,7 +46,10 @@ def _(part: Tensor, ranks: int, group: str, what: str) -> Tensor:
 def finish_gather(gathered: Tensor, sizes: Sequence[int], after: Sequence[Tensor]) -> list[Tensor]:
     """[ranks, size] of each parameter, in storage of its own; ``gathered`` is [ranks, sizes]."""
     _GATHERS.finish(gathered)
-    return [piece.contiguous().clone() for piece in gathered.split(list(sizes), 1)]
+    return [
+        piece.clone(memory_format=torch.contiguous_format)
+        for piece in gathered.split(list(sizes), 1)
+    ]
 
 
 @finish_gather.register_fake
@@ -69,14 +72,14 @@ def _(parts: Tensor, group: str, what: str) -> Tensor:
 
 
 @torch.library.custom_op("ringfx::finish_scatter", mutates_args=())
-def finish_scatter(arriving: Tensor, after: Sequence[Tensor]) -> Tensor:
-    """The sum over ranks, [size]."""
+def finish_scatter(arriving: Tensor, parts: Tensor, after: Sequence[Tensor]) -> Tensor:
+    """The sum over ranks, [size]; ``parts`` are being sent: no compiler may reuse them before."""
     _SUMS.finish(arriving)
     return arriving.clone()
 
 
 @finish_scatter.register_fake
-def _(arriving: Tensor, after: Sequence[Tensor]) -> Tensor:
+def _(arriving: Tensor, parts: Tensor, after: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(arriving)
 
 

@@ -81,7 +81,7 @@ def summing(reads: bool) -> Graph:
     for i, grad in enumerate(grads):
         made = graph.call_function(aten.mul.Tensor, (grad, sums[0] if reads and i else grad))
         begun = graph.call_function(begin_scatter._opoverload, (made, "", "g"))
-        done = graph.call_function(finish_scatter._opoverload, (begun, []))
+        done = graph.call_function(finish_scatter._opoverload, (begun, made, []))
         sums.append(graph.call_function(aten.div.Tensor, (done, 2)))
     graph.output(tuple(sums))
     return graph
