@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("all"):
         take_all()
     avoid_broken_kernels()
+    # Threads that wait spinning take the processor from the tests beside them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # pytest listens to each logger that does not propagate, and torch then writes down every tensor
     # and stack of every compilation for its trace: a tenth of the time.
     logging.getLogger("torch.__trace").propagate = True

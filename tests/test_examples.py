@@ -108,8 +108,7 @@ def test_the_demo_succeeds_on_a_short_sequence() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo", *SMALL],
         cwd=ROOT,
-        # Its two threads wait for each other spinning: thrice as long beside other tests.
-        env={**os.environ, "COLUMNS": "100", "OMP_WAIT_POLICY": "passive"},
+        env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         check=False,

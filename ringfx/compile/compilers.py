@@ -13,7 +13,13 @@ from ringfx.compile.inductor_settings import inductor_settings
 from ringfx.compile.prefetch import overlap_states
 from ringfx.ops.chunked import Body, body_of
 from ringfx.torch_compat.dynamo import aot_eager
-from ringfx.torch_compat.fake_tensors import FakeTensorMode, detect_fake_mode
+from ringfx.torch_compat.fake_tensors import (
+    FakeTensor,
+    FakeTensorMode,
+    TracingContext,
+    as_fake,
+    detect_fake_mode,
+)
 from ringfx.torch_compat.inductor import compiled_by_inductor
 
 __all__ = ["Compiled", "compile_bodies", "compile_local_program"]
@@ -25,9 +31,23 @@ def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> 
     """Compile the local program."""
     if compiler == "eager":
         return gm.forward
+    inputs = [_of_fixed_size(x) for x in inputs]
     if compiler == "aot_eager":
         return cast(Compiled, aot_eager(gm, inputs, overlap_states))
     return cast(Compiled, compiled_by_inductor(gm, inputs, inductor_settings()))
+
+
+def _of_fixed_size(value: Any) -> Any:
+    """A tensor that Dynamo has not seen as a fake one: else each of its sizes becomes a symbol.
+
+    A program with symbols is slower, and one that no input of Dynamo's gives cannot be guarded.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None or not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, FakeTensor) or value in context.tensor_to_context:
+        return value
+    return as_fake(context.fake_mode, value)
 
 
 def compile_bodies(bodies: Mapping[str, tuple[str, ...]], compiler: str) -> None:

@@ -30,9 +30,11 @@ from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
 from ringfx.compile.states import StandIns, cast_inputs, shard_states
 from ringfx.compile.why_unsplit import why_unsplit
-from ringfx.errors import RingfxError
+from ringfx.errors import CaptureRefused, RingfxError
+from ringfx.failures.describe import describe_error
 from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
+from ringfx.split_tensor.sharded_states import no_memory, read_uncompiled
 from ringfx.torch_compat.autograd import in_transform
 from ringfx.torch_compat.dynamo import BackendCompilerFailed
 from ringfx.torch_compat.graphs import children_of, has_hooks
@@ -284,6 +286,10 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, RingfxError):
             raise failure.inner_exception from failure.inner_exception.__cause__
+        raise
+    except RuntimeError as error:
+        if backend.states.ranks > 1 and no_memory(error):
+            raise CaptureRefused(read_uncompiled(describe_error(error))) from error
         raise
 
 

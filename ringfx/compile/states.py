@@ -25,6 +25,7 @@ from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
 from ringfx.errors import InvalidArgument
+from ringfx.split_tensor.sharded_states import STATE_OF
 from ringfx.torch_compat.distributed import flattened
 from ringfx.torch_compat.pytree import tree_map
 
@@ -36,8 +37,6 @@ __all__ = [
     "planned_states", "shard_states",
 ]  # fmt: skip
 
-_STATE = "_ringfx_state"
-"""Attribute of a stand-in: the sharded parameter."""
 NAMED = 4
 """Parameters that an error names."""
 
@@ -298,7 +297,7 @@ class StandIns:
             known.untyped_storage().resize_(0)
             made[name] = known
         known.requires_grad_(state.requires_grad)
-        setattr(known, _STATE, state)
+        setattr(known, STATE_OF, state)
         return known
 
 
@@ -328,7 +327,7 @@ def cast_inputs(given: Any, states: StateRanks, policy: MixedPrecisionPolicy | N
 
 def part_of_state(stand_in: Any, rows: int) -> torch.Tensor:
     """This rank's rows of the parameter, padded to as many as every rank has; differentiable."""
-    mine: torch.Tensor = getattr(stand_in, _STATE).to_local()
+    mine: torch.Tensor = getattr(stand_in, STATE_OF).to_local()
     missing = rows - mine.shape[0]
     return F.pad(mine, (0, 0) * (mine.dim() - 1) + (0, missing)) if missing else mine
 

@@ -28,6 +28,7 @@ from ringfx.split_tensor.local_rules import (
     reduce_to_one,
     writes_where_it_is,
 )
+from ringfx.split_tensor.sharded_states import refuse_stand_ins
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
 from ringfx.split_tensor.spec import SplitSpec, rendezvous_before_gather
 from ringfx.torch_compat.autograd import make_wrapper, version_of
@@ -138,6 +139,7 @@ class SplitTensor(torch.Tensor):
         if func in _LOCAL_OPS:
             return SplitTensor(args[0]._cell, args[0]._spec)
         kwargs = kwargs or {}
+        refuse_stand_ins(func, args)
         if schema_of(func).is_mutable:
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them

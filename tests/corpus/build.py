@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.corpus.row import Row, Variant
 
-__all__ = ["build", "hidden_size", "total"]
+__all__ = ["build", "has_experts", "hidden_size", "total"]
 
 _DROPOUTS = ("dropout", "pdrop", "drop_rate", "drop_path", "layerdrop", "dropout_prob", "attn_drop")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -30,9 +30,17 @@ def build(variant: Variant) -> nn.Module:
     if row.experts is not None:
         how["experts_implementation"] = row.experts
     model: nn.Module = family._from_config(config, **how)
+    if variant.dtype == "float64" and row.experts is None and has_experts(model):
+        model.set_experts_implementation("eager")  # grouped products know no float64
     model = model.to(getattr(torch, variant.dtype))
     _draw(model)
     return model.train(row.train)
+
+
+def has_experts(model: nn.Module) -> TypeGuard[transformers.PreTrainedModel]:
+    return isinstance(model, transformers.PreTrainedModel) and (
+        model._can_set_experts_implementation()
+    )
 
 
 def _special_tokens(config_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:

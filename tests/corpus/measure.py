@@ -12,28 +12,49 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 import ringfx
 from ringfx.errors import VerificationError
 from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import Plan
-from tests.corpus.build import build, hidden_size, tensors, total
+from tests.corpus.build import build, has_experts, hidden_size, tensors, total
 from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excesses, excused
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
-__all__ = ["Outcome", "measure"]
+__all__ = ["ONE_STEP", "Outcome", "Setup", "measure"]
 
 GRADIENT_OF = "gradient of "
-OPTIONS: Mapping[str, Any] = {"compiler": "eager", "on_unsupported": "gather"}
+STEP_LENGTH = 0.05
+"""Of each step of the optimizer, after its gradients were scaled to the length 1 in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a variant is run."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of ``ringfx.optimize``."""
+    compiler: str = "eager"
+    steps: int = 1
+    """Results compared are those of the last one, and every step's loss."""
+    dtype: str | None = None
+    """In place of the row's: in float64 no activation changes side by rounding."""
+
+    def variant(self, name: str) -> Variant:
+        (found,) = [v for v in VARIANTS if v.name == name]
+        return replace(found, row=replace(found.row, dtype=self.dtype or found.row.dtype))
+
+
+ONE_STEP = Setup()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +92,14 @@ class Outcome:
         return not all(x <= bound for x in (self.loss, self.output, self.gradient))
 
 
-def measure(name: str, compare: bool = True) -> Outcome:
+def measure(name: str, compare: bool = True, setup: Setup = ONE_STEP) -> Outcome:
     """Runs the variant on this rank; only what it raises itself ends in the outcome."""
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    (variant,) = [v for v in VARIANTS if v.name == name]
+    variant = setup.variant(name)
     started = time.monotonic()
     try:
-        fields = _run(variant, compare)
+        fields = _run(variant, compare, setup)
     except ringfx.RingfxError as error:
         # A defect that names itself is no refusal with a reason.
         refused = not isinstance(error, VerificationError)
@@ -90,22 +111,44 @@ def measure(name: str, compare: bool = True) -> Outcome:
     return Outcome(seconds=round(time.monotonic() - started, 1), **fields)
 
 
-def _run(variant: Variant, compare: bool) -> dict[str, Any]:
+def _run(variant: Variant, compare: bool, setup: Setup) -> dict[str, Any]:
     stock = build(variant)
     model = copy.deepcopy(stock)
-    optimized = ringfx.optimize(model, **OPTIONS)
-    ours = _step(variant, model, getattr(torch, variant.dtype), optimized)
+    options = {"compiler": setup.compiler, "on_unsupported": "gather", **setup.options}
+    optimized = ringfx.optimize(model, **options)
+    ours = _trained(setup.steps, variant, model, getattr(torch, variant.dtype), optimized)
     plan: Plan = getattr(optimized, "plan")  # noqa: B009
     found = _described(variant, plan)
-    return found | (_differences(ours, stock, variant) if compare else {})
+    return found | (_differences(ours, stock, variant, setup.steps) if compare else {})
+
+
+def _trained(
+    steps: int,
+    variant: Variant,
+    owner: nn.Module,
+    dtype: torch.dtype,
+    call: nn.Module | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Results:
+    """The last step's results, and the losses of those before it."""
+    optimizer = torch.optim.SGD(owner.parameters(), lr=STEP_LENGTH)
+    losses: dict[str, torch.Tensor | None] = {}
+    for number in range(1, steps):
+        found = _step(variant, owner, dtype, call, inputs)
+        losses[f"loss of step {number}"] = found.tensors["loss"]
+        torch.nn.utils.clip_grad_norm_(owner.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    last = _step(variant, owner, dtype, call, inputs)
+    return replace(last, tensors={**losses, **last.tensors})
 
 
 def _step(
     variant: Variant,
     owner: nn.Module,
     dtype: torch.dtype,
-    call: nn.Module | None = None,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    call: nn.Module | None,
+    inputs: Mapping[str, torch.Tensor] | None,
 ) -> Results:
     """Forward and backward; outputs are touched after the backward, as most training code does."""
     given = inputs or variant.row.inputs()
@@ -127,20 +170,22 @@ def _step(
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         copied = value.detach().clone()
         return copied.to(torch.complex128 if copied.is_complex() else torch.float64)
 
 
-def _differences(ours: Results, model: nn.Module, variant: Variant) -> dict[str, Any]:
+def _differences(ours: Results, model: nn.Module, variant: Variant, steps: int) -> dict[str, Any]:
     dtype = variant.dtype
-    stock = _step(variant, copy.deepcopy(model), getattr(torch, dtype))
+    stock = _trained(steps, variant, copy.deepcopy(model), getattr(torch, dtype))
     if variant.autocast:
-        return _worst_of_each(ours, stock, excesses(ours, stock, _exact(variant, model)), set())
+        exact = _exact(variant, model, steps)
+        return _worst_of_each(ours, stock, excesses(ours, stock, exact), set())
     found = disagreements(ours, stock)
     far = {name for name, value in found.items() if not value <= TOLERANCE[dtype]}
     rounded: set[str] = set()
     if far:
-        rounded = excused(far, ours, stock, _exact(variant, model), dtype)
+        rounded = excused(far, ours, stock, _exact(variant, model, steps), dtype)
     return _worst_of_each(ours, stock, found, rounded)
 
 
@@ -162,16 +207,16 @@ def _worst_of_each(
     }
 
 
-def _exact(variant: Variant, model: nn.Module) -> Results:
+def _exact(variant: Variant, model: nn.Module, steps: int) -> Results:
     """The stock model without any rounding to float32; grouped products know no float64."""
     model = copy.deepcopy(model).double()
-    if isinstance(model, transformers.PreTrainedModel) and model._can_set_experts_implementation():
+    if has_experts(model):
         model.set_experts_implementation("eager")
     inputs = variant.row.inputs()  # drawn as numbers of the default type
     torch.set_default_dtype(torch.float64)
     try:
         with Exact():
-            return _step(variant, model, torch.float64, inputs=inputs)
+            return _trained(steps, variant, model, torch.float64, inputs=inputs)
     finally:
         torch.set_default_dtype(torch.float32)
 

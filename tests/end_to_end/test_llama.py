@@ -181,7 +181,7 @@ def test_with_the_default_cache_and_repeated_calls(ranks2: RankPool) -> None:
 
 
 def test_a_new_length_is_compiled_anew(ranks2: RankPool) -> None:
-    check(ranks2, [case("auto", llama(), tokens_and_labels(s), f"S={s}") for s in (24, 25, 26)])
+    check(ranks2, [case("auto", llama(), tokens_and_labels(s), f"S={s}") for s in (24, 25)])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from ringfx.comm.stats import snapshot
 from ringfx.errors import InvalidArgument
 from tests.models.wide import VOCABULARY, WideModel
 from tests.support.harness import RankPool
+from tests.support.ranks import error_text
 
 STEPS = 3
 
@@ -196,3 +197,35 @@ def test_the_plan_counts_rows(tmp_path: Path) -> None:
         peaks[0][n] for n in names
     )
     assert "all_gather_states" in str(plan)
+
+
+class Broken(nn.Module):
+    """A parameter that is read by code which Dynamo leaves out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = WideModel(), how
+        self.weight = nn.Parameter(torch.ones(VOCABULARY, 4))
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.inner(tokens, labels)
+        return loss + self.uncompiled(tokens)
+
+    @torch.compiler.disable
+    def uncompiled(self, tokens: Tensor) -> Tensor:
+        if self.how == "product":
+            return (self.weight.t() @ torch.ones(VOCABULARY)).sum()
+        return (tokens[0, 0] * self.weight).sum()
+
+
+def read_uncompiled(how: str) -> str | None:
+    split = ringfx.optimize(Broken(how), shard_states=True, compiler="eager")
+    return error_text(split, **inputs(24))
+
+
+def test_a_parameter_read_by_uncompiled_code_is_an_error_by_name(ranks2: RankPool) -> None:
+    for text in ranks2.run(read_uncompiled, "product"):
+        assert text is not None
+        assert text.startswith("CaptureRefused: code that is not compiled reads a parameter")
+        assert "test_shard_states.py" in text
+        assert "Do: remove the graph break" in text
