@@ -122,11 +122,8 @@ class PlacementConversions:
             self.local.index(tokens)  # all are made before the insertion point is sought
             self.local.order(tokens)
             self.local.valid(tokens)
-        after = made
-        while after.next.meta.get("ringfx_conversion"):
-            after = after.next
-        if made.op == "placeholder":
-            after = self.local.after_inputs()
+        is_input = made.op == "placeholder"
+        after = self.local.after_inputs() if is_input else self.local.after_conversions(made)
         with self._graph.inserting_after(after):
             if wanted is Placement.SHARDED:
                 assert isinstance(tokens, TokenDim)

@@ -58,11 +58,14 @@ class LocalGraph:
 
     def after_inputs(self) -> Node:
         """The last of the leading placeholders and conversions."""
-        after = self.last_input
-        assert after is not None, "a program without inputs converts nothing"
-        while after.next.meta.get("ringfx_conversion") or after.next.meta.get("ringfx_prologue"):
-            after = after.next
-        return after
+        assert self.last_input is not None, "a program without inputs converts nothing"
+        return self.after_conversions(self.last_input)
+
+    def after_conversions(self, made: Node) -> Node:
+        """The last of the conversions, and of the indices for them, that follow ``made``."""
+        while made.next.meta.get("ringfx_conversion") or made.next.meta.get("ringfx_prologue"):
+            made = made.next
+        return made
 
     def holds_tokens(self, node: Node, tokens: TokenDim) -> None:
         """Each rank has its tokens of this local value."""

@@ -140,7 +140,8 @@ def _trained(
         optimizer.step()
         optimizer.zero_grad()
     last = _step(variant, owner, dtype, call, inputs)
-    return replace(last, tensors={**losses, **last.tensors})
+    units = {**last.units, **dict.fromkeys(losses, last.units["loss"])}
+    return replace(last, tensors={**losses, **last.tensors}, units=units)
 
 
 def _step(

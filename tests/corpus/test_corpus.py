@@ -10,7 +10,8 @@ import torch
 import ringfx
 from ringfx.errors import CaptureRefused, VerificationError
 from tests.corpus.compare import Exact, Results, disagreements, excesses, excused
-from tests.corpus.measure import Outcome, measure
+from tests.corpus.levers import LEVERS
+from tests.corpus.measure import Outcome, Setup, measure
 from tests.corpus.report import RESULTS, TABLE, Record
 from tests.corpus.row import Variant
 from tests.corpus.table import ROWS, VARIANTS
@@ -43,6 +44,16 @@ def test_an_architecture_gives_the_unsplit_results_and_gathers_no_hidden_state(
     record = Record.of(QUICK[name], {2: [by_rank[name] for by_rank in found]})
     assert record.verdict == "equal", record.why
     assert record.fully_split, record
+
+
+@pytest.mark.parametrize("name", ["deit/eager", "mixtral/sdpa"])
+def test_three_steps_with_states_sharded_and_regions_in_chunks(ranks2: RankPool, name: str) -> None:
+    """Positions of tokens are parameters in one, experts are of grouped products in the other."""
+    exact = "float64" if name == "deit/eager" else None
+    setup = Setup(options=LEVERS["all"], compiler="aot_eager", steps=3, dtype=exact)
+    record = Record.of(setup.variant(name), {2: ranks2.run(measure, name, True, setup)})
+    assert record.verdict == "equal", record.why
+    assert record.all_found
 
 
 def test_every_architecture_has_a_name_of_its_own() -> None:
