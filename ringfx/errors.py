@@ -10,6 +10,7 @@ __all__ = [
     "BufferChanged",
     "CaptureRefused",
     "CommunicationError",
+    "DeferredLost",
     "InvalidArgument",
     "NoAxisRule",
     "OutOfMemory",
