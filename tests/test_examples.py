@@ -93,7 +93,8 @@ def test_extra_memory_is_the_peak_and_not_what_remains() -> None:
 
     measured = extra_bytes(step)
     assert measured is not None
-    assert 60 * MIB < measured < 80 * MIB
+    # Neither what remains (nothing) nor all three together (192 MiB).
+    assert 60 * MIB < measured < 150 * MIB
 
 
 def test_a_failing_run_says_which_rank_failed_and_where(tmp_path: Path) -> None:
