@@ -7,12 +7,12 @@ graph break, would read memory that is not there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ringfx.errors import CaptureRefused
+from ringfx.torch_compat.pytree import tree_leaves
 
 __all__ = ["STATE_OF", "no_memory", "read_uncompiled", "refuse_stand_ins"]
 
@@ -22,9 +22,9 @@ NO_MEMORY = ("data is not allocated yet", "are out of bounds for storage of size
 """How torch says it, where it says it."""
 
 
-def refuse_stand_ins(func: Any, values: Iterable[Any]) -> None:
-    """Raise CaptureRefused if an operand of ``func`` is a stand-in."""
-    for value in values:
+def refuse_stand_ins(func: Any, given: Any) -> None:
+    """Raise CaptureRefused if an operand of ``func``, in lists too, is a stand-in."""
+    for value in tree_leaves(given):
         if isinstance(value, torch.nn.Parameter) and hasattr(value, STATE_OF):
             raise CaptureRefused(read_uncompiled(f"{func} of shape {[*value.shape]}"))
 

@@ -139,7 +139,7 @@ class SplitTensor(torch.Tensor):
         if func in _LOCAL_OPS:
             return SplitTensor(args[0]._cell, args[0]._spec)
         kwargs = kwargs or {}
-        refuse_stand_ins(func, args)
+        refuse_stand_ins(func, (args, kwargs))
         if schema_of(func).is_mutable:
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
