@@ -28,13 +28,16 @@ def clean_path(text: str) -> str:
 
     >>> clean_path("L['self']._modules['model'].layers[0]._parameters['weight']")
     'model.layers.0.weight'
+    >>> clean_path("L['self'].__dict__['_modules']['qkv'].__dict__['_parameters']['weight']")
+    'qkv.weight'
     >>> clean_path("L['input_ids']"), clean_path("L['args'][0]")
     ('input_ids', 'argument 0')
     """
     root = _ROOT.match(text)
     rest = text[root.end() :] if root else text
     rest = _ENTRY.sub(lambda m: f".{m.group(1)}", rest)
-    rest = rest.replace("._modules", "").replace("._parameters", "").replace("._buffers", "")
+    for held in (".__dict__", "._modules", "._parameters", "._buffers"):
+        rest = rest.replace(held, "")
     rest = rest.strip(".").removeprefix("_orig_mod.")
     name = root.group(1) if root else ""
     if name in ("self", "kwargs", "fn", ""):

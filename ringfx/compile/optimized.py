@@ -29,15 +29,17 @@ from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
 from ringfx.compile.states import StandIns, cast_inputs, shard_states
+from ringfx.compile.uncompiled_reads import gathered_on_read
 from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import CaptureRefused, RingfxError
 from ringfx.failures.describe import describe_error
 from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
-from ringfx.split_tensor.sharded_states import no_memory, read_uncompiled
+from ringfx.split_tensor.sharded_states import read_uncompiled
 from ringfx.torch_compat.autograd import in_transform
 from ringfx.torch_compat.dynamo import BackendCompilerFailed
 from ringfx.torch_compat.graphs import children_of, has_hooks
+from ringfx.torch_compat.operators import read_no_memory
 
 __all__ = ["Optimized", "optimized"]
 
@@ -288,17 +290,23 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             raise failure.inner_exception from failure.inner_exception.__cause__
         raise
     except RuntimeError as error:
-        if backend.states.ranks > 1 and no_memory(error):
+        if backend.states.ranks > 1 and read_no_memory(error):
             raise CaptureRefused(read_uncompiled(describe_error(error))) from error
         raise
 
 
-def _states(outer: Optimized, backend: Backend) -> contextlib.AbstractContextManager[None]:
-    """Sharded parameters stand aside for the call."""
-    shared = outer._ringfx_shared
-    if backend.states.ranks == 1:
-        return contextlib.nullcontext()
-    return shared.stand_ins.in_place(outer._ringfx_inner, backend.states)
+@contextlib.contextmanager
+def _states(outer: Optimized, backend: Backend) -> Iterator[None]:
+    """Sharded parameters stand aside for the call, and uncompiled code gets them gathered."""
+    states = backend.states
+    if states.ranks == 1:
+        yield
+        return
+    with (
+        outer._ringfx_shared.stand_ins.in_place(outer._ringfx_inner, states),
+        gathered_on_read(states, backend.world, backend.handoff),
+    ):
+        yield
 
 
 def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
 from ringfx.errors import InvalidArgument
-from ringfx.split_tensor.sharded_states import STATE_OF
+from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF
 from ringfx.torch_compat.distributed import flattened
 from ringfx.torch_compat.pytree import tree_map
 
@@ -268,21 +268,22 @@ class StandIns:
     def in_place(self, model: nn.Module, ranks: StateRanks) -> Iterator[None]:
         """Inside, they stand where the model's sharded parameters are."""
         places = [
-            (module, name, parameter)
-            for module in model.modules()
+            (path, module, name, parameter)
+            for path, module in model.named_modules()
             for name, parameter in module._parameters.items()
             if parameter is not None and _is_sharded(parameter, ranks.group)
         ]
         tied: dict[nn.Parameter, nn.Parameter] = {}
-        for module, name, parameter in places:
+        for path, module, name, parameter in places:
             if parameter not in tied:
                 dtype = ranks.param_dtype or parameter.dtype
                 tied[parameter] = self._of(module, name, parameter, dtype)
+                setattr(tied[parameter], NAME_OF, f"{path}.{name}".removeprefix("."))
             module._parameters[name] = tied[parameter]
         try:
             yield
         finally:
-            for module, name, parameter in places:
+            for _, module, name, parameter in places:
                 module._parameters[name] = parameter
 
     def _of(

@@ -70,22 +70,21 @@ class ProgramHandoff:
         where = (spec.layout.world_size, spec.group, spec.dim, spec.outer, spec.inner, spec.name)
         return slice_tokens(whole, index, order, *where)
 
-    def note(self, spec: SplitSpec, num_bytes: int, in_backward: bool) -> None:
+    def note(self, name: str, num_bytes: int, kind: CommKind) -> None:
         """Record a gather in the plan, and warn the user once."""
-        where = users_frame()
+        where, in_backward = users_frame(), kind is CommKind.ALL_GATHER_GRADIENT
         reason = (
             f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
             "programs"
         )
-        kind = CommKind.ALL_GATHER_GRADIENT if in_backward else CommKind.ALL_GATHER
         self.moved.append(
             Collective(
-                node="python", name=spec.name, source=where, kind=kind, bytes_moved=num_bytes,
+                node="python", name=name, source=where, kind=kind, bytes_moved=num_bytes,
                 reason=reason, in_backward=in_backward,
             )
         )  # fmt: skip
         size = format_bytes(num_bytes)
-        self._announce(f"{spec.name}: gathers {size} on every rank for {reason}")
+        self._announce(f"{name}: gathers {size} on every rank for {reason}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,7 +97,8 @@ class _HandoffObserver:
         return self.always or self.handoff.running or in_backward()
 
     def __call__(self, spec: SplitSpec, num_bytes: int) -> None:
-        self.handoff.note(spec, num_bytes, in_backward())
+        kind = CommKind.ALL_GATHER_GRADIENT if in_backward() else CommKind.ALL_GATHER
+        self.handoff.note(spec.name, num_bytes, kind)
 
 
 def users_frame() -> str:

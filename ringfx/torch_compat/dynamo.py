@@ -6,6 +6,7 @@ Each name says what it is needed for and, after "Without", what a release that d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
 import torch._dynamo
@@ -17,7 +18,7 @@ __all__ = [
     "COMPILER_MODULE", "ENTRY_MODULE", "BackendCompilerFailed", "CallbackArgs",
     "CatchErrorsWrapper", "GradSource", "OptimizedModule", "TensorifyScalarRestartAnalysis",
     "TensorifyState", "TorchDynamoException", "aot_eager", "callback_handler", "config",
-    "graph_break", "is_output", "refusals", "skips", "stance", "unimplemented",
+    "graph_break", "is_output", "not_started", "refusals", "skips", "stance", "unimplemented",
 ]  # fmt: skip
 
 config = torch._dynamo.config
@@ -69,6 +70,12 @@ def is_output(code: Any) -> bool:
 def skips(function: Any) -> bool:
     """Whether Dynamo starts no program in this function's file. Without: roots of torch.nn."""
     return bool(trace_rules.check(function))
+
+
+def not_started(code: CodeType) -> None:
+    """Dynamo starts no program at this code, and inlines it where a program calls it. Without:
+    sharded parameters in uncompiled code."""
+    eval_frame.skip_code(code)
 
 
 def stance() -> str:

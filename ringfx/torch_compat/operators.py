@@ -13,7 +13,7 @@ import torch._ops
 
 __all__ = [
     "DispatchKey", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "decompositions",
-    "names_with_kernel", "schema_of",
+    "names_with_kernel", "read_no_memory", "schema_of",
 ]  # fmt: skip
 
 OpOverload = torch._ops.OpOverload
@@ -28,6 +28,13 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 DispatchKey = torch._C.DispatchKey
 """Under which key an operator has a kernel. Without: the casts of autocast, and which operators
 autograd looks into."""
+
+
+def read_no_memory(error: BaseException) -> bool:
+    """Whether an operator says that it read a tensor without memory. Without: naming a sharded
+    parameter that uncompiled code is given."""
+    texts = ("data is not allocated yet", "are out of bounds for storage of size 0")
+    return any(text in str(error) for text in texts)
 
 
 def schema_of(op: Any) -> Any:
