@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
-from ringfx.errors import InvalidArgument
-from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF
+from ringfx.compile.untouched_memory import UntouchedMemory
+from ringfx.errors import CaptureRefused, InvalidArgument
+from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF, read_uncompiled
 from ringfx.torch_compat.distributed import flattened
 from ringfx.torch_compat.pytree import tree_map
 
@@ -37,6 +38,8 @@ __all__ = [
     "planned_states", "shard_states",
 ]  # fmt: skip
 
+_MEMORY_OF = "_ringfx_memory"
+"""Attribute of a stand-in on the CPU: its ``UntouchedMemory``."""
 NAMED = 4
 """Parameters that an error names."""
 
@@ -266,7 +269,13 @@ class StandIns:
 
     @contextlib.contextmanager
     def in_place(self, model: nn.Module, ranks: StateRanks) -> Iterator[None]:
-        """Inside, they stand where the model's sharded parameters are."""
+        """Inside, they stand where the model's sharded parameters are.
+
+        Raises
+        ------
+        CaptureRefused
+            At the end, also where the model fails of it: uncompiled code has read one.
+        """
         places = [
             (path, module, name, parameter)
             for path, module in model.named_modules()
@@ -285,6 +294,7 @@ class StandIns:
         finally:
             for _, module, name, parameter in places:
                 module._parameters[name] = parameter
+            _refuse_touched(tied.values())
 
     def _of(
         self, module: nn.Module, name: str, state: nn.Parameter, dtype: torch.dtype
@@ -294,12 +304,31 @@ class StandIns:
         if known is None or (known.shape, known.dtype, known.device) != (
             state.shape, dtype, state.device,
         ):  # fmt: skip
-            known = nn.Parameter(torch.empty(state.shape, dtype=dtype, device=state.device))
-            known.untyped_storage().resize_(0)
-            made[name] = known
+            made[name] = known = _without_memory(state, dtype)
         known.requires_grad_(state.requires_grad)
         setattr(known, STATE_OF, state)
         return known
+
+
+def _without_memory(state: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    if state.device.type == "cpu" and UntouchedMemory.is_told():
+        memory = UntouchedMemory(state.shape, dtype)
+        made = nn.Parameter(memory.tensor)
+        setattr(made, _MEMORY_OF, memory)
+        return made
+    made = nn.Parameter(torch.empty(state.shape, dtype=dtype, device=state.device))
+    made.untyped_storage().resize_(0)
+    return made
+
+
+def _refuse_touched(stand_ins: Iterable[nn.Parameter]) -> None:
+    held = [(x, getattr(x, _MEMORY_OF)) for x in stand_ins if hasattr(x, _MEMORY_OF)]
+    touched = [(x, memory) for x, memory in held if memory.was_touched()]
+    for _, memory in touched:
+        memory.forget()
+    if touched:
+        named = [f"{getattr(x, NAME_OF)} {[*x.shape]}" for x, _ in touched]
+        raise CaptureRefused(read_uncompiled(", ".join(named[:NAMED])))
 
 
 def in_param_dtype(model: nn.Module, states: StateRanks) -> None:

@@ -221,6 +221,8 @@ class Broken(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def uncompiled(self, logits: Tensor) -> Tensor:
+        if self.how == "walked over":
+            return torch.stack([(p + 1).mean() for p in self.parameters()]).sum()
         if self.how == "written":
             with torch.no_grad():
                 self.scale.clamp_(max=0.75)
@@ -267,6 +269,7 @@ def refused_uncompiled(how: str) -> str | None:
     [
         ("handed over", "Do: read it from its module there"),
         ("handed over beside a split value", "Do: read it from its module there"),
+        ("walked over", "Do: read it from its module there"),
         ("written", "scale [257] is written by code that is not compiled"),
     ],
 )
