@@ -72,6 +72,7 @@ def optimize(
     shard_states: bool | DeviceMesh = False,
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
+    head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> M:
@@ -134,6 +135,10 @@ def optimize(
         what is wide (logits, an MLP's inner values) then exists for one chunk only. ``"auto"``:
         where nothing is computed again (losses), and everywhere if ``gpu_memory`` is exceeded
         otherwise; ``"all"``; ``"none"``; or a number of tokens for each chunk, everywhere.
+    head_groups
+        Attention works through its heads in groups, so that what is gathered or exchanged exists
+        for one group only. ``"auto"``: as many as cost no time, and more where ``gpu_memory`` is
+        exceeded otherwise; or a number from 1 to 8 (fewer where the heads cannot be parted so).
     strategies
         Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
         ``ringfx.Strategy``.
@@ -168,6 +173,7 @@ def optimize(
             "shard_states": shard_states,
             "mp_policy": mp_policy,
             "chunks": chunks,
+            "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,
         }
@@ -227,6 +233,7 @@ def plan(
     shard_states: bool | int = False,
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
+    head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> Plan:
@@ -254,6 +261,7 @@ def plan(
             "shard_states": shard_states,
             "mp_policy": mp_policy,
             "chunks": chunks,
+            "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,
         }

@@ -32,20 +32,30 @@ def all_candidates(
     world_size: int,
     profile: Profile,
     table: Mapping[str, Strategy],
+    *,
+    more_groups: int = 0,
 ) -> list[Candidates]:
-    """The candidates of every site; sites that are equal but for their names are costed once."""
+    """The candidates of every site; sites that are equal but for their names are costed once.
+
+    ``more_groups``: strategies in so many groups of heads too, where that holds less.
+    """
     known: dict[AttentionSite, Candidates] = {}
     found = []
     for site in sites:
         kind = replace(site, node="", name="", source="")
         if kind not in known:
-            known[kind] = candidates(site, world_size, profile, table)
+            known[kind] = candidates(site, world_size, profile, table, more_groups=more_groups)
         found.append(replace(known[kind], site=site))
     return found
 
 
 def candidates(
-    site: AttentionSite, world_size: int, profile: Profile, table: Mapping[str, Strategy]
+    site: AttentionSite,
+    world_size: int,
+    profile: Profile,
+    table: Mapping[str, Strategy],
+    *,
+    more_groups: int = 0,
 ) -> Candidates:
     """What each strategy of the table would cost at this site, or why it cannot run."""
     answers = {
@@ -54,6 +64,8 @@ def candidates(
     }
     admitted = [table[name] for name, no in answers.items() if no is None]
     options = [predict(site, strategy, world_size, profile) for strategy in admitted]
+    if more_groups and world_size > 1 and profile.kind != "observed":
+        options += _in_groups(more_groups, site, admitted, options, world_size, profile)
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
     return Candidates(
@@ -63,3 +75,20 @@ def candidates(
         local_only=world_size == 1 and profile.kind != "observed",
         noise=profile.noise,
     )
+
+
+def _in_groups(
+    more_groups: int,
+    site: AttentionSite,
+    admitted: Sequence[Strategy],
+    options: Sequence[Prediction],
+    world_size: int,
+    profile: Profile,
+) -> list[Prediction]:
+    """The same strategies in so many groups of heads, where that holds less."""
+    pairs = [
+        (option, predict(site, strategy.in_groups(more_groups), world_size, profile))
+        for strategy, option in zip(admitted, options, strict=True)
+        if strategy.num_groups is not None and not strategy.head_groups
+    ]
+    return [less for option, less in pairs if less.workspace_bytes < option.workspace_bytes]

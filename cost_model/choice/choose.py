@@ -29,6 +29,7 @@ from ringfx.errors import OutOfMemory, StrategyRefused
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import REPLICATED, LayerPlan, MemoryTimeline
 from ringfx.ir.values import AttentionSite
+from ringfx.ops.tiling.head_groups import MOST_GROUPS
 from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
 from ringfx.units.format import format_bytes, format_ms
 
@@ -75,7 +76,8 @@ def choose(
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return _offers(sites, world_size, profile, strategies, replicated)
+        more = 0 if gpu_memory is None else MOST_GROUPS
+        return _offers(sites, world_size, profile, strategies, replicated, more)
 
     problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
     refuse_hopeless(problem)
@@ -85,7 +87,7 @@ def choose(
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
     layers = [
-        _layer_plan(offer, _named_option(offer, menu[i].strategy), override, gpu_memory)
+        _layer_plan(offer, _same_option(offer, menu[i]), override, gpu_memory)
         for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
     ]
     for i, why in replicated.items():
@@ -107,9 +109,10 @@ def _offers(
     profile: Profile,
     strategies: Mapping[str, Strategy],
     replicated: Collection[int],
+    more_groups: int,
 ) -> list[Candidates]:
     """What each site is offered: one that is replicated, what it takes on one rank."""
-    split = all_candidates(sites, world_size, profile, strategies)
+    split = all_candidates(sites, world_size, profile, strategies, more_groups=more_groups)
     if not replicated:
         return split
     whole = all_candidates(sites, 1, profile, strategies)
@@ -158,7 +161,7 @@ def longest_fitting(
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
 
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return _offers(sites, world_size, profile, strategies, replicated)
+        return _offers(sites, world_size, profile, strategies, replicated, MOST_GROUPS)
 
     problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
     return longest_that_fits(problem, limit, world_size)
@@ -181,13 +184,14 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
     return offer.options
 
 
-def _named_option(offer: Candidates, strategy: str) -> Prediction:
-    return next(option for option in offer.options if option.strategy == strategy)
+def _same_option(offer: Candidates, picked: Prediction) -> Prediction:
+    wanted = picked.strategy, picked.head_groups
+    return next(x for x in offer.options if (x.strategy, x.head_groups) == wanted)
 
 
 def _refusal(offer: Candidates, override: Override) -> str:
     refusal = offer.refused[override.strategy]
-    names = ", ".join(sorted(option.strategy_words for option in offer.options)) or "none"
+    names = ", ".join(sorted({option.strategy_words for option in offer.options})) or "none"
     cheapest = ""
     if offer.options:
         best = offer.options[0]
@@ -236,10 +240,22 @@ def _layer_plan(
         workspace_bytes=chosen.workspace_bytes,
         own_queries=chosen.own_queries,
         gloss=chosen.gloss,
+        head_groups=chosen.head_groups,
     )
 
 
 def _reason(
+    offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
+) -> str:
+    reason = _reason_of_strategy(offer, chosen, override, gpu_memory)
+    if not chosen.head_groups:
+        return reason
+    alike = [o for o in offer.options if o.strategy == chosen.strategy and not o.head_groups]
+    why = "" if not alike else f", with {_more_memory(alike[0], chosen)} less"
+    return f"{reason}; in up to {chosen.head_groups} groups of heads{why}"
+
+
+def _reason_of_strategy(
     offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
 ) -> str:
     if offer.local_only and override is None:
@@ -251,7 +267,7 @@ def _reason(
         return "the only one that can run here"
     best = others[0]
     if best.total_ms >= chosen.total_ms:
-        fastest = f"fastest of {len(offer.options)}"
+        fastest = f"fastest of {len({o.strategy for o in offer.options})}"
         tie = ", a tie within the noise" if best.total_ms < offer.noise * chosen.total_ms else ""
         return f"{fastest}; next {best.strategy_words}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ringfx.cost_model.prediction.footprint import (
@@ -48,6 +48,8 @@ class Prediction:
     own_queries: bool = True
     gloss: str = ""
     """Both as the strategy says."""
+    head_groups: int = 0
+    """Groups of heads that were asked for; 0: as many as the strategy takes by itself."""
 
     @property
     def strategy_words(self) -> str:
@@ -83,7 +85,7 @@ def predict(
     site: AttentionSite, strategy: Strategy, world_size: int, profile: Profile
 ) -> Prediction:
     """Time and memory of one attention under one strategy over ``world_size`` ranks."""
-    local = local_share(site, world_size)
+    local = replace(local_share(site, world_size), head_groups=strategy.head_groups)
     if profile.kind == "observed":
         return _observed(local, profile, strategy)
     kernels, forward, backward = _fastest(local, profile, strategy)
@@ -97,6 +99,7 @@ def predict(
         workspace_bytes=workspace_bytes(local, strategy),
         own_queries=strategy.own_queries,
         gloss=strategy.gloss,
+        head_groups=strategy.head_groups,
     )
 
 

@@ -26,6 +26,8 @@ class Local:
     layout: LayoutKind
     q_len: int
     kv_len: int
+    head_groups: int = 0
+    """Groups of heads that the strategy was asked for; 0: as many as it takes by itself."""
     kept: KeptRows | None = None
     """The rows of a longer sequence that these are: a part of a dilated attention."""
 
@@ -132,7 +134,8 @@ class Local:
         return kept if self.site.trains else 0
 
     def groups(self, least_bytes: int, most: int = MOST_GROUPS) -> int:
-        """Groups of heads that are sent one by one, each of at least so many bytes of K and V."""
+        """Groups of heads that are sent one by one, each of at least so many bytes of K and V; or
+        as many as were asked for."""
         site, dtype = self.site, getattr(torch, self.site.dtype)
         q, k, v = (
             torch.empty(site.batch, heads, tokens, dim, dtype=dtype, device="meta")
@@ -142,7 +145,7 @@ class Local:
                 (site.kv_heads, self.kv_len, site.v_head_dim),
             )
         )
-        return len(head_groups(q, k, v, least_bytes=least_bytes, most=most))
+        return len(head_groups(q, k, v, least_bytes=least_bytes, most=most, asked=self.head_groups))
 
 
 def local_share(site: AttentionSite, world_size: int) -> Local:

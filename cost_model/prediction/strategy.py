@@ -10,7 +10,7 @@ dims of q, k and of v.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import Tensor
@@ -86,6 +86,12 @@ class Strategy:
         It runs with the reference kernel alone: plain products and a softmax, in bounded tiles.
     all_keys
         One kernel call meets all keys, as some kernels ask.
+    num_groups
+        Of a rank's share: the groups of heads that it works through one after the other, as
+        ``head_groups`` of the share asks. None: it knows no groups.
+    head_groups
+        The groups that are asked of it (``Problem.head_groups``, ``Local.head_groups``): more hold
+        less at a time, in smaller messages and calls. 0: as many as it takes by itself.
     """
 
     name: str
@@ -99,6 +105,12 @@ class Strategy:
     own_queries: bool = True
     math_only: bool = False
     all_keys: bool = False
+    num_groups: Callable[[Local], int] | None = None
+    head_groups: int = 0
+
+    def in_groups(self, head_groups: int) -> Strategy:
+        """The same in so many groups of heads, where it knows groups."""
+        return self if self.num_groups is None else replace(self, head_groups=head_groups)
 
     @property
     def words(self) -> str:

@@ -44,6 +44,7 @@ def plan(
     state_ranks: o.StateRanks = None,
     param_dtype: o.ParamDtype = None,
     chunks: o.Chunks = "auto",
+    head_groups: o.HeadGroups = "auto",
     train: o.Train = True,
     labels: o.Labels = True,
     dtype: o.Dtype = None,
@@ -71,6 +72,7 @@ def plan(
             target=target, seq_len=seq_len, world_size=world_size, batch_size=batch_size,
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
             train=train, labels=labels, dtype=dtype, hf=hf, strict=strict, chunks=chunks,
+            head_groups=head_groups,
             shard_states=state_ranks or shard_states, param_dtype=param_dtype,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip

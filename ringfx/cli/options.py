@@ -153,6 +153,14 @@ Chunks = Annotated[
     ),
 ]
 
+HeadGroups = Annotated[
+    str,
+    _plan(
+        help="Groups of heads that attention works through one after the other: auto (more if "
+        "memory is short), or a number from 1 to 8."
+    ),
+]
+
 # --- what is shown -------------------------------------------------------------------------------
 
 AsJson = Annotated[bool, _output("--json", help="Print JSON, to save it.")]

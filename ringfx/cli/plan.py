@@ -64,6 +64,7 @@ class Request:
     shard_states: bool | int = False
     param_dtype: str | None = None
     chunks: str = "auto"
+    head_groups: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
 
@@ -167,6 +168,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--shard-states": request.shard_states is not False,
         "--param-dtype": request.param_dtype is not None,
         "--chunks": request.chunks != "auto",
+        "--head-groups": request.head_groups != "auto",
     }
 
 
@@ -217,6 +219,7 @@ def _made(request: Request) -> Plan:
                 shard_states=request.shard_states,
                 mp_policy=_mp_policy(request.param_dtype),
                 chunks=_number_or_name(request.chunks),
+                head_groups=_number_or_name(request.head_groups),
                 strategies=request.strategies,
                 rules=request.rules,
             )
@@ -235,7 +238,8 @@ def _mp_policy(param_dtype: str | None) -> Any:
 
 
 def _number_or_name(word: str) -> Any:
-    """An optimizer's name or bytes for each parameter; chunks by name or of so many tokens."""
+    """An optimizer's name or bytes for each parameter; chunks by name or of so many tokens;
+    groups of heads."""
     return int(word) if word.isdecimal() and len(word) <= 12 else word
 
 

@@ -121,7 +121,11 @@ def _lowered(
 
     in_chunks, alive, layers = _with_more_chunks(planned, settings)
 
-    chosen = {x.site.node: settings.strategies[x.strategy] for x in layers if not x.is_replicated}
+    chosen = {
+        x.site.node: settings.strategies[x.strategy].in_groups(x.head_groups)
+        for x in layers
+        if not x.is_replicated
+    }
     kernels = {x.site.node: x.kernel for x in layers}
     local = rewrite(
         captured, placement, chosen, group=world.group, kernels=kernels, states=states,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
 from ringfx.cost_model.peak_memory.optimizers import check_optimizer
 from ringfx.cost_model.prediction.profile import check_profile, check_profile_type
 from ringfx.errors import InvalidArgument
+from ringfx.ops.tiling.head_groups import MOST_GROUPS
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES, checked_rules
 from ringfx.passes.chunks.sizes import Chunks
@@ -50,6 +51,8 @@ class Settings:
     """The types that sharded parameters and their gradients are sent in."""
     chunks: Chunks = "auto"
     """Which regions run in chunks of tokens."""
+    head_groups: int | str = "auto"
+    """Groups of heads that strategies work through one after the other."""
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     """To choose from."""
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -86,11 +89,12 @@ class Settings:
         _check_states(settings.shard_states, settings.mp_policy)
         _check_interval(settings.check_inputs)
         _check_chunks(settings.chunks)
+        _check_head_groups(settings.head_groups)
         if not isinstance(settings.strict, bool):
             raise InvalidArgument(f"strict={settings.strict!r} is neither True nor False.")
         _check_strategy(settings.strategy, settings.strategies)
         check_optimizer(settings.optimizer)
-        return settings
+        return settings if settings.head_groups == "auto" else _in_groups(settings)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -139,6 +143,20 @@ def _check_chunks(value: object) -> None:
             f"chunks={value!r} is none of 'auto', 'all', 'none' and a number of tokens, such as "
             "1024."
         )
+
+
+def _check_head_groups(value: object) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value != "auto" and not (is_number and value in range(1, MOST_GROUPS + 1)):
+        raise InvalidArgument(
+            f"head_groups={value!r} is neither 'auto' nor a number of groups from 1 to "
+            f"{MOST_GROUPS}."
+        )
+
+
+def _in_groups(settings: Settings) -> Settings:
+    asked = {k: s.in_groups(int(settings.head_groups)) for k, s in settings.strategies.items()}
+    return replace(settings, strategies=asked)
 
 
 def _check_strategy(strategy: object, strategies: Mapping[str, Strategy]) -> None:

@@ -80,6 +80,9 @@ class LayerPlan:
     """A rank computes its own queries only, and takes their rows of a mask or bias."""
     gloss: Text = ""
     """What the strategy is in the field's words: ``overlapped ring``."""
+    head_groups: Count = 0
+    """Groups of heads that the strategy is asked for, one after the other; 0: as it takes by
+    itself."""
     axis: Text = ""
     """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
@@ -452,6 +455,7 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
         site.node,
         site.name,
         layer.strategy,
+        layer.head_groups,
         layer.axis,
         site.spec.to_json(),
         site.dtype,

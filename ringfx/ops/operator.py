@@ -305,6 +305,7 @@ def _problem(
         tiling=tiling_of(q, kernel.stores_scores),
         stats=found,
         bias_grads=bias_grads,
+        head_groups=strategy.head_groups,
     )
     return problem, sinks_H
 

@@ -45,7 +45,8 @@ def _explained(
 ) -> str:
     layer = group.layers[0]
     ranks = 1 if layer.is_replicated else plan.world_size
-    offer = candidates(layer.site, ranks, profile, strategies)
+    more = layer.head_groups
+    offer = candidates(layer.site, ranks, profile, strategies, more_groups=more)
     titles = (
         "",
         "strategy",
@@ -62,7 +63,7 @@ def _explained(
     rows = [_option_row(option, layer) for option in offer.options]
     lines = [f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"]
     lines += ["  " + line for line in table_lines([titles, *rows], left=(0, 1, 2))]
-    lines += [f"  {x.strategy}: {STRATEGIES[x.strategy].summary}" for x in offer.options]
+    lines += [f"  {name}: {strategies[name].summary}" for name in _names(offer)]
     lines += [f"  {name} cannot run: {no.reason}" for name, no in offer.refused.items()]
     lines += [f"  chosen: {layer.reason}", f"  {_noise_words(offer)}"]
     return "\n".join(lines)
@@ -78,13 +79,21 @@ def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
         option.exposed_ms,
     )
     return (
-        "*" if option.strategy == layer.strategy else "",
-        option.strategy,
+        "*" if _is_of(option, layer) else "",
+        option.strategy + (f" in {option.head_groups}" if option.head_groups else ""),
         option.kernel,
         *(format_ms(ms) for ms in times),
         format_bytes(option.saved_bytes),
         format_bytes(option.workspace_bytes),
     )
+
+
+def _is_of(option: Prediction, layer: LayerPlan) -> bool:
+    return (option.strategy, option.head_groups) == (layer.strategy, layer.head_groups)
+
+
+def _names(offer: Candidates) -> list[str]:
+    return list(dict.fromkeys(option.strategy for option in offer.options))
 
 
 def _noise_words(offer: Candidates) -> str:

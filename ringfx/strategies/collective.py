@@ -44,7 +44,8 @@ each still a message far above the size at which links reach their bandwidth."""
 
 
 def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
-    return head_groups(q, k, v, least_bytes=GATHERED_BYTES // problem.ranks.size)
+    least, asked = GATHERED_BYTES // problem.ranks.size, problem.head_groups
+    return head_groups(q, k, v, least_bytes=least, asked=asked)
 
 
 def forward(
@@ -219,4 +220,5 @@ COLLECTIVE = Strategy(
     time=time,
     memory=memory,
     all_keys=True,
+    num_groups=num_groups,
 )

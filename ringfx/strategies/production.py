@@ -109,7 +109,8 @@ def _backward_hops(problem: Problem) -> int:
 def _groups(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[HeadGroup, ...]:
     threads = problem.ranks.fewest_threads() if q.device.type == "cpu" else 1
     least, most = ring_bytes(q.device, problem.ranks.size), RING_GROUPS
-    return head_groups(q, k, v, least_bytes=least, most=most, threads=threads)
+    asked = problem.head_groups
+    return head_groups(q, k, v, least_bytes=least, most=most, threads=threads, asked=asked)
 
 
 def _steps(num_groups: int, hops: int) -> Iterator[tuple[int, int, int]]:
@@ -454,4 +455,5 @@ PRODUCTION = Strategy(
     backward=backward,
     time=time,
     memory=memory,
+    num_groups=num_groups,
 )

@@ -75,12 +75,18 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def _groups(
-    heads: int, kv_heads: int, ranks: int, q_bytes: int, device: str, pairs_a_thread: int
+    heads: int,
+    kv_heads: int,
+    ranks: int,
+    q_bytes: int,
+    device: str,
+    pairs_a_thread: int,
+    asked: int,
 ) -> _Groups:
     """For all heads of a layer, of whose (batch, head) pairs each thread has so many: one at least
-    is left to it in every group."""
+    is left to it in every group. ``asked``: so many groups, where the heads can be parted so."""
     least = GROUP_BYTES.get(device, GROUP_BYTES_ELSEWHERE)
-    most = min(MOST_GROUPS, q_bytes // least, pairs_a_thread)
+    most = asked or min(MOST_GROUPS, q_bytes // least, pairs_a_thread)
     share, kv_share = heads // ranks, kv_heads * _copies(kv_heads, ranks) // ranks
     return _Groups.of(share, kv_share, most)
 
@@ -160,7 +166,8 @@ class _Call:
         device, pairs = q_BHQD.device.type, q_BHQD.shape[0] * heads // size
         threads = problem.ranks.fewest_threads() if device == "cpu" else 1
         q_bytes = q_BHQD.numel() * q_BHQD.element_size()
-        groups = _groups(heads, kv_heads, size, q_bytes, device, pairs // threads)
+        asked = problem.head_groups
+        groups = _groups(heads, kv_heads, size, q_bytes, device, pairs // threads, asked)
         copies = _copies(kv_heads, size)
         return _Call(problem, groups, heads // size, kv_heads * copies // size, copies)
 
@@ -372,7 +379,13 @@ def time(local: Local, profile: Profile, direction: Direction, pick: Pick) -> Ph
 def _groups_of(local: Local) -> _Groups:
     site, q_bytes = local.site, local.q_items * local.itemsize
     pairs = max(1, site.batch * site.heads // local.world_size)
-    return _groups(site.heads, site.kv_heads, local.world_size, q_bytes, site.device, pairs)
+    asked = local.head_groups
+    return _groups(site.heads, site.kv_heads, local.world_size, q_bytes, site.device, pairs, asked)
+
+
+def num_groups(local: Local) -> int:
+    """Groups of heads, as ``forward`` makes them on threads enough."""
+    return _groups_of(local).count
 
 
 def _exchanged(local: Local, direction: Direction) -> tuple[Sequence[int], Sequence[int]]:
@@ -443,4 +456,5 @@ ULYSSES = Strategy(
     memory=memory,
     admits=admits,
     own_queries=False,
+    num_groups=num_groups,
 )

@@ -36,6 +36,8 @@ class Problem:
     """Positions of the inputs whose gradient the backward must give."""
     first_head: int = 0
     """Global index of the first local head: not 0 where heads are split."""
+    head_groups: int = 0
+    """Groups of heads that the strategy was asked for; 0: as many as it takes by itself."""
     rows: KeptRows | None = None
     """The queries and keys are these rows of a longer sequence, which is what lies on the ranks."""
 

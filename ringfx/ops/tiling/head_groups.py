@@ -59,6 +59,7 @@ def head_groups(
     least_bytes: int,
     most: int = MOST_GROUPS,
     threads: int = 1,
+    asked: int = 0,
 ) -> tuple[HeadGroup, ...]:
     """At most ``most`` groups of equal size, with at least so many bytes of K and V each.
 
@@ -69,11 +70,15 @@ def head_groups(
     threads
         What the ranks agreed on: torch's CPU kernel gives each thread a (batch, head) pair in its
         backward, so a group with fewer pairs than threads would leave some idle.
+    asked
+        So many groups, or the most below that K/V heads can be parted into, whatever their bytes;
+        0: as above.
     """
     heads, kv_heads = q_BHQD.shape[1], k_BGKD.shape[1]
     moved = (k_BGKD.numel() + v_BGKE.numel()) * k_BGKD.element_size()
     pairs = q_BHQD.shape[0] * heads
-    count = max(1, min(moved // least_bytes, most, kv_heads, pairs // threads))
+    most = min(asked, kv_heads) or min(moved // least_bytes, most, kv_heads, pairs // threads)
+    count = max(1, most)
     while kv_heads % count:
         count -= 1
     size, ratio = kv_heads // count, heads // kv_heads
