@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ringfx.cost_model.choice.overrides import StrategyChoice
     from ringfx.cost_model.peak_memory.peak import alive_in, predict_memory
     from ringfx.cost_model.prediction.kernel_choice import unmeasured, unpriced
-    from ringfx.cost_model.prediction.outside_attention import outside_ms
+    from ringfx.cost_model.prediction.outside_attention import hidden_ms, outside_ms
     from ringfx.cost_model.prediction.predict import Prediction, predict
     from ringfx.cost_model.prediction.profile import Profile, available_profiles, load_profile
     from ringfx.units.parse import parse_bytes, parse_tokens
@@ -26,6 +26,7 @@ __all__ = [
     "alive_in",
     "available_profiles",
     "choose",
+    "hidden_ms",
     "load_profile",
     "outside_ms",
     "parse_bytes",
@@ -43,6 +44,7 @@ _HOME = {
     "alive_in": "ringfx.cost_model.peak_memory.peak",
     "available_profiles": "ringfx.cost_model.prediction.profile",
     "choose": "ringfx.cost_model.choice.choose",
+    "hidden_ms": "ringfx.cost_model.prediction.outside_attention",
     "load_profile": "ringfx.cost_model.prediction.profile",
     "outside_ms": "ringfx.cost_model.prediction.outside_attention",
     "parse_bytes": "ringfx.units.parse",

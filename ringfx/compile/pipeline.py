@@ -19,6 +19,7 @@ from ringfx.cost_model import (
     Profile,
     alive_in,
     choose,
+    hidden_ms,
     load_profile,
     outside_ms,
     unmeasured,
@@ -213,12 +214,16 @@ def _plan_of(
         *(unmeasured(layers, profile) if world.size > 1 else ()),
     )
     graph = captured.graph_module.graph
+    hidden = 0.0
+    if settings.compiler != "eager":  # which waits for each message at once
+        hidden = hidden_ms(local.collectives, layers, world.size, profile)
     return Plan(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=attentions.missed,
         attentions=attentions.count, axes=_token_axes(local), collectives=local.collectives,
         outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
+        hidden_ms=hidden,
         notes=(
             *noted(about_profile, NoteKind.PROFILE),
             *noted(unknown),

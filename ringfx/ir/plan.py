@@ -261,6 +261,8 @@ class Plan:
     notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
+    hidden_ms: Milliseconds = 0.0
+    """Of it what attention's compute hides at least: messages of sharded states."""
     profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
@@ -418,6 +420,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
         collectives=tuple(x for p in plans for x in p.collectives),
         chunks=tuple(x for p in plans for x in p.chunks),
         outside_ms=sum(p.outside_ms for p in plans),
+        hidden_ms=sum(p.hidden_ms for p in plans),
         memory=_joined_memory([p.memory for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
     )

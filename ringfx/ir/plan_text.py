@@ -273,6 +273,8 @@ def _section(title: str, lines: Sequence[str]) -> list[RenderableType]:
 def _moves_title(plan: Plan) -> str:
     count, size = plan.num_collectives, format_bytes(plan.collective_bytes)
     time = f", {format_ms(plan.outside_ms)} if not overlapped" if plan.outside_ms else ""
+    if plan.hidden_ms:
+        time += f", at least {format_ms(plan.hidden_ms)} of it under attention's compute"
     return f"outside attention: {count} collective{'' if count == 1 else 's'} a step, {size}{time}"
 
 
