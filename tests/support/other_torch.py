@@ -31,12 +31,13 @@ class Difference:
 
 
 UNTIL_2_11: Release = (2, 11)
+UNTIL_2_12: Release = (2, 12)
 SINCE_2_15: Release = (2, 15)
 APART = "tests/passes/capture/test_decomposable.py::test_a_decomposition_has_*"
 
 DIFFERENCES = (
     Difference(
-        tests=f"{APART}[aten.lstm.input-*", last=UNTIL_2_11,
+        tests=f"{APART}[aten.lstm.input-*", last=UNTIL_2_12,
         why="torch takes an LSTM apart into other shapes than the operator gives",
     ),
     Difference(
@@ -53,11 +54,11 @@ DIFFERENCES = (
     ),
     Difference(
         tests="tests/end_to_end/test_bad_input.py::test_inputs_on_the_meta_device",
-        last=UNTIL_2_11, why="Dynamo's error comes before ours",
+        last=UNTIL_2_12, why="Dynamo's error comes before ours",
     ),
     Difference(
         tests="tests/end_to_end/test_uses.py::test_second_derivatives_*[aot_eager]",
-        last=UNTIL_2_11, why="torch's error comes before ours: no gradient has a history there",
+        last=UNTIL_2_12, why="torch's error comes before ours: no gradient has a history there",
     ),
     Difference(
         tests="tests/end_to_end/test_token_axes.py::*[experts, order used-*", last=UNTIL_2_11,
@@ -81,7 +82,7 @@ DIFFERENCES = (
     ),
     Difference(
         tests="tests/passes/axes/test_dtensor_oracle.py::test_dtensor_agrees_with_*",
-        last=UNTIL_2_11, why="DTensor has another opinion on stack",
+        last=UNTIL_2_12, why="DTensor has another opinion on stack (2.11), none on rrelu (2.12)",
     ),
     Difference(
         tests="tests/end_to_end/test_ways_in.py::test_code_that_dynamo_gives_up_*",
