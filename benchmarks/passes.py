@@ -5,9 +5,9 @@ Two questions, both asked of the whole journey in ``ringfx/compile/pipeline.py``
 - planning a Llama (the 8B model's shapes) of 4 to 80 layers at a million tokens for 1,024 ranks on
   fake tensors, sdpa and eager: seconds of each pass, whether they grow linearly with layers, and
   what share of Dynamo's time detection and masks take;
-- training the demo's model on one of two ranks under Inductor, as it is and with states sharded and
-  wide parts in chunks: all passes as a share of what Dynamo and Inductor take from an empty cache
-  (a process group without peers, so that no rank waits).
+- training the demo's model on two ranks of one processor each under Inductor, as it is and with
+  states sharded and wide parts in chunks: all passes of a rank as a share of what Dynamo and
+  Inductor take there from an empty cache.
 
 With ``--levers`` the plans are made with sharded states and chunks too.
 
@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 import ringfx
 from benchmarks.memory import _origin as origin
 from ringfx.api import offline
+from ringfx.comm.local_ranks import LocalRanks
 from ringfx.compile import pipeline
 from ringfx.passes import steps
 
@@ -57,7 +57,7 @@ PASSES = {
     "capture": "capture", "detect": "detect", "recover": "masks", "missed": "estimate",
     "name_axes": "axes", "find_lines": "lines", "normalize": "normalize", "place": "place",
     "choose": "choose", "alive_in": "memory", "rewrite": "rewrite", "verify": "verify",
-    "_digest": "digest",
+    "find_regions": "regions", "all_sized": "sizes", "run_in_chunks": "chunks", "_digest": "digest",
 }  # fmt: skip
 """Functions of ``ringfx.compile.pipeline`` and ``ringfx.passes.steps`` -> the name of the pass."""
 
@@ -65,7 +65,9 @@ PASSES = {
 def main() -> int:
     options = _options()
     if options.demo_only:
-        print(json.dumps(_demo(options.demo_tokens, LEVERS if options.levers else {})))
+        with LocalRanks(2) as ranks:
+            levers = LEVERS if options.levers else {}
+            print(json.dumps(ranks.run(_demo, options.demo_tokens, levers)[0]))
         return 0
     rows = [
         _planned(layers, attention, options)
@@ -200,16 +202,12 @@ def _demo_in_a_process(tokens: int, more: Sequence[str]) -> dict[str, Any]:
 
 def _demo(tokens: int, levers: Mapping[str, Any]) -> dict[str, Any]:
     """One training step of the demo's model compiled on rank 0 of two."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import LlamaForCausalLM
 
     from examples.train import batch, config
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    model = ringfx.optimize(
-        LlamaForCausalLM(config()), strategy="production", profile="h100-sxm-published",
-        check_inputs=False, **levers,
-    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ringfx.optimize(LlamaForCausalLM(config()), strategy="production", **levers)
     ids = batch(0, tokens)
 
     def step() -> float:

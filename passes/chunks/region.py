@@ -12,6 +12,7 @@ deferred). Where a few numbers a token are left, the region goes on to their sum
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -207,45 +208,55 @@ def _stretches(graph: Graph) -> Mapping[Node, int]:
 
 
 class _Growth:
-    """A region while it grows from one product."""
+    """A region while it grows from one product.
+
+    It ends as soon as something wide would have to enter or leave: from a wide value that an
+    attention reads it would go on through all layers behind.
+    """
 
     def __init__(self, local: TokenLocal, seed: Node) -> None:
         self.local = local
         self.alike = local.alike(seed)
         operands = local.lines.axes.ops[seed].call.operands
         self.narrow = max(map(local.width, operands))
-        self.nodes: set[Node] = set()
-        self.open: list[Node] = []
-        self._add(seed)
-        self.grow()
+        self.nodes: set[Node] = {seed}
+        self.is_none = False
+        self._grow(seed)
 
-    def grow(self) -> None:
-        while self.open:
-            node = self.open.pop()
-            for user in node.users:
-                if self._may_join(user):
-                    self._add(user)
+    def _grow(self, seed: Node) -> None:
+        """Breadth first: what ends it is near."""
+        todo = deque([seed])
+        while todo and not self.is_none:
+            node = todo.popleft()
+            joining = [n for n in self._next_to(node) if n not in self.nodes]
+            self.is_none = not all(map(self._fits, joining))
+            joining += [n for n in self._after_alias(node) if self._may_join(n)]
+            self.nodes.update(joining)
+            todo.extend(joining)
+
+    def _next_to(self, node: Node) -> Iterator[Node]:
+        """Calls that must be of the region as well: they make or read what is wide."""
+        if self.is_wide(node):
+            yield from (n for n in node.users if n.op != "output")
+        yield from filter(self.is_wide, node.all_input_nodes)
+
+    def _after_alias(self, node: Node) -> Iterator[Node]:
+        """What may go on from it: it is no call of its own."""
+        if self.local.is_alias(node) and not self.is_wide(node):
+            yield from node.users
+
+    def _fits(self, node: Node) -> bool:
+        return self.local.joins(node) and self.local.alike(node) == self.alike
 
     def _may_join(self, node: Node) -> bool:
-        return (
-            node not in self.nodes
-            and self.local.joins(node)
-            and self.local.alike(node) == self.alike
-        )
-
-    def _add(self, node: Node) -> None:
-        """A call, and those before it whose results are wide too."""
-        self.nodes.add(node)
-        if self.is_wide(node) or self.local.is_alias(node):
-            self.open.append(node)
-        for operand in node.all_input_nodes:
-            if self.is_wide(operand) and self._may_join(operand):
-                self._add(operand)
+        return node not in self.nodes and self._fits(node)
 
     def is_wide(self, node: Node) -> bool:
         return self.local.width(node) > self.narrow
 
     def region(self, deferrable: bool) -> Region | None:
+        if self.is_none:
+            return None
         self._close()
         self._take_sums()
         nodes = sorted(self.nodes, key=self.local.order.__getitem__)

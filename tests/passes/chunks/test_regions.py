@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ringfx.compile.pipeline import Lowered
 from ringfx.compile.settings import Settings
 from ringfx.errors import InvalidArgument
+from ringfx.passes.chunks.region import TokenLocal
 from ringfx.passes.rewrite import DeferredOutput
+from tests.end_to_end.models import llama, tokens
 from tests.models.wide import LOSSES, WideModel
 from tests.support.programs import lowered
 
@@ -105,6 +107,22 @@ class Projected(nn.Module):
 
 def test_a_fused_projection_to_attention_is_no_region() -> None:
     assert not program(Projected()).plan.chunks
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch, layers: int) -> int:
+    """How often it is asked whether a call may stand in a region."""
+    asked = []
+    usual = TokenLocal.joins
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenLocal, "joins", lambda self, n: asked.append(n) or usual(self, n))
+        lowered(llama(num_hidden_layers=layers)(), tokens(64), ranks=2, chunks="auto")
+    return len(asked)
+
+
+def test_regions_are_looked_for_in_time_linear_in_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From wide queries and keys a region would go on through all layers behind."""
+    few, many = (looked_at(monkeypatch, layers) for layers in (2, 8))
+    assert 0 < many <= 4.5 * few
 
 
 @pytest.mark.parametrize("value", ["some", 0, -3, True, 1.5, None])
