@@ -248,7 +248,7 @@ def _reason(
     offer: Candidates, chosen: Prediction, override: Override | None, gpu_memory: int | None
 ) -> str:
     reason = _reason_of_strategy(offer, chosen, override, gpu_memory)
-    if not chosen.head_groups:
+    if not chosen.head_groups or offer.local_only:
         return reason
     alike = [o for o in offer.options if o.strategy == chosen.strategy and not o.head_groups]
     why = "" if not alike else f", with {_more_memory(alike[0], chosen)} less"

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.compile.inductor_settings import inductor_settings
 from ringfx.compile.prefetch import overlap_states
+from ringfx.ir.token_place import TokenPlace
 from ringfx.ops.chunked import Body, body_of
 from ringfx.torch_compat.dynamo import aot_eager
 from ringfx.torch_compat.fake_tensors import (
@@ -61,19 +62,12 @@ def compile_bodies(bodies: Mapping[str, tuple[str, ...]], compiler: str) -> None
 
 
 def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
-    mode = detect_fake_mode([*body.given, *body.values]) or FakeTensorMode()
+    # A body is shared by equal programs: its own tensors may be of another one's mode.
+    mode = detect_fake_mode() or FakeTensorMode()
     with mode, torch.no_grad():
-        inputs = [
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            if place is None
-            else place.empty(x, tokens)
-            for x, place in zip(body.given, body.operands, strict=True)
-        ]
+        inputs = _without_values(body.given, body.operands, tokens)
         if what == "backward":
-            inputs += [
-                torch.empty_like(x) if place is None else place.empty(x, tokens)
-                for x, place in zip(body.values, body.results, strict=True)
-            ]
+            inputs += _without_values(body.values, body.results, tokens)
         traced: Callable[..., GraphModule] = make_fx(_function(body, what))
         program = traced(*inputs)
     if compiler != "inductor":
@@ -81,6 +75,18 @@ def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
     with torch.no_grad():
         settings = inductor_settings()
         return cast(Compiled, compiled_by_inductor(program, inputs, settings))
+
+
+def _without_values(
+    tensors: Sequence[torch.Tensor], places: Sequence[TokenPlace | None], tokens: int
+) -> list[torch.Tensor]:
+    """Parts of so many tokens, contiguous; what all tokens share is as it is."""
+    return [
+        torch.empty(
+            x.shape if place is None else place.shape(x, tokens), dtype=x.dtype, device=x.device
+        )
+        for x, place in zip(tensors, places, strict=True)
+    ]
 
 
 def _function(body: Body, what: str) -> Callable[..., Any]:

@@ -111,7 +111,7 @@ def _lowered(
         return _alive(captured, in_chunks, placement, states, state_ranks, settings, world)
 
     def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
-        in_chunks = all_sized(regions, lines, device, chunks)
+        in_chunks = all_sized(regions, lines, profile.device, chunks)
         alive = alive_with(in_chunks)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,

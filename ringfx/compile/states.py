@@ -312,10 +312,12 @@ class StandIns:
 
 def _without_memory(state: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     if state.device.type == "cpu" and UntouchedMemory.is_told():
-        memory = UntouchedMemory(state.shape, dtype)
-        made = nn.Parameter(memory.tensor)
-        setattr(made, _MEMORY_OF, memory)
-        return made
+        # A system that does not overcommit may have no addresses left for whole parameters.
+        with contextlib.suppress(OSError):
+            memory = UntouchedMemory(state.shape, dtype)
+            made = nn.Parameter(memory.tensor)
+            setattr(made, _MEMORY_OF, memory)
+            return made
     made = nn.Parameter(torch.empty(state.shape, dtype=dtype, device=state.device))
     made.untyped_storage().resize_(0)
     return made

@@ -29,9 +29,13 @@ class TokenPlace:
 
     def empty(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """As x, but of so many tokens."""
+        return x.new_empty(self.shape(x, tokens))
+
+    def shape(self, x: torch.Tensor, tokens: int) -> list[int]:
+        """That of x, but of so many tokens."""
         shape = list(x.shape)
         shape[self.dim] = self.outer * tokens * self.inner
-        return x.new_empty(shape)
+        return shape
 
     def write(self, whole: torch.Tensor, start: int, x: torch.Tensor) -> None:
         """Put the tokens of x into a contiguous tensor, from number ``start`` on."""

@@ -59,3 +59,9 @@ def test_asked_of_all_strategies_that_know_groups() -> None:
     assert {name: s.head_groups for name, s in asked.items()} == {
         "simple": 0, "collective": 4, "production": 4, "ulysses": 4,
     }  # fmt: skip
+
+
+def test_one_rank_has_no_use_for_groups() -> None:
+    asked = Settings.of({"head_groups": 4}).strategies
+    (layer,) = choose([LONG], world_size=1, profile=H100, strategies=asked)
+    assert layer.reason == "one rank: the local kernel"

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ringfx.compile.compilers import compile_bodies
 from ringfx.compile.pipeline import Lowered
 from ringfx.compile.settings import Settings
 from ringfx.errors import InvalidArgument
+from ringfx.ops.chunked import body_of
 from ringfx.passes.chunks.region import TokenLocal
 from ringfx.passes.rewrite import DeferredOutput
+from ringfx.torch_compat.fake_tensors import FakeTensorMode
 from tests.end_to_end.models import llama, tokens
 from tests.models.wide import LOSSES, WideModel
 from tests.support.programs import lowered
@@ -54,6 +57,14 @@ def test_mlps_and_losses_are_found_however_the_loss_is_spelled(loss: str) -> Non
 
 def test_equal_layers_share_one_body() -> None:
     assert len(program(WideModel()).local.bodies) == 2
+
+
+def test_a_body_is_compiled_within_whichever_program_asks_for_it_first() -> None:
+    """Equal programs share it: its own tensors without values may be those of another one."""
+    bodies = program(WideModel()).local.bodies
+    with FakeTensorMode():
+        compile_bodies(bodies, "aot_eager")
+    assert all((what, CHUNK) in body_of(key).compiled for key in bodies for what in bodies[key])
 
 
 def test_logits_that_are_returned_are_deferred() -> None:
