@@ -61,8 +61,10 @@ class Region:
 
     @property
     def is_loss(self) -> bool:
-        """Whether its gradients can be computed with its one result."""
-        return self.sums and len(self.leaving) == 1 and self.trains
+        """Whether its gradients can be computed with its one result: one number, whose own gradient
+        only scales them."""
+        is_one = len(self.leaving) == 1 and self.leaving[0].meta["val"].numel() == 1
+        return is_one and self.sums and self.trains
 
     @property
     def name(self) -> str:

@@ -119,7 +119,7 @@ def _run(variant: Variant, compare: bool, setup: Setup) -> dict[str, Any]:
     ours = _trained(setup.steps, variant, model, getattr(torch, variant.dtype), optimized)
     plan: Plan = getattr(optimized, "plan")  # noqa: B009
     found = _described(variant, plan)
-    return found | (_differences(ours, stock, variant, setup.steps) if compare else {})
+    return found | (_differences(ours, stock, variant, setup) if compare else {})
 
 
 def _trained(
@@ -176,9 +176,11 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
         return copied.to(torch.complex128 if copied.is_complex() else torch.float64)
 
 
-def _differences(ours: Results, model: nn.Module, variant: Variant, steps: int) -> dict[str, Any]:
-    dtype = variant.dtype
+def _differences(ours: Results, model: nn.Module, variant: Variant, setup: Setup) -> dict[str, Any]:
+    dtype, steps = variant.dtype, setup.steps
     stock = _trained(steps, variant, copy.deepcopy(model), getattr(torch, dtype))
+    if setup.compiler != "eager":
+        ours = _none_for_zeros(ours, stock)
     if variant.autocast:
         exact = _exact(variant, model, steps)
         return _worst_of_each(ours, stock, excesses(ours, stock, exact), set())
@@ -188,6 +190,16 @@ def _differences(ours: Results, model: nn.Module, variant: Variant, steps: int) 
     if far:
         rounded = excused(far, ours, stock, _exact(variant, model, steps), dtype)
     return _worst_of_each(ours, stock, found, rounded)
+
+
+def _none_for_zeros(ours: Results, stock: Results) -> Results:
+    """A parameter that leads to an unused result has no gradient in eager mode, and zeros in what
+    AOTAutograd compiled, with or without ringfx."""
+    kept = {
+        name: None if x is not None and stock.tensors.get(name) is None and not x.any() else x
+        for name, x in ours.tensors.items()
+    }
+    return replace(ours, tensors=kept)
 
 
 def _worst_of_each(

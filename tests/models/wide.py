@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LOSSES", "WideModel"]
+__all__ = ["LOSSES", "SEVERAL_NUMBERS", "WideModel"]
 
 VOCABULARY = 257
 
@@ -82,6 +82,17 @@ def summed(z: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(z.view(-1, z.shape[-1]), labels.view(-1), reduction="sum")
 
 
+def of_each_example(z: Tensor, labels: Tensor) -> Tensor:
+    """A sum over the tokens of each example, of which one counts more."""
+    losses = F.cross_entropy(z.transpose(1, 2), labels, reduction="none").sum(1)
+    return (losses * torch.tensor([1.0, 2.5], dtype=z.dtype)).mean()
+
+
+def pooled(z: Tensor, labels: Tensor) -> Tensor:
+    """The wide values themselves are averaged over the tokens."""
+    return F.cross_entropy(torch.tanh(z).mean(1), labels[:, 0])
+
+
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hugging face": hugging_face,
     "sliced": sliced,
@@ -93,7 +104,11 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "z-loss": with_z_loss,
     "by hand": by_hand,
     "summed": summed,
+    "of each example": of_each_example,
+    "pooled": pooled,
 }
+SEVERAL_NUMBERS = frozenset(["z-loss", "of each example", "pooled"])
+"""Losses of which the wide part leaves more than one number."""
 
 
 class WideModel(nn.Module):

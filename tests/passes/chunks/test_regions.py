@@ -17,7 +17,7 @@ from ringfx.passes.chunks.region import TokenLocal
 from ringfx.passes.rewrite import DeferredOutput
 from ringfx.torch_compat.fake_tensors import FakeTensorMode
 from tests.end_to_end.models import llama, tokens
-from tests.models.wide import LOSSES, WideModel
+from tests.models.wide import LOSSES, SEVERAL_NUMBERS, WideModel
 from tests.support.programs import lowered
 
 CHUNK = 3
@@ -47,7 +47,7 @@ def has_wide_values(made: Lowered) -> bool:
 def test_mlps_and_losses_are_found_however_the_loss_is_spelled(loss: str) -> None:
     made = program(WideModel(loss))
     assert names(made) == ["blocks.0", "blocks.1", "head"]
-    one_sum = loss != "z-loss"  # two sums: no gradient of one number
+    one_sum = loss not in SEVERAL_NUMBERS
     found = ["again", "again", "with it" if one_sum else "again"]
     assert [x.gradients for x in made.plan.chunks] == found
     assert calls(made)[2] == f"ringfx.chunked{'_loss' if one_sum else ''}.default"
