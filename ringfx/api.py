@@ -26,6 +26,7 @@ from ringfx.compile.states import cast_inputs, in_param_dtype, planned_states
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
+from ringfx.cost_model.choice.layers_again import Recompute
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
@@ -72,6 +73,7 @@ def optimize(
     shard_states: bool | DeviceMesh = False,
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
+    recompute: Recompute = "auto",
     head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -135,6 +137,10 @@ def optimize(
         what is wide (logits, an MLP's inner values) then exists for one chunk only. ``"auto"``:
         where nothing is computed again (losses), and everywhere if ``gpu_memory`` is exceeded
         otherwise; ``"all"``; ``"none"``; or a number of tokens for each chunk, everywhere.
+    recompute
+        Layers whose inner values are computed again in backward instead of kept; attention is run
+        once all the same. ``"auto"``: as many as ``gpu_memory`` demands; ``"layers"``: all;
+        ``"none"``. Layers that the model itself checkpoints stay as they are.
     head_groups
         Attention works through its heads in groups, so that what is gathered or exchanged exists
         for one group only. ``"auto"``: as many as cost no time, and more where ``gpu_memory`` is
@@ -173,6 +179,7 @@ def optimize(
             "shard_states": shard_states,
             "mp_policy": mp_policy,
             "chunks": chunks,
+            "recompute": recompute,
             "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,
@@ -233,6 +240,7 @@ def plan(
     shard_states: bool | int = False,
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
+    recompute: Recompute = "auto",
     head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -261,6 +269,7 @@ def plan(
             "shard_states": shard_states,
             "mp_policy": mp_policy,
             "chunks": chunks,
+            "recompute": recompute,
             "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,

@@ -19,7 +19,7 @@ FLOORS = (
     "passes.capture", "passes.axes", "passes.exprs", "passes.detect", "passes.masks",
     "passes.token_axes", "passes.normalize", "passes.split_modes", "passes.place", "passes.rewrite",
     "passes.verify", "passes.chunks", "passes",
-    "cost_model.peak_memory", "cost_model.choice",
+    "cost_model.peak_memory", "cost_model.step_time", "cost_model.choice",
     "cost_model.calibration", "cost_model",
     "split_tensor", "compile", "api", "report", "cli", "__init__", "__main__",
 )  # fmt: skip

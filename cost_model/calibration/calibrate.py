@@ -38,6 +38,13 @@ from ringfx.cost_model.calibration.measure_links import (
     measure_message,
     message_sizes,
 )
+from ringfx.cost_model.calibration.measure_operators import (
+    DIRECTIONS,
+    OperatorRates,
+    operator_rates,
+    product_dtypes,
+    product_row,
+)
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.devices import device_capability, device_name
@@ -81,6 +88,7 @@ class Measurements:
     """By kernel and direction."""
     contention_ns_per_byte: float
     noise: float
+    operators: OperatorRates
     capability: str = ""
     """The card's, such as 9.0."""
 
@@ -108,7 +116,9 @@ def calibrate(
 
 def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> Measurements:
     link, scope, per_node = _link(ranks)
-    steps = _Steps(progress, len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + 5)
+    products = [(dtype, way) for dtype in product_dtypes(device) for way in DIRECTIONS]
+    cases = len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + len(products)
+    steps = _Steps(progress, cases + 6)
     kernels = tuple(
         measure_kernel(device, case, effort)
         for case in steps.each(kernel_cases(device, effort), _kernel_words)
@@ -128,6 +138,12 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         for kernel in dict.fromkeys(case.kernel for case in kernel_cases(device, effort))
         for direction in get_args(Direction)
     }
+    rows = [
+        product_row(device, dtype, way, effort)
+        for dtype, way in steps.each(products, lambda x: f"matrix products, {x[0]}, {x[1]}")
+    ]
+    steps.next("other operators")
+    operators = operator_rates(rows, device, effort)
     steps.next("compute during communication")
     contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
     steps.next("noise: repeated measurements")
@@ -148,6 +164,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         masked_ns_per_pair=masked,
         contention_ns_per_byte=contention,
         noise=_noise(device, effort),
+        operators=operators,
         capability=device_capability(device),
     )
 
@@ -256,6 +273,12 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         fused_kernel=_fused(kernels),
         kernels=kernels,
         links=links,
+        products=measured.operators.products,
+        elementwise_gbytes_per_s=measured.operators.elementwise_gbytes_per_s,
+        elementwise_us=measured.operators.elementwise_us,
+        fused_gbytes_per_s=measured.operators.fused_gbytes_per_s,
+        fresh_ns_per_byte=measured.operators.fresh_ns_per_byte,
+        optimizer_gbytes_per_s=measured.operators.optimizer_gbytes_per_s,
         mask_ns_per_pair=round(measured.mask_ns_per_pair, 4),
         mask_us_per_tile=round(measured.mask_us_per_tile, 2),
         contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),

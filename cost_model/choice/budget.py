@@ -103,7 +103,7 @@ def _counts(groups: Sequence[Group], room: int) -> NDArray[np.int64] | None:
     """n(g, s) for all groups' options in one row; None if HiGHS finds no solution."""
     size = np.repeat([len(g.members) for g in groups], [len(g.menu) for g in groups])
     options = [option for group in groups for option in group.menu]
-    time = np.array([option.total_ms for option in options])
+    time = np.array([option.cost_ms for option in options])
     saved = np.array([option.saved_bytes for option in options]) / room
     workspace = np.array([option.workspace_bytes for option in options]) / room
     num = len(options)

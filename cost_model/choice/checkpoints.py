@@ -1,5 +1,6 @@
-"""Attention inside the user's checkpointed regions keeps its output, and no q, k and v.
+"""Attention in what is computed again keeps its output, and no q, k and v.
 
+That is so in the user's checkpointed regions, and in layers that a plan has computed again.
 Attention itself is not run again, since its messages would be sent again; what leads to its inputs
 is. They are then alive together with those of its neighbours in the region, while the backward of
 any of them runs: they count like workspace, which is reused from region to region.
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ringfx.cost_model.choice.budget import Menu
+from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.ir.values import AttentionSite
 
 __all__ = ["as_held"]
@@ -21,17 +23,23 @@ def as_held(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> list[Menu]
     regions = _again_by_region(sites, menus)
     return [
         tuple(
-            replace(
-                option,
-                saved_bytes=option.result_bytes,
-                workspace_bytes=option.workspace_bytes + regions[site.checkpoint],
-            )
-            for option in menu
+            _held(option, regions[site.checkpoint] if site.checkpoint else None) for option in menu
         )
-        if site.checkpoint
-        else menu
         for site, menu in zip(sites, menus, strict=True)
     ]
+
+
+def _held(option: Prediction, again: int | None) -> Prediction:
+    """``again``: what the inputs of a checkpointed region take, of attention in one."""
+    if again is None and option.recomputed:
+        again = option.saved_bytes - option.result_bytes
+    if again is None:
+        return replace(option, saved_bytes=option.saved_bytes + option.layer_bytes)
+    return replace(
+        option,
+        saved_bytes=option.result_bytes + option.layer_bytes,
+        workspace_bytes=option.workspace_bytes + again,
+    )
 
 
 def _again_by_region(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> Mapping[int, int]:
@@ -39,5 +47,6 @@ def _again_by_region(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> M
     regions: dict[int, int] = {}
     for site, menu in zip(sites, menus, strict=True):
         most = max((o.saved_bytes - o.result_bytes for o in menu), default=0)
-        regions[site.checkpoint] = regions.get(site.checkpoint, 0) + most
+        if site.checkpoint:
+            regions[site.checkpoint] = regions.get(site.checkpoint, 0) + most
     return regions

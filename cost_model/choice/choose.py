@@ -5,6 +5,9 @@ With t(l, s) the time of layer l under strategy s, and the peak over the moments
 
     minimise    sum over l of t(l, s_l)
     subject to  peak(s) <= budget
+
+With a budget a layer has more options than strategies: more groups of heads, and to be computed
+again in backward, attention apart, at the time that this takes.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from ringfx.cost_model.choice.infeasible import (
     longest_that_fits,
     refuse_hopeless,
 )
+from ringfx.cost_model.choice.layers_again import Recompute, with_recompute
 from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
+from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import flat
-from ringfx.ir.plan import REPLICATED, LayerPlan, MemoryTimeline
+from ringfx.ir.plan import REPLICATED, LayerPlan
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.head_groups import MOST_GROUPS
 from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
@@ -46,6 +51,7 @@ def choose(
     memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Mapping[int, str] = MappingProxyType({}),
+    recompute: Recompute = "auto",
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -63,6 +69,8 @@ def choose(
     replicated
         Sites (by their number) that no rank has a part of, and why: each runs whole on every rank,
         and takes the time and memory that it takes on one.
+    recompute
+        Which layers backward computes again, of those that ``memory`` says can be.
 
     Raises
     ------
@@ -79,7 +87,9 @@ def choose(
         more = 0 if gpu_memory is None else MOST_GROUPS
         return _offers(sites, world_size, profile, strategies, replicated, more)
 
-    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
+    problem = _problem(
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute
+    )
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
     picked = fitting.fastest(gpu_memory)
@@ -87,7 +97,7 @@ def choose(
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
     layers = [
-        _layer_plan(offer, _same_option(offer, menu[i]), override, gpu_memory)
+        _layer_plan(offer, menu[i], override, gpu_memory)
         for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
     ]
     for i, why in replicated.items():
@@ -130,17 +140,20 @@ def _problem(
     overrides: Sequence[Override | None],
     offers_at: Offers,
     replicated: Collection[int],
+    recompute: Recompute,
 ) -> Problem:
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
-        return [
+        menus = [
             _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
             for i, (offer, override) in enumerate(pairs)
         ]
+        return with_recompute(menus, sites, world_size, timeline, recompute)
 
+    timeline = flat(sites) if memory is None else memory
     return Problem(
         sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
-        memory=flat(sites) if memory is None else memory, replicated=frozenset(replicated),
+        memory=timeline, replicated=frozenset(replicated),
     )  # fmt: skip
 
 
@@ -155,6 +168,7 @@ def longest_fitting(
     memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Collection[int] = (),
+    recompute: Recompute = "auto",
 ) -> int:
     """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
     0: none."""
@@ -163,7 +177,9 @@ def longest_fitting(
     def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
         return _offers(sites, world_size, profile, strategies, replicated, MOST_GROUPS)
 
-    problem = _problem(sites, world_size, gpu_memory, memory, overrides, offers_at, replicated)
+    problem = _problem(
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute
+    )
     return longest_that_fits(problem, limit, world_size)
 
 
@@ -182,11 +198,6 @@ def _menu(offer: Candidates, override: Override | None, world_size: int) -> Menu
         local = tuple(o for o in offer.options if o.strategy == DEFAULT)
         return local or offer.options[:1]
     return offer.options
-
-
-def _same_option(offer: Candidates, picked: Prediction) -> Prediction:
-    wanted = picked.strategy, picked.head_groups
-    return next(x for x in offer.options if (x.strategy, x.head_groups) == wanted)
 
 
 def _refusal(offer: Candidates, override: Override) -> str:
@@ -241,6 +252,8 @@ def _layer_plan(
         own_queries=chosen.own_queries,
         gloss=chosen.gloss,
         head_groups=chosen.head_groups,
+        recomputed=chosen.recomputed,
+        again_ms=chosen.again_ms,
     )
 
 

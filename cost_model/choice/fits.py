@@ -14,8 +14,8 @@ from typing import TypeAlias
 from ringfx.cost_model.choice import budget
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.checkpoints import as_held
+from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import Peak, in_order, never_below, peak
-from ringfx.ir.plan import MemoryTimeline
 from ringfx.ir.values import AttentionSite
 
 __all__ = ["Fitting", "last_that_fits"]
@@ -49,7 +49,7 @@ class Fitting:
         """The choice that needs least."""
         alone = tuple(
             min(range(len(menu)), key=lambda i: menu[i].saved_bytes + menu[i].workspace_bytes)
-            for menu in self.menus
+            for menu in as_held(self.sites, self.menus)
         )
         together = budget.smallest(as_held(self.sites, self.menus))
         return min(alone, together, key=lambda picked: self.peak(picked).bytes)
@@ -82,7 +82,7 @@ class Fitting:
         return best
 
     def _time(self, picked: Picked) -> float:
-        return sum(menu[i].total_ms for menu, i in zip(self.menus, picked, strict=True))
+        return sum(menu[i].cost_ms for menu, i in zip(self.menus, picked, strict=True))
 
 
 def longest(sites: Sequence[AttentionSite]) -> int:

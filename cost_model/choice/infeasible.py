@@ -14,8 +14,15 @@ from ringfx.cost_model.choice.fits import Fitting, last_that_fits, longest
 from ringfx.cost_model.peak_memory.optimizers import state_bytes
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.errors import OutOfMemory, RingfxError
-from ringfx.ir.memory_timeline import Peak, in_order, outside_peak, peak, whole_bytes
-from ringfx.ir.plan import MemoryTimeline
+from ringfx.ir.memory_plan import MemoryTimeline
+from ringfx.ir.memory_timeline import (
+    Peak,
+    in_order,
+    least_peak,
+    never_below,
+    outside_peak,
+    whole_bytes,
+)
 from ringfx.ir.values import AttentionSite
 from ringfx.units.format import format_bytes
 
@@ -111,8 +118,8 @@ def refuse_hopeless(problem: Problem) -> None:
     seq_len, world_size = longest(problem.sites), problem.world_size
     if problem.budget is None:
         return
-    found = outside_peak(problem.memory, world_size=world_size, seq_len=seq_len)
-    if found.bytes > problem.budget:
+    if never_below(problem.memory, world_size=world_size, seq_len=seq_len) > problem.budget:
+        found = outside_peak(problem.memory, world_size=world_size, seq_len=seq_len)
         raise OutOfMemory(_text(problem, found, "outside attention alone"))
 
 
@@ -159,6 +166,7 @@ class _Kept:
     saved_bytes: int
     result_bytes: int
     workspace_bytes: int = 0
+    recomputed: bool = True
 
 
 def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:
@@ -179,11 +187,11 @@ def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:
                 result_bytes=local.result_bytes,
             )
         )
-    found = peak(
+    found = least_peak(
         problem.memory, in_order(problem.memory, sites, kept), world_size=world_size,
         seq_len=longest(sites),
     )  # fmt: skip
-    return found.bytes - problem.budget
+    return found - problem.budget
 
 
 def excess(problem: Problem, world_size: int, scale: float = 1.0) -> float:

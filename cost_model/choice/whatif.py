@@ -16,12 +16,15 @@ from ringfx.cost_model.choice.infeasible import scaled_site
 from ringfx.cost_model.choice.overrides import AUTO, StrategyChoice
 from ringfx.cost_model.prediction.outside_attention import outside_ms
 from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.step_time.step import attention_gflops
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.ir.layout import Layout
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.memory_timeline import in_order, memory_parts, peak
 from ringfx.ir.note import Note, NoteKind, noted
-from ringfx.ir.plan import MemoryPlan, Plan
-from ringfx.ir.values import TokenAxis
+from ringfx.ir.plan import Plan
+from ringfx.ir.step_time import StepTime
+from ringfx.ir.values import AttentionSite, TokenAxis
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.units.parse import MOST_RANKS, parse_bytes, parse_rate, parse_tokens
 
@@ -131,6 +134,7 @@ def replan(
     layers = choose(
         sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
         memory=plan.memory.timeline, strategies=strategies, replicated=replicated_layers(plan),
+        recompute=plan.recompute,
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     collectives = plan.collectives if same_program else ()
@@ -146,9 +150,27 @@ def replan(
         axes=tuple(_changed_axis(axis, scale, world_size) for axis in plan.axes),
         collectives=collectives,
         outside_ms=outside_ms(collectives, world_size, profile),
+        hidden_ms=plan.hidden_ms if same_program else 0.0,
+        step=_changed_step(plan, sites, scale, world_size),
         notes=tuple(dict.fromkeys((*notes, *(() if same_program else (NOT_DERIVED,))))),
     )
     return replace(changed, memory=changed_memory(changed, same_program))
+
+
+def _changed_step(
+    plan: Plan, sites: Sequence[AttentionSite], scale: float, world_size: int
+) -> StepTime | None:
+    """What runs outside attention, at the changed length and over the changed ranks."""
+    if plan.step is None:
+        return None
+    ranks = world_size / plan.world_size
+    return replace(
+        plan.step,
+        parts=tuple(part.scaled(scale, ranks) for part in plan.step.parts),
+        tokens=round(plan.step.tokens * scale),
+        attention_gflops=attention_gflops(sites, replicated_layers(plan), world_size),
+        by_block=plan.step.by_block if (scale, ranks) == (1.0, 1.0) else (),
+    )
 
 
 def replicated_layers(plan: Plan) -> Mapping[int, str]:
@@ -264,5 +286,5 @@ def longest_sequence(
     return longest_fitting(
         [layer.site for layer in plan.layers], world_size=plan.world_size, profile=profile,
         gpu_memory=plan.gpu_memory, limit=limit, strategy=strategy, memory=plan.memory.timeline,
-        strategies=strategies, replicated=replicated_layers(plan),
+        strategies=strategies, replicated=replicated_layers(plan), recompute=plan.recompute,
     )  # fmt: skip

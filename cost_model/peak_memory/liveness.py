@@ -12,7 +12,7 @@ when the backward reaches such a region, it runs again, and what it needs is ali
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import networkx as nx
 import torch
@@ -70,6 +70,10 @@ class Values:
     has_grad: frozenset[Node]
     region: Mapping[Node, int]
     """The checkpointed region that a node is run again with; nodes of none are missing."""
+    around: Mapping[Node, int] = field(default_factory=dict)
+    """For attentions the region around them, which they are not run again with."""
+    once: frozenset[Node] = frozenset()
+    """Values that regions hand on: they are never run again."""
     taken: frozenset[Node] = frozenset()
     """Whole masks and biases of which attention keeps its own queries' rows."""
 
@@ -132,6 +136,8 @@ def values_of(
         bytes=sizes,
         has_grad=frozenset(has_grad),
         region={node: region for node in nodes if (region := _region(node))},
+        once=frozenset(n for n in nodes if _checkpoint(n)),
+        around={n: n.meta.get("ac_graph_id", 0) for n in nodes if op_name(n) == "attention"},
     )
 
 
@@ -230,7 +236,7 @@ def kept_values(values: Values) -> frozenset[Node]:
         network.add_edge((node, "in"), (node, "out"), capacity=sizes[node])
         if node in values.region:
             network.add_edge((node, "in"), "needed")
-        elif op_name(node) in EXPENSIVE or _checkpoint(node):
+        elif op_name(node) in EXPENSIVE or node in values.once:
             network.add_edge("expensive", (node, "in"))
             continue
         for source in {values.owner[n] for n in node.all_input_nodes}:

@@ -204,13 +204,7 @@ def _logits_are_kept(loss: Node, values: Values, kept: frozenset[Node]) -> bool:
 
 def keeps_result(call: Node, values: Values) -> bool:
     """Whether the attention's q, k and v are computed again with their region."""
-    return _checkpointed(call) in values.region.values()
-
-
-def _checkpointed(call: Node) -> int:
-    """As ``AttentionSite.checkpoint``."""
-    region: int = call.meta.get("ac_graph_id", 0)
-    return region
+    return values.around.get(call, 0) in values.region.values()
 
 
 def _again(values: Values) -> Iterator[Held]:
@@ -238,7 +232,7 @@ def again_ranges(values: Values, calls: Collection[Node]) -> Iterator[tuple[Node
     ends = _region_ends(values)
     for i, node in enumerate(values.nodes):
         if node in calls and keeps_result(node, values):
-            yield node, i, max(i, ends.get(_checkpointed(node), i))
+            yield node, i, max(i, ends.get(values.around[node], i))
 
 
 def _needed(values: Values) -> frozenset[Node]:

@@ -50,6 +50,12 @@ class Prediction:
     """Both as the strategy says."""
     head_groups: int = 0
     """Groups of heads that were asked for; 0: as many as the strategy takes by itself."""
+    recomputed: bool = False
+    """Whether backward computes its layer again, attention apart."""
+    again_ms: float = 0.0
+    """What that takes."""
+    layer_bytes: int = 0
+    """What its layer keeps outside attention."""
 
     @property
     def strategy_words(self) -> str:
@@ -67,6 +73,11 @@ class Prediction:
     @property
     def total_ms(self) -> float:
         return self.forward_ms + self.backward_ms
+
+    @property
+    def cost_ms(self) -> float:
+        """With what is computed again: what choices compare."""
+        return self.total_ms + self.again_ms
 
     @property
     def compute_ms(self) -> float:

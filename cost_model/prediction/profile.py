@@ -49,6 +49,7 @@ __all__ = [
     "LinkRow",
     "MemoryRow",
     "OverheadRow",
+    "ProductRow",
     "Profile",
     "available_profiles",
     "check_profile",
@@ -93,6 +94,25 @@ class KernelRow:
     """What a (query, key) pair costs whatever the head dims: its part of the softmax."""
     masked_ns_per_pair: UnitCost = 0.0
     """What a pair costs more where the kernel reads a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRow:
+    """Time of a matrix product: call_us / 1e6 + flops / (gflops * 1e9) + bytes * ns_per_byte / 1e9.
+
+    Backward: of the two products for the gradients of both factors, on average.
+    """
+
+    dtype: FloatDtype
+    direction: Direction
+    call_us: UnitCost
+    gflops: Rate
+    """That large products reach."""
+    origin: SomeText
+    ns_per_byte: UnitCost = 0.0
+    """Of factors and result."""
+    peak_gflops: Rate | None = None
+    """The device's own peak in this type, that shares of it are told of; None: ``gflops``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +178,18 @@ class Profile:
     """The kernel whose rows stand in for one that has none."""
     kernels: tuple[KernelRow, ...]
     links: tuple[LinkRow, ...]
+    products: tuple[ProductRow, ...] = ()
+    """Empty: attention's kernel stands in."""
+    elementwise_gbytes_per_s: Rate | None = None
+    """What operators that are no products read and write; None: as ``memory_gbytes_per_s``."""
+    fused_gbytes_per_s: Rate | None = None
+    """What kernels of Inductor read and write; None: as ``elementwise_gbytes_per_s``."""
+    elementwise_us: UnitCost = 0.0
+    """What such an operator costs however small it is."""
+    fresh_ns_per_byte: UnitCost = 0.0
+    """What a byte of a large new tensor costs more: pages that the system gives on first touch."""
+    optimizer_gbytes_per_s: Rate | None = None
+    """What an optimizer's step reads and writes; None: as ``memory_gbytes_per_s``."""
     mask_ns_per_pair: UnitCost = 0.0
     """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
     mask_us_per_tile: UnitCost = 0.0
@@ -199,6 +231,18 @@ class Profile:
     def _kernel_rows(self, name: str, direction: Direction) -> Iterable[KernelRow]:
         return (r for r in self.kernels if r.kernel == name and r.direction == direction)
 
+    def product(self, dtype: str, direction: Direction) -> ProductRow:
+        """The row of products in this type, or another; without any, at the speed of attention's
+        kernel (``missing_rows`` says so)."""
+        rows = {row.dtype: row for row in self.products if row.direction == direction}
+        if rows:
+            return rows.get(dtype) or rows.get("float32") or next(iter(rows.values()))
+        row = self.kernel(self.fused_kernel, dtype, direction)
+        return ProductRow(
+            dtype=dtype, direction=direction, call_us=row.call_us, gflops=row.gflops,
+            origin="as attention's kernel",
+        )  # fmt: skip
+
     def overhead_us(self, strategy: str, direction: Direction) -> float:
         """Of a layer under a strategy; of one that nobody measured, that of the most expensive.
 
@@ -228,9 +272,16 @@ class Profile:
     def missing_rows(self, dtypes: Iterable[str]) -> tuple[str, ...]:
         """One note for each dtype that is predicted with another dtype's figures."""
         known = {row.dtype for row in self.kernels}
-        return tuple(
+        missing = tuple(
             f"profile {self.name} has no {dtype} kernels: float32 figures are used instead"
             for dtype in sorted(set(dtypes) - known)
+        )
+        if self.products:
+            return missing
+        return (
+            *missing,
+            f"profile {self.name} has no matrix products: attention's kernel stands in for them;"
+            " `ringfx calibrate` measures them",
         )
 
 

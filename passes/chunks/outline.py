@@ -34,6 +34,15 @@ class Outlined:
     captured: Captured
     original: Mapping[Node, Node]
     """Node of the copy -> of the captured program; calls of regions have none."""
+    regions: Mapping[Node, tuple[Node, ...]]
+    """Call of a region -> its nodes of the captured program."""
+
+    def originals(self, node: Node) -> tuple[Node, ...]:
+        """The nodes of the captured program that one of the copy stands for."""
+        if node in self.regions:
+            return self.regions[node]
+        found = self.original.get(node)
+        return () if found is None else (found,)
 
     def of_original(self, ask: Callable[[Node], Any], other: Any) -> Callable[[Node], Any]:
         """A question about nodes of the captured program, asked about the copy's."""
@@ -62,6 +71,7 @@ class _Outliner:
         self.made: dict[Node, Node] = {}
         self.region_of = {n: x for x in regions for n in x.region.nodes}
         self.original: dict[Node, Node] = {}
+        self.regions: dict[Node, tuple[Node, ...]] = {}
 
     def run(self) -> Outlined:
         for node in self.captured.graph_module.graph.nodes:
@@ -75,7 +85,7 @@ class _Outliner:
             self.original[self.made[node]] = node
         module = GraphModule(self.captured.graph_module, self.graph, "RingfxOutlined")
         captured = replace(self.captured, graph_module=module)
-        return Outlined(captured=captured, original=self.original)
+        return Outlined(captured=captured, original=self.original, regions=self.regions)
 
     def _of(self, value: Node) -> Node:
         if value not in self.made:
@@ -96,6 +106,7 @@ class _Outliner:
         call.meta["val"] = tuple(n.meta["val"] for n in region.leaving)
         call.meta["ringfx_path"] = region.name
         call.meta["ringfx_chunked"] = _held(found)
+        self.regions[call] = region.nodes
         for i, value in enumerate(region.leaving):
             item = self.graph.call_function(operator.getitem, (call, i))
             item.meta = dict(value.meta)

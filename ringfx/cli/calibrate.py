@@ -98,6 +98,11 @@ def _summary(profile: Profile, path: Path) -> str:
         for row in profile.kernels
     ]
     lines += [
+        f"  products, {row.dtype} {row.direction}: {row.gflops:,.0f} GFLOP/s,"
+        f" {row.call_us:.0f} us a call"
+        for row in profile.products
+    ]
+    lines += [
         f"  {row.operation}: {row.gbytes_per_s:.2f} GB/s, {row.latency_us:.0f} us"
         for row in profile.links
     ]

@@ -153,6 +153,13 @@ Chunks = Annotated[
     ),
 ]
 
+Recompute = Annotated[
+    str,
+    _plan(
+        help="Layers that backward computes again instead of keeping them: auto (as many as "
+        "--gpu-memory demands), layers (all), none."
+    ),
+]
 HeadGroups = Annotated[
     str,
     _plan(

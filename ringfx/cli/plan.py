@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from ringfx.cost_model import (
     parse_bytes,
     parse_tokens,
 )
+from ringfx.cost_model.choice.layers_again import Recompute
 from ringfx.cost_model.choice.whatif import (
     Change,
     longest_sequence,
@@ -64,6 +65,7 @@ class Request:
     shard_states: bool | int = False
     param_dtype: str | None = None
     chunks: str = "auto"
+    recompute: str = "auto"
     head_groups: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -168,6 +170,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--shard-states": request.shard_states is not False,
         "--param-dtype": request.param_dtype is not None,
         "--chunks": request.chunks != "auto",
+        "--recompute": request.recompute != "auto",
         "--head-groups": request.head_groups != "auto",
     }
 
@@ -219,6 +222,7 @@ def _made(request: Request) -> Plan:
                 shard_states=request.shard_states,
                 mp_policy=_mp_policy(request.param_dtype),
                 chunks=_number_or_name(request.chunks),
+                recompute=cast(Recompute, request.recompute),
                 head_groups=_number_or_name(request.head_groups),
                 strategies=request.strategies,
                 rules=request.rules,

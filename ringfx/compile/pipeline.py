@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
@@ -25,10 +25,13 @@ from ringfx.cost_model import (
     unmeasured,
     unpriced,
 )
-from ringfx.cost_model.peak_memory.peak import Alive
+from ringfx.cost_model.peak_memory.alive import Alive
+from ringfx.cost_model.step_time.step import Timed, attention_gflops, optimizer_parts, timed
 from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.note import NoteKind, noted
-from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
+from ringfx.ir.plan import LayerPlan, Plan
+from ringfx.ir.step_time import StepTime
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import Arrival, AttentionSite, Captured, InChunks, Sites, TokenAxis
 from ringfx.passes.axes import AxisMap
@@ -38,6 +41,7 @@ from ringfx.passes.capture import capture
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.chunks import find_regions, outlined, run_in_chunks
+from ringfx.passes.chunks.outline import Outlined
 from ringfx.passes.chunks.sizes import Chunks, Sized, all_sized
 from ringfx.passes.place import PlacementMap, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
@@ -107,20 +111,32 @@ def _lowered(
 
     states = sharded_states(captured) if state_ranks.ranks > 1 else ()
 
-    def alive_with(in_chunks: Sequence[Sized]) -> Alive:
-        return _alive(captured, in_chunks, placement, states, state_ranks, settings, world)
+    time = _timed(captured, placement, profile, settings)
 
-    def planned(chunks: Chunks) -> tuple[tuple[Sized, ...], Alive, tuple[LayerPlan, ...]]:
+    def alive_with(in_chunks: Sequence[Sized]) -> tuple[Alive, Outlined]:
+        outline = outlined(captured, in_chunks)
+        alive = _alive(outline, placement, states, state_ranks, time, settings, world)
+        return alive, outline
+
+    def planned(chunks: Chunks) -> Planned:
         in_chunks = all_sized(regions, lines, profile.device, chunks)
-        alive = alive_with(in_chunks)
+        alive, outline = alive_with(in_chunks)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
-            replicated=whole,
+            replicated=whole, recompute=settings.recompute,
         )  # fmt: skip
-        return in_chunks, alive, layers
+        again_ms = (
+            sum(time.again(x.region.nodes).total_ms for x in _again(in_chunks)) if time else 0.0
+        )
+        return Planned(
+            in_chunks=in_chunks, alive=alive, outline=outline, layers=layers,
+            cost_ms=again_ms + sum(x.total_ms + x.again_ms for x in layers),
+        )  # fmt: skip
 
-    in_chunks, alive, layers = _with_more_chunks(planned, settings)
+    made = _with_more_chunks(planned, settings)
+    alive, layers = made.alive, made.layers
+    alive.tag(layers, made.outline.originals)
 
     chosen = {
         x.site.node: settings.strategies[x.strategy].in_groups(x.head_groups)
@@ -134,13 +150,14 @@ def _lowered(
     )  # fmt: skip
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
-    local, done = run_in_chunks(local, in_chunks, captured.needs_grad)
-    if len(done) < len(in_chunks):
-        alive = alive_with(done)
+    local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
+    if len(done) < len(made.in_chunks):
+        alive, _ = alive_with(done)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
-    plan = replace(plan, chunks=tuple(map(_in_chunks, done)))
+    step = _step_time(time, captured, done, layers, states, state_ranks, settings)
+    plan = replace(plan, chunks=tuple(map(_in_chunks, done)), step=step)
     return Lowered(
         captured=captured,
         plan=plan,
@@ -151,18 +168,45 @@ def _lowered(
     )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Planned:
+    """A choice for all layers, with some regions in chunks."""
+
+    in_chunks: tuple[Sized, ...]
+    alive: Alive
+    outline: Outlined
+    layers: tuple[LayerPlan, ...]
+    cost_ms: float
+    """Of attention and of what is computed again."""
+
+    @property
+    def computes_again(self) -> bool:
+        return any(x.recomputed for x in self.layers)
+
+
+def _again(in_chunks: Sequence[Sized]) -> Sequence[Sized]:
+    """Regions that backward computes again."""
+    return [x for x in in_chunks if x.region.trains and not x.region.is_loss]
+
+
 def _alive(
-    captured: Captured,
-    regions: Sequence[Sized],
+    outline: Outlined,
     placement: PlacementMap,
     states: Sequence[int],
     state_ranks: StateRanks,
+    time: Timed | None,
     settings: Settings,
     world: World,
 ) -> Alive:
-    """What is alive when, with these regions in chunks."""
-    outline, lines = outlined(captured, regions), placement.lines
+    """What is alive when, with some regions in chunks."""
+    lines = placement.lines
     carries = placement.is_sharded if world.size > 1 else lines.carries_one
+
+    def again_ms(nodes: Collection[Node]) -> float:
+        assert time is not None
+        originals = [x for n in nodes for x in outline.originals(n)]
+        return world.size * time.again(originals).total_ms
+
     return alive_in(
         outline.captured,
         carries_tokens=outline.of_original(carries, False),
@@ -172,7 +216,43 @@ def _alive(
         compiler=settings.compiler,
         states=states,
         state_ranks=state_ranks,
+        again_ms=again_ms if time and settings.recompute != "none" else None,
     )
+
+
+def _timed(
+    captured: Captured, placement: PlacementMap, profile: Profile, settings: Settings
+) -> Timed | None:
+    """What every operator takes; None where the profile does not know."""
+    lines = placement.lines
+    ranks = max((line.layout.world_size for line in lines.lines), default=1)
+    return timed(
+        captured, carries_tokens=placement.is_sharded if ranks > 1 else lines.carries_one,
+        power=lines.power, world_size=ranks, profile=profile, compiler=settings.compiler,
+    )  # fmt: skip
+
+
+def _step_time(
+    time: Timed | None,
+    captured: Captured,
+    in_chunks: Sequence[Sized],
+    layers: Sequence[LayerPlan],
+    states: Sequence[int],
+    state_ranks: StateRanks,
+    settings: Settings,
+) -> StepTime | None:
+    """What a step takes outside attention."""
+    if time is None:
+        return None
+    further = optimizer_parts(
+        captured, optimizer=settings.optimizer, states=states, state_ranks=state_ranks,
+        profile=time.profile,
+    )  # fmt: skip
+    again = [time.again(x.region.nodes) for x in _again(in_chunks)]
+    sites = [layer.site for layer in layers]
+    whole = {i for i, layer in enumerate(layers) if layer.is_replicated}
+    step = time.step(sites, [*further, *again])
+    return replace(step, attention_gflops=attention_gflops(sites, whole, time.world_size))
 
 
 def _may_defer(captured: Captured, settings: Settings, world: World) -> bool:
@@ -181,17 +261,18 @@ def _may_defer(captured: Captured, settings: Settings, world: World) -> bool:
     return world.size > 1 and settings.outputs == "global" and not broken
 
 
-P = TypeVar("P")
-
-
-def _with_more_chunks(planned: Callable[[Chunks], P], settings: Settings) -> P:
-    """The plan with as few regions in chunks as fit the memory."""
-    try:
+def _with_more_chunks(planned: Callable[[Chunks], Planned], settings: Settings) -> Planned:
+    """The plan with as few regions in chunks as fit the memory; where layers would be computed
+    again for it, the cheaper of both."""
+    if settings.chunks != "auto":
         return planned(settings.chunks)
+    try:
+        few = planned("auto")
     except OutOfMemory:
-        if settings.chunks != "auto":
-            raise
-    return planned("all")
+        return planned("all")
+    if not few.computes_again:
+        return few
+    return min(few, planned("all"), key=lambda made: made.cost_ms)
 
 
 def _plan_of(
@@ -223,7 +304,7 @@ def _plan_of(
         layers=layers, declined=sites.declined, missed=attentions.missed,
         attentions=attentions.count, axes=_token_axes(local), collectives=local.collectives,
         outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
-        hidden_ms=hidden,
+        hidden_ms=hidden, optimizer=str(settings.optimizer), recompute=settings.recompute,
         notes=(
             *noted(about_profile, NoteKind.PROFILE),
             *noted(unknown),

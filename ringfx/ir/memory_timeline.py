@@ -8,19 +8,20 @@ the program b(m, i) bytes of a term i that grows with the d(i)-th power of the l
                           + rows of masks, or masks
 
 So a plan that keeps b answers for all of them alike, and moments that never are the largest are
-left out (``pruned``).
+left out (``pruned``). Where segments may be computed again, a moment leaves out what the segments
+before its own keep: that is added for the segments as they were chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from ringfx.ir.plan import (
+from ringfx.ir.memory_plan import (
     MemoryLayer,
     MemoryMask,
     MemoryMoment,
@@ -32,9 +33,8 @@ from ringfx.ir.values import AttentionSite
 
 __all__ = [
     "AGAIN_FOR_ATTENTION", "CAUSES", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES",
-    "ONLY_OF_SEVERAL", "REUSE",
-    "ROWS", "WORKSPACE", "Peak", "flat", "in_order", "memory_parts", "never_below", "outside_peak",
-    "peak", "pruned", "whole_bytes",
+    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "Peak", "flat", "in_order", "kept_bytes",
+    "least_peak", "memory_parts", "never_below", "outside_peak", "peak", "pruned", "whole_bytes",
 ]  # fmt: skip
 
 GIVEN = "dense input masks"
@@ -89,6 +89,8 @@ class Held(Protocol):
     def workspace_bytes(self) -> int: ...
     @property
     def own_queries(self) -> bool: ...
+    @property
+    def recomputed(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +113,53 @@ def peak(
     Parameters
     ----------
     layers
-        What each layer of the timeline holds, in its order; None: nothing.
+        What each layer of the timeline holds, in its order, and whether its segment is computed
+        again; None: nothing, and it is.
     """
     at = _At(timeline, layers, world_size, seq_len)
-    largest = max(range(len(timeline.moments)), key=at.total)
+    largest = max(at.there(), key=at.total)
     return Peak(moment=timeline.moments[largest], causes=at.causes(largest))
+
+
+def least_peak(
+    timeline: MemoryTimeline, layers: Sequence[Held | None], *, world_size: int, seq_len: int
+) -> int:
+    """Bytes that no choice of segments goes below: each of them as if all before it were computed
+    again, itself as it holds less."""
+    at = _At(timeline, [None if x is None else _Again(x) for x in layers], world_size, seq_len)
+    largest: dict[tuple[int, str], int] = {}
+    for i, moment in enumerate(timeline.moments):
+        key = moment.segments, moment.mode
+        largest[key] = max(largest.get(key, 0), at.total(i))
+    least: dict[tuple[int, bool], int] = {}
+    for (segments, mode), size in largest.items():
+        place = segments, mode == ""
+        least[place] = min(least.get(place, size), size)
+    return max(least.values(), default=0)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A layer as its segment is computed again."""
+
+    held: Held
+    recomputed: bool = True
+
+    @property
+    def saved_bytes(self) -> int:
+        return self.held.saved_bytes
+
+    @property
+    def result_bytes(self) -> int:
+        return self.held.result_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.held.workspace_bytes
+
+    @property
+    def own_queries(self) -> bool:
+        return self.held.own_queries
 
 
 def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
@@ -150,7 +194,17 @@ def outside_peak(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> 
 
 def never_below(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> int:
     """A bound that no choice of strategies goes below."""
-    return outside_peak(timeline, world_size=world_size, seq_len=seq_len).bytes
+    nothing = [None] * len(timeline.layers)
+    return least_peak(timeline, nothing, world_size=world_size, seq_len=seq_len)
+
+
+def kept_bytes(
+    timeline: MemoryTimeline, number: int, *, again: bool, world_size: int, seq_len: int
+) -> int:
+    """What a segment keeps outside attention."""
+    segment = timeline.segments[number]
+    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
+    return sum(at.scaled(segment.kept_again if again else segment.kept))
 
 
 def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
@@ -180,7 +234,17 @@ class _At:
         self._timeline, self._layers = timeline, layers
         self._world_size, self._seq_len = world_size, seq_len
         self._factors = [self._factor(term) for term in timeline.terms]
-        kept = (self._kept(x, held) for x, held in zip(timeline.layers, layers, strict=True))
+        self._again_of = [
+            held is None or held.recomputed
+            for held in (layers[segment.layer] for segment in timeline.segments)
+        ]
+        self._is_again = {
+            segment.layer
+            for segment, again in zip(timeline.segments, self._again_of, strict=True)
+            if again
+        }
+        self._before = self._kept_before()
+        kept = (self._kept(i, held) for i, held in enumerate(layers))
         self._kept_so_far = [0, *accumulate(kept)]
         takes = [world_size > 1 and self._takes_rows(mask) for mask in timeline.masks]
         pairs = list(zip(timeline.masks, takes, strict=True))
@@ -207,10 +271,30 @@ class _At:
         over, under = self._factor(MemoryTerm(cause="", tokens=tokens, is_split=split))
         return -(-size * over // under)
 
-    def _kept(self, layer: MemoryLayer, held: Held | None) -> int:
+    def there(self) -> Iterator[int]:
+        """The moments that there are, by number."""
+        for i, moment in enumerate(self._timeline.moments):
+            if not moment.mode or self._again_of[moment.segments] is (moment.mode == "again"):
+                yield i
+
+    def scaled(self, sizes: Sequence[int]) -> list[int]:
+        """Bytes of each term on one rank."""
+        pairs = zip(sizes, self._factors, strict=True)
+        return [-(-size * over // under) for size, (over, under) in pairs]
+
+    def _kept_before(self) -> list[list[int]]:
+        """Of each term, what the first segments keep: of none, of one, of two."""
+        found = [[0] * len(self._timeline.terms)]
+        for segment, again in zip(self._timeline.segments, self._again_of, strict=True):
+            own = self.scaled(segment.kept_again if again else segment.kept)
+            found.append([a + b for a, b in zip(found[-1], own, strict=True)])
+        return found
+
+    def _kept(self, number: int, held: Held | None) -> int:
         if held is None:
             return 0
-        return held.result_bytes if layer.keeps_result else held.saved_bytes
+        is_again = self._timeline.layers[number].keeps_result or number in self._is_again
+        return held.result_bytes if is_again else held.saved_bytes
 
     def _takes_rows(self, mask: MemoryMask) -> bool:
         readers = [self._layers[i] for i in mask.readers]
@@ -230,12 +314,13 @@ class _At:
     def causes(self, index: int) -> Mapping[str, int]:
         moment = self._timeline.moments[index]
         found: dict[str, int] = {}
-        for term, size, (over, under) in zip(
-            self._timeline.terms, moment.bytes, self._factors, strict=True
+        before = self._before[moment.segments]
+        for term, own, kept in zip(
+            self._timeline.terms, self.scaled(moment.bytes), before, strict=True
         ):
-            if size:
+            if own + kept:
                 cause = self._name(term)
-                found[cause] = found.get(cause, 0) + -(-size * over // under)
+                found[cause] = found.get(cause, 0) + own + kept
         found[KEPT] = found.get(KEPT, 0) + self._masks_so_far[moment.masks]
         found[ROWS] = self._rows
         found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers]
@@ -281,9 +366,18 @@ def flat(
 def pruned(terms: Sequence[MemoryTerm], moments: Sequence[MemoryMoment]) -> list[int]:
     """Numbers of the moments that can be the largest, in order.
 
-    One is never larger than another that has no less of any term that grows alike, as many layers
-    and masks before it and the same layers at work.
+    One is never larger than another of the same segment and mode that has no less of any term that
+    grows alike, as many layers and masks before it and the same layers at work.
     """
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, moment in enumerate(moments):
+        groups.setdefault((moment.segments, moment.mode), []).append(i)
+    return sorted(
+        group[i] for group in groups.values() for i in _largest(terms, [moments[j] for j in group])
+    )
+
+
+def _largest(terms: Sequence[MemoryTerm], moments: Sequence[MemoryMoment]) -> list[int]:
     classes = sorted({_class(term) for term in terms})
     columns = [[i for i, term in enumerate(terms) if _class(term) == c] for c in classes]
     sizes = np.array([m.bytes for m in moments], np.int64).reshape(len(moments), len(terms))
@@ -299,7 +393,7 @@ def pruned(terms: Sequence[MemoryTerm], moments: Sequence[MemoryMoment]) -> list
         above = (table[kept] >= table[i]).all(1) if kept else np.zeros(0, bool)
         if not any(_covers(moments[kept[j]], moments[i]) for j in np.flatnonzero(above)):
             kept.append(int(i))
-    return sorted(kept)
+    return kept
 
 
 def _class(term: MemoryTerm) -> tuple[int, bool, bool]:

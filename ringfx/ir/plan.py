@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.note import Note
+from ringfx.ir.step_time import StepTime
 from ringfx.ir.values import AttentionSite, Collective, Declined, InChunks, TokenAxis
 from ringfx.validation.fields import (
     STRICT,
@@ -27,20 +29,15 @@ from ringfx.validation.fields import (
     Kernels,
     Milliseconds,
     Name,
-    Power,
     Ranks,
     SomeText,
     Text,
-    Tokens,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = [
-    "REPLICATED", "SCHEMA_VERSION", "LayerPlan", "MemoryLayer", "MemoryMask", "MemoryMoment",
-    "MemoryPart", "MemoryPlan", "MemoryTerm", "MemoryTimeline", "Plan", "joined",
-]  # fmt: skip
+__all__ = ["REPLICATED", "SCHEMA_VERSION", "LayerPlan", "Plan", "joined"]
 
 SCHEMA_VERSION = 3
 
@@ -83,6 +80,10 @@ class LayerPlan:
     head_groups: Count = 0
     """Groups of heads that the strategy is asked for, one after the other; 0: as it takes by
     itself."""
+    recomputed: bool = False
+    """Whether backward computes its layer again, attention apart, instead of keeping it."""
+    again_ms: Milliseconds = 0.0
+    """What that takes."""
     axis: Text = ""
     """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
@@ -122,113 +123,8 @@ class LayerPlan:
         return self.forward_ms + self.backward_ms
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryPart:
-    """One cause of memory use on one rank, at the moment of the peak."""
-
-    cause: SomeText
-    bytes: Bytes
-    kind: Literal["whole", "replicated", "split", "attention"]
-    """whole: the same with any number of ranks; replicated: activations of which every rank has
-    all; split: falls with the ranks; attention: of the layers."""
-    detail: Text = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryTerm:
-    """Bytes of one cause that grow alike."""
-
-    cause: SomeText
-    tokens: Power
-    """The power of the sequence's length that they grow with."""
-    is_split: bool
-    """Whether each rank holds its share of them, or all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryMoment:
-    """A point of the program at which the peak may lie: of this length and number of ranks, or of
-    others."""
-
-    operator: Text
-    """What runs there."""
-    where: Text
-    """Its module path."""
-    bytes: tuple[Bytes, ...]
-    """Of each term of the timeline, of all ranks together."""
-    layers: Count
-    """Attention layers that keep tensors there: so many of the first."""
-    masks: Count
-    """Whole masks that are kept there: so many of the first."""
-    working: tuple[Count, ...]
-    """Layers whose workspace may be held there, by number."""
-    again: tuple[Count, ...]
-    """Layers whose inputs are there again for a checkpoint, by number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryLayer:
-    """An attention layer as the timeline counts it."""
-
-    node: SomeText
-    """Of its site."""
-    keeps_result: bool
-    """Whether it keeps its result alone: its inputs are computed again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryMask:
-    """A whole mask or bias of which each rank takes its queries' rows, where it computes those."""
-
-    bytes: Bytes
-    tokens: Power
-    """The power of the sequence's length that they grow with."""
-    readers: tuple[Count, ...]
-    """Layers that read it, by number."""
-    is_kept: bool
-    """Whether it is kept for backward where no rows are taken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryTimeline:
-    """What is alive when, as far as any peak depends on it: ``ringfx/ir/memory_timeline.py``."""
-
-    seq_len: Tokens
-    """The longest sequence of its attentions, for which the bytes are counted."""
-    terms: tuple[MemoryTerm, ...]
-    moments: tuple[MemoryMoment, ...]
-    layers: tuple[MemoryLayer, ...]
-    masks: tuple[MemoryMask, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """What the peak of one rank's memory is made of, as far as it is known."""
-
-    parts: tuple[MemoryPart, ...] = ()
-    by_block: tuple[tuple[Text, Bytes], ...] = ()
-    """Activations, their gradients and attention at the peak: bytes by block of the model."""
-    over_program: tuple[Bytes, ...] = ()
-    """The largest sum in each of some equal stretches of the program, in its order: of a step that
-    trains, while the backward passes the stretch."""
-    unknown: tuple[Text, ...] = ()
-    """Causes that the prediction leaves out, in words; empty when it is complete."""
-    timeline: MemoryTimeline | None = None
-    """What the peak is taken from, again for another length, number of ranks or strategies."""
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
-
-    @property
-    def whole_bytes(self) -> int:
-        """Outside attention: what stays the same with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
-
-    @property
-    def split_bytes(self) -> int:
-        """Outside attention: what falls with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind == "split")
+NO_MEMORY = MemoryPlan()
+"""Nothing is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,12 +153,18 @@ class Plan:
     collectives: tuple[Collective, ...] = ()
     chunks: tuple[InChunks, ...] = ()
     """Parts that run in chunks of tokens, in program order."""
-    memory: MemoryPlan = MemoryPlan()
+    memory: MemoryPlan = NO_MEMORY
     notes: tuple[Note, ...] = ()
     outside_ms: Milliseconds = 0.0
     """Predicted time of the messages outside attention of one step, as if nothing hid them."""
     hidden_ms: Milliseconds = 0.0
     """Of it what attention's compute hides at least: messages of sharded states."""
+    step: StepTime | None = None
+    """What a step takes outside attention; None: the profile does not know."""
+    optimizer: Text = ""
+    """Whose state and time are counted; empty: nobody said."""
+    recompute: Literal["auto", "none", "layers"] = "auto"
+    """Which layers might be computed again; ``LayerPlan.recomputed`` says which are."""
     profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
@@ -313,6 +215,20 @@ class Plan:
         return sum(layer.total_ms for layer in self.layers)
 
     @property
+    def step_ms(self) -> float | None:
+        """Predicted wall time of a whole step on one rank; None: the profile does not know what
+        runs outside attention."""
+        if self.step is None:
+            return None
+        messages_ms = max(0.0, self.outside_ms - self.hidden_ms)
+        return self.step.total_ms + self.total_ms + self.again_ms + messages_ms
+
+    @property
+    def again_ms(self) -> float:
+        """What computing layers again takes in a step."""
+        return sum(layer.again_ms for layer in self.layers)
+
+    @property
     def num_collectives(self) -> int:
         """Messages of one step outside attention, forward and backward."""
         return len(self.collectives)
@@ -326,7 +242,7 @@ class Plan:
     def saved_bytes(self) -> int:
         """What attention keeps from forward to backward; of checkpointed layers the results."""
         return sum(
-            layer.result_bytes if layer.site.checkpoint else layer.saved_bytes
+            layer.result_bytes if layer.site.checkpoint or layer.recomputed else layer.saved_bytes
             for layer in self.layers
         )
 
@@ -338,7 +254,12 @@ class Plan:
             region = layer.site.checkpoint
             again = layer.saved_bytes - layer.result_bytes if region else 0
             regions[region] = regions.get(region, 0) + again
-        held = (layer.workspace_bytes + regions[layer.site.checkpoint] for layer in self.layers)
+        held = (
+            layer.workspace_bytes
+            + regions[layer.site.checkpoint]
+            + (layer.saved_bytes - layer.result_bytes if layer.recomputed else 0)
+            for layer in self.layers
+        )
         return max(held, default=0)
 
     @property
@@ -459,6 +380,7 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
         site.name,
         layer.strategy,
         layer.head_groups,
+        layer.recomputed,
         layer.axis,
         site.spec.to_json(),
         site.dtype,

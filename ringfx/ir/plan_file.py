@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 from ringfx.errors import InvalidArgument
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout
+from ringfx.ir.memory_plan import MemoryPlan, MemoryTimeline
 from ringfx.ir.memory_timeline import CAUSES
-from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPlan, MemoryTimeline, Plan
+from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, Plan
 from ringfx.ir.tiles.checked import undefined
 from ringfx.ir.values import AttentionSite, TokenAxis
 from ringfx.validation.json_reader import Source, parse_json, shown, validated

@@ -11,8 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.note import texts_of
-from ringfx.ir.plan import LayerPlan, MemoryPlan, Plan
+from ringfx.ir.plan import LayerPlan, Plan
+from ringfx.ir.step_time import AGAIN
 from ringfx.ir.values import Collective, CommKind, Declined, InChunks
 from ringfx.units.age import age_words
 from ringfx.units.format import format_bytes, format_ms, index_set
@@ -46,6 +48,7 @@ def to_text(shown: object) -> str:
 def render(plan: Plan) -> RenderableType:
     """Header, table of layers, totals, what else moves, memory and notes, in this order."""
     parts: list[RenderableType] = [_header(plan), _layer_table(plan), _totals(plan)]
+    parts += _section(_step_title(plan), step_lines(plan))
     parts += _section(_moves_title(plan), _moves(plan.collectives))
     parts += _section("in chunks of tokens", _chunk_lines(plan.chunks))
     parts += _section("looks like attention, not recognised", _near(plan.missed))
@@ -96,7 +99,7 @@ def _appearance(layer: LayerPlan) -> tuple[object, ...]:
 
 def _identity(layer: LayerPlan) -> tuple[object, ...]:
     words = (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
-    return (*words, layer.axis, bool(layer.site.checkpoint))
+    return (*words, layer.axis, bool(layer.site.checkpoint), layer.recomputed)
 
 
 def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
@@ -150,6 +153,7 @@ def _header(plan: Plan) -> RenderableType:
                 f" {axis.layout}"
             )
         )
+    lines += [Text(f"  {line}", "bold") for line in answer_lines(plan)]
     alarming = bool(plan.missed or plan.replicated_layers)
     lines.append(Text(f"  {plan.found_words}", "bold red" if alarming else ""))
     if plan.unsplit_words:
@@ -159,6 +163,61 @@ def _header(plan: Plan) -> RenderableType:
         Text(f"  predicted with profile {plan.profile}, {age}: {plan.profile_origin}", "dim")
     )
     return Group(*lines)
+
+
+def answer_lines(plan: Plan) -> list[str]:
+    """Whether it fits and how long a step takes, then what is given up for it."""
+    found = []
+    peak, budget = plan.memory.peak_bytes, plan.gpu_memory
+    if peak:
+        fits = "" if budget is None else f"fits {format_bytes(budget)}: "
+        found.append(f"{fits}{format_bytes(peak)} of memory at the peak{_optimizer_words(plan)}")
+    if plan.step is not None and plan.step_ms:
+        seconds = plan.step_ms / 1e3
+        rate = f"{plan.step.tokens / seconds:,.0f} tokens a second"
+        share = ""
+        if plan.step.peak_gflops:
+            share = (
+                f", {plan.step.gflops / seconds / plan.step.peak_gflops:.0%} of the device's peak"
+            )
+        found.append(f"{format_ms(plan.step_ms)} a step, {rate}{share}")
+    again = [layer for layer in plan.layers if layer.recomputed]
+    if again:
+        found.append(
+            f"{len(again)} of {len(plan.layers)} layers are computed again in backward, attention "
+            f"apart: {format_ms(plan.again_ms)}"
+        )
+    return found
+
+
+def _optimizer_words(plan: Plan) -> str:
+    if not plan.trains or not plan.optimizer:
+        return ""
+    if plan.optimizer in ("none", "0"):
+        return ", without an optimizer's state (none was given)"
+    named = plan.optimizer
+    return f", with {f'{named} bytes a parameter' if named.isdecimal() else named}"
+
+
+def _step_title(plan: Plan) -> str:
+    return f"time of a step on one rank: {format_ms(plan.step_ms)}" if plan.step_ms else ""
+
+
+def step_lines(plan: Plan) -> list[str]:
+    """What a step's time is made of, the longest first."""
+    if plan.step is None or not plan.step_ms:
+        return []
+    layers = plan.layers
+    parts = {part.cause: plan.step.of(part.cause) for part in plan.step.parts}
+    parts["attention"] = sum(x.compute_ms for x in layers)
+    parts["attention's messages that nothing hides"] = sum(x.exposed_ms for x in layers)
+    parts["other messages that nothing hides"] = max(0.0, plan.outside_ms - plan.hidden_ms)
+    parts[AGAIN] = parts.get(AGAIN, 0.0) + plan.again_ms
+    return [
+        f"{format_ms(ms):>9}  {100 * ms / plan.step_ms:3.0f}%  {cause}"
+        for cause, ms in sorted(parts.items(), key=lambda item: -item[1])
+        if ms
+    ]
 
 
 def _mode(plan: Plan) -> str:
@@ -214,6 +273,8 @@ def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     again = "; checkpointed: its inputs are recomputed" if layer.site.checkpoint else ""
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
     yield reason_words(layer)
+    if layer.recomputed:
+        yield f"computed again in backward, attention apart: {format_ms(layer.again_ms)}"
     if names_axis and layer.axis:
         yield f"split along {layer.axis}"
 

@@ -12,8 +12,9 @@ from math import log10
 from typing import TypeAlias
 
 from ringfx.errors import RingfxError
+from ringfx.ir.memory_plan import MemoryPart
 from ringfx.ir.note import texts_of
-from ringfx.ir.plan import MemoryPart, Plan
+from ringfx.ir.plan import Plan
 from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
 from ringfx.ir.values import CommKind
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix

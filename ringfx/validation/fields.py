@@ -22,6 +22,7 @@ __all__ = [
     "DeviceType",
     "Finite",
     "FloatDtype",
+    "Gflops",
     "Kernels",
     "Level",
     "Milliseconds",
@@ -55,6 +56,8 @@ Milliseconds: TypeAlias = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=Fa
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Level: TypeAlias = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 """Of noise or a multiple: 0 or more."""
+Gflops: TypeAlias = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
+"""Billions of operations."""
 Ratio: TypeAlias = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Rate: TypeAlias = Annotated[float, Field(ge=1e-6, le=1e12, allow_inf_nan=False)]
 """Gflops or GB a second."""

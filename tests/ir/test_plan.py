@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.memory_plan import MemoryPart, MemoryPlan
 from ringfx.ir.note import Note, NoteKind
-from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, MemoryPart, MemoryPlan, Plan
+from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, Plan
 from ringfx.ir.plan_text import fold
 from ringfx.ir.values import Collective, CommKind, Declined, TokenAxis
 from ringfx.units.format import format_bytes, index_set

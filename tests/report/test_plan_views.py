@@ -15,8 +15,9 @@ from ringfx.cli.main import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import Change, parse_sweep, replan, sweep
 from ringfx.errors import InvalidArgument
+from ringfx.ir.memory_plan import MemoryPart, MemoryPlan
 from ringfx.ir.note import Note
-from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.ir.plan import Plan
 from ringfx.ir.values import Declined
 from ringfx.report.plan_html import to_html
 from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text

@@ -33,8 +33,9 @@ from ringfx.cost_model.calibration.from_records import (
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
 from ringfx.cost_model.prediction.profile import profile_json, read_profile
 from ringfx.errors import RingfxError
+from ringfx.ir.memory_plan import MemoryPart, MemoryPlan
 from ringfx.ir.note import Note
-from ringfx.ir.plan import MemoryPart, MemoryPlan, Plan
+from ringfx.ir.plan import Plan
 from ringfx.ir.values import Collective, CommKind, Declined, TokenAxis
 from ringfx.strategies import STRATEGIES
 from tests.cost_model.sites import causal_site, full_site, shipped

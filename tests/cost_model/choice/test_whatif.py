@@ -15,9 +15,10 @@ from ringfx.cost_model.choice.whatif import (
     sweep,
 )
 from ringfx.errors import InvalidArgument, OutOfMemory
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.memory_timeline import flat, memory_parts, peak
 from ringfx.ir.note import texts_of
-from ringfx.ir.plan import MemoryPlan, Plan
+from ringfx.ir.plan import Plan
 from ringfx.ir.values import TokenAxis
 from ringfx.units.parse import parse_rate
 from tests.cost_model.sites import causal_site, shipped

@@ -20,7 +20,7 @@ from ringfx.compile import pipeline
 from ringfx.cost_model.peak_memory.liveness import kept_values, values_of
 from ringfx.cost_model.peak_memory.peak import predict_memory
 from ringfx.errors import InvalidArgument, OutOfMemory
-from ringfx.ir.plan import MemoryPlan
+from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.values import Captured
 
 MIB = 2**20

@@ -1,0 +1,1 @@
+"""The time of what runs outside attention in a step, operator by operator."""
