@@ -102,16 +102,15 @@ def _last(alive: NDArray[np.int64], call: int, most: float, least: float) -> int
 
 
 def recomputed(segment: Segment, values: Values) -> frozenset[Node]:
-    """What may be computed again: not attention, draws of random numbers, and what goes on to
-    other segments."""
+    """What may be computed again: not attention, and not what goes on to other segments.
+
+    Random numbers are drawn again as they were: AOTAutograd replays their state.
+    """
     leaving = leaving_of(segment, values)
     return frozenset(
         n
         for n in segment.nodes
-        if n.op == "call_function"
-        and op_name(n) != "attention"
-        and not _draws(n)
-        and values.owner[n] not in leaving
+        if n.op == "call_function" and op_name(n) != "attention" and values.owner[n] not in leaving
     )
 
 
@@ -121,16 +120,6 @@ def leaving_of(segment: Segment, values: Values) -> frozenset[Node]:
     return frozenset(
         values.owner[n] for n in segment.nodes if any(user not in own for user in n.users)
     )
-
-
-def _draws(node: Node) -> bool:
-    """Whether it draws random numbers, which a second run would draw anew."""
-    if op_name(node) in ("dropout", "native_dropout"):
-        return bool(node.args[1]) and bool(node.args[2])
-    return op_name(node) in DRAWS
-
-
-DRAWS = frozenset(["bernoulli", "rand", "rand_like", "randn", "randn_like", "randint"])
 
 
 def tag(segment: Segment, again: Collection[Node], of: Callable[[Node], Iterable[Node]]) -> None:

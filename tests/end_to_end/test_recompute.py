@@ -79,8 +79,8 @@ def gradients(recompute: str, compiler: str) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def test_dropout_is_drawn_once(ranks2: RankPool) -> None:
-    """The same numbers as without: a second draw would give other gradients."""
+def test_dropout_drops_the_same_again(ranks2: RankPool) -> None:
+    """Other numbers would give other gradients than those of kept layers."""
     for found in ranks2.run(dropping_twice):
         assert found < 1e-6
 
