@@ -103,7 +103,8 @@ def _hopeless(what: str, size: int, budget: int) -> str:
     return (
         f"no choice of strategies fits: {what} alone take {format_bytes(size)} on each rank, but "
         f"the budget is {format_bytes(budget)}.\n"
-        "  Do: give more memory, or use a smaller dtype; more ranks do not help."
+        "  Do: pass shard_states=True, which divides them by the ranks; give more memory, or use a "
+        "smaller dtype. Without sharded states more ranks do not help."
     )
 
 

@@ -48,6 +48,7 @@ from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.steps import Attentions, find_attention, find_tokens
 from ringfx.passes.token_axes import Lines, TokenDim, TokenLine
 from ringfx.passes.verify import split_along, verify
+from ringfx.units.format import format_bytes
 
 __all__ = ["Lowered", "lower"]
 
@@ -109,18 +110,16 @@ def _lowered(
     profile = load_profile(settings.profile, device=device)
     regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
-    states = sharded_states(captured) if state_ranks.ranks > 1 else ()
-
     time = _timed(captured, placement, profile, settings)
 
-    def alive_with(in_chunks: Sequence[Sized]) -> tuple[Alive, Outlined]:
+    def alive_with(in_chunks: Sequence[Sized], over: StateRanks) -> tuple[Alive, Outlined]:
         outline = outlined(captured, in_chunks)
-        alive = _alive(outline, placement, states, state_ranks, time, settings, world)
-        return alive, outline
+        states = sharded_states(captured, over)
+        return _alive(outline, placement, states, over, time, settings, world), outline
 
-    def planned(chunks: Chunks) -> Planned:
+    def planned(chunks: Chunks, over: StateRanks = state_ranks) -> Planned:
         in_chunks = all_sized(regions, lines, profile.device, chunks)
-        alive, outline = alive_with(in_chunks)
+        alive, outline = alive_with(in_chunks, over)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
@@ -134,7 +133,12 @@ def _lowered(
             cost_ms=again_ms + sum(x.total_ms + x.again_ms for x in layers),
         )  # fmt: skip
 
-    made = _with_more_chunks(planned, settings)
+    try:
+        made = _with_more_chunks(planned, settings)
+    except OutOfMemory as error:
+        more = _if_sharded(planned, settings, state_ranks, world)
+        raise OutOfMemory(f"{error}{more}") from error
+    states = sharded_states(captured, state_ranks)
     alive, layers = made.alive, made.layers
     alive.tag(layers, made.outline.originals)
 
@@ -152,7 +156,7 @@ def _lowered(
     layers = _along(layers, split_along(captured, sites, local), lines, world)
     local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
     if len(done) < len(made.in_chunks):
-        alive, _ = alive_with(done)
+        alive, _ = alive_with(done, state_ranks)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
@@ -273,6 +277,24 @@ def _with_more_chunks(planned: Callable[[Chunks], Planned], settings: Settings) 
     if not few.computes_again:
         return few
     return min(few, planned("all"), key=lambda made: made.cost_ms)
+
+
+def _if_sharded(
+    planned: Callable[[Chunks, StateRanks], Planned],
+    settings: Settings,
+    state_ranks: StateRanks,
+    world: World,
+) -> str:
+    """A further thing to do where nothing fits: to shard the states, if that is enough."""
+    if state_ranks.ranks > 1 or world.size == 1:
+        return ""
+    chunks: Chunks = "all" if settings.chunks == "auto" else settings.chunks
+    try:
+        made = planned(chunks, StateRanks(ranks=world.size))
+    except OutOfMemory:
+        return ""
+    peak = made.alive.plan({x.site.node: x for x in made.layers}).peak_bytes
+    return f"\n  Or pass shard_states=True, with which each rank needs {format_bytes(peak)}."
 
 
 def _plan_of(
@@ -414,8 +436,10 @@ def _replicated(
     return whole
 
 
-def sharded_states(captured: Captured) -> tuple[int, ...]:
+def sharded_states(captured: Captured, over: StateRanks) -> tuple[int, ...]:
     """The parameters of which each rank holds its rows: by their number among the inputs."""
+    if over.ranks == 1:
+        return ()
     inputs = captured.graph_module.graph.find_nodes(op="placeholder")
     return tuple(
         i for i, n in enumerate(inputs) if captured.is_parameter[i] and has_rows(n.meta["val"])

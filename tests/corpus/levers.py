@@ -1,4 +1,4 @@
-"""``python -m tests.corpus.levers``: the corpus with states sharded, regions in chunks, both.
+"""``python -m tests.corpus.levers``: the corpus under each lever of memory, and under all of them.
 
 Three steps of an optimizer each, on ranks that trace for themselves: parameters become DTensors
 before a model is traced, so ranks cannot be forked in the middle as in ``forked.py``. In float64,
@@ -32,7 +32,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "chunks": {"chunks": 3},
     "states": {"shard_states": True},
-    "all": {"chunks": 3, "shard_states": True},
+    "recompute": {"recompute": "layers"},
+    "all": {"chunks": 3, "shard_states": True, "recompute": "layers"},
 }
 """Options of ``ringfx.optimize`` by name."""
 OWN_TYPE = ("led/*", "fsmt/*", "nllb_moe/*", "switch_transformers/*")
