@@ -138,9 +138,10 @@ def optimize(
         where nothing is computed again (losses), and everywhere if ``gpu_memory`` is exceeded
         otherwise; ``"all"``; ``"none"``; or a number of tokens for each chunk, everywhere.
     recompute
-        Layers whose inner values are computed again in backward instead of kept; attention is run
-        once all the same. ``"auto"``: as many as ``gpu_memory`` demands; ``"layers"``: all;
-        ``"none"``. Layers that the model itself checkpoints stay as they are.
+        Layers whose inner values are computed again in backward instead of kept. ``"auto"``: as
+        many as ``gpu_memory`` demands, without their attention as long as that is enough;
+        ``"layers"``: all, without attention; ``"attention"``: all, with it (its messages are sent
+        again); ``"none"``. Layers that the model itself checkpoints stay as they are.
     head_groups
         Attention works through its heads in groups, so that what is gathered or exchanged exists
         for one group only. ``"auto"``: as many as cost no time, and more where ``gpu_memory`` is

@@ -31,6 +31,11 @@ def as_held(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> list[Menu]
 
 def _held(option: Prediction, again: int | None) -> Prediction:
     """``again``: what the inputs of a checkpointed region take, of attention in one."""
+    if option.attention_again:
+        return replace(
+            option, saved_bytes=option.layer_bytes,
+            workspace_bytes=option.workspace_bytes + option.saved_bytes,
+        )  # fmt: skip
     if again is None and option.recomputed:
         again = option.saved_bytes - option.result_bytes
     if again is None:

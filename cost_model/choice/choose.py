@@ -7,7 +7,7 @@ With t(l, s) the time of layer l under strategy s, and the peak over the moments
     subject to  peak(s) <= budget
 
 With a budget a layer has more options than strategies: more groups of heads, and to be computed
-again in backward, attention apart, at the time that this takes.
+again in backward, without attention or with it, at the time that this takes.
 """
 
 from __future__ import annotations
@@ -253,6 +253,7 @@ def _layer_plan(
         gloss=chosen.gloss,
         head_groups=chosen.head_groups,
         recomputed=chosen.recomputed,
+        attention_again=chosen.attention_again,
         again_ms=chosen.again_ms,
     )
 

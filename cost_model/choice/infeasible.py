@@ -168,6 +168,7 @@ class _Kept:
     result_bytes: int
     workspace_bytes: int = 0
     recomputed: bool = True
+    attention_again: bool = True
 
 
 def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:

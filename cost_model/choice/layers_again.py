@@ -1,4 +1,8 @@
-"""Options to compute a layer again in backward, attention apart, instead of keeping its values."""
+"""Options to compute a layer again in backward instead of keeping its values.
+
+Without attention, whose output and logsumexp are kept and whose messages are sent once; or with it,
+where the memory of these is needed as well.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from ringfx.ir.values import AttentionSite
 
 __all__ = ["RECOMPUTE", "Recompute", "with_recompute"]
 
-Recompute: TypeAlias = Literal["auto", "none", "layers"]
-"""``auto``: the layers that a budget demands; ``layers``: all that can be."""
+Recompute: TypeAlias = Literal["auto", "none", "layers", "attention"]
+"""``auto``: the layers that a budget demands; ``layers``: all, without their attention;
+``attention``: all, with it."""
 
-RECOMPUTE: tuple[str, ...] = ("auto", "none", "layers")
+RECOMPUTE: tuple[str, ...] = ("auto", "none", "layers", "attention")
 
 
 def with_recompute(
@@ -26,7 +31,8 @@ def with_recompute(
     timeline: MemoryTimeline,
     recompute: Recompute,
 ) -> list[Menu]:
-    """The menus with each option twice: its layer kept, and computed again; cheapest first.
+    """The menus with each option thrice: its layer kept, and computed again without and with
+    attention; cheapest first.
 
     What computing again takes falls with the ranks and grows with the length.
     """
@@ -46,6 +52,7 @@ def with_recompute(
         ms = timeline.segments[number].again_ms * seq_len / timeline.seq_len / world_size
         kept = [replace(o, layer_bytes=size[False]) for o in menu]
         again = [replace(o, recomputed=True, again_ms=ms, layer_bytes=size[True]) for o in menu]
-        offered = again if recompute == "layers" else [*kept, *again]
+        whole = [replace(o, attention_again=True, again_ms=ms + o.forward_ms) for o in again]
+        offered = {"layers": again, "attention": whole}.get(recompute, [*kept, *again, *whole])
         found.append(tuple(sorted(offered, key=lambda o: o.cost_ms)))
     return found

@@ -154,10 +154,12 @@ class Alive:
     def tag(self, layers: Iterable[LayerPlan], of: Callable[[Node], Iterable[Node]]) -> None:
         """Tell the compiler which layers are computed again; ``of`` gives the nodes of the program
         that is compiled."""
-        chosen = {layer.site.node for layer in layers if layer.recomputed}
+        chosen = {layer.site.node: layer for layer in layers if layer.recomputed}
         for segment in self.segments.segments:
-            if segment.attention.name in chosen:
-                tag(segment, self.segments.again[segment], of)
+            layer = chosen.get(segment.attention.name)
+            if layer is not None:
+                again = self.segments.again[segment]
+                tag(segment, again, of, attention_again=layer.attention_again)
 
     def _regions(self, layers: Mapping[str, LayerPlan]) -> Mapping[Node, int]:
         chosen = [s for s in self.segments.segments if layers[s.attention.name].recomputed]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.cost_model.peak_memory.liveness import Values, needed_by, op_name
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
+from ringfx.ir.markers import SENT_AGAIN
 
 __all__ = ["Segment", "again_nodes", "leaving_of", "recomputed", "segments_of", "tag"]
 
@@ -122,11 +123,21 @@ def leaving_of(segment: Segment, values: Values) -> frozenset[Node]:
     )
 
 
-def tag(segment: Segment, again: Collection[Node], of: Callable[[Node], Iterable[Node]]) -> None:
+def tag(
+    segment: Segment,
+    again: Collection[Node],
+    of: Callable[[Node], Iterable[Node]],
+    *,
+    attention_again: bool,
+) -> None:
     """Tell AOTAutograd's partitioner to compute these again, and to keep the segment's others.
 
     ``of``: the nodes of the program that is compiled, of one of this one.
     """
+    if attention_again:
+        again = {*again, segment.attention}
+        for own in of(segment.attention):
+            own.meta[SENT_AGAIN] = True
     for node in segment.nodes:
         policy = CheckpointPolicy.PREFER_RECOMPUTE if node in again else CheckpointPolicy.MUST_SAVE
         for own in of(node):

@@ -172,10 +172,12 @@ def of_attention(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[He
     for node, i in number.items():
         layer = layers[node.name]
         if values.has_grad:
-            size = layer.result_bytes if keeps_result(node, values) else layer.saved_bytes
+            kept = 0 if layer.attention_again else layer.result_bytes
+            size = kept if keeps_result(node, values) else layer.saved_bytes
             yield Held(cause=KEPT_BY_ATTENTION, node=node, bytes=size, first=i, last=end)
         if node in again:
-            size, (first, last) = layer.saved_bytes - layer.result_bytes, again[node]
+            kept = 0 if layer.attention_again else layer.result_bytes
+            size, (first, last) = layer.saved_bytes - kept, again[node]
             yield Held(cause=AGAIN_FOR_ATTENTION, node=node, bytes=size, first=first, last=last)
         if node in values.has_grad or not values.has_grad:
             size = layer.workspace_bytes

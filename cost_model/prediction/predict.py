@@ -51,7 +51,9 @@ class Prediction:
     head_groups: int = 0
     """Groups of heads that were asked for; 0: as many as the strategy takes by itself."""
     recomputed: bool = False
-    """Whether backward computes its layer again, attention apart."""
+    """Whether backward computes its layer again."""
+    attention_again: bool = False
+    """Whether its attention is run again too."""
     again_ms: float = 0.0
     """What that takes."""
     layer_bytes: int = 0

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.comm import conjugate, halo, redistribute
+from ringfx.ir.markers import SENT_AGAIN
 from ringfx.ir.values import CommKind
 from ringfx.ops import attention
 from ringfx.passes.capture.gradients import needs_grad
@@ -172,9 +173,11 @@ class PlacementConversions:
 
 
 def save_collectives(graph: Graph) -> None:
-    """In checkpointed regions what was sent is saved: a recompute must not send it again."""
+    """In checkpointed regions what was sent is saved: a recompute must not send it again, but for
+    attention of which a plan says so."""
     for node in graph.nodes:
-        if "recompute" in node.meta and node.target in _SENDS:
+        sends = node.target in _SENDS and not node.meta.get(SENT_AGAIN)
+        if "recompute" in node.meta and sends:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 

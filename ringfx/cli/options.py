@@ -157,7 +157,7 @@ Recompute = Annotated[
     str,
     _plan(
         help="Layers that backward computes again instead of keeping them: auto (as many as "
-        "--gpu-memory demands), layers (all), none."
+        "--gpu-memory demands), layers (all, their attention apart), attention (it too), none."
     ),
 ]
 HeadGroups = Annotated[

@@ -1,4 +1,4 @@
-"""Columns of a matrix of token pairs: all tokens, an axis of their own."""
+"""Marks that steps leave on a program for later ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["every_token"]
+__all__ = ["SENT_AGAIN", "every_token"]
+
+SENT_AGAIN = "ringfx_sent_again"
+"""In the meta of an attention: it is run again in backward, and its messages are sent again."""
 
 
 def every_token(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:

@@ -91,6 +91,8 @@ class Held(Protocol):
     def own_queries(self) -> bool: ...
     @property
     def recomputed(self) -> bool: ...
+    @property
+    def attention_again(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class _Again:
 
     held: Held
     recomputed: bool = True
+    attention_again: bool = True
 
     @property
     def saved_bytes(self) -> int:
@@ -293,6 +296,8 @@ class _At:
     def _kept(self, number: int, held: Held | None) -> int:
         if held is None:
             return 0
+        if number in self._is_again and held.attention_again:
+            return 0
         is_again = self._timeline.layers[number].keeps_result or number in self._is_again
         return held.result_bytes if is_again else held.saved_bytes
 
@@ -301,8 +306,12 @@ class _At:
         return any(x is None or x.own_queries for x in readers)
 
     def _again(self, moment: MemoryMoment) -> int:
-        layers = (x for i in moment.again if (x := self._layers[i]) is not None)
-        return sum(x.saved_bytes - x.result_bytes for x in layers)
+        found = 0
+        for i in moment.again:
+            if (held := self._layers[i]) is not None:
+                kept = 0 if i in self._is_again and held.attention_again else held.result_bytes
+                found += held.saved_bytes - kept
+        return found
 
     def _workspace(self, moment: MemoryMoment) -> int:
         layers = (x for i in moment.working if (x := self._layers[i]) is not None)

@@ -81,7 +81,9 @@ class LayerPlan:
     """Groups of heads that the strategy is asked for, one after the other; 0: as it takes by
     itself."""
     recomputed: bool = False
-    """Whether backward computes its layer again, attention apart, instead of keeping it."""
+    """Whether backward computes its layer again instead of keeping it."""
+    attention_again: bool = False
+    """Whether its attention is run again too, and its messages are sent again."""
     again_ms: Milliseconds = 0.0
     """What that takes."""
     axis: Text = ""
@@ -116,6 +118,14 @@ class LayerPlan:
     def is_replicated(self) -> bool:
         """Whether every one of several ranks computes all of it; ``reason`` says why."""
         return self.strategy == REPLICATED
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the saved bytes those that are there from forward to backward."""
+        if self.attention_again:
+            return 0
+        again = self.site.checkpoint or self.recomputed
+        return self.result_bytes if again else self.saved_bytes
 
     @property
     def total_ms(self) -> float:
@@ -163,7 +173,7 @@ class Plan:
     """What a step takes outside attention; None: the profile does not know."""
     optimizer: Text = ""
     """Whose state and time are counted; empty: nobody said."""
-    recompute: Literal["auto", "none", "layers"] = "auto"
+    recompute: Literal["auto", "none", "layers", "attention"] = "auto"
     """Which layers might be computed again; ``LayerPlan.recomputed`` says which are."""
     profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
@@ -240,24 +250,20 @@ class Plan:
 
     @property
     def saved_bytes(self) -> int:
-        """What attention keeps from forward to backward; of checkpointed layers the results."""
-        return sum(
-            layer.result_bytes if layer.site.checkpoint or layer.recomputed else layer.saved_bytes
-            for layer in self.layers
-        )
+        """What attention keeps from forward to backward."""
+        return sum(layer.kept_bytes for layer in self.layers)
 
     @property
     def workspace_bytes(self) -> int:
-        """What attention holds for a while: buffers, and what checkpoints compute again."""
+        """What attention holds for a while: buffers, and what is computed again for it."""
         regions: dict[int, int] = {}
         for layer in self.layers:
             region = layer.site.checkpoint
-            again = layer.saved_bytes - layer.result_bytes if region else 0
-            regions[region] = regions.get(region, 0) + again
+            again = layer.saved_bytes - layer.kept_bytes
+            regions[region] = regions.get(region, 0) + again if region else 0
         held = (
             layer.workspace_bytes
-            + regions[layer.site.checkpoint]
-            + (layer.saved_bytes - layer.result_bytes if layer.recomputed else 0)
+            + (regions[layer.site.checkpoint] or layer.saved_bytes - layer.kept_bytes)
             for layer in self.layers
         )
         return max(held, default=0)
@@ -381,6 +387,7 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
         layer.strategy,
         layer.head_groups,
         layer.recomputed,
+        layer.attention_again,
         layer.axis,
         site.spec.to_json(),
         site.dtype,

@@ -99,7 +99,13 @@ def _appearance(layer: LayerPlan) -> tuple[object, ...]:
 
 def _identity(layer: LayerPlan) -> tuple[object, ...]:
     words = (layer.source, layer.found_by, _attention_words(layer), layer.strategy, layer.reason)
-    return (*words, layer.axis, bool(layer.site.checkpoint), layer.recomputed)
+    return (
+        *words,
+        layer.axis,
+        bool(layer.site.checkpoint),
+        layer.recomputed,
+        layer.attention_again,
+    )
 
 
 def _fold_alike(members: Sequence[LayerPlan]) -> Iterator[FoldedLayers]:
@@ -184,10 +190,17 @@ def answer_lines(plan: Plan) -> list[str]:
     again = [layer for layer in plan.layers if layer.recomputed]
     if again:
         found.append(
-            f"{len(again)} of {len(plan.layers)} layers are computed again in backward, attention "
-            f"apart: {format_ms(plan.again_ms)}"
+            f"{len(again)} of {len(plan.layers)} layers are computed again in backward,"
+            f" {_attention_again(again)}: {format_ms(plan.again_ms)}"
         )
     return found
+
+
+def _attention_again(layers: Sequence[LayerPlan]) -> str:
+    count = sum(layer.attention_again for layer in layers)
+    if not count:
+        return "attention apart"
+    return "attention too" if count == len(layers) else f"of {count} attention too"
 
 
 def _optimizer_words(plan: Plan) -> str:
@@ -274,7 +287,8 @@ def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     yield f"found as {layer.found_by} at {_short_source(layer.source)}{again}"
     yield reason_words(layer)
     if layer.recomputed:
-        yield f"computed again in backward, attention apart: {format_ms(layer.again_ms)}"
+        words = _attention_again([layer])
+        yield f"computed again in backward, {words}: {format_ms(layer.again_ms)}"
     if names_axis and layer.axis:
         yield f"split along {layer.axis}"
 

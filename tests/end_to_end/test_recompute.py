@@ -31,7 +31,9 @@ def case(seq_len: int, compiler: str = "aot_eager", **options: Any) -> Case:
 
 EVERY: tuple[dict[str, Any], ...] = (
     {}, {"chunks": 4}, {"chunks": "none", "strategy": "simple"}, {"strategy": "ulysses"},
-    {"strategy": "collective"}, {"head_groups": 2},
+    {"strategy": "collective"}, {"head_groups": 2}, {"recompute": "attention"},
+    {"recompute": "attention", "strategy": "simple"},
+    {"recompute": "attention", "strategy": "ulysses", "chunks": 4},
 )  # fmt: skip
 
 

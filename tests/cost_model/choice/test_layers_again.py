@@ -38,7 +38,7 @@ def test_all_layers_again_need_what_a_checkpoint_around_each_needs() -> None:
 
 
 def test_as_many_layers_as_the_budget_demands_and_no_more() -> None:
-    most, least = planned().memory.peak_bytes, planned(recompute="layers").memory.peak_bytes
+    most, least = (planned(recompute=how).memory.peak_bytes for how in ("none", "attention"))
     counts, times = [], []
     for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.05):
         budget = round(least + share * (most - least))
@@ -54,6 +54,22 @@ def test_as_many_layers_as_the_budget_demands_and_no_more() -> None:
         planned(gpu_memory=least // 2)
 
 
+def test_attention_is_run_again_only_where_the_rest_is_not_enough() -> None:
+    options: Any = {"chunks": "none", "strategy": "simple"}  # of which there is one way
+    layers, attention = (
+        planned(recompute=how, **options).memory.peak_bytes for how in ("layers", "attention")
+    )
+    assert attention < layers
+    enough = planned(gpu_memory=layers, **options)
+    assert not any(layer.attention_again for layer in enough.layers)
+    budget = attention + (layers - attention) // 8
+    short = planned(gpu_memory=budget, **options)
+    assert any(layer.attention_again for layer in short.layers)
+    assert short.memory.peak_bytes <= budget
+    assert (short.step_ms or 0) > (enough.step_ms or 0)
+    assert "attention too" in str(short)
+
+
 def test_a_budget_for_one_layer_fewer_is_not_met_by_it() -> None:
     """The choice is tight: with one layer more kept, the budget would be exceeded."""
     least = planned(recompute="layers", chunks="none").memory.peak_bytes
@@ -66,7 +82,7 @@ def test_a_budget_for_one_layer_fewer_is_not_met_by_it() -> None:
     assert min(more) > 0
 
 
-@pytest.mark.parametrize("recompute", ["auto", "layers"])
+@pytest.mark.parametrize("recompute", ["auto", "layers", "attention"])
 def test_a_changed_plan_is_a_fresh_ones(recompute: str) -> None:
     budget = round(1.3 * planned(recompute="layers", chunks="none").memory.peak_bytes)
     options: Any = {"recompute": recompute, "gpu_memory": budget, "chunks": "none"}
