@@ -41,6 +41,7 @@ SOURCES: Mapping[str, str] = {
     "B": "huggingface.co/blog/ulysses-sp",
     "G": "pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md",
     "I": "InternLM/xtuner docs/zh_cn/acceleration/benchmark.rst",
+    "J": "mosaicml/llm-foundry scripts/train/benchmarking/README.md",
     "K": "jzhang38/EasyContext README.md",
     "L": "arXiv 2602.21196, second-hand",
     "M": "arXiv 2410.02660, table 9",
@@ -66,6 +67,15 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary
     )  # fmt: skip
 
 
+def _neox(hidden: int, layers: int, heads: int) -> Any:
+    """MPT's sizes and its plain MLP, with rotary positions."""
+    return hf.GPTNeoXConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, vocab_size=50_368, max_position_embeddings=M,
+        use_parallel_residual=False, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+
+
 MODELS: Mapping[str, Callable[[], Any]] = {
     "Qwen3-0.6B": lambda: _qwen3(1024, 3072, 28, 16, tied=True),
     "Qwen3-4B": lambda: _qwen3(2560, 9728, 36, 32, tied=True),
@@ -74,6 +84,8 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "Llama3-8B": lambda: _llama(4096, 14_336, 32, 32, 8, 128_256),
     "Llama2-7B": lambda: _llama(4096, 11_008, 32, 32, 32, 32_000),
     "Llama2-70B": lambda: _llama(8192, 28_672, 80, 64, 8, 32_000),
+    "MPT-7B": lambda: _neox(4096, 32, 32),
+    "MPT-13B": lambda: _neox(5120, 40, 40),
     "Yi-34B": lambda: _llama(7168, 20_480, 60, 56, 8, 64_000),
 }
 
