@@ -45,8 +45,10 @@ RECIPES = ("float32", "autocast")
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "in chunks": {"chunks": 7},
     "sharded states": {"shard_states": True},
+    "layers again": {"recompute": "attention"},
 }
-"""Beside the strategies: wide parts in chunks with logits deferred; parameters cut into rows."""
+"""Beside the strategies: wide parts in chunks with logits deferred; parameters cut into rows;
+layers computed again in backward, their attention too."""
 FLOAT32 = 1e-4
 BFLOAT16 = 2**-7
 """Between two numbers of bfloat16 near 1."""
