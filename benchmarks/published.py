@@ -151,9 +151,10 @@ def predicted(job: Job) -> Mapping[str, Any]:
         model = model.to(torch.bfloat16)
         ids = torch.empty(1, job.tokens, dtype=torch.int64)
     states: bool | int = job.ranks > 1 and (job.gpus if job.gpus > job.ranks else True)
+    profile: Any = profile_of(job)
     plan = ringfx.plan(
         model, (), {"input_ids": ids, "labels": ids, "use_cache": False}, world_size=job.ranks,
-        profile=profile_of(job), strategy=job.strategy if job.ranks > 1 else "auto",  # type: ignore[arg-type]
+        profile=profile, strategy=job.strategy if job.ranks > 1 else "auto",
         optimizer="adamw", shard_states=states,
         recompute="layers" if job.full_recompute else "none",
     )  # fmt: skip

@@ -26,6 +26,7 @@ from torch import nn
 import ringfx
 from benchmarks.memory import _origin as origin
 from ringfx.comm.local_ranks import LocalRanks
+from ringfx.ir.plan import Plan
 from ringfx.ir.step_time import AGAIN, ELEMENTWISE, OPTIMIZER, PRODUCTS
 
 RESULTS = Path(__file__).parent / "results" / "step_prediction.json"
@@ -140,7 +141,7 @@ def steps_of(
         optimizer.step()
         optimizer.zero_grad()
         took.append(1e3 * (time.perf_counter() - started))
-    plan = split.plan  # type: ignore[attr-defined]
+    plan: Plan = getattr(split, "plan")  # noqa: B009
     assert plan.step is not None, "a profile of whole strategies says nothing of steps"
     parts = {cause: plan.step.of(cause) for cause in (PRODUCTS, ELEMENTWISE, OPTIMIZER, AGAIN)}
     parts |= {"attention": plan.total_ms, "messages": plan.outside_ms}

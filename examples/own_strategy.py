@@ -16,7 +16,8 @@ import ringfx
 from examples.on_ranks import largest_difference, on_ranks
 from ringfx.cost_model.prediction.footprint import Calls, output_moments, sums_forward
 from ringfx.cost_model.prediction.formulas import Phase, exposed_seconds, work_seconds
-from ringfx.cost_model.prediction.profile import Direction, Profile, load_profile
+from ringfx.cost_model.prediction.profile import Profile, load_profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.terms import message_seconds
 from ringfx.cost_model.prediction.work import gathered_work

@@ -12,7 +12,8 @@ from ringfx.cost_model.calibration.calibrate import calibrate, make_profile
 from ringfx.cost_model.calibration.from_records import fit_kernels
 from ringfx.cost_model.calibration.measure import Effort
 from ringfx.cost_model.calibration.records import AttentionRecord
-from ringfx.cost_model.prediction.profile import KernelRow, Profile, profile_json
+from ringfx.cost_model.prediction.profile import Profile, profile_json
+from ringfx.cost_model.prediction.profile_rows import KernelRow
 from ringfx.ops.tiling.flops import flops_per_pair
 from ringfx.strategies import DEFAULT, STRATEGIES
 

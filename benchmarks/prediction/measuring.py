@@ -34,7 +34,7 @@ from ringfx.cost_model.calibration.records import (
 )
 from ringfx.cost_model.calibration.records import write_records as write
 from ringfx.cost_model.prediction.devices import device_name
-from ringfx.cost_model.prediction.profile import Direction
+from ringfx.cost_model.prediction.profile_rows import Direction
 
 __all__ = ["measure_command"]
 

@@ -25,7 +25,8 @@ from ringfx.cost_model.calibration.records import (
     Record,
     read_records,
 )
-from ringfx.cost_model.prediction.profile import Direction, profile_json, read_profile
+from ringfx.cost_model.prediction.profile import profile_json, read_profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.strategies import STRATEGIES
 from ringfx.validation.text_files import read_text, write_text
 

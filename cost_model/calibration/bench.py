@@ -18,7 +18,8 @@ from ringfx.cost_model.calibration.measure import spread, synchronise, timed_onc
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.choice.candidates import candidates
 from ringfx.cost_model.prediction.predict import Prediction
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec

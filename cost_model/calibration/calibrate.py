@@ -49,14 +49,8 @@ from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.devices import device_capability, device_name
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE
-from ringfx.cost_model.prediction.profile import (
-    LOCAL,
-    Direction,
-    KernelRow,
-    Operation,
-    Profile,
-    Scope,
-)
+from ringfx.cost_model.prediction.profile import LOCAL, Profile
+from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow, Operation, Scope
 from ringfx.strategies import DEFAULT
 
 __all__ = ["Measurements", "calibrate", "make_profile", "measure_layers"]

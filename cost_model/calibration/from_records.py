@@ -12,12 +12,12 @@ import torch
 
 from ringfx.cost_model.calibration.least_squares import Fit, Matrix, fit_nonnegative, leave_one_out
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
-from ringfx.cost_model.prediction.profile import (
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import (
     Direction,
     KernelRow,
     LinkRow,
     MemoryRow,
-    Profile,
     Scope,
 )
 from ringfx.cost_model.prediction.terms import message_steps

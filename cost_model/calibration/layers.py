@@ -21,7 +21,8 @@ from ringfx.cost_model.calibration.measure import software
 from ringfx.cost_model.calibration.records import AttentionRecord
 from ringfx.cost_model.prediction.devices import device_name
 from ringfx.cost_model.prediction.predict import predict
-from ringfx.cost_model.prediction.profile import LOCAL, Direction, OverheadRow, Profile
+from ringfx.cost_model.prediction.profile import LOCAL, Profile
+from ringfx.cost_model.prediction.profile_rows import Direction, OverheadRow
 from ringfx.ir.values import AttentionSite
 from ringfx.strategies import DEFAULT, STRATEGIES
 

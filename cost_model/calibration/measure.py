@@ -16,7 +16,7 @@ import torch
 
 from ringfx.cost_model.calibration.records import AttentionRecord
 from ringfx.cost_model.prediction.devices import device_name
-from ringfx.cost_model.prediction.profile import Direction
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.ir import tiles
 from ringfx.ir.kernel_table import TABLE
 from ringfx.ops.kernels.kernel import MATH, Kernel, Scores, available

@@ -17,7 +17,7 @@ from ringfx.comm.process_group import Exchange, Ranks
 from ringfx.cost_model.calibration.measure import Effort, software, synchronise
 from ringfx.cost_model.calibration.records import MessageRecord
 from ringfx.cost_model.prediction.devices import device_name
-from ringfx.cost_model.prediction.profile import Operation
+from ringfx.cost_model.prediction.profile_rows import Operation
 
 __all__ = ["OPERATIONS", "agreed_count", "measure_contention", "measure_message", "message_sizes"]
 

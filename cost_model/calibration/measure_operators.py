@@ -15,7 +15,7 @@ from torch import Tensor
 from ringfx.cost_model.calibration.least_squares import Matrix, fit_nonnegative
 from ringfx.cost_model.calibration.measure import Effort, software, timed
 from ringfx.cost_model.prediction.operators import LARGE, PASSES
-from ringfx.cost_model.prediction.profile import Direction, ProductRow
+from ringfx.cost_model.prediction.profile_rows import Direction, ProductRow
 from ringfx.torch_compat.dynamo import BackendCompilerFailed
 
 __all__ = ["OperatorRates", "operator_rates", "product_dtypes", "product_row"]

@@ -11,7 +11,6 @@ the most it needed and the most it will.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from ringfx.cost_model.peak_memory.liveness import Values, op_name
+from ringfx.cost_model.peak_memory.liveness import Values, block_of, op_name
 from ringfx.cost_model.peak_memory.segments import Segment, again_nodes, tag
 from ringfx.cost_model.peak_memory.timeline_of import (
     AGAIN,
@@ -101,10 +100,6 @@ class Segments:
 
     def is_within(self, position: int) -> bool:
         return any(s.start <= position < s.stop for s in self.segments)
-
-    def of(self, node: Node) -> Segment | None:
-        """By its attention."""
-        return next((s for s in self.segments if s.attention is node), None)
 
     def ms(self, segment: Segment, values: Values) -> float:
         assert self.again_ms is not None
@@ -346,9 +341,7 @@ def _by_block(alive: Iterable[Held]) -> tuple[tuple[str, int], ...]:
     blocks: dict[str, int] = {}
     for x in sorted(alive, key=lambda x: x.first):
         if CAUSES[x.cause] != "whole":
-            path = x.node.meta.get("ringfx_path", "")
-            match = re.match(r".*?\.\d+(?=\.|$)", path)
-            name = match[0] if match else path
+            name = block_of(x.node)
             blocks[name] = blocks.get(name, 0) + x.bytes
     return tuple((name or "elsewhere", size) for name, size in blocks.items() if size)
 

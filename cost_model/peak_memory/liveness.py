@@ -11,6 +11,7 @@ when the backward reaches such a region, it runs again, and what it needs is ali
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,8 @@ from ringfx.passes.chunks.outline import ChunkedCall
 from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = [
-    "Values", "chunked_call", "kept_values", "needed_by", "op_name", "outputs_of", "values_of",
+    "Values", "block_of", "chunked_call", "kept_values", "needed_by", "op_name", "outputs_of",
+    "values_of",
 ]  # fmt: skip
 
 # fmt: off
@@ -98,6 +100,13 @@ def op_name(node: Node) -> str:
     if isinstance(target, OpOverload):
         return str(schema_of(target).name).split("::")[1]
     return getattr(target, "__name__", str(target))
+
+
+def block_of(node: Node) -> str:
+    """The block of the model that it is in: its path up to the first number, or all of it."""
+    path: str = node.meta.get("ringfx_path", "")
+    match = re.match(r".*?\.\d+(?=\.|$)", path)
+    return match[0] if match else path
 
 
 def values_of(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ringfx.cost_model.prediction.profile import Direction
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.terms import BLOCKS
 from ringfx.cost_model.prediction.work import Work

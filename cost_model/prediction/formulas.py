@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.terms import kernel_seconds, message_seconds
 from ringfx.cost_model.prediction.work import Work, ring_work, whole_work

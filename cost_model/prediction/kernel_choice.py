@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.ir.kernel_table import TABLE, Call, KernelChoice, Pick, forced_kernel
 from ringfx.ir.plan import LayerPlan
 from ringfx.ir.tiles import CAUSAL

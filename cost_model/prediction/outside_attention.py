@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ringfx.cost_model.prediction.profile import Operation, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Operation
 from ringfx.cost_model.prediction.terms import message_seconds
 from ringfx.ir.plan import LayerPlan
 from ringfx.ir.values import Collective, CommKind

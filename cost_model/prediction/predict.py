@@ -15,7 +15,8 @@ from ringfx.cost_model.prediction.footprint import (
 )
 from ringfx.cost_model.prediction.formulas import Phase, whole_seconds
 from ringfx.cost_model.prediction.kernel_choice import picks
-from ringfx.cost_model.prediction.profile import LOCAL, Direction, Profile
+from ringfx.cost_model.prediction.profile import LOCAL, Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local, local_share
 from ringfx.cost_model.prediction.strategy import Strategy
 from ringfx.cost_model.prediction.terms import (

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ringfx.cost_model.prediction.footprint import Calls
 from ringfx.cost_model.prediction.formulas import Phase
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite

@@ -20,7 +20,8 @@ from dataclasses import replace
 import torch
 
 from ringfx.cost_model.prediction.kernel_choice import REFERENCE, priced_as
-from ringfx.cost_model.prediction.profile import Direction, Operation, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction, Operation
 from ringfx.cost_model.prediction.work import Work
 from ringfx.ir.kernel_table import Pick
 from ringfx.ir.values import AttentionSite

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.fx import Node
 
 from ringfx.comm.state_ranks import StateRanks
-from ringfx.cost_model.peak_memory.liveness import Values, values_of
+from ringfx.cost_model.peak_memory.liveness import Values, block_of, values_of
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
 from ringfx.cost_model.prediction.operators import PASSES, PASSES_OF_OTHERS, seconds
 from ringfx.cost_model.prediction.profile import Profile
@@ -164,10 +162,8 @@ def attention_gflops(sites: Sequence[AttentionSite], whole: Collection[int], ran
 
 
 def _by_block(times: Iterable[tuple[Node, float]]) -> tuple[tuple[str, float], ...]:
-    """Milliseconds by block, in program order: a path up to its first number, or all of it."""
+    """Milliseconds by block, in program order."""
     blocks: dict[str, float] = defaultdict(float)
     for node, ms in times:
-        path: Any = node.meta.get("ringfx_path", "")
-        match = re.match(r".*?\.\d+(?=\.|$)", path)
-        blocks[match[0] if match else path] += ms
+        blocks[block_of(node)] += ms
     return tuple((name or "elsewhere", ms) for name, ms in blocks.items() if ms)

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import gc_frozen
+from ringfx.compile.program_time import run_again, step_time, time_of_program
 from ringfx.compile.settings import Settings
 from ringfx.compile.states import has_rows
 from ringfx.cost_model import (
@@ -26,12 +27,11 @@ from ringfx.cost_model import (
     unpriced,
 )
 from ringfx.cost_model.peak_memory.alive import Alive
-from ringfx.cost_model.step_time.step import Timed, attention_gflops, optimizer_parts, timed
+from ringfx.cost_model.step_time.step import Timed
 from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
 from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.note import NoteKind, noted
 from ringfx.ir.plan import LayerPlan, Plan
-from ringfx.ir.step_time import StepTime
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import Arrival, AttentionSite, Captured, InChunks, Sites, TokenAxis
 from ringfx.passes.axes import AxisMap
@@ -110,7 +110,7 @@ def _lowered(
     profile = load_profile(settings.profile, device=device)
     regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
-    time = _timed(captured, placement, profile, settings)
+    time = time_of_program(captured, placement, profile, settings)
 
     def alive_with(in_chunks: Sequence[Sized], over: StateRanks) -> tuple[Alive, Outlined]:
         outline = outlined(captured, in_chunks)
@@ -126,7 +126,7 @@ def _lowered(
             replicated=whole, recompute=settings.recompute,
         )  # fmt: skip
         again_ms = (
-            sum(time.again(x.region.nodes).total_ms for x in _again(in_chunks)) if time else 0.0
+            sum(time.again(x.region.nodes).total_ms for x in run_again(in_chunks)) if time else 0.0
         )
         return Planned(
             in_chunks=in_chunks, alive=alive, outline=outline, layers=layers,
@@ -160,7 +160,7 @@ def _lowered(
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
-    step = _step_time(time, captured, done, layers, states, state_ranks, settings)
+    step = step_time(time, captured, done, layers, states, state_ranks, settings)
     plan = replace(plan, chunks=tuple(map(_in_chunks, done)), step=step)
     return Lowered(
         captured=captured,
@@ -186,11 +186,6 @@ class Planned:
     @property
     def computes_again(self) -> bool:
         return any(x.recomputed for x in self.layers)
-
-
-def _again(in_chunks: Sequence[Sized]) -> Sequence[Sized]:
-    """Regions that backward computes again."""
-    return [x for x in in_chunks if x.region.trains and not x.region.is_loss]
 
 
 def _alive(
@@ -222,41 +217,6 @@ def _alive(
         state_ranks=state_ranks,
         again_ms=again_ms if time and settings.recompute != "none" else None,
     )
-
-
-def _timed(
-    captured: Captured, placement: PlacementMap, profile: Profile, settings: Settings
-) -> Timed | None:
-    """What every operator takes; None where the profile does not know."""
-    lines = placement.lines
-    ranks = max((line.layout.world_size for line in lines.lines), default=1)
-    return timed(
-        captured, carries_tokens=placement.is_sharded if ranks > 1 else lines.carries_one,
-        power=lines.power, world_size=ranks, profile=profile, compiler=settings.compiler,
-    )  # fmt: skip
-
-
-def _step_time(
-    time: Timed | None,
-    captured: Captured,
-    in_chunks: Sequence[Sized],
-    layers: Sequence[LayerPlan],
-    states: Sequence[int],
-    state_ranks: StateRanks,
-    settings: Settings,
-) -> StepTime | None:
-    """What a step takes outside attention."""
-    if time is None:
-        return None
-    further = optimizer_parts(
-        captured, optimizer=settings.optimizer, states=states, state_ranks=state_ranks,
-        profile=time.profile,
-    )  # fmt: skip
-    again = [time.again(x.region.nodes) for x in _again(in_chunks)]
-    sites = [layer.site for layer in layers]
-    whole = {i for i, layer in enumerate(layers) if layer.is_replicated}
-    step = time.step(sites, [*further, *again])
-    return replace(step, attention_gflops=attention_gflops(sites, whole, time.world_size))
 
 
 def _may_defer(captured: Captured, settings: Settings, world: World) -> bool:
@@ -334,8 +294,21 @@ def _plan_of(
             *noted(_unvalued(captured, sites), NoteKind.NO_VALUES),
             *noted(_graph_break(captured), NoteKind.GRAPH_BREAK),
             *noted(_given_rules(graph, settings.rules)),
+            *noted(_not_again(layers, settings)),
         ),
     )  # fmt: skip
+
+
+def _not_again(layers: Sequence[LayerPlan], settings: Settings) -> tuple[str, ...]:
+    """That nothing is computed again though it was asked for."""
+    asked = settings.recompute in ("layers", "attention")
+    trained = [x for x in layers if x.site.trains]
+    if not asked or not trained or any(x.recomputed for x in trained):
+        return ()
+    why = "the model checkpoints parts of itself, which stay as they are"
+    if settings.compiler == "eager":
+        why = "compiler='eager' runs nothing again; 'inductor' and 'aot_eager' do"
+    return (f"recompute={settings.recompute!r} has no effect: {why}",)
 
 
 def _refuse_unknown(

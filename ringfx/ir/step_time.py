@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ringfx.validation.fields import Count, Gflops, Milliseconds, Power, Rate, SomeText, Text
@@ -69,7 +68,3 @@ class StepTime:
     def of(self, cause: str) -> float:
         """Milliseconds of one cause."""
         return sum(part.total_ms for part in self.parts if part.cause == cause)
-
-    def with_part(self, parts: Iterable[StepPart]) -> StepTime:
-        """With further parts."""
-        return replace(self, parts=(*self.parts, *parts))

@@ -36,7 +36,8 @@ from ringfx.cost_model.prediction.footprint import (
     sums_forward,
 )
 from ringfx.cost_model.prediction.formulas import Phase, exposed_seconds, hop_seconds
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.terms import message_seconds
 from ringfx.cost_model.prediction.work import ring_work, some_ranks

@@ -49,7 +49,8 @@ from ringfx.cost_model.prediction.formulas import (
     hop_sum,
     kv_seconds,
 )
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.strategy import Strategy
 from ringfx.cost_model.prediction.work import Work, ring_work

@@ -20,7 +20,8 @@ import torch
 from ringfx.comm.process_group import Ranks
 from ringfx.cost_model.prediction.footprint import Calls, sums_forward
 from ringfx.cost_model.prediction.formulas import Phase, whole_seconds
-from ringfx.cost_model.prediction.profile import Direction, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.cost_model.prediction.strategy import Refusal, Strategy, refuse_dropout
 from ringfx.cost_model.prediction.terms import message_seconds

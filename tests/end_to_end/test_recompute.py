@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import ringfx
 from examples.peak_memory import extra_bytes
+from ringfx.compile.settings import Compiler
+from ringfx.cost_model.choice.layers_again import Recompute
 from ringfx.ir.plan import Plan
 from tests.end_to_end.test_chunks import inputs, loss_of
 from tests.models.wide import Block, WideModel
@@ -70,9 +72,9 @@ class Dropping(nn.Module):
         return x.square().mean()
 
 
-def gradients(recompute: str, compiler: str) -> list[Tensor]:
+def gradients(recompute: Recompute, compiler: Compiler) -> list[Tensor]:
     model = Dropping()
-    split = ringfx.optimize(model, recompute=recompute, compiler=compiler)  # type: ignore[arg-type]
+    split = ringfx.optimize(model, recompute=recompute, compiler=compiler)
     given = torch.linspace(-1, 1, 2 * 24 * 32).view(2, 24, 32)
     torch.manual_seed(3)
     split(given).backward()
@@ -92,10 +94,10 @@ def dropping_twice() -> float:
     return max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
 
 
-def peak_of_a_step(recompute: str) -> int:
+def peak_of_a_step(recompute: Recompute) -> int:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(32, 4) for _ in range(16)))
-    split = ringfx.optimize(model, recompute=recompute, compiler="aot_eager", chunks="none")  # type: ignore[arg-type]
+    split = ringfx.optimize(model, recompute=recompute, compiler="aot_eager", chunks="none")
     given = torch.randn(1, 4096, 32)
 
     def step() -> None:

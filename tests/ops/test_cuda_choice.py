@@ -17,7 +17,8 @@ from ringfx.comm import stats
 from ringfx.compile.runner import other_kernels
 from ringfx.cost_model import choose as choose_layers
 from ringfx.cost_model.calibration.measure import Effort, kernel_cases, masked_ns_per_pair
-from ringfx.cost_model.prediction.profile import Direction, KernelRow, Profile
+from ringfx.cost_model.prediction.profile import Profile
+from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow
 from ringfx.errors import RingfxError
 from ringfx.ir.kernel_table import TABLE
 from ringfx.ir.plan import Plan

@@ -19,13 +19,8 @@ from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
 from ringfx.cost_model.calibration.layers import fit_layers, layer_records, layer_sites
 from ringfx.cost_model.calibration.measure import Effort, kernel_cases, spread
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
-from ringfx.cost_model.prediction.profile import (
-    Direction,
-    KernelRow,
-    own_profiles,
-    profile_json,
-    read_profile,
-)
+from ringfx.cost_model.prediction.profile import own_profiles, profile_json, read_profile
+from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow
 from ringfx.errors import CommunicationError, ProfileError
 from tests.cost_model.sites import causal_site, predicted, shipped
 

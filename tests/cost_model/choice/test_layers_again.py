@@ -111,7 +111,9 @@ def test_longer_sequences_fit() -> None:
 
 
 def test_layers_that_the_user_checkpoints_stay_as_they_are() -> None:
-    assert again(planned(checkpoint=True, recompute="layers")) == 0
+    plan = planned(checkpoint=True, recompute="layers")
+    assert again(plan) == 0
+    assert "recompute='layers' has no effect: the model checkpoints parts of itself" in str(plan)
 
 
 def test_without_gradients_nothing_is_computed_again() -> None:

@@ -15,7 +15,7 @@ from benchmarks.prediction_memory import peak_bytes
 from ringfx import ops
 from ringfx.cost_model.calibration.bench import admitted, bench_site, tensors_of
 from ringfx.cost_model.prediction.predict import held_bytes
-from ringfx.cost_model.prediction.profile import Direction
+from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.ir.layout import LayoutKind
 from ringfx.ir.values import AttentionSite

@@ -10,7 +10,8 @@ import pytest
 
 from ringfx.cost_model import choose
 from ringfx.cost_model.prediction.kernel_choice import unpriced
-from ringfx.cost_model.prediction.profile import KernelRow, Profile, profile_json, read_profile
+from ringfx.cost_model.prediction.profile import Profile, profile_json, read_profile
+from ringfx.cost_model.prediction.profile_rows import KernelRow
 from ringfx.errors import RingfxError
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec

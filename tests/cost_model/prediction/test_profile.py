@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 
 from ringfx.cost_model.prediction import devices
-from ringfx.cost_model.prediction.profile import (
-    available_profiles,
-    load_profile,
-    read_profile,
-)
+from ringfx.cost_model.prediction.profile import available_profiles, load_profile, read_profile
 from ringfx.errors import ProfileError
 from ringfx.units.age import age_words
 from tests.cost_model.sites import shipped
