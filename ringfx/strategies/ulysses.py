@@ -107,6 +107,8 @@ class _Exchange:
     """Heads of a rank."""
     part: slice
     """Those of them that are exchanged."""
+    copies: int = 1
+    """How often each head of ``to_heads`` counts: ranks that hold one have copies of it."""
 
     def _of(self, rank: int) -> slice:
         first = rank * self.share
@@ -119,7 +121,7 @@ class _Exchange:
         whole_BHSD = x_BHQD.new_empty(B, heads, layout.padded_length, D)
 
         def of_heads(rank: int) -> Tensor:
-            return x_BHQD[:, self._of(rank)]
+            return _repeated(x_BHQD, self._of(rank), self.copies)
 
         def place(rank: int, part_BHQD: Tensor) -> None:
             for there, here in layout.chunks(rank):
@@ -181,7 +183,8 @@ class _Call:
             yield self._kv(part), [slice(first + q.start, first + q.stop) for q in of_q]
 
     def _kv(self, part: slice) -> _Exchange:
-        return _Exchange(self.problem.ranks, self.problem.kv_layout, self.kv_share, part)
+        ranks, layout = self.problem.ranks, self.problem.kv_layout
+        return _Exchange(ranks, layout, self.kv_share, part, self.copies)
 
     def q(self, part: slice) -> _Exchange:
         return _Exchange(self.problem.ranks, self.problem.q_layout, self.share, part)
@@ -205,11 +208,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of the local queries over all keys and its logsumexp."""
     call = _Call.of(problem, q_BHQD, k_BGKD)
-    repeated = [_repeat(x, call.copies) for x in (k_BGKD, v_BGKE)]
     E = v_BGKE.shape[3]
     by_tokens: tuple[Tensor, Tensor] | None = None
     for kv, q_parts in call.kv_parts():
-        for found, part in _outputs(call, kv, q_parts, repeated, q_BHQD):
+        for found, part in _outputs(call, kv, q_parts, (k_BGKD, v_BGKE), q_BHQD):
             if by_tokens is None:
                 shape = q_BHQD.shape[:3]
                 by_tokens = found.new_empty(*shape, E), found.new_empty(*shape, found.shape[3] - E)
@@ -221,12 +223,12 @@ def forward(
 
 
 def _outputs(
-    call: _Call, kv: _Exchange, q_parts: Sequence[slice], repeated: Sequence[Tensor], q_BHQD: Tensor
+    call: _Call, kv: _Exchange, q_parts: Sequence[slice], k_and_v: Sequence[Tensor], q_BHQD: Tensor
 ) -> Iterator[tuple[Tensor, slice]]:
     """Of some K/V heads the output by heads, for one group of query heads after the other."""
     k, v = (
         kv.to_heads(f"forward: all-to-all of {name}", x)
-        for name, x in zip("kv", repeated, strict=True)
+        for name, x in zip("kv", k_and_v, strict=True)
     )
     for number, part in enumerate(q_parts):
         q = call.q(part).to_heads("forward: all-to-all of q", q_BHQD)
@@ -254,14 +256,14 @@ def backward(
 ) -> Gradients:
     """The gradients of the local queries, keys and values."""
     call = _Call.of(problem, q_BHQD, k_BGKD)
-    repeated = [_repeat(x, call.copies) for x in (k_BGKD, v_BGKE)]
     rows = {"q": q_BHQD, "the output": out_BHQE, "dout": dout_BHQE}
     rows["the logsumexp"] = lse_BHQ[..., None]
-    dq, dk, dv = (_Late(x) for x in (q_BHQD, *repeated))
+    dq = _Late(q_BHQD)
+    dk, dv = (_Late(x, call.copies) for x in (k_BGKD, v_BGKE))
     inputs: Sequence[Tensor | None] = ()
     for kv, q_parts in call.kv_parts():
         of_keys: tuple[Tensor, Tensor] | None = None
-        for found, part in _of_group(call, kv, q_parts, repeated, rows):
+        for found, part in _of_group(call, kv, q_parts, (k_BGKD, v_BGKE), rows):
             call.q(part).to_tokens("backward: all-to-all of dq", found.dq_BHQD, dq.made())
             inputs = _added(inputs, found.inputs)
             if of_keys is None:
@@ -280,15 +282,17 @@ def backward(
 
 @dataclass(eq=False)
 class _Late:
-    """A gradient by tokens, whose memory is taken when the first heads of it are there."""
+    """A gradient by tokens, of every copy of a head. Its memory is taken when it is first asked."""
 
     like: Tensor
+    copies: int = 1
     total: Tensor | None = None
 
     def made(self) -> Tensor:
         if self.total is None:
             made_in = accumulation_dtype(self.like.dtype)
-            self.total = self.like.new_empty(self.like.shape, dtype=made_in)
+            B, heads, *rest = self.like.shape
+            self.total = self.like.new_empty((B, heads * self.copies, *rest), dtype=made_in)
         return self.total
 
 
@@ -296,13 +300,13 @@ def _of_group(
     call: _Call,
     kv: _Exchange,
     q_parts: Sequence[slice],
-    repeated: Sequence[Tensor],
+    k_and_v: Sequence[Tensor],
     rows: Mapping[str, Tensor],
 ) -> Iterator[tuple[Gradients, slice]]:
     """Of some K/V heads the gradients by heads, for one group of query heads after the other."""
     k, v = (
         kv.to_heads(f"backward: all-to-all of {name}", x)
-        for name, x in zip("kv", repeated, strict=True)
+        for name, x in zip("kv", k_and_v, strict=True)
     )
     for number, part in enumerate(q_parts):
         q, out, dout, lse = (
@@ -325,8 +329,12 @@ def _added(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> lis
     ]
 
 
-def _repeat(x_BGKD: Tensor, copies: int) -> Tensor:
-    return x_BGKD if copies == 1 else x_BGKD.repeat_interleave(copies, dim=1)
+def _repeated(x_BGKD: Tensor, heads: slice, copies: int) -> Tensor:
+    """These heads of ``x.repeat_interleave(copies, 1)``, without making the others."""
+    if copies == 1:
+        return x_BGKD[:, heads]
+    given = [h // copies for h in range(heads.start, heads.stop)]
+    return torch.cat([x_BGKD[:, h : h + 1] for h in given], dim=1)
 
 
 def _add_copies(x_BHKD: Tensor, copies: int) -> Tensor:

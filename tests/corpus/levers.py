@@ -15,13 +15,14 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ringfx.errors import CommunicationError
-from tests.corpus.measure import Outcome, Setup, measure
+from tests.corpus.measure import Outcome, Setup, compiled_whole, measure
 from tests.corpus.report import Record, source
 from tests.corpus.table import VARIANTS
 from tests.support.ranks import RankPool
@@ -36,6 +37,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "all": {"chunks": 3, "shard_states": True, "recompute": "layers"},
 }
 """Options of ``ringfx.optimize`` by name."""
+WRONG = "WRONG"
+NEITHER = "refused by torch.compile itself"
 OWN_TYPE = ("led/*", "fsmt/*", "nllb_moe/*", "switch_transformers/*")
 """Not in float64: the unsplit model has no numbers there, fails, or converts its own weights."""
 LIMIT_S = 400.0
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{lever}, {ranks} ranks: {count} {verdict}")
     if options.output:
         Path(options.output).write_text(json.dumps(_file(options, every), indent=1) + "\n")
-    return int(any(row["verdict"] == "WRONG" for row in every))
+    return int(any(row["verdict"] == WRONG for row in every))
 
 
 def examine(pool: RankPool, name: str, setup: Setup) -> Record:
@@ -79,7 +82,12 @@ def examine(pool: RankPool, name: str, setup: Setup) -> Record:
     except CommunicationError as error:
         text = f"{type(error).__name__}: {error}"
         found = [Outcome(seconds=LIMIT_S, error=text[-3000:])] * pool.num_ranks
-    return Record.of(setup.variant(name), {pool.num_ranks: found})
+    record = Record.of(setup.variant(name), {pool.num_ranks: found})
+    if record.verdict == WRONG and all(x.error and not x.refused for x in found):
+        whole = pool.run(compiled_whole, name, setup)[0]
+        if whole:
+            return replace(record, verdict=NEITHER, why=whole)
+    return record
 
 
 def _row(lever: str, ranks: int, record: Record) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,6 +111,18 @@ def measure(name: str, compare: bool = True, setup: Setup = ONE_STEP) -> Outcome
     return Outcome(seconds=round(time.monotonic() - started, 1), **fields)
 
 
+def compiled_whole(name: str, setup: Setup) -> str:
+    """What the unsplit model raises under ``torch.compile`` itself; nothing where it runs."""
+    variant = setup.variant(name)
+    model = build(variant)
+    compiled = torch.compile(model.forward, backend=setup.compiler, dynamic=False)
+    try:
+        _step(variant, model, getattr(torch, variant.dtype), compiled, None)
+    except Exception as error:
+        return _portable(f"{type(error).__name__}: {error}")
+    return ""
+
+
 def _run(variant: Variant, compare: bool, setup: Setup) -> dict[str, Any]:
     stock = build(variant)
     model = copy.deepcopy(stock)
@@ -127,7 +139,7 @@ def _trained(
     variant: Variant,
     owner: nn.Module,
     dtype: torch.dtype,
-    call: nn.Module | None = None,
+    call: Callable[..., Any] | None = None,
     inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Results:
     """The last step's results, and the losses of those before it."""
@@ -148,7 +160,7 @@ def _step(
     variant: Variant,
     owner: nn.Module,
     dtype: torch.dtype,
-    call: nn.Module | None,
+    call: Callable[..., Any] | None,
     inputs: Mapping[str, torch.Tensor] | None,
 ) -> Results:
     """Forward and backward; outputs are touched after the backward, as most training code does."""
