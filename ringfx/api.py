@@ -26,7 +26,7 @@ from ringfx.compile.states import cast_inputs, in_param_dtype, planned_states
 from ringfx.compile.trained import leaves_of_graph
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
-from ringfx.cost_model.choice.layers_again import Recompute
+from ringfx.cost_model.choice.layers_again import Offload, Recompute
 from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
 from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
@@ -74,6 +74,7 @@ def optimize(
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
     recompute: Recompute = "auto",
+    offload: Offload = "auto",
     head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -142,6 +143,10 @@ def optimize(
         many as ``gpu_memory`` demands, without their attention as long as that is enough;
         ``"layers"``: all, without attention; ``"attention"``: all, with it (its messages are sent
         again); ``"none"``. Layers that the model itself checkpoints stay as they are.
+    offload
+        What layers that are computed again still keep, the hidden states between them and their
+        attention's output, waits in the host's memory. ``"auto"``: as much as ``gpu_memory``
+        demands, where the profile knows the host; ``"all"``; ``"none"``.
     head_groups
         Attention works through its heads in groups, so that what is gathered or exchanged exists
         for one group only. ``"auto"``: as many as cost no time, and more where ``gpu_memory`` is
@@ -181,6 +186,7 @@ def optimize(
             "mp_policy": mp_policy,
             "chunks": chunks,
             "recompute": recompute,
+            "offload": offload,
             "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,
@@ -242,6 +248,7 @@ def plan(
     mp_policy: MixedPrecisionPolicy | None = None,
     chunks: Chunks = "auto",
     recompute: Recompute = "auto",
+    offload: Offload = "auto",
     head_groups: int | str = "auto",
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
@@ -271,6 +278,7 @@ def plan(
             "mp_policy": mp_policy,
             "chunks": chunks,
             "recompute": recompute,
+            "offload": offload,
             "head_groups": head_groups,
             "strategies": strategies,
             "rules": rules,

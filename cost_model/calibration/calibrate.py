@@ -273,6 +273,9 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         fused_gbytes_per_s=measured.operators.fused_gbytes_per_s,
         fresh_ns_per_byte=measured.operators.fresh_ns_per_byte,
         optimizer_gbytes_per_s=measured.operators.optimizer_gbytes_per_s,
+        host_gbytes_per_s=measured.operators.host_gbytes_per_s,
+        host_gbytes=_host_gbytes_a_rank(measured),
+        host_origin="" if measured.operators.host_gbytes_per_s is None else HOST_ORIGIN,
         mask_ns_per_pair=round(measured.mask_ns_per_pair, 4),
         mask_us_per_tile=round(measured.mask_us_per_tile, 2),
         contention_ns_per_byte=round(measured.contention_ns_per_byte, 4),
@@ -283,6 +286,14 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
     )
     profile, layer_quality = fit_layers(measured.layers, bare)
     return dataclasses.replace(profile, quality="; ".join([*words, layer_quality.words()]))
+
+
+HOST_ORIGIN = "256 MiB to pinned memory and back; three quarters of the machine's memory"
+
+
+def _host_gbytes_a_rank(measured: Measurements) -> float | None:
+    whole = measured.operators.host_gbytes
+    return None if whole is None else round(whole / max(1, measured.ranks_per_node), 1)
 
 
 def _fused(kernels: Iterable[KernelRow]) -> str:

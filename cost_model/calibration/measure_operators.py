@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class OperatorRates:
     fused_gbytes_per_s: float | None
     fresh_ns_per_byte: float
     optimizer_gbytes_per_s: float
+    host_gbytes_per_s: float | None
+    """Of pinned memory, the slower direction; None: the device is the host."""
+    host_gbytes: float | None
+    """Of all ranks of a machine together."""
 
 
 def product_dtypes(device: str) -> Sequence[str]:
@@ -58,6 +63,8 @@ def operator_rates(products: Sequence[ProductRow], device: str, effort: Effort) 
         fused_gbytes_per_s=_fused_gbytes_per_s(device, effort),
         fresh_ns_per_byte=round(_fresh_ns_per_byte(effort), 4) if device == "cpu" else 0.0,
         optimizer_gbytes_per_s=round(_optimizer_gbytes_per_s(device, effort), 3),
+        host_gbytes_per_s=None if device == "cpu" else round(_host_gbytes_per_s(device, effort), 3),
+        host_gbytes=None if device == "cpu" else round(HOST_SHARE * _host_gbytes(), 1),
     )
 
 
@@ -166,6 +173,27 @@ def _optimizer_gbytes_per_s(device: str, effort: Effort) -> float:
     took_ms = statistics.median(timed(optimizer.step, device, effort))
     moved = PASSES["adamw"] * sum(x.numel() * x.element_size() for x in weights)
     return moved / took_ms / 1e6
+
+
+HOST_BYTES = 256 << 20
+HOST_SHARE = 0.75
+"""Of the machine's memory, what may hold values of a device."""
+
+
+def _host_gbytes_per_s(device: str, effort: Effort) -> float:
+    """What a large tensor takes to pinned memory, or from there: the slower of both."""
+    here = torch.zeros(HOST_BYTES // 4, device=device)
+    there = torch.zeros(HOST_BYTES // 4, pin_memory=True)
+    runs: Sequence[Callable[[], object]] = (
+        lambda: there.copy_(here, non_blocking=True),
+        lambda: here.copy_(there, non_blocking=True),
+    )
+    return min(HOST_BYTES / statistics.median(timed(run, device, effort)) / 1e6 for run in runs)
+
+
+def _host_gbytes() -> float:
+    """The machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 DIRECTIONS: Sequence[Direction] = get_args(Direction)

@@ -137,7 +137,8 @@ def _one_option_each(groups: Sequence[Group], num: int) -> LinearConstraint:
 def _spread(
     groups: Sequence[Group], counts: NDArray[np.int64] | None, num_layers: int
 ) -> tuple[int, ...] | None:
-    """Counts back to layers: the first members of a group take its faster options."""
+    """Counts back to layers: the last members of a group take its faster options, since backward
+    is done with what they keep when it computes others again."""
     if counts is None:
         return None
     picked = [0] * num_layers
@@ -145,7 +146,7 @@ def _spread(
     for group in groups:
         own = counts[start : start + len(group.menu)]
         start += len(group.menu)
-        indices = np.repeat(np.arange(len(own)), own)
+        indices = np.repeat(np.arange(len(own)), own)[::-1]
         for position, index in zip(group.members, indices, strict=True):
             picked[position] = int(index)
     return tuple(picked)

@@ -34,7 +34,7 @@ def _held(option: Prediction, again: int | None) -> Prediction:
     if option.attention_again:
         return replace(
             option, saved_bytes=option.layer_bytes,
-            workspace_bytes=option.workspace_bytes + option.saved_bytes,
+            workspace_bytes=option.workspace_bytes + option.saved_bytes + option.host_bytes,
         )  # fmt: skip
     if again is None and option.recomputed:
         again = option.saved_bytes - option.result_bytes
@@ -42,8 +42,8 @@ def _held(option: Prediction, again: int | None) -> Prediction:
         return replace(option, saved_bytes=option.saved_bytes + option.layer_bytes)
     return replace(
         option,
-        saved_bytes=option.result_bytes + option.layer_bytes,
-        workspace_bytes=option.workspace_bytes + again,
+        saved_bytes=option.result_bytes - option.host_result_bytes + option.layer_bytes,
+        workspace_bytes=option.workspace_bytes + again + option.host_bytes,
     )
 
 

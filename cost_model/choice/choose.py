@@ -25,7 +25,7 @@ from ringfx.cost_model.choice.infeasible import (
     longest_that_fits,
     refuse_hopeless,
 )
-from ringfx.cost_model.choice.layers_again import Recompute, with_recompute
+from ringfx.cost_model.choice.layers_again import Host, Offload, Recompute, with_recompute
 from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
@@ -52,6 +52,7 @@ def choose(
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Mapping[int, str] = MappingProxyType({}),
     recompute: Recompute = "auto",
+    offload: Offload = "auto",
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -71,6 +72,8 @@ def choose(
         and takes the time and memory that it takes on one.
     recompute
         Which layers backward computes again, of those that ``memory`` says can be.
+    offload
+        Which of these leave what is kept of them in the host's memory until then.
 
     Raises
     ------
@@ -88,8 +91,9 @@ def choose(
         return _offers(sites, world_size, profile, strategies, replicated, more)
 
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute
-    )
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute,
+        Host.of(profile, offload),
+    )  # fmt: skip
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
     picked = fitting.fastest(gpu_memory)
@@ -141,6 +145,7 @@ def _problem(
     offers_at: Offers,
     replicated: Collection[int],
     recompute: Recompute,
+    host: Host | None,
 ) -> Problem:
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
@@ -148,7 +153,7 @@ def _problem(
             _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
             for i, (offer, override) in enumerate(pairs)
         ]
-        return with_recompute(menus, sites, world_size, timeline, recompute)
+        return with_recompute(menus, sites, world_size, timeline, recompute, host)
 
     timeline = flat(sites) if memory is None else memory
     return Problem(
@@ -169,6 +174,7 @@ def longest_fitting(
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Collection[int] = (),
     recompute: Recompute = "auto",
+    offload: Offload = "auto",
 ) -> int:
     """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
     0: none."""
@@ -178,8 +184,9 @@ def longest_fitting(
         return _offers(sites, world_size, profile, strategies, replicated, MOST_GROUPS)
 
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute
-    )
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute,
+        Host.of(profile, offload),
+    )  # fmt: skip
     return longest_that_fits(problem, limit, world_size)
 
 
@@ -255,6 +262,10 @@ def _layer_plan(
         recomputed=chosen.recomputed,
         attention_again=chosen.attention_again,
         again_ms=chosen.again_ms,
+        offloaded=chosen.offloaded,
+        host_bytes=chosen.host_bytes,
+        host_result_bytes=chosen.host_result_bytes,
+        offload_ms=chosen.offload_ms,
     )
 
 

@@ -2,18 +2,23 @@
 
 What attention saves does not depend on the strategy, so a choice is fitted by one bound on saved
 bytes and the shared workspace (``budget.py``), and the largest bound whose choice fits is searched:
-the peak itself is taken from the timeline, at each of whose moments only some layers count.
+the peak itself is taken from the timeline, at each of whose moments only some layers count. So what
+is found can be bettered: layer by layer, from the last, a faster option is taken where all still
+fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from ringfx.cost_model.choice import budget
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.checkpoints import as_held
+from ringfx.cost_model.prediction.predict import Prediction
+from ringfx.ir.memory_peaks import Peaks
 from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import Peak, in_order, never_below, peak
 from ringfx.ir.values import AttentionSite
@@ -21,6 +26,9 @@ from ringfx.ir.values import AttentionSite
 __all__ = ["Fitting", "last_that_fits"]
 
 Picked: TypeAlias = tuple[int, ...]
+
+Kind: TypeAlias = tuple[bool, bool, bool]
+"""Whether a layer is computed again, its attention too, and offloaded."""
 
 ROOM_STEPS = 1024
 """The bound is found to so many parts of the budget."""
@@ -45,44 +53,115 @@ class Fitting:
         layers = in_order(self.memory, self.sites, held)
         return peak(self.memory, layers, world_size=self.world_size, seq_len=self.seq_len)
 
+    @cached_property
+    def _peaks(self) -> Peaks:
+        return Peaks(self.memory, world_size=self.world_size, seq_len=self.seq_len)
+
+    def _bytes(self, picked: Sequence[int]) -> int:
+        held = [menu[i] for menu, i in zip(self.menus, picked, strict=True)]
+        return self._peaks.of(in_order(self.memory, self.sites, held))
+
     def least(self) -> Picked:
         """The choice that needs least."""
-        alone = tuple(
-            min(range(len(menu)), key=lambda i: menu[i].saved_bytes + menu[i].workspace_bytes)
+        smallest = budget.smallest(as_held(self.sites, self.menus))
+        return min(map(self._smaller, {smallest, *self._alike()}), key=self._bytes)
+
+    @cached_property
+    def _kinds(self) -> Sequence[Mapping[Kind, int]]:
+        """For each layer its smallest option of each kind."""
+        found = []
+        for menu in as_held(self.sites, self.menus):
+            of_layer: dict[Kind, int] = {}
+            for i, option in enumerate(menu):
+                kind = option.recomputed, option.attention_again, option.offloaded
+                before = of_layer.setdefault(kind, i)
+                if _alone(option) < _alone(menu[before]):
+                    of_layer[kind] = i
+            found.append(of_layer)
+        return found
+
+    def _alike(self) -> Iterator[Picked]:
+        """Choices of one kind throughout; of a layer that has none of it the smallest."""
+        smallest = [
+            min(range(len(menu)), key=lambda i, menu=menu: _alone(menu[i]))  # type: ignore[misc]
             for menu in as_held(self.sites, self.menus)
-        )
-        together = budget.smallest(as_held(self.sites, self.menus))
-        return min(alone, together, key=lambda picked: self.peak(picked).bytes)
+        ]
+        for kind in {kind for of_layer in self._kinds for kind in of_layer}:
+            yield tuple(
+                of_layer.get(kind, i) for of_layer, i in zip(self._kinds, smallest, strict=True)
+            )
+        yield tuple(smallest)
+
+    def _smaller(self, picked: Picked) -> Picked:
+        """With options of other kinds as long as they need less beside the others."""
+        better, size = list(picked), self._bytes(picked)
+        changed = True
+        while changed:
+            changed = False
+            for layer in reversed(range(len(better))):
+                for option in self._kinds[layer].values():
+                    before, better[layer] = better[layer], option
+                    if (now := self._bytes(better)) < size:
+                        size, changed = now, True
+                    else:
+                        better[layer] = before
+        return tuple(better)
 
     def fastest(self, memory: int | None) -> Picked | None:
         """The fastest choice that fits; None if none does."""
         fastest = tuple(0 for _ in self.menus)
-        if memory is None or self.peak(fastest).bytes <= memory:
+        if memory is None or self._bytes(fastest) <= memory:
             return fastest
         least = self.least()
-        if self.peak(least).bytes > memory:
+        if self._bytes(least) > memory:
             return None
         return self._within(memory, least, fastest)
 
-    def _within(self, memory: int, best: Picked, fastest: Picked) -> Picked:
+    def _within(self, memory: int, least: Picked, fastest: Picked) -> Picked:
+        best = least
         menus = as_held(self.sites, self.menus)
         outside = never_below(self.memory, world_size=self.world_size, seq_len=self.seq_len)
         low, high = budget.peak(menus, best), budget.peak(menus, fastest)
         room = min(max(low, memory - outside), high)
         while high - low > memory // ROOM_STEPS or room == memory - outside:
             picked = budget.assign(menus, room)
-            if picked is not None and self.peak(picked).bytes <= memory:
-                best = min(best, picked, key=self._time)
+            if picked is not None and self._bytes(picked) <= memory:
+                best = min(best, picked, key=self.time)
                 low = room
             else:
                 high = room
             room = (low + high) // 2
             if room == low:
                 break
-        return best
+        found = [
+            self._faster(x, memory, one_by_one) for x in (best, least) for one_by_one in (0, 1)
+        ]
+        return min(found, key=self.time)
 
-    def _time(self, picked: Picked) -> float:
+    def _faster(self, picked: Picked, memory: int, one_by_one: int) -> Picked:
+        """With faster options where they fit beside the others, the last layers' first: backward is
+        done with what these keep when it comes to the others. The fastest that fits at once, or the
+        next faster one in turn."""
+        better = list(picked)
+        changed = True
+        while changed:
+            changed = False
+            for layer in reversed(range(len(better))):
+                now = better[layer]
+                for option in reversed(range(now)) if one_by_one else range(now):
+                    better[layer] = option
+                    if self._bytes(better) <= memory:
+                        changed = True
+                        break
+                    better[layer] = now
+        return tuple(better)
+
+    def time(self, picked: Picked) -> float:
         return sum(menu[i].cost_ms for menu, i in zip(self.menus, picked, strict=True))
+
+
+def _alone(option: Prediction) -> int:
+    return option.saved_bytes + option.workspace_bytes
 
 
 def longest(sites: Sequence[AttentionSite]) -> int:

@@ -169,6 +169,8 @@ class _Kept:
     workspace_bytes: int = 0
     recomputed: bool = True
     attention_again: bool = True
+    offloaded: bool = True
+    host_result_bytes: int = 0
 
 
 def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:

@@ -134,7 +134,7 @@ def replan(
     layers = choose(
         sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
         memory=plan.memory.timeline, strategies=strategies, replicated=replicated_layers(plan),
-        recompute=plan.recompute,
+        recompute=plan.recompute, offload=plan.offload,
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     collectives = plan.collectives if same_program else ()
@@ -287,4 +287,5 @@ def longest_sequence(
         [layer.site for layer in plan.layers], world_size=plan.world_size, profile=profile,
         gpu_memory=plan.gpu_memory, limit=limit, strategy=strategy, memory=plan.memory.timeline,
         strategies=strategies, replicated=replicated_layers(plan), recompute=plan.recompute,
+        offload=plan.offload,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from ringfx.cost_model.peak_memory.liveness import Values, block_of, op_name
-from ringfx.cost_model.peak_memory.segments import Segment, again_nodes, tag
+from ringfx.cost_model.peak_memory.segments import Segment, again_nodes, handed_on, tag
 from ringfx.cost_model.peak_memory.timeline_of import (
     AGAIN,
     Held,
@@ -81,8 +81,8 @@ class Run:
     """Bytes of all ranks together: a row for each position, a column for each term."""
     moments: tuple[MemoryMoment, ...]
     """Every position as one."""
-    kept: Callable[[int, int], Sequence[int]]
-    """Of each term, what the positions from one up to before another keep."""
+    kept: Callable[[int, int, Collection[Node] | None], Sequence[int]]
+    """Of each term, what the positions from one up to before another keep; of some values only."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,6 +100,11 @@ class Segments:
 
     def is_within(self, position: int) -> bool:
         return any(s.start <= position < s.stop for s in self.segments)
+
+    def moved(self, segment: Segment, values: Values) -> frozenset[Node]:
+        """What it hands on and may wait in the host's memory."""
+        following = next((s for s in self.segments if s.number == segment.number + 1), None)
+        return handed_on(segment, following, values)
 
     def ms(self, segment: Segment, values: Values) -> float:
         assert self.again_ms is not None
@@ -153,8 +158,13 @@ class Alive:
         for segment in self.segments.segments:
             layer = chosen.get(segment.attention.name)
             if layer is not None:
-                again = self.segments.again[segment]
-                tag(segment, again, of, attention_again=layer.attention_again)
+                again, moved = self.segments.again[segment], set[Node]()
+                if layer.offloaded:
+                    moved |= self.segments.moved(segment, self.kept.values)
+                    moved |= {segment.attention} if layer.host_result_bytes else set()
+                tag(
+                    segment, again, of, attention_again=layer.attention_again, offloaded=moved,
+                )  # fmt: skip
 
     def _regions(self, layers: Mapping[str, LayerPlan]) -> Mapping[Node, int]:
         chosen = [s for s in self.segments.segments if layers[s.attention.name].recomputed]
@@ -188,10 +198,10 @@ def run_of(
     kept = [x for x in held if x.cause == KEPT and x.last == num - 1 and x.of is not None]
     columns = {term: i for i, term in enumerate(terms)}
 
-    def kept_between(start: int, stop: int) -> Sequence[int]:
+    def kept_between(start: int, stop: int, only: Collection[Node] | None) -> Sequence[int]:
         sizes = [0] * len(terms)
         for x in kept:
-            if start <= x.first < stop and x.of is not None:
+            if start <= x.first < stop and x.of is not None and (only is None or x.of in only):
                 sizes[columns[growth.term(x)]] += num_bytes(x.of)
         return sizes
 
@@ -232,8 +242,13 @@ def alive_at_moments(
         segments=tuple(
             MemorySegment(
                 layer=number[s.attention],
-                kept=_widened(kept, terms, kept.kept(s.start, s.stop)),
-                kept_again=_widened(again, terms, again.kept(s.start, s.stop)),
+                kept=_widened(kept, terms, kept.kept(s.start, s.stop, None)),
+                kept_again=_widened(again, terms, again.kept(s.start, s.stop, None)),
+                offloaded=_widened(
+                    again,
+                    terms,
+                    again.kept(s.start, s.stop, segments.moved(s, again.values)),
+                ),
                 again_ms=segments.ms(s, again.values),
             )
             for s in (segments.segments if again else ())
@@ -264,7 +279,7 @@ def _of_mode(
     for i, moment in enumerate(run.moments):
         if mode and segments.before(i) > number:
             ended = segments.segments[number]
-            before = before + np.array(run.kept(ended.start, ended.stop), np.int64)
+            before = before + np.array(run.kept(ended.start, ended.stop, None), np.int64)
             number += 1
         is_within = bool(mode) and segments.is_within(i)
         if mode == "again" and not is_within:

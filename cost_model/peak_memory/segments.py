@@ -18,9 +18,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.cost_model.peak_memory.liveness import Values, needed_by, op_name
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
-from ringfx.ir.markers import SENT_AGAIN
+from ringfx.ir.markers import OFFLOADED, SENT_AGAIN
 
-__all__ = ["Segment", "again_nodes", "leaving_of", "recomputed", "segments_of", "tag"]
+__all__ = [
+    "Segment", "again_nodes", "handed_on", "leaving_of", "recomputed", "segments_of", "tag",
+]  # fmt: skip
 
 ALIKE = 1.05
 """How far what is alive at two cuts may differ for the model to be as wide there."""
@@ -123,17 +125,36 @@ def leaving_of(segment: Segment, values: Values) -> frozenset[Node]:
     )
 
 
+def handed_on(segment: Segment, following: Segment | None, values: Values) -> frozenset[Node]:
+    """Of what leaves a segment, what no other than the one behind it reads: hidden states.
+
+    Backward needs them once, when it computes that one again.
+    """
+    if following is None or following.start != segment.stop:
+        return frozenset()
+    near = {*segment.nodes, *following.nodes}
+    leaving = leaving_of(segment, values)
+    views = {n: values.owner[n] for n in near if values.owner[n] in leaving}
+    far = {owner for n, owner in views.items() if any(user not in near for user in n.users)}
+    return leaving - far
+
+
 def tag(
     segment: Segment,
     again: Collection[Node],
     of: Callable[[Node], Iterable[Node]],
     *,
     attention_again: bool,
+    offloaded: Collection[Node] = (),
 ) -> None:
     """Tell AOTAutograd's partitioner to compute these again, and to keep the segment's others.
 
-    ``of``: the nodes of the program that is compiled, of one of this one.
+    ``of``: the nodes of the program that is compiled, of one of this one. ``offloaded``: what of it
+    is kept in the host's memory.
     """
+    for node in offloaded:
+        for own in of(node):
+            own.meta[OFFLOADED] = True
     if attention_again:
         again = {*again, segment.attention}
         for own in of(segment.attention):

@@ -46,6 +46,8 @@ class Prediction:
     workspace_bytes: int
     result_bytes: int = 0
     """Of the saved bytes those of the output and its logsumexp."""
+    output_bytes: int = 0
+    """Of these those of the output."""
     own_queries: bool = True
     gloss: str = ""
     """Both as the strategy says."""
@@ -59,6 +61,14 @@ class Prediction:
     """What that takes."""
     layer_bytes: int = 0
     """What its layer keeps outside attention."""
+    offloaded: bool = False
+    """Whether what its layer hands on, and its output, wait in the host's memory for backward."""
+    host_bytes: int = 0
+    """What does."""
+    host_result_bytes: int = 0
+    """Of it the output of attention."""
+    offload_ms: float = 0.0
+    """What sending it there and back takes."""
 
     @property
     def strategy_words(self) -> str:
@@ -79,8 +89,8 @@ class Prediction:
 
     @property
     def cost_ms(self) -> float:
-        """With what is computed again: what choices compare."""
-        return self.total_ms + self.again_ms
+        """With what is computed again or offloaded: what choices compare."""
+        return self.total_ms + self.again_ms + self.offload_ms
 
     @property
     def compute_ms(self) -> float:
@@ -110,6 +120,7 @@ def predict(
         backward=backward,
         saved_bytes=local.saved_bytes,
         result_bytes=local.result_bytes,
+        output_bytes=local.output_bytes,
         workspace_bytes=workspace_bytes(local, strategy),
         own_queries=strategy.own_queries,
         gloss=strategy.gloss,

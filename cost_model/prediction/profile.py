@@ -106,6 +106,11 @@ class Profile:
     """What a byte of a large new tensor costs more: pages that the system gives on first touch."""
     optimizer_gbytes_per_s: Rate | None = None
     """What an optimizer's step reads and writes; None: as ``memory_gbytes_per_s``."""
+    host_gbytes_per_s: Rate | None = None
+    """What one rank sends to the host's memory, or fetches from there; None: nothing is."""
+    host_gbytes: Rate | None = None
+    """How much of that memory one rank may use for what is offloaded."""
+    host_origin: Text = ""
     mask_ns_per_pair: UnitCost = 0.0
     """What evaluating a mask costs for each pair of a tile that needs it, once for all heads."""
     mask_us_per_tile: UnitCost = 0.0

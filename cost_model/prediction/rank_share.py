@@ -130,8 +130,13 @@ class Local:
     @property
     def result_bytes(self) -> int:
         """The output and the logsumexp, kept for backward even where the rest is computed again."""
-        kept = self.out_items * self.itemsize + self.rows * self.accumulator_bytes
-        return kept if self.site.trains else 0
+        kept = self.rows * self.accumulator_bytes if self.site.trains else 0
+        return self.output_bytes + kept
+
+    @property
+    def output_bytes(self) -> int:
+        """The output, kept for backward."""
+        return self.out_items * self.itemsize if self.site.trains else 0
 
     def groups(self, least_bytes: int, most: int = MOST_GROUPS) -> int:
         """Groups of heads that are sent one by one, each of at least so many bytes of K and V; or

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.comm import conjugate
 from ringfx.comm.state_buckets import rows_of_a_part
@@ -16,6 +17,7 @@ from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
+from ringfx.ir.markers import OFFLOADED
 from ringfx.ir.token_place import TokenPlace
 from ringfx.ir.values import Captured, Collective
 from ringfx.ops import attention
@@ -310,7 +312,10 @@ class _Rewriter:
         if tokens.inner != 1:
             each = (valid, tokens.inner)
             valid = self.graph.call_function(aten.repeat_interleave.self_int, each)
-        return self.graph.call_function(conjugate.fill_padding, (new, v, valid))
+        filled = self.graph.call_function(conjugate.fill_padding, (new, v, valid))
+        if "recompute" in node.meta:  # the result itself is what is kept
+            filled.meta = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, OFFLOADED: False}
+        return filled
 
     def _output(self, node: Node) -> tuple[SplitOutput | None, ...]:
         split: list[SplitOutput | None] = []

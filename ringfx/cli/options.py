@@ -160,6 +160,13 @@ Recompute = Annotated[
         "--gpu-memory demands), layers (all, their attention apart), attention (it too), none."
     ),
 ]
+Offload = Annotated[
+    str,
+    _plan(
+        help="What layers that are computed again still keep waits in the host's memory: auto (as "
+        "much as --gpu-memory demands), all, none."
+    ),
+]
 HeadGroups = Annotated[
     str,
     _plan(

@@ -19,7 +19,7 @@ from ringfx.cost_model import (
     parse_bytes,
     parse_tokens,
 )
-from ringfx.cost_model.choice.layers_again import Recompute
+from ringfx.cost_model.choice.layers_again import Offload, Recompute
 from ringfx.cost_model.choice.whatif import (
     Change,
     longest_sequence,
@@ -66,6 +66,7 @@ class Request:
     param_dtype: str | None = None
     chunks: str = "auto"
     recompute: str = "auto"
+    offload: str = "auto"
     head_groups: str = "auto"
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -171,6 +172,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--param-dtype": request.param_dtype is not None,
         "--chunks": request.chunks != "auto",
         "--recompute": request.recompute != "auto",
+        "--offload": request.offload != "auto",
         "--head-groups": request.head_groups != "auto",
     }
 
@@ -223,6 +225,7 @@ def _made(request: Request) -> Plan:
                 mp_policy=_mp_policy(request.param_dtype),
                 chunks=_number_or_name(request.chunks),
                 recompute=cast(Recompute, request.recompute),
+                offload=cast(Offload, request.offload),
                 head_groups=_number_or_name(request.head_groups),
                 strategies=request.strategies,
                 rules=request.rules,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfx.compile.inductor_settings import inductor_settings
+from ringfx.compile.offload import has_offloaded, move_offloaded
 from ringfx.compile.prefetch import overlap_states
 from ringfx.ir.token_place import TokenPlace
 from ringfx.ops.chunked import Body, body_of
@@ -22,6 +24,7 @@ from ringfx.torch_compat.fake_tensors import (
     detect_fake_mode,
 )
 from ringfx.torch_compat.inductor import compiled_by_inductor
+from ringfx.torch_compat.offloading import moves_saved_values
 
 __all__ = ["Compiled", "compile_bodies", "compile_local_program"]
 
@@ -33,9 +36,10 @@ def compile_local_program(gm: GraphModule, inputs: list[Any], compiler: str) -> 
     if compiler == "eager":
         return gm.forward
     inputs = [_of_fixed_size(x) for x in inputs]
-    if compiler == "aot_eager":
-        return cast(Compiled, aot_eager(gm, inputs, overlap_states))
-    return cast(Compiled, compiled_by_inductor(gm, inputs, inductor_settings()))
+    with moves_saved_values() if has_offloaded(gm) else nullcontext():
+        if compiler == "aot_eager":
+            return cast(Compiled, aot_eager(gm, inputs, overlap_states, move_offloaded))
+        return cast(Compiled, compiled_by_inductor(gm, inputs, inductor_settings()))
 
 
 def _of_fixed_size(value: Any) -> Any:

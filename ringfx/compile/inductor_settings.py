@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Graph
 
 from ringfx.compile.inductor_no_fusion import InsertBarriers, RemoveBarriers
+from ringfx.compile.offload import MoveOffloaded
 from ringfx.compile.prefetch import OverlapStates
 from ringfx.torch_compat.inductor import CustomGraphPass, config
 
@@ -18,15 +19,17 @@ def inductor_settings() -> Mapping[str, Any]:
     """Inductor's settings for one compilation; the user's own passes stay."""
     return {
         "joint_custom_pre_pass": _beside(config.joint_custom_pre_pass, InsertBarriers()),
-        "joint_custom_post_pass": _beside(config.joint_custom_post_pass, RemoveBarriers()),
+        "joint_custom_post_pass": _beside(
+            config.joint_custom_post_pass, RemoveBarriers(), MoveOffloaded()
+        ),
         "post_grad_custom_post_pass": _beside(config.post_grad_custom_post_pass, OverlapStates()),
     }
 
 
-def _beside(users: Any, ours: CustomGraphPass) -> Any:
+def _beside(users: Any, *ours: CustomGraphPass) -> Any:
     if users is None:
-        return ours
-    return _InOrder([*(users if isinstance(users, (list, tuple)) else (users,)), ours])
+        return ours[0] if len(ours) == 1 else _InOrder(ours)
+    return _InOrder([*(users if isinstance(users, (list, tuple)) else (users,)), *ours])
 
 
 class _InOrder(CustomGraphPass):

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
 from ringfx.compile.gc_freeze import gc_frozen
+from ringfx.compile.offload import mark_offloaded
 from ringfx.compile.program_time import run_again, step_time, time_of_program
 from ringfx.compile.settings import Settings
 from ringfx.compile.states import has_rows
@@ -123,14 +124,14 @@ def _lowered(
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
-            replicated=whole, recompute=settings.recompute,
+            replicated=whole, recompute=settings.recompute, offload=settings.offload,
         )  # fmt: skip
         again_ms = (
             sum(time.again(x.region.nodes).total_ms for x in run_again(in_chunks)) if time else 0.0
         )
         return Planned(
             in_chunks=in_chunks, alive=alive, outline=outline, layers=layers,
-            cost_ms=again_ms + sum(x.total_ms + x.again_ms for x in layers),
+            cost_ms=again_ms + sum(x.total_ms + x.again_ms + x.offload_ms for x in layers),
         )  # fmt: skip
 
     try:
@@ -155,6 +156,7 @@ def _lowered(
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
     local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
+    mark_offloaded(local.graph_module.graph)
     if len(done) < len(made.in_chunks):
         alive, _ = alive_with(done, state_ranks)
 
@@ -181,7 +183,7 @@ class Planned:
     outline: Outlined
     layers: tuple[LayerPlan, ...]
     cost_ms: float
-    """Of attention and of what is computed again."""
+    """Of attention and of what is computed again or offloaded."""
 
     @property
     def computes_again(self) -> bool:
@@ -287,6 +289,7 @@ def _plan_of(
         attentions=attentions.count, axes=_token_axes(local), collectives=local.collectives,
         outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
         hidden_ms=hidden, optimizer=str(settings.optimizer), recompute=settings.recompute,
+        offload=settings.offload,
         notes=(
             *noted(about_profile, NoteKind.PROFILE),
             *noted(unknown),

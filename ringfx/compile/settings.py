@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringfx.comm.world import several_processes
 from ringfx.cost_model import Profile, StrategyChoice, parse_bytes
-from ringfx.cost_model.choice.layers_again import RECOMPUTE, Recompute
+from ringfx.cost_model.choice.layers_again import OFFLOAD, RECOMPUTE, Offload, Recompute
 from ringfx.cost_model.peak_memory.optimizers import check_optimizer
 from ringfx.cost_model.prediction.profile import check_profile, check_profile_type
 from ringfx.errors import InvalidArgument
@@ -54,6 +54,8 @@ class Settings:
     """Which regions run in chunks of tokens."""
     recompute: Recompute = "auto"
     """Which layers backward computes again, attention apart."""
+    offload: Offload = "auto"
+    """Which of them leave what they keep in the host's memory until then."""
     head_groups: int | str = "auto"
     """Groups of heads that strategies work through one after the other."""
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
@@ -85,6 +87,7 @@ class Settings:
         settings = Settings(**given)
         _check_choice("compiler", settings.compiler, get_args(Compiler))
         _check_choice("recompute", settings.recompute, RECOMPUTE)
+        _check_choice("offload", settings.offload, OFFLOAD)
         _check_choice("outputs", settings.outputs, get_args(Outputs))
         _check_choice("on_unsupported", settings.on_unsupported, get_args(OnUnsupported))
         check_profile_type(settings.profile)

@@ -91,6 +91,8 @@ class MemorySegment:
     """The same where it is computed again."""
     again_ms: Milliseconds
     """What computing it again takes, of all ranks together."""
+    offloaded: tuple[Bytes, ...] = ()
+    """Of ``kept_again`` what may wait in the host's memory: what only the next segment reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

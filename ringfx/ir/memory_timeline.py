@@ -14,7 +14,7 @@ before its own keep: that is added for the segments as they were chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, Protocol, TypeVar
@@ -26,6 +26,7 @@ from ringfx.ir.memory_plan import (
     MemoryMask,
     MemoryMoment,
     MemoryPart,
+    MemorySegment,
     MemoryTerm,
     MemoryTimeline,
 )
@@ -33,8 +34,10 @@ from ringfx.ir.values import AttentionSite
 
 __all__ = [
     "AGAIN_FOR_ATTENTION", "CAUSES", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES",
-    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "Peak", "flat", "in_order", "kept_bytes",
-    "least_peak", "memory_parts", "never_below", "outside_peak", "peak", "pruned", "whole_bytes",
+    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "FixedParts", "Held", "Peak", "fixed_parts",
+    "flat", "in_order", "kept_bytes",
+    "least_peak", "memory_parts", "never_below", "offloaded_bytes", "outside_peak", "peak",
+    "pruned", "whole_bytes",
 ]  # fmt: skip
 
 GIVEN = "dense input masks"
@@ -93,6 +96,10 @@ class Held(Protocol):
     def recomputed(self) -> bool: ...
     @property
     def attention_again(self) -> bool: ...
+    @property
+    def offloaded(self) -> bool: ...
+    @property
+    def host_result_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +154,8 @@ class _Again:
     held: Held
     recomputed: bool = True
     attention_again: bool = True
+    offloaded: bool = True
+    host_result_bytes: int = 0
 
     @property
     def saved_bytes(self) -> int:
@@ -210,6 +219,12 @@ def kept_bytes(
     return sum(at.scaled(segment.kept_again if again else segment.kept))
 
 
+def offloaded_bytes(timeline: MemoryTimeline, number: int, *, world_size: int, seq_len: int) -> int:
+    """What a segment that is computed again can leave in the host's memory, attention apart."""
+    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
+    return sum(at.moved(timeline.segments[number]))
+
+
 def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
     """The most that is there at one moment whatever the length and number of ranks, by cause."""
     fixed = [
@@ -222,6 +237,32 @@ def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
         cause = timeline.terms[i].cause
         found[cause] = found.get(cause, 0) + moment.bytes[i]
     return {cause: found[cause] for cause in CAUSES if found.get(cause)}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedParts:
+    """What of a timeline's sums no choice changes, in bytes of one rank."""
+
+    moments: Sequence[int]
+    kept: Sequence[int]
+    """Of each segment that is kept."""
+    kept_again: Sequence[int]
+    """Of each that is computed again."""
+    moved: Sequence[int]
+    """What each can leave in the host's memory then."""
+    masks: Callable[[Sequence[Held | None]], tuple[int, Sequence[int]]]
+    """Rows of masks, and what the first masks take: none, one, two."""
+
+
+def fixed_parts(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> FixedParts:
+    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
+    return FixedParts(
+        moments=[sum(at.scaled(moment.bytes)) for moment in timeline.moments],
+        kept=[sum(at.scaled(segment.kept)) for segment in timeline.segments],
+        kept_again=[sum(at.scaled(segment.kept_again)) for segment in timeline.segments],
+        moved=[sum(at.moved(segment)) for segment in timeline.segments],
+        masks=at.masks,
+    )
 
 
 class _At:
@@ -249,14 +290,18 @@ class _At:
         self._before = self._kept_before()
         kept = (self._kept(i, held) for i, held in enumerate(layers))
         self._kept_so_far = [0, *accumulate(kept)]
-        takes = [world_size > 1 and self._takes_rows(mask) for mask in timeline.masks]
-        pairs = list(zip(timeline.masks, takes, strict=True))
-        self._rows = sum(self._scaled(m.bytes, m.tokens, split=True) for m, rows in pairs if rows)
+        self._rows, self._masks_so_far = self.masks(layers)
+
+    def masks(self, layers: Sequence[Held | None]) -> tuple[int, list[int]]:
+        """Rows that are taken of masks, and what the first masks take: none, one, two."""
+        takes = [self._world_size > 1 and _takes_rows(m, layers) for m in self._timeline.masks]
+        pairs = list(zip(self._timeline.masks, takes, strict=True))
+        rows = sum(self._scaled(m.bytes, m.tokens, split=True) for m, rows in pairs if rows)
         whole = (
             0 if rows or not m.is_kept else self._scaled(m.bytes, m.tokens, split=False)
             for m, rows in pairs
         )
-        self._masks_so_far = [0, *accumulate(whole)]
+        return rows, [0, *accumulate(whole)]
 
     def _factor(self, term: MemoryTerm) -> tuple[int, int]:
         if term.cause in ONLY_OF_SEVERAL and self._world_size == 1:
@@ -286,12 +331,23 @@ class _At:
         return [-(-size * over // under) for size, (over, under) in pairs]
 
     def _kept_before(self) -> list[list[int]]:
-        """Of each term, what the first segments keep: of none, of one, of two."""
-        found = [[0] * len(self._timeline.terms)]
+        """Of each term, what the first segments keep: of none, of one, of two.
+
+        What the last of them offloaded is back: the segment behind it is computed again of that.
+        """
+        here = [0] * len(self._timeline.terms)
+        found = [here]
         for segment, again in zip(self._timeline.segments, self._again_of, strict=True):
             own = self.scaled(segment.kept_again if again else segment.kept)
-            found.append([a + b for a, b in zip(found[-1], own, strict=True)])
+            found.append([a + b for a, b in zip(here, own, strict=True)])
+            held = self._layers[segment.layer]
+            is_moved = again and (held is None or held.offloaded)
+            moved = self.moved(segment) if is_moved else [0] * len(own)
+            here = [a - b for a, b in zip(found[-1], moved, strict=True)]
         return found
+
+    def moved(self, segment: MemorySegment) -> list[int]:
+        return self.scaled(segment.offloaded or [0] * len(self._timeline.terms))
 
     def _kept(self, number: int, held: Held | None) -> int:
         if held is None:
@@ -299,11 +355,16 @@ class _At:
         if number in self._is_again and held.attention_again:
             return 0
         is_again = self._timeline.layers[number].keeps_result or number in self._is_again
-        return held.result_bytes if is_again else held.saved_bytes
+        result = held.result_bytes - held.host_result_bytes
+        return result if is_again else held.saved_bytes
 
-    def _takes_rows(self, mask: MemoryMask) -> bool:
-        readers = [self._layers[i] for i in mask.readers]
-        return any(x is None or x.own_queries for x in readers)
+    def _back(self, moment: MemoryMoment) -> int:
+        """An attention's result that was offloaded, where the backward of its segment reads it."""
+        if not moment.mode:
+            return 0
+        number = self._timeline.segments[moment.segments].layer
+        held = self._layers[number]
+        return held.host_result_bytes if held is not None and number < moment.layers else 0
 
     def _again(self, moment: MemoryMoment) -> int:
         found = 0
@@ -332,10 +393,15 @@ class _At:
                 found[cause] = found.get(cause, 0) + own + kept
         found[KEPT] = found.get(KEPT, 0) + self._masks_so_far[moment.masks]
         found[ROWS] = self._rows
-        found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers]
+        found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers] + self._back(moment)
         found[AGAIN_FOR_ATTENTION] = self._again(moment)
         found[WORKSPACE] = self._workspace(moment)
         return found
+
+
+def _takes_rows(mask: MemoryMask, layers: Sequence[Held | None]) -> bool:
+    readers = [layers[i] for i in mask.readers]
+    return any(x is None or x.own_queries for x in readers)
 
 
 # --- making one ---------------------------------------------------------------------------------

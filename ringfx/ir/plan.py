@@ -86,6 +86,14 @@ class LayerPlan:
     """Whether its attention is run again too, and its messages are sent again."""
     again_ms: Milliseconds = 0.0
     """What that takes."""
+    offloaded: bool = False
+    """Whether what its layer hands on, and its output, wait in the host's memory for backward."""
+    host_bytes: Bytes = 0
+    """What of them does."""
+    host_result_bytes: Bytes = 0
+    """Of it attention's output."""
+    offload_ms: Milliseconds = 0.0
+    """What sending it there and back takes."""
     axis: Text = ""
     """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
 
@@ -125,7 +133,7 @@ class LayerPlan:
         if self.attention_again:
             return 0
         again = self.site.checkpoint or self.recomputed
-        return self.result_bytes if again else self.saved_bytes
+        return self.result_bytes - self.host_result_bytes if again else self.saved_bytes
 
     @property
     def total_ms(self) -> float:
@@ -175,6 +183,8 @@ class Plan:
     """Whose state and time are counted; empty: nobody said."""
     recompute: Literal["auto", "none", "layers", "attention"] = "auto"
     """Which layers might be computed again; ``LayerPlan.recomputed`` says which are."""
+    offload: Literal["auto", "none", "all"] = "auto"
+    """Which of them might be offloaded; ``LayerPlan.offloaded`` says which are."""
     profile_date: Date = ""
     """When the profile was measured or put together, as 2026-11-23; empty: unknown."""
     schema: int = SCHEMA_VERSION
@@ -231,12 +241,18 @@ class Plan:
         if self.step is None:
             return None
         messages_ms = max(0.0, self.outside_ms - self.hidden_ms)
-        return self.step.total_ms + self.total_ms + self.again_ms + messages_ms
+        again_ms = self.again_ms + self.offload_ms
+        return self.step.total_ms + self.total_ms + again_ms + messages_ms
 
     @property
     def again_ms(self) -> float:
         """What computing layers again takes in a step."""
         return sum(layer.again_ms for layer in self.layers)
+
+    @property
+    def offload_ms(self) -> float:
+        """What sending values to the host's memory and back takes in a step."""
+        return sum(layer.offload_ms for layer in self.layers)
 
     @property
     def num_collectives(self) -> int:
@@ -388,6 +404,7 @@ def _agreed_layer(layer: LayerPlan) -> list[Any]:
         layer.head_groups,
         layer.recomputed,
         layer.attention_again,
+        layer.offloaded,
         layer.axis,
         site.spec.to_json(),
         site.dtype,

@@ -105,6 +105,7 @@ def _identity(layer: LayerPlan) -> tuple[object, ...]:
         bool(layer.site.checkpoint),
         layer.recomputed,
         layer.attention_again,
+        layer.offloaded,
     )
 
 
@@ -193,6 +194,13 @@ def answer_lines(plan: Plan) -> list[str]:
             f"{len(again)} of {len(plan.layers)} layers are computed again in backward,"
             f" {_attention_again(again)}: {format_ms(plan.again_ms)}"
         )
+    moved = [layer for layer in plan.layers if layer.offloaded]
+    if moved:
+        size = format_bytes(sum(layer.host_bytes for layer in moved))
+        found.append(
+            f"what {len(moved)} of them keep waits in the host's memory, {size} of each rank:"
+            f" {format_ms(plan.offload_ms)}"
+        )
     return found
 
 
@@ -226,6 +234,7 @@ def step_lines(plan: Plan) -> list[str]:
     parts["attention's messages that nothing hides"] = sum(x.exposed_ms for x in layers)
     parts["other messages that nothing hides"] = max(0.0, plan.outside_ms - plan.hidden_ms)
     parts[AGAIN] = parts.get(AGAIN, 0.0) + plan.again_ms
+    parts["to the host's memory and back"] = plan.offload_ms
     return [
         f"{format_ms(ms):>9}  {100 * ms / plan.step_ms:3.0f}%  {cause}"
         for cause, ms in sorted(parts.items(), key=lambda item: -item[1])
@@ -289,6 +298,9 @@ def _details(group: FoldedLayers, names_axis: bool) -> Iterator[str]:
     if layer.recomputed:
         words = _attention_again([layer])
         yield f"computed again in backward, {words}: {format_ms(layer.again_ms)}"
+    if layer.offloaded:
+        size = format_bytes(layer.host_bytes)
+        yield f"{size} of it wait in the host's memory: {format_ms(layer.offload_ms)}"
     if names_axis and layer.axis:
         yield f"split along {layer.axis}"
 

@@ -90,14 +90,27 @@ def refusals() -> Mapping[str, int]:
 
 
 def aot_eager(
-    gm: torch.fx.GraphModule, inputs: list[Any], change: Callable[[torch.fx.Graph], None]
+    gm: torch.fx.GraphModule,
+    inputs: list[Any],
+    change: Callable[[torch.fx.Graph], None],
+    change_joint: Callable[[torch.fx.Graph], None],
 ) -> Any:
-    """Autograd traced, operators run one by one; ``change`` is made to forward and to backward.
-    Without: ``compiler="aot_eager"``."""
-    from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+    """Autograd traced, operators run one by one; ``change`` is made to forward and to backward,
+    ``change_joint`` to both together. Without: ``compiler="aot_eager"``."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def parted(joint: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        change_joint(joint.graph)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
     def compiled(part: torch.fx.GraphModule, given: list[Any]) -> Any:
         change(part.graph)
         return boxed_nop(part, given)
 
-    return aot_eager(gm, inputs, fw_compiler=compiled, bw_compiler=compiled)
+    compile_with_autograd = aot_autograd(
+        fw_compiler=compiled, bw_compiler=compiled, partition_fn=parted,
+        keep_inference_input_mutations=True,
+    )  # fmt: skip
+    return compile_with_autograd(gm, inputs)

@@ -10,6 +10,8 @@ is asserted of every operator that runs:
 apart from what the model's own program does too: an index table that it makes on the CPU, say;
 
 and of every attention that torch's shape functions take the calls of the kernel that was chosen.
+Of a few models the programs with everything offloaded are parted too: what goes to the host comes
+back, as much as the plan says.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -37,6 +40,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringfx.comm.world import World
+from ringfx.compile.compilers import compile_local_program
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
 from ringfx.compile.pipeline import Lowered, lower
 from ringfx.compile.settings import Settings
@@ -48,13 +52,15 @@ from ringfx.passes.verify.check import _fake_inputs
 from tests.corpus.build import build
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
-from tests.device.walk import backward
+from tests.device.walk import backward, grad
 
 __all__ = ["check", "chosen", "main"]
 
 RANKS = 8
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
+
+OFFLOADED = ("llama/sdpa", "gpt2/eager", "vit/sdpa")
 
 READS = {
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -145,6 +151,62 @@ def check(variant: Variant) -> list[str]:
     return found
 
 
+def check_moves(variant: Variant) -> list[str]:
+    """What is wrong with the parted programs of a variant that offloads all it can."""
+    found: list[str] = []
+    options = {"recompute": "layers", "offload": "all"}
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        program = lower(gm, example_inputs, Settings.of(options), World(RANKS, 0, "ringfx"))
+        found.extend(_moved(program))
+        return gm.forward
+
+    mode = FakeTensorMode()
+    model, inputs = _claimed(mode, build(variant), variant)
+    torch._dynamo.reset()
+    prepare_tracing()
+    with mode, NO_CONSTANTS:
+        compiled = torch.compile(model, backend=for_ringfx(backend), dynamic=False)
+        compiled(**inputs, **variant.row.calls)
+    torch._dynamo.reset()
+    return found
+
+
+def _moved(program: Lowered) -> Iterator[str]:
+    parts: list[torch.fx.GraphModule] = []
+
+    def parted(*args: Any, **kwargs: Any) -> Any:
+        parts.extend(min_cut_rematerialization_partition(*args, **kwargs))
+        return parts
+
+    mode, inputs = _fake_inputs(program.captured, program.local)
+    given = [
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    where = "torch._functorch.partitioners.min_cut_rematerialization_partition"
+    with (
+        mode, torch.enable_grad(), mock.patch(where, parted),
+        mock.patch.object(torch.autograd, "grad", grad),
+    ):  # fmt: skip
+        compile_local_program(program.local.graph_module, given, "aot_eager")
+    layers = [x for x in program.plan.layers if x.offloaded]
+    if not layers:
+        yield "nothing is offloaded"
+    device_put = torch.ops.prims.device_put.default
+    sent, fetched = (
+        list(part.graph.find_nodes(op="call_function", target=device_put)) for part in parts
+    )
+    if [n.meta["val"].device.type for n in sent] != ["cpu"] * len(sent):
+        yield f"what is sent away is on {[n.meta['val'].device for n in sent]}"
+    if [n.meta["val"].device for n in fetched] != [CUDA] * len(sent):
+        yield f"{len(sent)} are sent, fetched to {[n.meta['val'].device for n in fetched]}"
+    size = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in sent)
+    planned = sum(x.host_bytes for x in layers)
+    if not planned <= size:
+        yield f"{size} bytes are sent, planned are {planned}"
+
+
 def _claimed(mode: FakeTensorMode, model: nn.Module, variant: Variant) -> tuple[nn.Module, Any]:
     """Model and inputs as fakes that claim to be on the GPU."""
 
@@ -233,19 +295,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         variants = [v for v in VARIANTS if v.name in options.only]
     bad: list[str] = []
-    for number, variant in enumerate(variants, 1):
+    checks = [(check, v) for v in variants]
+    checks += [(check_moves, v) for v in VARIANTS if v.name in OFFLOADED]
+    for number, (checked, variant) in enumerate(checks, 1):
         try:
-            problems = check(variant)
+            problems = checked(variant)
         except RingfxError as error:
-            print(f"[{number}/{len(variants)}] {variant.name}: refused: {str(error)[:150]}")
+            print(f"[{number}/{len(checks)}] {variant.name}: refused: {str(error)[:150]}")
             continue
         except _NotOnFakesError as error:
-            print(f"[{number}/{len(variants)}] {variant.name}: not checked: {error}")
+            print(f"[{number}/{len(checks)}] {variant.name}: not checked: {error}")
             continue
         except Exception as error:
             problems = ["".join(traceback.format_exception(error)[-4:])]
-        verdict = "\n    ".join(["", *problems]) if problems else " on the device throughout"
-        print(f"[{number}/{len(variants)}] {variant.name}:{verdict}", flush=True)
+        fine = " on the device throughout" if checked is check else " goes to the host and back"
+        verdict = "\n    ".join(["", *problems]) if problems else fine
+        print(f"[{number}/{len(checks)}] {variant.name}:{verdict}", flush=True)
         bad += [variant.name] if problems else []
     print(f"{len(variants)} variants, {len(bad)} with problems: {' '.join(bad)}")
     return 1 if bad else 0

@@ -11,16 +11,42 @@ from typing import Any
 
 import torch
 
-__all__ = ["backward"]
+__all__ = ["backward", "grad"]
 
 
 def backward(outputs: Sequence[torch.Tensor]) -> int:
     """Runs every node behind the outputs on gradients of ones; returns how many ran."""
-    roots: list[Any] = [x for x in outputs if x.grad_fn is not None]
+    return _walk(outputs, [torch.ones_like(x) for x in outputs])[0]
+
+
+def grad(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    grad_outputs: Sequence[torch.Tensor | None] | None = None,
+    *,
+    allow_unused: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """``torch.autograd.grad``, of inputs that nothing before them was computed for."""
+    assert allow_unused
+    given = grad_outputs or [None] * len(outputs)
+    ones = [torch.ones_like(x) if g is None else g for x, g in zip(outputs, given, strict=True)]
+    _, ends = _walk(outputs, ones)
+    of_leaves = {id(n.variable): n for n in ends if hasattr(n, "variable")}
+    nodes = [(of_leaves.get(id(x)) if x.grad_fn is None else x.grad_fn) for x in inputs]
+    return tuple(ends.get(node) for node in nodes)
+
+
+def _walk(
+    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> tuple[int, dict[Any, torch.Tensor]]:
+    """How many nodes ran, and the gradients that arrived at those where the graph ends."""
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.grad_fn is not None]
+    roots: list[Any] = [x for x, _ in pairs]
     waits = _uses([x.grad_fn for x in roots])
     slots: dict[Any, dict[int, torch.Tensor]] = {}
-    for x in roots:
-        _add(slots, x.grad_fn, x.output_nr, torch.ones_like(x))
+    ends: dict[Any, torch.Tensor] = {}
+    for x, gradient in pairs:
+        _add(slots, x.grad_fn, x.output_nr, gradient)
     starts = dict.fromkeys(x.grad_fn for x in roots)
     ready = [node for node in starts if not waits[node]]
     ran = 0
@@ -37,9 +63,11 @@ def backward(outputs: Sequence[torch.Tensor]) -> int:
             waits[after] -= 1
             if not waits[after] and after.next_functions:
                 ready.append(after)
+            elif not waits[after] and slots.get(after):
+                ends[after] = slots[after][0]
     missed = {n for n in (*starts, *waits) if n.next_functions and waits[n]}
     assert not missed, f"{len(missed)} nodes never ran, such as {missed.pop().name()}"
-    return ran
+    return ran, ends
 
 
 def _uses(roots: Sequence[Any]) -> Counter[Any]:
@@ -65,7 +93,17 @@ def _add(slots: dict[Any, dict[int, torch.Tensor]], node: Any, slot: int, x: tor
 
 def _call(node: Any, given: dict[int, torch.Tensor]) -> tuple[Any, ...]:
     width = len(node._input_metadata)
-    gradients = [given.get(i) for i in range(width)]
+    # As the engine does: the gradient of what was broadcast is summed.
+    gradients = [
+        given[i].sum_to_size(node._input_metadata[i].shape) if i in given else None
+        for i in range(width)
+    ]
     apply = getattr(node, "apply", None)
     results = apply(*gradients) if apply is not None else node(*gradients)
-    return results if isinstance(results, tuple) else (results,)
+    results = results if isinstance(results, tuple) else (results,)
+    edges = node.next_functions
+    if len(results) == len(edges):
+        return results
+    # A function in Python gives None for its inputs that are no tensors, which have no edge.
+    found = iter([x for x in results if x is not None])
+    return tuple(None if after is None else next(found) for after, _ in edges)
