@@ -11,7 +11,7 @@ import datetime
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
@@ -41,10 +41,12 @@ from ringfx.cost_model.calibration.measure_links import (
 from ringfx.cost_model.calibration.measure_operators import (
     DIRECTIONS,
     OperatorRates,
+    fresh_ns_per_byte,
     operator_rates,
     product_dtypes,
     product_row,
 )
+from ringfx.cost_model.calibration.measure_step import StepTimes, predicted_ms, step_times
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.devices import device_capability, device_name
@@ -83,6 +85,8 @@ class Measurements:
     contention_ns_per_byte: float
     noise: float
     operators: OperatorRates
+    steps: StepTimes
+    """Of a small model, whole."""
     capability: str = ""
     """The card's, such as 9.0."""
 
@@ -112,7 +116,10 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
     link, scope, per_node = _link(ranks)
     products = [(dtype, way) for dtype in product_dtypes(device) for way in DIRECTIONS]
     cases = len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + len(products)
-    steps = _Steps(progress, cases + 6)
+    steps = _Steps(progress, cases + 7)
+    steps.next("whole steps")  # first: later the heap has room for all that they make
+    fresh = fresh_ns_per_byte(device, effort)
+    whole_steps = step_times(device, effort)
     kernels = tuple(
         measure_kernel(device, case, effort)
         for case in steps.each(kernel_cases(device, effort), _kernel_words)
@@ -137,7 +144,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         for dtype, way in steps.each(products, lambda x: f"matrix products, {x[0]}, {x[1]}")
     ]
     steps.next("other operators")
-    operators = operator_rates(rows, device, effort)
+    operators = operator_rates(rows, fresh, device, effort)
     steps.next("compute during communication")
     contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
     steps.next("noise: repeated measurements")
@@ -159,6 +166,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         contention_ns_per_byte=contention,
         noise=_noise(device, effort),
         operators=operators,
+        steps=whole_steps,
         capability=device_capability(device),
     )
 
@@ -272,7 +280,7 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         elementwise_us=measured.operators.elementwise_us,
         fused_gbytes_per_s=measured.operators.fused_gbytes_per_s,
         fresh_ns_per_byte=measured.operators.fresh_ns_per_byte,
-        optimizer_gbytes_per_s=measured.operators.optimizer_gbytes_per_s,
+        optimizer_gbytes_per_s=round(measured.steps.optimizer_gbytes_per_s, 3),
         host_gbytes_per_s=measured.operators.host_gbytes_per_s,
         host_gbytes=_host_gbytes_a_rank(measured),
         host_origin="" if measured.operators.host_gbytes_per_s is None else HOST_ORIGIN,
@@ -284,8 +292,22 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         capability=measured.capability,
         torch=torch.__version__.split("+")[0],
     )
-    profile, layer_quality = fit_layers(measured.layers, bare)
+    profile, layer_quality = fit_layers(measured.layers, _with_step_factors(bare, measured.steps))
     return dataclasses.replace(profile, quality="; ".join([*words, layer_quality.words()]))
+
+
+def _with_step_factors(profile: Profile, steps: StepTimes) -> Profile:
+    """With how much longer whole steps take than the rates of their operators say."""
+    eager = _factor(steps.eager_ms, predicted_ms(profile, fused=False))
+    fused = eager
+    if steps.fused_ms is not None:
+        fused = _factor(steps.fused_ms, predicted_ms(profile, fused=True))
+    return dataclasses.replace(profile, step_factor=eager, fused_step_factor=fused)
+
+
+def _factor(measured: Sequence[float], predicted: Sequence[float]) -> float:
+    ratios = [a / b for a, b in zip(measured, predicted, strict=True)]
+    return round(statistics.geometric_mean(ratios), 4)
 
 
 HOST_ORIGIN = "256 MiB to pinned memory and back; three quarters of the machine's memory"

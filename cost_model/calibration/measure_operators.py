@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +17,14 @@ from torch import Tensor
 
 from ringfx.cost_model.calibration.least_squares import Matrix, fit_nonnegative
 from ringfx.cost_model.calibration.measure import Effort, software, timed
-from ringfx.cost_model.prediction.operators import LARGE, PASSES
+from ringfx.cost_model.prediction.operators import LARGE
 from ringfx.cost_model.prediction.profile_rows import Direction, ProductRow
 from ringfx.torch_compat.dynamo import BackendCompilerFailed
 
-__all__ = ["OperatorRates", "operator_rates", "product_dtypes", "product_row"]
+__all__ = [
+    "DIRECTIONS", "OperatorRates", "fresh_ns_per_byte", "operator_rates", "product_dtypes",
+    "product_row",
+]  # fmt: skip
 
 SIZES = (
     # tokens, features before and after: as attention's projections, MLPs and vocabularies have
@@ -42,7 +47,6 @@ class OperatorRates:
     elementwise_us: float
     fused_gbytes_per_s: float | None
     fresh_ns_per_byte: float
-    optimizer_gbytes_per_s: float
     host_gbytes_per_s: float | None
     """Of pinned memory, the slower direction; None: the device is the host."""
     host_gbytes: float | None
@@ -53,16 +57,17 @@ def product_dtypes(device: str) -> Sequence[str]:
     return ("float32", "bfloat16") if device == "cpu" else ("float32", "bfloat16", "float16")
 
 
-def operator_rates(products: Sequence[ProductRow], device: str, effort: Effort) -> OperatorRates:
-    """All rates, with rows of products that are measured already."""
+def operator_rates(
+    products: Sequence[ProductRow], fresh: float, device: str, effort: Effort
+) -> OperatorRates:
+    """All rates, with rows of products and the price of new memory, which are measured already."""
     speed, each_us = _elementwise(device, effort)
     return OperatorRates(
         products=tuple(products),
         elementwise_gbytes_per_s=round(speed, 3),
         elementwise_us=round(each_us, 2),
         fused_gbytes_per_s=_fused_gbytes_per_s(device, effort),
-        fresh_ns_per_byte=round(_fresh_ns_per_byte(effort), 4) if device == "cpu" else 0.0,
-        optimizer_gbytes_per_s=round(_optimizer_gbytes_per_s(device, effort), 3),
+        fresh_ns_per_byte=round(fresh, 4),
         host_gbytes_per_s=None if device == "cpu" else round(_host_gbytes_per_s(device, effort), 3),
         host_gbytes=None if device == "cpu" else round(HOST_SHARE * _host_gbytes(), 1),
     )
@@ -93,35 +98,57 @@ def _cases(
     sizes = SIZES if device == "cpu" else (*SIZES, *LARGE_SIZES)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     for tokens, before, after in sizes:
-        made = [(tokens, before), (after, before), (tokens, after)]
-        x, weight, grad = (torch.randn(s, dtype=torch_dtype, device=device) for s in made)
+        shapes = [(tokens, before), (after, before), (tokens, after)]
+        made = _cold(shapes, torch_dtype, device)
         flops = 2.0 * tokens * before * after
-        moved = sum(t.numel() * t.element_size() for t in (x, weight, grad))
+        moved = sum(math.prod(shape) for shape in shapes) * torch_dtype.itemsize
         if direction == "forward":
-            yield flops, moved, _forward(x, weight)
+            yield flops, moved, _forward(made)
         else:
-            yield 2 * flops, 2 * moved, _backward(x, weight, grad)
+            yield 2 * flops, 2 * moved, _backward(made)
 
 
-def _forward(x: Tensor, weight: Tensor) -> Callable[[], object]:
-    return lambda: F.linear(x, weight)
+COLD_BYTES = 128 << 20
+"""More than caches hold: what a step reads was written, or last read, long before."""
 
 
-def _backward(x: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], object]:
-    return lambda: (grad @ weight, grad.t() @ x)
+def _cold(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str
+) -> Iterator[list[Tensor]]:
+    """Tensors of these shapes, again and again, none of which was touched lately."""
+    size = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    count = max(1, -(-COLD_BYTES // size))
+    made = [[torch.randn(s, dtype=dtype, device=device) for s in shapes] for _ in range(count)]
+    return itertools.cycle(made)
+
+
+def _forward(made: Iterator[list[Tensor]]) -> Callable[[], object]:
+    def run() -> object:
+        x, weight, _ = next(made)
+        return F.linear(x, weight)
+
+    return run
+
+
+def _backward(made: Iterator[list[Tensor]]) -> Callable[[], object]:
+    def run() -> object:
+        x, weight, grad = next(made)
+        return grad @ weight, grad.t() @ x
+
+    return run
 
 
 def _elementwise(device: str, effort: Effort) -> tuple[float, float]:
     """GB/s over some operators that models are made of, and microseconds of the smallest call."""
-    x, y = (torch.randn(ELEMENTS // 512, 512, device=device) for _ in range(2))
+    made = _cold([(ELEMENTS // 512, 512)] * 2, torch.float32, device)
     small = torch.zeros(8, device=device)
     num_bytes = 4 * ELEMENTS
     runs: Sequence[tuple[int, Callable[[], object]]] = (
         # bytes that are read and written
-        (3 * num_bytes, lambda: x + y),
-        (3 * num_bytes, lambda: x * y),
-        (2 * num_bytes, lambda: F.silu(x)),
-        (2 * num_bytes, lambda: F.layer_norm(x, x.shape[-1:])),
+        (3 * num_bytes, lambda: torch.add(*next(made))),
+        (3 * num_bytes, lambda: torch.mul(*next(made))),
+        (2 * num_bytes, lambda: F.silu(next(made)[0])),
+        (2 * num_bytes, lambda: F.layer_norm(next(made)[0], (512,))),
     )
     took_ms = sum(statistics.median(timed(run, device, effort)) for _, run in runs)
     each_ms = statistics.median(timed(lambda: small + small, device, effort))
@@ -154,25 +181,15 @@ def _fused_sample(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normed, F.silu(x) * y, y.softmax(-1)
 
 
-def _fresh_ns_per_byte(effort: Effort) -> float:
-    """Writing a large new tensor, beyond writing it again."""
+def fresh_ns_per_byte(device: str, effort: Effort) -> float:
+    """Writing a large new tensor, beyond writing it again: nothing where memory is kept for it."""
+    if device != "cpu":
+        return 0.0
     elements = 2 * LARGE // 4
     known = torch.empty(elements)
     runs = (lambda: torch.empty(elements).fill_(1.0), lambda: known.fill_(1.0))
     first, again = (statistics.median(timed(run, "cpu", effort)) for run in runs)
     return max(0.0, first - again) * 1e6 / (2 * LARGE)
-
-
-def _optimizer_gbytes_per_s(device: str, effort: Effort) -> float:
-    """What a step of AdamW, as torch makes it by default, reads and writes."""
-    shapes = ((4096, 512), *[(512, 512)] * 8, *[(512,)] * 8)
-    weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.AdamW(weights)
-    took_ms = statistics.median(timed(optimizer.step, device, effort))
-    moved = PASSES["adamw"] * sum(x.numel() * x.element_size() for x in weights)
-    return moved / took_ms / 1e6
 
 
 HOST_BYTES = 256 << 20

@@ -106,6 +106,10 @@ class Profile:
     """What a byte of a large new tensor costs more: pages that the system gives on first touch."""
     optimizer_gbytes_per_s: Rate | None = None
     """What an optimizer's step reads and writes; None: as ``memory_gbytes_per_s``."""
+    step_factor: Rate = 1.0
+    """How much longer operators take within a step, run one by one, than timed alone."""
+    fused_step_factor: Rate = 1.0
+    """The same of a step that Inductor compiled."""
     host_gbytes_per_s: Rate | None = None
     """What one rank sends to the host's memory, or fetches from there; None: nothing is."""
     host_gbytes: Rate | None = None

@@ -46,7 +46,8 @@ class Timed:
     def again(self, nodes: Collection[Node]) -> StepPart:
         """Running these once more, in backward."""
         again = works(self.values, self.share, fused=self.fused, among=nodes)
-        ms = 1e3 * sum(seconds(self.profile, x.forward, "forward") for x in again.values())
+        each_s = (seconds(self.profile, x.forward, "forward") for x in again.values())
+        ms = 1e3 * self.factor * sum(each_s)
         return StepPart(
             cause=AGAIN, forward_ms=0.0, backward_ms=ms,
             tokens=max(map(self.grows, again), default=0),
@@ -57,10 +58,15 @@ class Timed:
         return self.forward_ms(node) + self.backward_ms(node)
 
     def forward_ms(self, node: Node) -> float:
-        return 1e3 * seconds(self.profile, self.work[node].forward, "forward")
+        return 1e3 * self.factor * seconds(self.profile, self.work[node].forward, "forward")
 
     def backward_ms(self, node: Node) -> float:
-        return 1e3 * seconds(self.profile, self.work[node].backward, "backward")
+        return 1e3 * self.factor * seconds(self.profile, self.work[node].backward, "backward")
+
+    @property
+    def factor(self) -> float:
+        """Of a whole step, beside operators alone."""
+        return self.profile.fused_step_factor if self.fused else self.profile.step_factor
 
     def is_split(self, node: Node) -> bool:
         return min(map(self.share, (node, *node.all_input_nodes))) < 1
