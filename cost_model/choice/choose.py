@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.candidates import Candidates, all_candidates
+from ringfx.cost_model.choice.fits import Fitting, Picked
 from ringfx.cost_model.choice.infeasible import (
     Problem,
     explain_infeasible,
@@ -96,7 +97,7 @@ def choose(
     )  # fmt: skip
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
-    picked = fitting.fastest(gpu_memory)
+    picked = _fastest(fitting, gpu_memory)
     if picked is None:
         raise OutOfMemory(explain_infeasible(problem))
     offers = offers_at(sites, world_size)
@@ -115,6 +116,18 @@ def choose(
             gloss="",
         )
     return tuple(layers)
+
+
+MARGIN = 0.03
+"""Of a budget, what predictions of memory may miss (benchmarks/results/budgets.json)."""
+
+
+def _fastest(fitting: Fitting, gpu_memory: int | None) -> Picked | None:
+    """The fastest choice that leaves the margin, or at least fits."""
+    if gpu_memory is None:
+        return fitting.fastest(None)
+    picked = fitting.fastest(round((1 - MARGIN) * gpu_memory))
+    return fitting.fastest(gpu_memory) if picked is None else picked
 
 
 def _offers(

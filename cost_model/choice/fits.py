@@ -23,7 +23,7 @@ from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import Peak, in_order, never_below, peak
 from ringfx.ir.values import AttentionSite
 
-__all__ = ["Fitting", "last_that_fits"]
+__all__ = ["Fitting", "Picked", "last_that_fits"]
 
 Picked: TypeAlias = tuple[int, ...]
 

@@ -128,7 +128,7 @@ def _attention(
             warn_of_lost_digits(problem, lse_BHQ)
         if sinks_H is not None:
             out_BHQE, lse_BHQ = add_sinks(out_BHQE, lse_BHQ, sinks_H)
-        return _own(out_BHQE.to(q.dtype)), _own(lse_BHQ)
+        return _by_tokens(out_BHQE, q.dtype), _own(lse_BHQ)
 
 
 @_attention.register_fake
@@ -147,7 +147,7 @@ def _(
     B, H, Q, _ = q.shape
     has_bias = AttentionSpec.from_json(spec).bias is not None
     return (
-        q.new_empty(B, H, Q, v.shape[3]),
+        q.new_empty(B, Q, H, v.shape[3]).transpose(1, 2),
         q.new_empty(B, H, Q, dtype=logsumexp_dtype(q.dtype, has_bias=has_bias)),
     )
 
@@ -253,6 +253,15 @@ def _trained(spec_json: str, num_inputs: int) -> set[int]:
 
 register_autograd(_attention, _backward, setup_context=_setup_context)
 refuse_double_backward(_attention_backward)
+
+
+def _by_tokens(x_BHQE: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in its own memory, a token's heads together, as torch's attention gives it: what joins the
+    heads then is a view, where backward would keep a copy beside the output."""
+    B, H, Q, E = x_BHQE.shape
+    own_BQHE = x_BHQE.new_empty(B, Q, H, E, dtype=dtype)
+    own_BQHE.copy_(x_BHQE.transpose(1, 2))
+    return own_BQHE.transpose(1, 2)
 
 
 def _plain_arithmetic(q: Tensor) -> torch.autocast:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from ringfx.cost_model.choice.choose import MARGIN
 from ringfx.cost_model.prediction.predict import Prediction, predict
 from ringfx.cost_model.prediction.profile import Profile, available_profiles
 from ringfx.ir import tiles
@@ -48,3 +50,11 @@ def predicted(site: AttentionSite, strategy: str, world_size: int, profile: Prof
 
 def shipped(name: str) -> Profile:
     return next(p for p in available_profiles() if p.name == name)
+
+
+def budget_for(size: int) -> int:
+    """The least budget whose margin leaves so many bytes."""
+    budget = math.floor(size / (1 - MARGIN)) - 2
+    while round((1 - MARGIN) * budget) < size:
+        budget += 1
+    return budget

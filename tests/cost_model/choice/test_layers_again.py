@@ -13,7 +13,7 @@ from ringfx.cost_model.choice.whatif import Change, longest_sequence, replan
 from ringfx.errors import InvalidArgument, OutOfMemory
 from ringfx.ir.plan import Plan
 from tests.cost_model.peak_memory.test_peak import Small
-from tests.cost_model.sites import shipped
+from tests.cost_model.sites import budget_for, shipped
 
 CPU = shipped("cpu-default")
 LAYERS = 6
@@ -41,7 +41,7 @@ def test_as_many_layers_as_the_budget_demands_and_no_more() -> None:
     most, least = (planned(recompute=how).memory.peak_bytes for how in ("none", "attention"))
     counts, times = [], []
     for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.05):
-        budget = round(least + share * (most - least))
+        budget = budget_for(round(least + share * (most - least)))
         plan = planned(gpu_memory=budget, chunks="none")
         assert plan.memory.peak_bytes <= budget
         counts.append(again(plan))
@@ -60,7 +60,7 @@ def test_attention_is_run_again_only_where_the_rest_is_not_enough() -> None:
         planned(recompute=how, **options).memory.peak_bytes for how in ("layers", "attention")
     )
     assert attention < layers
-    enough = planned(gpu_memory=layers, **options)
+    enough = planned(gpu_memory=budget_for(layers), **options)
     assert not any(layer.attention_again for layer in enough.layers)
     budget = attention + (layers - attention) // 8
     short = planned(gpu_memory=budget, **options)

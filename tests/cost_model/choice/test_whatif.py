@@ -21,7 +21,7 @@ from ringfx.ir.note import texts_of
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import TokenAxis
 from ringfx.units.parse import parse_rate
-from tests.cost_model.sites import causal_site, shipped
+from tests.cost_model.sites import budget_for, causal_site, shipped
 
 H100 = shipped("h100-sxm-published")
 
@@ -96,8 +96,9 @@ def test_memory_outside_attention_scales_with_ranks_and_length() -> None:
     attention = replan(plan, Change(world_size=16), H100).layers
     needed = sum(x.saved_bytes for x in attention) + max(x.workspace_bytes for x in attention)
     exact = needed + 2**20 + 2**24 // 2
-    assert replan(plan, Change(world_size=16, gpu_memory=exact), H100).layers == attention
-    tight = Change(world_size=16, gpu_memory=exact - 1)
+    budget = budget_for(exact)
+    assert replan(plan, Change(world_size=16, gpu_memory=budget), H100).layers == attention
+    tight = Change(world_size=16, gpu_memory=budget - 1)
     (result,) = sweep(plan, [tight], H100)
     assert isinstance(result, OutOfMemory) or result.layers != attention
 
