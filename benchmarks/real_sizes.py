@@ -7,7 +7,11 @@ heads and a vocabulary of 32,000, on two ranks of one thread each:
 - ``auto``: the loss in chunks, its logits deferred;
 - ``all``: MLPs in chunks too, computed again in backward;
 - ``layers``: all layers computed again in backward too, attention apart;
-- ``attention``: and their attention.
+- ``attention``: and their attention;
+
+and beside them what others do, in ringfx's own operators: ``ulysses`` with everything kept;
+``ulysses, layers``, which computes all but attention again; ``ring, attention``, which computes
+everything again.
 
 Memory is the worst rank's peak beyond what was there before the step, parameters, gradients and
 optimizer state included in what was there. Time is the slowest rank's. Settings run in turns, each
@@ -41,6 +45,9 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "all": {"chunks": "all", "recompute": "none"},
     "layers": {"chunks": "all", "recompute": "layers"},
     "attention": {"chunks": "all", "recompute": "attention"},
+    "ulysses": {"strategy": "ulysses", "chunks": "none", "recompute": "none"},
+    "ulysses, layers": {"strategy": "ulysses", "chunks": "none", "recompute": "layers"},
+    "ring, attention": {"strategy": "production", "chunks": "none", "recompute": "attention"},
 }
 MEMORY_TARGETS = {"auto": 0.45, "all": 0.30, "attention": 0.20}
 """Peak beside that of ``none``."""
@@ -91,10 +98,11 @@ def measured(setting: str, tokens: int, steps: int) -> Mapping[str, Any]:
     }
 
 
-def in_turns(tokens: int, rounds: int, steps: int, console: Console) -> list[Mapping[str, Any]]:
+def in_turns(
+    names: Sequence[str], tokens: int, rounds: int, steps: int, console: Console
+) -> list[Mapping[str, Any]]:
     rows = []
     for number in range(rounds):
-        names = [*SETTINGS]
         for i in range(len(names)):
             setting = names[(i + number) % len(names)]
             row = {"round": number, "tokens": tokens, **measured(setting, tokens, steps)}
@@ -104,25 +112,27 @@ def in_turns(tokens: int, rounds: int, steps: int, console: Console) -> list[Map
 
 
 def summary(rows: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """Medians over rounds, and ratios to ``none`` within a round."""
+    """Medians over rounds, and ratios to the first setting within a round."""
     of = {(r["setting"], r["round"]): r for r in rows if r["tokens"] == tokens}
     rounds = sorted({number for _, number in of})
+    first = next(name for name, _ in of)
     return [
         {
             "tokens": tokens,
             "setting": setting,
             "bytes_a_token": statistics.median(of[setting, n]["peak"] for n in rounds) / tokens,
-            "memory": [of[setting, n]["peak"] / of["none", n]["peak"] for n in rounds],
+            "memory": [of[setting, n]["peak"] / of[first, n]["peak"] for n in rounds],
             "seconds": statistics.median(of[setting, n]["seconds"] for n in rounds),
-            "time": [of[setting, n]["seconds"] / of["none", n]["seconds"] for n in rounds],
+            "time": [of[setting, n]["seconds"] / of[first, n]["seconds"] for n in rounds],
         }
-        for setting in SETTINGS
+        for setting in dict.fromkeys(name for name, _ in of)
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8_192, 16_384])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -131,7 +141,7 @@ def main() -> int:
     rows = [
         row
         for tokens in options.tokens
-        for row in in_turns(tokens, options.rounds, options.steps, console)
+        for row in in_turns(options.settings, tokens, options.rounds, options.steps, console)
     ]
     figures = [x for tokens in options.tokens for x in summary(rows, tokens)]
     result = {
@@ -140,7 +150,9 @@ def main() -> int:
         "figures": figures, "rows": rows, **origin(),
     }  # fmt: skip
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    table = Table("tokens", "setting", "KiB a token and rank", "of none", "seconds", "of none")
+    table = Table(
+        "tokens", "setting", "KiB a token and rank", "of the first", "seconds", "of the first"
+    )
     for x in figures:
         memory, seconds = (statistics.median(x[key]) for key in ("memory", "time"))
         table.add_row(
