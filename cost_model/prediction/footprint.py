@@ -48,8 +48,9 @@ class Calls:
         made = computed_in(dtype, site.device, backward=backward)
         given = q_rows * (d + 2 * e if backward else d) + kv
         results = q_rows * d + kv if backward else q_rows * e
-        # By tokens, of which torch's backward makes a copy where that is another order.
-        by_tokens = q_rows * e if backward and site.heads * head_share > 1 else 0
+        # By tokens, of which torch's backward makes a copy: of some heads, the rest lie between.
+        in_part = head_share < 1 and site.heads * head_share > 1
+        by_tokens = q_rows * e if backward and in_part else 0
         casts = 0 if made == dtype else given
         block = (1 + backward) * _block(work) * self.local.accumulator_bytes
         lse, masks = q_rows * self.local.accumulator_bytes, work.most_masked * MASK_BYTES
@@ -109,9 +110,8 @@ def sums_backward(local: Local) -> int:
 
 
 def output_moments(local: Local, kept: int = 0) -> Iterator[int]:
-    """The end: the sums, and the output in its own dtype where that is another."""
-    cast = 0 if local.itemsize == local.accumulator_bytes else local.out_items * local.itemsize
-    yield sums_forward(local) + kept + cast
+    """The end: the sums, and the output in its own dtype, a token's heads together."""
+    yield sums_forward(local) + kept + local.out_items * local.itemsize
 
 
 def gradient_moments(local: Local, kept: int = 0, own: bool = True) -> Iterator[int]:
