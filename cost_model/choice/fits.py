@@ -82,10 +82,7 @@ class Fitting:
 
     def _alike(self) -> Iterator[Picked]:
         """Choices of one kind throughout; of a layer that has none of it the smallest."""
-        smallest = [
-            min(range(len(menu)), key=lambda i, menu=menu: _alone(menu[i]))  # type: ignore[misc]
-            for menu in as_held(self.sites, self.menus)
-        ]
+        smallest = [_smallest(menu) for menu in as_held(self.sites, self.menus)]
         for kind in {kind for of_layer in self._kinds for kind in of_layer}:
             yield tuple(
                 of_layer.get(kind, i) for of_layer, i in zip(self._kinds, smallest, strict=True)
@@ -158,6 +155,10 @@ class Fitting:
 
     def time(self, picked: Picked) -> float:
         return sum(menu[i].cost_ms for menu, i in zip(self.menus, picked, strict=True))
+
+
+def _smallest(menu: Menu) -> int:
+    return min(range(len(menu)), key=lambda i: _alone(menu[i]))
 
 
 def _alone(option: Prediction) -> int:

@@ -17,19 +17,11 @@ from ringfx.compile import compilers
 from ringfx.compile.prefetch import overlap_states
 from ringfx.ir.plan import Plan
 from tests.end_to_end.test_chunks import inputs, loss_of
+from tests.end_to_end.test_recompute import case as recomputed
 from tests.models.wide import WideModel
-from tests.support.harness import Case, RankPool, compare_all
+from tests.support.harness import RankPool, compare_all
 
-
-def case(seq_len: int, compiler: str = "aot_eager", **options: Any) -> Case:
-    return Case(
-        model=WideModel,
-        inputs=functools.partial(inputs, seq_len),
-        loss=loss_of,
-        dtype=torch.float64,
-        options={"compiler": compiler, "recompute": "layers", "offload": "all", **options},
-        label=f"{seq_len} tokens, {compiler}, {options}",
-    )
+case = functools.partial(recomputed, offload="all")
 
 
 EVERY: tuple[dict[str, Any], ...] = (
