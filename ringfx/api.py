@@ -286,7 +286,7 @@ def plan(
     )
     refuse_parameters(
         model.parameters(), None if shard_states else settings.gpu_memory, settings.optimizer,
-        trained=lambda: _trained(model, args, dict(kwargs or {})),
+        world_size, trained=lambda: _trained(model, args, dict(kwargs or {})),
     )  # fmt: skip
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
     states = planned_states(shard_states, world, dict(model.named_parameters()), mp_policy)

@@ -20,14 +20,10 @@ from typing import TypeAlias
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.candidates import Candidates, all_candidates
 from ringfx.cost_model.choice.fits import Fitting, Picked
-from ringfx.cost_model.choice.infeasible import (
-    Problem,
-    explain_infeasible,
-    longest_that_fits,
-    refuse_hopeless,
-)
+from ringfx.cost_model.choice.infeasible import explain_infeasible, refuse_hopeless
 from ringfx.cost_model.choice.layers_again import Host, Offload, Recompute, with_recompute
 from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
+from ringfx.cost_model.choice.problem import Asked, Problem, longest_that_fits
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import OutOfMemory, StrategyRefused
@@ -92,8 +88,8 @@ def choose(
         return _offers(sites, world_size, profile, strategies, replicated, more)
 
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute,
-        Host.of(profile, offload),
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, profile,
+        Asked(recompute=recompute, offload=offload),
     )  # fmt: skip
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
@@ -157,8 +153,8 @@ def _problem(
     overrides: Sequence[Override | None],
     offers_at: Offers,
     replicated: Collection[int],
-    recompute: Recompute,
-    host: Host | None,
+    profile: Profile,
+    asked: Asked,
 ) -> Problem:
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
@@ -166,12 +162,19 @@ def _problem(
             _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
             for i, (offer, override) in enumerate(pairs)
         ]
-        return with_recompute(menus, sites, world_size, timeline, recompute, host)
+        return with_recompute(menus, sites, world_size, counted, asked.recompute, host)
 
     timeline = flat(sites) if memory is None else memory
+    counted = asked.memory(timeline)
+    host = Host.of(profile, asked.offload)
     return Problem(
         sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
-        memory=timeline, replicated=frozenset(replicated),
+        memory=counted, replicated=frozenset(replicated), asked=asked,
+        variant=lambda other: _problem(
+            sites, world_size, gpu_memory, timeline, overrides, offers_at, replicated, profile,
+            other,
+        ),
+        knows_host=Host.of(profile, "auto") is not None,
     )  # fmt: skip
 
 
@@ -197,8 +200,8 @@ def longest_fitting(
         return _offers(sites, world_size, profile, strategies, replicated, MOST_GROUPS)
 
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, recompute,
-        Host.of(profile, offload),
+        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, profile,
+        Asked(recompute=recompute, offload=offload),
     )  # fmt: skip
     return longest_that_fits(problem, limit, world_size)
 

@@ -77,7 +77,7 @@ def with_recompute(
     found = []
     for site, menu in zip(sites, menus, strict=True):
         number = segments.get(numbers.get(site.node, -1))
-        if number is None or recompute == "none":
+        if number is None:
             found.append(tuple(menu))
             continue
         kept, again = (
@@ -103,7 +103,8 @@ def _offered(
     kept = [replace(o, layer_bytes=kept_bytes) for o in menu]
     again = [replace(o, recomputed=True, again_ms=again_ms, layer_bytes=again_bytes) for o in menu]
     whole = [replace(o, attention_again=True, again_ms=again_ms + o.forward_ms) for o in again]
-    return {"layers": again, "attention": whole}.get(recompute, [*kept, *again, *whole])
+    by_word = {"none": kept, "layers": again, "attention": whole}
+    return by_word.get(recompute, [*kept, *again, *whole])
 
 
 def _offloaded(option: Prediction, moved: int, host: Host) -> Prediction:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ringfx.cost_model.choice.choose import choose, longest_fitting
-from ringfx.cost_model.choice.infeasible import scaled_site
 from ringfx.cost_model.choice.overrides import AUTO, StrategyChoice
+from ringfx.cost_model.choice.problem import scaled_site
 from ringfx.cost_model.prediction.outside_attention import outside_ms
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.cost_model.step_time.step import attention_gflops

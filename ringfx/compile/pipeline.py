@@ -49,7 +49,6 @@ from ringfx.passes.rewrite import LocalProgram, rewrite
 from ringfx.passes.steps import Attentions, find_attention, find_tokens
 from ringfx.passes.token_axes import Lines, TokenDim, TokenLine
 from ringfx.passes.verify import split_along, verify
-from ringfx.units.format import format_bytes
 
 __all__ = ["Lowered", "lower"]
 
@@ -113,14 +112,15 @@ def _lowered(
 
     time = time_of_program(captured, placement, profile, settings)
 
-    def alive_with(in_chunks: Sequence[Sized], over: StateRanks) -> tuple[Alive, Outlined]:
-        outline = outlined(captured, in_chunks)
-        states = sharded_states(captured, over)
-        return _alive(outline, placement, states, over, time, settings, world), outline
+    states = sharded_states(captured, state_ranks)
 
-    def planned(chunks: Chunks, over: StateRanks = state_ranks) -> Planned:
+    def alive_with(in_chunks: Sequence[Sized]) -> tuple[Alive, Outlined]:
+        outline = outlined(captured, in_chunks)
+        return _alive(outline, placement, states, state_ranks, time, settings, world), outline
+
+    def planned(chunks: Chunks) -> Planned:
         in_chunks = all_sized(regions, lines, profile.device, chunks)
-        alive, outline = alive_with(in_chunks, over)
+        alive, outline = alive_with(in_chunks)
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
@@ -134,12 +134,7 @@ def _lowered(
             cost_ms=again_ms + sum(x.total_ms + x.again_ms + x.offload_ms for x in layers),
         )  # fmt: skip
 
-    try:
-        made = _with_more_chunks(planned, settings)
-    except OutOfMemory as error:
-        more = _if_sharded(planned, settings, state_ranks, world)
-        raise OutOfMemory(f"{error}{more}") from error
-    states = sharded_states(captured, state_ranks)
+    made = _with_more_chunks(planned, settings)
     alive, layers = made.alive, made.layers
     alive.tag(layers, made.outline.originals)
 
@@ -158,7 +153,7 @@ def _lowered(
     local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
     mark_offloaded(local.graph_module.graph)
     if len(done) < len(made.in_chunks):
-        alive, _ = alive_with(done, state_ranks)
+        alive, _ = alive_with(done)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
@@ -217,7 +212,7 @@ def _alive(
         compiler=settings.compiler,
         states=states,
         state_ranks=state_ranks,
-        again_ms=again_ms if time and settings.recompute != "none" else None,
+        again_ms=again_ms if time else None,
     )
 
 
@@ -239,24 +234,6 @@ def _with_more_chunks(planned: Callable[[Chunks], Planned], settings: Settings) 
     if not few.computes_again:
         return few
     return min(few, planned("all"), key=lambda made: made.cost_ms)
-
-
-def _if_sharded(
-    planned: Callable[[Chunks, StateRanks], Planned],
-    settings: Settings,
-    state_ranks: StateRanks,
-    world: World,
-) -> str:
-    """A further thing to do where nothing fits: to shard the states, if that is enough."""
-    if state_ranks.ranks > 1 or world.size == 1:
-        return ""
-    chunks: Chunks = "all" if settings.chunks == "auto" else settings.chunks
-    try:
-        made = planned(chunks, StateRanks(ranks=world.size))
-    except OutOfMemory:
-        return ""
-    peak = made.alive.plan({x.site.node: x for x in made.layers}).peak_bytes
-    return f"\n  Or pass shard_states=True, with which each rank needs {format_bytes(peak)}."
 
 
 def _plan_of(

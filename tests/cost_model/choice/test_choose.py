@@ -202,13 +202,16 @@ def test_when_nothing_fits_the_nearest_that_would_is_named_and_does_fit() -> Non
     outside = flat(sites, whole=2**30, split=2**30, world_size=8)
     with pytest.raises(OutOfMemory) as caught:
         _choose(*sites, gpu_memory=budget, memory=outside)
-    first, second, third = str(caught.value).split("\n")
+    first, second, *do = str(caught.value).split("\n")
     assert first.startswith("no choice of strategies fits: 8 ranks need at least ")
     assert first.endswith(" each, the budget is 40.0 GiB.")
     assert second.startswith("  Made of: saved by attention ")
     assert second.endswith(", outside attention 2.00 GiB.")
-    words = third.replace(",", "").split()
-    ranks, tokens = int(words[words.index("use") + 1]), int(words[words.index("to") + 1])
+    assert do[0] == "  Do one of these:"
+    more_ranks, fewer_tokens = (line.replace(",", "").split() for line in do[1:])
+    assert more_ranks[1:4] == ["ranks", "or", "more"]
+    assert fewer_tokens[1:4] == ["tokens", "or", "fewer"]
+    ranks, tokens = int(more_ranks[0]), int(fewer_tokens[0])
     _choose(*sites, world_size=ranks, gpu_memory=budget, memory=outside)
     with pytest.raises(OutOfMemory):
         _choose(*sites, world_size=ranks - 1, gpu_memory=budget, memory=outside)

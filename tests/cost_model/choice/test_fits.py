@@ -12,7 +12,7 @@ import pytest
 
 from ringfx.cost_model.choice import choose as choose_module
 from ringfx.cost_model.choice.fits import Fitting
-from ringfx.cost_model.choice.infeasible import Problem
+from ringfx.cost_model.choice.problem import Problem
 from ringfx.ir.memory_peaks import Peaks
 from ringfx.ir.memory_timeline import in_order, peak
 from tests.cost_model.choice.test_offload import HOST, planned

@@ -135,18 +135,6 @@ def test_the_plan_says_what_it_costs() -> None:
     assert "time of a step on one rank" in text
 
 
-def test_sharded_states_are_named_where_they_are_enough() -> None:
-    options: Any = {"optimizer": "adamw", "recompute": "layers", "chunks": "all"}
-    plans = [planned(512, 4, shard_states=how, **options) for how in (False, True)]
-    whole, sharded = (plan.memory.peak_bytes for plan in plans)
-    assert sharded < 0.9 * whole
-    with pytest.raises(OutOfMemory, match=r"Or pass shard_states=True, with which each rank needs"):
-        planned(512, 4, gpu_memory=(whole + sharded) // 2, **options)
-    with pytest.raises(OutOfMemory) as refused:
-        planned(512, 4, gpu_memory=sharded // 2, **options)
-    assert "Or pass shard_states" not in str(refused.value)
-
-
 def test_what_is_no_choice_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="recompute='some' is not one of 'auto', 'none'"):
         planned(recompute="some")
