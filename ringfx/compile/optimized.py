@@ -28,7 +28,7 @@ from ringfx.compile.backend import Backend
 from ringfx.compile.dynamo import compiled_call
 from ringfx.compile.fully_sharded import carry_state
 from ringfx.compile.settings import Settings
-from ringfx.compile.states import StandIns, cast_inputs, shard_states
+from ringfx.compile.states import StandIns, cast_inputs, in_rows, shard_states
 from ringfx.compile.uncompiled_reads import gathered_on_read
 from ringfx.compile.why_unsplit import why_unsplit
 from ringfx.errors import CaptureRefused, RingfxError
@@ -142,6 +142,12 @@ class Optimized:
     @uncompiled("ringfx compiles an optimized model itself")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self, args, kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """``nn.Module.load_state_dict``; of whole tensors, sharded states take their rows."""
+        if self._ringfx_shared.states.ranks > 1:
+            state_dict = in_rows(cast(torch.nn.Module, self), state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``nn.Module.compile``: there is nothing left to do, which is said once."""

@@ -9,17 +9,19 @@ place, and gathers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 __all__ = [
-    "StandIns", "cast_inputs", "example_of_part", "has_rows", "in_param_dtype", "part_of_state",
-    "planned_states", "shard_states",
+    "StandIns", "cast_inputs", "example_of_part", "has_rows", "in_param_dtype", "in_rows",
+    "part_of_state", "planned_states", "rows_like", "shard_states",
 ]  # fmt: skip
 
 _MEMORY_OF = "_ringfx_memory"
@@ -257,6 +259,24 @@ def _sharded(parameter: nn.Parameter, over: World, mesh: Any) -> nn.Parameter:
         shape=given.shape, stride=given.contiguous().stride(),
     )  # fmt: skip
     return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+
+def rows_like(value: Any, like: Any) -> Any:
+    """This rank's rows of a whole tensor that belongs in the place of a sharded one."""
+    whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    if not (whole and isinstance(like, DTensor) and value.shape == like.shape):
+        return value
+    given = value.detach().to(like.device)
+    return distribute_tensor(given, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_rows(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's state, of which each rank has all, with this rank's rows of what is sharded."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    found: Any = copy.copy(state_dict)
+    for name, value in state_dict.items():
+        found[name] = rows_like(value, own.get(name))
+    return cast(Mapping[str, Any], found)
 
 
 class StandIns:

@@ -30,7 +30,7 @@ from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, exces
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
-__all__ = ["ONE_STEP", "Outcome", "Setup", "measure"]
+__all__ = ["ONE_STEP", "Outcome", "Setup", "compiled_whole", "has_numbers", "measure"]
 
 GRADIENT_OF = "gradient of "
 STEP_LENGTH = 0.05
@@ -121,6 +121,15 @@ def compiled_whole(name: str, setup: Setup) -> str:
     except Exception as error:
         return _portable(f"{type(error).__name__}: {error}")
     return ""
+
+
+def has_numbers(name: str, setup: Setup) -> bool:
+    """Whether the unsplit model's loss stays finite in the setup's type: masks of a type's own
+    smallest number overflow in another."""
+    variant = setup.variant(name)
+    found = _trained(setup.steps, variant, build(variant), getattr(torch, variant.dtype))
+    losses = (x for key, x in found.tensors.items() if key.startswith("loss"))
+    return all(x is not None and bool(torch.isfinite(x).all()) for x in losses)
 
 
 def _run(variant: Variant, compare: bool, setup: Setup) -> dict[str, Any]:

@@ -1,0 +1,6 @@
+"""Loading data where some ranks share one sequence: each group of them is given the same batch."""
+
+from ringfx.data.groups import SequenceGroups
+from ringfx.data.sampler import SequenceGroupSampler
+
+__all__ = ["SequenceGroupSampler", "SequenceGroups"]

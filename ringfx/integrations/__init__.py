@@ -1,0 +1,1 @@
+"""Other libraries' training loops over a split sequence: accelerate, transformers' Trainer."""

@@ -1,0 +1,114 @@
+"""transformers' Trainer, and those that are made of it (TRL's), where ranks share a sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME
+
+from ringfx.compile.states import rows_like
+from ringfx.errors import InvalidArgument
+from ringfx.integrations import accelerate
+
+__all__ = ["prepare"]
+
+T = TypeVar("T", bound=Trainer)
+
+
+def prepare(
+    trainer: T,
+    *,
+    mesh: DeviceMesh | None = None,
+    sequence_ranks: int | None = None,
+    **options: Any,
+) -> T:
+    """The same trainer, whose model is split and whose sequence groups get one batch each.
+
+    ::
+
+        trainer = ringfx.integrations.transformers.prepare(Trainer(model, args, ...))
+        trainer.train()
+
+    Under ``torchrun --nproc-per-node 4`` it trains as ``Trainer`` on one process does: the same
+    batches, steps, losses and saved model. With ``sequence_ranks=2`` it trains as on two.
+
+    Parameters
+    ----------
+    mesh
+        All ranks: of one dimension, which is the sequence's, or data, then sequence.
+    sequence_ranks
+        Instead of a mesh: so many consecutive ranks share a sequence; None: all ranks do.
+    options
+        Of ``ringfx.optimize``.
+
+    Raises
+    ------
+    InvalidArgument
+        It is no trainer, it has trained before, or it splits or shards by itself.
+    """
+    if not isinstance(trainer, Trainer):
+        raise InvalidArgument(
+            f"trainer must be a transformers.Trainer, not {type(trainer).__name__}"
+        )
+    if trainer.args.n_gpu > 1:
+        raise InvalidArgument(
+            f"the trainer runs {trainer.args.n_gpu} GPUs from one process (DataParallel). Do: start "
+            "one process for each GPU: torchrun --nproc-per-node N script.py."
+        )
+    if trainer.model_wrapped is not trainer.model:
+        raise InvalidArgument(
+            "the trainer's model is already wrapped: it has trained before. Do: call prepare right "
+            "after the trainer is made."
+        )
+    changed = cast(Any, trainer)
+    accelerator = accelerate.prepare(
+        trainer.accelerator, mesh=mesh, sequence_ranks=sequence_ranks, **options
+    )
+    model = accelerate.split_model(accelerator, trainer.model)
+    changed.model = changed.model_wrapped = changed.callback_handler.model = model
+    changed.gather_function = accelerator.gather_for_metrics
+    given = type(trainer)
+    changed.__class__ = type(f"{given.__name__}OverSequenceGroups", (_OverSequenceGroups, given), {})
+    return trainer
+
+
+class _OverSequenceGroups(Trainer):
+    """A trainer whose processes, as far as data is concerned, are groups of ranks."""
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        batch: int = self._train_batch_size * args.gradient_accumulation_steps
+        return batch * int(self.accelerator.num_processes)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Of sharded states, whole ones: the checkpoint is that of any Trainer."""
+        if self._ringfx_shares_states and state_dict is None:
+            state_dict = _whole(self.model.state_dict())
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._ringfx_shares_states:
+            state = _whole(self.optimizer.state_dict())
+            if self.args.should_save:
+                torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._ringfx_shares_states:
+            for parameter, state in self.optimizer.state.items():
+                state.update({name: rows_like(x, parameter) for name, x in state.items()})
+
+    @property
+    def _ringfx_shares_states(self) -> bool:
+        return accelerate.shares_states(self.model)
+
+
+def _whole(state: Any) -> Any:
+    """Gathered by all ranks together, in the host's memory."""
+    return tree_map_only(DTensor, lambda x: x.full_tensor().cpu(), state)
