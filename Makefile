@@ -25,7 +25,7 @@ SOURCES := ringfx passes cost_model tests examples benchmarks
 # Another release of torch, for test-torch and fake-cuda: make test-torch TORCH=2.11.0
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
-PINNED := accelerate|transformers|pydantic|rich|typer|hypothesis|pytest|scipy|numpy
+PINNED := accelerate|peft|transformers|pydantic|rich|typer|hypothesis|pytest|scipy|numpy
 
 .PHONY: install demo quick test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
   fuzz clean

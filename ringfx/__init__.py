@@ -9,7 +9,7 @@ from ringfx.errors import RingfxError
 from ringfx.failures.process_exit import register_exit_report
 
 if TYPE_CHECKING:
-    from ringfx import nn, ops
+    from ringfx import data, integrations, nn, ops
     from ringfx.api import optimize, plan, stats
     from ringfx.ir import tiles
     from ringfx.ir.plan import LayerPlan, Plan
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "RULES", "STRATEGIES", "LayerPlan", "Plan", "RingfxError", "Strategy", "__version__", "nn",
-    "ops", "optimize", "plan", "stats", "tiles",
+    "RULES", "STRATEGIES", "LayerPlan", "Plan", "RingfxError", "Strategy", "__version__", "data",
+    "integrations", "nn", "ops", "optimize", "plan", "stats", "tiles",
 ]  # fmt: skip
 
 _HOME = {
@@ -28,7 +28,10 @@ _HOME = {
     "STRATEGIES": "ringfx.strategies", "Strategy": "ringfx.strategies",
     "RULES": "ringfx.passes.axes.rules",
 }  # fmt: skip
-_ROOMS = {"nn": "ringfx.nn", "ops": "ringfx.ops", "tiles": "ringfx.ir.tiles"}
+_ROOMS = {
+    "data": "ringfx.data", "integrations": "ringfx.integrations", "nn": "ringfx.nn",
+    "ops": "ringfx.ops", "tiles": "ringfx.ir.tiles",
+}  # fmt: skip
 """Loaded when first asked for: whoever calls ``ringfx.ops`` alone needs no compiler."""
 
 

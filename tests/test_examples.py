@@ -144,3 +144,79 @@ def test_one_rank_goes_on_from_what_two_ranks_saved(tmp_path: Path) -> None:
         {name: float(text.split()[1][:-1]) for name, text in x.items()} for x in (alone, found)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+IN_TURN = (
+    "accelerated", "diffusion", "encoder_decoder", "generation", "lora", "own_attention", "trainer",
+    "vision",
+)  # fmt: skip
+"""Examples that print their result last."""
+
+
+def last_lines(ranks: int) -> dict[str, list[str]]:
+    """The words of what each example prints last, alone or under torchrun."""
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [
+            sys.executable, *(launched if ranks > 1 else []), "-m",
+            "tests.support.examples_in_turn", *IN_TURN,
+        ],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, list[str]] = {}
+    name = ""
+    for words in (line.split() for line in done.stdout.splitlines()):
+        if words[:1] == ["example"]:
+            name = words[1]
+        elif words[:1] in (["loss"], ["image"], ["next"]):
+            found[name] = words
+    return found
+
+
+@pytest.mark.ranks
+def test_examples_print_the_same_on_one_rank_and_on_two() -> None:
+    alone, split = last_lines(1), last_lines(2)
+    assert [*alone] == [*split] == [*IN_TURN]
+    for name in IN_TURN:
+        for a, b in zip(alone[name], split[name], strict=True):
+            if a.replace(".", "").isdecimal():
+                assert float(a) == pytest.approx(float(b), abs=2e-4), name
+            else:
+                assert a == b, name
+
+
+@pytest.mark.ranks
+def test_a_killed_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    def losses(folder: str, *more: str) -> tuple[dict[str, float], str]:
+        launched = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+        launched += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        done = subprocess.run(
+            [
+                sys.executable, *launched, "-m", "examples.restart",
+                "--folder", str(tmp_path / folder), "--compiler", "eager", *more,
+            ],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (x.split(": loss ") for x in done.stdout.splitlines() if x.startswith("step"))
+        return {step: float(loss) for step, loss in lines}, done.stderr
+
+    whole, _ = losses("whole")
+    killed, said = losses("killed", "--kill")
+    assert killed == pytest.approx(whole, abs=1e-6)
+    assert len(whole) == 6
+    assert "exitcode: -9" in said, "a rank was really killed"
+
+
+def test_a_cluster_is_planned_with_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import plan_cluster
+
+    sys.argv = ["plan_cluster", "--layers", "2"]
+    plan_cluster.main()
+    said = capsys.readouterr().out
+    assert said.count(" tokens: ") == 3
+    assert "67,108,864 tokens: no choice of strategies fits" in said
+    assert "tokens or fewer" in said

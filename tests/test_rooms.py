@@ -21,7 +21,8 @@ FLOORS = (
     "passes.verify", "passes.chunks", "passes",
     "cost_model.peak_memory", "cost_model.step_time", "cost_model.choice",
     "cost_model.calibration", "cost_model",
-    "split_tensor", "compile", "api", "data", "integrations", "report", "cli", "__init__", "__main__",
+    "split_tensor", "compile", "api", "data", "integrations", "report", "cli", "__init__",
+    "__main__",
 )  # fmt: skip
 """From the ground up. A room's folders below it are part of it, unless they have a row."""
 

@@ -244,9 +244,11 @@ def _difference(said: Sequence[Any]) -> str:
                 return (
                     f"{name} has the same shape but different values on rank 0 (checksum {mine}) "
                     f"and rank {rank} (checksum {theirs}). Ringfx splits one sequence over the "
-                    "ranks, so all ranks must be given the same inputs and weights. Do: remove a "
-                    "DistributedSampler over these ranks; seed before building the model; or "
-                    "broadcast parameters from rank 0."
+                    "ranks, so all ranks must be given the same inputs and weights. Do: load data "
+                    "with ringfx.data.SequenceGroupSampler instead of a DistributedSampler (under "
+                    "Trainer: ringfx.integrations.transformers.prepare(trainer); accelerate: "
+                    "ringfx.integrations.accelerate.prepare(accelerator)); seed before building "
+                    "the model; or broadcast parameters from rank 0."
                 )
         for (i, mine), (j, theirs) in zip(turn, other[6], strict=False):
             if i == j and mine != theirs:

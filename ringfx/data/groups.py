@@ -78,9 +78,9 @@ def _of_mesh(mesh: DeviceMesh, world_size: int) -> SequenceGroups:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim > 2 or mesh.size() != world_size:
         what = f"{tuple(mesh.shape)}" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise InvalidArgument(
-            f"mesh must be a DeviceMesh of all {world_size} ranks, of one dimension or of two (data, "
-            f"then sequence), not {what}. Do: pass sequence_ranks=N, or init_device_mesh(device, "
-            "(data, sequence))."
+            f"mesh must be a DeviceMesh of all {world_size} ranks, of one dimension or of two "
+            f"(data, then sequence), not {what}. Do: pass sequence_ranks=N, or "
+            "init_device_mesh(device, (data, sequence))."
         )
     if mesh.ndim == 1:
         return SequenceGroups(sequence=mesh)

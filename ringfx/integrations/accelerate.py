@@ -79,7 +79,7 @@ def prepare(
     split.__class__ = type(name, (_OverSequenceGroups, given), {})
     split._ringfx_groups = SequenceGroups.of(mesh, sequence_ranks, accelerator.device.type)
     split._ringfx_options = options
-    split._ringfx_loads = False
+    split._ringfx_loads = split._ringfx_holds_back = False
     return accelerator
 
 
@@ -123,12 +123,15 @@ def _refuse_other_ways(accelerator: Accelerator) -> None:
             )
 
 
-class _OverSequenceGroups(Accelerator):
+class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
     """An accelerator whose processes, as far as data is concerned, are groups of ranks."""
 
     _ringfx_groups: SequenceGroups
     _ringfx_options: dict[str, Any]
     _ringfx_loads: bool
+    _ringfx_holds_back: bool
+    """Whether gradients are summed over a sequence's ranks once for all calls that accumulate. Who
+    clips in between would clip parts of them."""
 
     @property
     def num_processes(self) -> int:
@@ -172,6 +175,15 @@ class _OverSequenceGroups(Accelerator):
         if handler is not None:
             handler.register_comm_hook(parallel)
         return parallel
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        with (
+            super().no_sync(model)
+            if self._ringfx_holds_back or self._ringfx_groups.data is not None
+            else contextlib.nullcontext()
+        ):
+            yield
 
     def gather(self, tensor: Any) -> Any:
         return self._over_groups(tensor, _gathered)

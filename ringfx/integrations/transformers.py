@@ -58,8 +58,8 @@ def prepare(
         )
     if trainer.args.n_gpu > 1:
         raise InvalidArgument(
-            f"the trainer runs {trainer.args.n_gpu} GPUs from one process (DataParallel). Do: start "
-            "one process for each GPU: torchrun --nproc-per-node N script.py."
+            f"the trainer runs {trainer.args.n_gpu} GPUs from one process (DataParallel). Do: "
+            "start one process for each GPU: torchrun --nproc-per-node N script.py."
         )
     if trainer.model_wrapped is not trainer.model:
         raise InvalidArgument(
@@ -70,11 +70,14 @@ def prepare(
     accelerator = accelerate.prepare(
         trainer.accelerator, mesh=mesh, sequence_ranks=sequence_ranks, **options
     )
+    cast(Any, accelerator)._ringfx_holds_back = True  # the trainer clips once for all of them
     model = accelerate.split_model(accelerator, trainer.model)
     changed.model = changed.model_wrapped = changed.callback_handler.model = model
     changed.gather_function = accelerator.gather_for_metrics
     given = type(trainer)
-    changed.__class__ = type(f"{given.__name__}OverSequenceGroups", (_OverSequenceGroups, given), {})
+    changed.__class__ = type(
+        f"{given.__name__}OverSequenceGroups", (_OverSequenceGroups, given), {}
+    )
     return trainer
 
 
@@ -88,20 +91,20 @@ class _OverSequenceGroups(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Of sharded states, whole ones: the checkpoint is that of any Trainer."""
         if self._ringfx_shares_states and state_dict is None:
-            state_dict = _whole(self.model.state_dict())
+            state_dict = _whole(cast(Any, self.model).state_dict())
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._ringfx_shares_states:
-            state = _whole(self.optimizer.state_dict())
+            state = _whole(cast(Any, self.optimizer).state_dict())
             if self.args.should_save:
                 torch.save(state, Path(output_dir, OPTIMIZER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._ringfx_shares_states:
-            for parameter, state in self.optimizer.state.items():
+            for parameter, state in cast(Any, self.optimizer).state.items():
                 state.update({name: rows_like(x, parameter) for name, x in state.items()})
 
     @property

@@ -49,11 +49,12 @@ class Streamed(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    options: dict[str, Any] = dict(
-        output_dir=str(folder / "out"), use_cpu=True, max_steps=4, per_device_train_batch_size=2,
-        per_device_eval_batch_size=3, logging_steps=1, learning_rate=1e-2, report_to=[],
-        save_strategy="no", disable_tqdm=True, logging_nan_inf_filter=False,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "use_cpu": True, "max_steps": 4, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "logging_steps": 1,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }  # fmt: skip
     return TrainingArguments(**{**options, **more})
 
 
@@ -166,8 +167,7 @@ def accelerated(folder: Path, ranks: int | None) -> Mapping[str, Any]:
         with accelerator.accumulate(own):
             loss = own(**batch).loss
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(own.parameters(), 0.1)
+            accelerator.clip_grad_norm_(own.parameters(), 0.1)  # of what is accumulated so far
             optimizer.step()
             optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach()).mean().item())
