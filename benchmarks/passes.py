@@ -9,7 +9,7 @@ Two questions, both asked of the whole journey in ``ringfx/compile/pipeline.py``
   states sharded and wide parts in chunks: all passes of a rank as a share of what Dynamo and
   Inductor take there from an empty cache.
 
-With ``--levers`` the plans are made with sharded states and chunks too.
+With ``--levers`` states are sharded, tokens in chunks, layers computed again and offloaded too.
 
 Planning counts seconds of one processor, the demo wall time of both sides. A time is linear if the
 most layers take at most ``MOST_GROWTH`` times as long a layer as twenty do.
@@ -44,7 +44,9 @@ Clock = Callable[[], float]
 RESULTS = Path(__file__).parent / "results" / "passes.json"
 MOST_SHARE = 0.20
 """All passes, as a share of the time of Dynamo and Inductor for the demo's model."""
-LEVERS: Mapping[str, Any] = {"shard_states": True, "chunks": 512}
+LEVERS: Mapping[str, Any] = {
+    "shard_states": True, "chunks": 512, "recompute": "layers", "offload": "all",
+}  # fmt: skip
 """Of the demo; plans choose their chunks."""
 MOST_SECONDS = 60.0
 """All passes for the largest model."""
@@ -173,6 +175,8 @@ def _planned(layers: int, attention: str, options: argparse.Namespace) -> dict[s
             model, kwargs={"input_ids": ids, "labels": ids}, world_size=options.world_size,
             gpu_memory=int(1e15), profile="h100-sxm-published", shard_states=options.levers,
             chunks="auto" if options.levers else "none",
+            recompute="layers" if options.levers else "none",
+            offload="all" if options.levers else "none",
         )  # fmt: skip
         whole = time.process_time() - started
     assert len(plan.layers) == layers, plan
@@ -245,7 +249,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=1 << 20)
     parser.add_argument("--world-size", type=int, default=1024)
     parser.add_argument("--demo-tokens", type=int, default=2048, help="0: leave the demo out")
-    parser.add_argument("--levers", action="store_true", help="states sharded, chunks")
+    parser.add_argument("--levers", action="store_true", help="all at once")
     parser.add_argument("--demo-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()

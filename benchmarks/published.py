@@ -113,6 +113,8 @@ class Job:
     """Attention's kernel; empty: the fastest of the profile."""
     full_recompute: bool = True
     fp8: bool = False
+    peak_gb: float | None = None
+    """Of a GPU, where layer inputs were offloaded."""
     doubt: str = ""
     """What differs from the plan, as far as it is known."""
 
@@ -144,20 +146,23 @@ def profile_of(job: Job) -> Profile:
     return found
 
 
-def predicted(job: Job) -> Mapping[str, Any]:
-    """Seconds of a step, and a rank's peak of memory."""
+def planned(job: Job, **options: Any) -> ringfx.Plan:
     with offline():
         model: nn.Module = hf.AutoModelForCausalLM.from_config(MODELS[job.model]())
         model = model.to(torch.bfloat16)
         ids = torch.empty(1, job.tokens, dtype=torch.int64)
     states: bool | int = job.ranks > 1 and (job.gpus if job.gpus > job.ranks else True)
     profile: Any = profile_of(job)
-    plan = ringfx.plan(
+    return ringfx.plan(
         model, (), {"input_ids": ids, "labels": ids, "use_cache": False}, world_size=job.ranks,
         profile=profile, strategy=job.strategy if job.ranks > 1 else "auto",
-        optimizer="adamw", shard_states=states,
-        recompute="layers" if job.full_recompute else "none",
+        optimizer="adamw", shard_states=states, **options,
     )  # fmt: skip
+
+
+def predicted(job: Job) -> Mapping[str, Any]:
+    """Seconds of a step, and a rank's peak of memory."""
+    plan = planned(job, recompute="layers" if job.full_recompute else "none")
     assert plan.step is not None
     assert plan.step_ms is not None
     again = sum(x.forward_ms for x in plan.layers) if job.full_recompute else 0.0
@@ -171,12 +176,40 @@ def predicted(job: Job) -> Mapping[str, Any]:
     }
 
 
+def peak_parts(job: Job) -> Mapping[str, float]:
+    """GB of a rank by cause, with everything computed again and layer inputs offloaded."""
+    plan = planned(job, recompute="attention", offload="all")
+    return {part.cause: part.bytes / 1e9 for part in plan.memory.parts}
+
+
+def compare_peaks(console: Console, output: Path) -> int:
+    """Predicted peaks beside the published ones."""
+    rows = []
+    for job in jobs():
+        if job.peak_gb is None:
+            continue
+        parts = peak_parts(job)
+        error = sum(parts.values()) / job.peak_gb - 1
+        rows.append(asdict(job) | {"parts_gb": parts, "error": error})
+        largest = sorted(((size, name) for name, size in parts.items()), reverse=True)[:3]
+        console.print(
+            f"{job.number}: {job.model}, {job.tokens:,} tokens: published {job.peak_gb:.1f} GB, "
+            f"predicted {sum(parts.values()):.1f} ({error:+.0%}); "
+            + ", ".join(f"{name} {size:.1f}" for size, name in largest)
+        )
+    output.write_text(json.dumps({"sources": SOURCES, "rows": rows, **origin()}, indent=1) + "\n")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, nargs="+", default=[])
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--peaks", action="store_true", help="of memory, not seconds")
     options = parser.parse_args()
     console = Console(width=140)
+    if options.peaks:
+        return compare_peaks(console, RESULTS.with_name("published_peaks.json"))
     rows: list[dict[str, Any]] = []
     for job in jobs():
         if options.only and job.number not in options.only:

@@ -21,6 +21,7 @@ time in fresh processes; figures are medians, ratios those within one round.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -58,13 +59,17 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def step_of(levers: Mapping[str, Any], tokens: int, steps: int) -> Mapping[str, Any]:
+def step_of(
+    levers: Mapping[str, Any], tokens: int, steps: int, vocabulary: int
+) -> Mapping[str, Any]:
     """On each rank: seconds of every step after the first, the peak of the last, the losses."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = vocabulary
+    model = LlamaForCausalLM(config)
     split = ringfx.optimize(model, **levers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    given = torch.randint(CONFIG.vocab_size, (1, tokens))
+    given = torch.randint(vocabulary, (1, tokens))
     losses: list[float] = []
     seconds: list[float] = []
 
@@ -87,9 +92,9 @@ def step_of(levers: Mapping[str, Any], tokens: int, steps: int) -> Mapping[str, 
     return {"seconds": seconds[1:], "peak": peak, "losses": losses}
 
 
-def measured(setting: str, tokens: int, steps: int) -> Mapping[str, Any]:
+def measured(setting: str, tokens: int, steps: int, vocabulary: int) -> Mapping[str, Any]:
     with LocalRanks(2) as ranks:
-        found = ranks.run(step_of, SETTINGS[setting], tokens, steps)
+        found = ranks.run(step_of, SETTINGS[setting], tokens, steps, vocabulary)
     return {
         "setting": setting,
         "seconds": statistics.median(map(max, zip(*(x["seconds"] for x in found), strict=True))),
@@ -99,13 +104,14 @@ def measured(setting: str, tokens: int, steps: int) -> Mapping[str, Any]:
 
 
 def in_turns(
-    names: Sequence[str], tokens: int, rounds: int, steps: int, console: Console
+    names: Sequence[str], tokens: int, options: argparse.Namespace, console: Console
 ) -> list[Mapping[str, Any]]:
     rows = []
-    for number in range(rounds):
+    for number in range(options.rounds):
         for i in range(len(names)):
             setting = names[(i + number) % len(names)]
-            row = {"round": number, "tokens": tokens, **measured(setting, tokens, steps)}
+            found = measured(setting, tokens, options.steps, options.vocabulary)
+            row = {"round": number, "tokens": tokens, **found}
             console.print(row)
             rows.append(row)
     return rows
@@ -135,19 +141,21 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
+    vocabulary = "of few words: what is left is not the loss"
+    parser.add_argument("--vocabulary", type=int, default=CONFIG.vocab_size, help=vocabulary)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     console = Console()
     rows = [
         row
         for tokens in options.tokens
-        for row in in_turns(options.settings, tokens, options.rounds, options.steps, console)
+        for row in in_turns(options.settings, tokens, options, console)
     ]
     figures = [x for tokens in options.tokens for x in summary(rows, tokens)]
     result = {
         "what": "a training step in chunks of tokens, layers computed again; two ranks",
         "targets": {"memory": MEMORY_TARGETS, "time": TIME_TARGETS},
-        "figures": figures, "rows": rows, **origin(),
+        "vocabulary": options.vocabulary, "figures": figures, "rows": rows, **origin(),
     }  # fmt: skip
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     table = Table(

@@ -28,7 +28,13 @@ from ringfx.passes.capture.precision import (
 from ringfx.passes.capture.regions import fold_regions
 from ringfx.passes.capture.simplify import simplify
 from ringfx.passes.capture.unknown import decompose_unknown
-from ringfx.torch_compat.fake_tensors import FakeTensor, FakeTensorMode, TracingContext, as_fake
+from ringfx.torch_compat.fake_tensors import (
+    FakeTensor,
+    FakeTensorMode,
+    TracingContext,
+    as_fake,
+    forget_dynamic_marks,
+)
 
 __all__ = ["capture", "input_name", "keep_value"]
 
@@ -72,6 +78,7 @@ def _capture(
     drop_block_masks(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     mode = _fake_mode(example_inputs)
+    forget_dynamic_marks(mode)
     fakes = [_fake(mode, v) for v in example_inputs]
     table = LOSS_DECOMPOSITIONS | DEFINITIONS
     with mode, fx_traceback.preserve_node_meta(), (autocast or Autocast.now()).active():

@@ -6,6 +6,7 @@ vocabulary of 128k they are tens of gigabytes. Gradients flow through untouched 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -129,6 +130,11 @@ class SplitTensor(torch.Tensor):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._gathered().__reduce_ex__(protocol)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __deepcopy__(self, memo: Any) -> Any:
+        """The whole value; of a result with a gradient torch makes no copy."""
+        return copy.deepcopy(self._gathered(), memo)
 
     # Uncompiled code of a compiled model may touch it: this is no program to split.
     @classmethod

@@ -13,7 +13,8 @@ from torch import Tensor
 
 __all__ = [
     "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "TracingContext", "as_fake", "detect_fake_mode", "symbol_name", "unset_fake_temporarily",
+    "TracingContext", "as_fake", "detect_fake_mode", "forget_dynamic_marks", "symbol_name",
+    "unset_fake_temporarily",
 ]  # fmt: skip
 
 FakeTensor = fake.FakeTensor
@@ -49,6 +50,18 @@ def as_fake(mode: fake.FakeTensorMode, value: Tensor) -> Tensor:
     if isinstance(made.item_memo, int | float):
         made.item_memo = None
     return made
+
+
+def forget_dynamic_marks(mode: fake.FakeTensorMode) -> None:
+    """``mark_dynamic`` demands that no program is made for one size; Dynamo would raise for it.
+
+    Without: models whose inputs are marked raise ConstraintViolationError.
+    """
+    env = mode.shape_env
+    for tracked in (env.tracked_fakes if env is not None else None) or ():
+        sizes = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if sizes:
+            sizes[:] = [None] * len(sizes)
 
 
 def symbol_name(value: FakeTensor) -> str | None:
