@@ -36,8 +36,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(y).view(*y.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate * self.out(y)
-        added: Tensor = self.mlp(self.norms[1](x) * (1 + scale2) + shift2)
-        return x + gate2 * added
+        found: Tensor = x + gate2 * self.mlp(self.norms[1](x) * (1 + scale2) + shift2)
+        return found
 
 
 class Denoiser(nn.Module):

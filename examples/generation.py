@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def main() -> None:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
         initializer_range=0.3, eos_token_id=None, bos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = ringfx.optimize(LlamaForCausalLM(config), compiler=given.compiler)
+    model: Any = ringfx.optimize(LlamaForCausalLM(config), compiler=given.compiler)
     model.train(False)
     prompt = (torch.arange(given.tokens) * 7 % 251)[None]
     scores = model(input_ids=prompt, use_cache=False).logits[:, -1]  # the rest is never computed

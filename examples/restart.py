@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -67,11 +68,9 @@ def main() -> None:
 
 def _join() -> None:
     """``init_process_group("gloo")``; but in torch 2.13 gloo then looks for old ranks."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-    )
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store),
+        "gloo", store=PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store),
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
     )  # fmt: skip
 

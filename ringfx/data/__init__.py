@@ -2,5 +2,6 @@
 
 from ringfx.data.groups import SequenceGroups
 from ringfx.data.sampler import SequenceGroupSampler
+from ringfx.data.whole import whole_batch
 
-__all__ = ["SequenceGroupSampler", "SequenceGroups"]
+__all__ = ["SequenceGroupSampler", "SequenceGroups", "whole_batch"]

@@ -337,6 +337,22 @@ def test_the_backend_splits_any_number_of_lengths(ranks2: RankPool) -> None:
     assert ranks2.run(many_lengths) == [["SplitTensor"] * 12] * 2
 
 
+def a_marked_length(mark: bool) -> tuple[str, float]:
+    torch._dynamo.reset()
+    model = torch.compile(plain()(), backend="ringfx", options={"compiler": "eager"})
+    given = tokens(LENGTH)
+    if mark:
+        torch._dynamo.mark_dynamic(given, 1)
+    found = model(given)
+    return type(found).__name__, found.double().square().sum().item()
+
+
+def test_a_length_that_is_marked_as_dynamic_is_split_like_any(ranks2: RankPool) -> None:
+    marked, unmarked = ranks2.run(a_marked_length, True), ranks2.run(a_marked_length, False)
+    assert marked == unmarked
+    assert marked[0][0] == "SplitTensor"
+
+
 def _step(model: nn.Module, optimizer: Any) -> None:
     optimizer.step()
 

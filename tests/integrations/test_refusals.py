@@ -1,0 +1,67 @@
+"""What the integrations cannot do is an error at once, with the line to write."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from accelerate import Accelerator
+from torch import nn
+
+import ringfx
+from ringfx.compile.optimized import Optimized
+from ringfx.errors import InvalidArgument
+from tests.integrations.recipes import model
+
+accelerated = ringfx.integrations.accelerate
+trained = ringfx.integrations.transformers
+
+
+def accelerator(**options: Any) -> Any:
+    return Accelerator(cpu=True, **options)
+
+
+def test_what_is_no_accelerator_and_no_trainer() -> None:
+    with pytest.raises(InvalidArgument, match=r"must be an accelerate\.Accelerator, not Linear"):
+        accelerated.prepare(cast(Any, nn.Linear(1, 1)))
+    with pytest.raises(InvalidArgument, match=r"must be a transformers\.Trainer, not Linear"):
+        trained.prepare(cast(Any, nn.Linear(1, 1)))
+
+
+def test_twice() -> None:
+    once = accelerated.prepare(accelerator())
+    with pytest.raises(InvalidArgument, match="already prepared"):
+        accelerated.prepare(once)
+
+
+def test_batches_that_are_sent_in_parts() -> None:
+    from accelerate.utils import DataLoaderConfiguration
+
+    given = accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    with pytest.raises(InvalidArgument, match="dispatch_batches=True sends each rank its own part"):
+        accelerated.prepare(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("parallelism_config", SimpleNamespace(cp_size=2), "cp_size=2, which splits sequences"),
+        ("parallelism_config", SimpleNamespace(tp_size=4), "tp_size=4, which splits"),
+        ("fsdp_plugin", object(), "has a fsdp_plugin, which shards states by itself"),
+    ],
+)
+def test_other_ways_to_split_or_shard(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
+) -> None:
+    given = accelerator()
+    monkeypatch.setitem(given.state.__dict__, name, value)
+    with pytest.raises(InvalidArgument, match=words):
+        accelerated.prepare(given)
+
+
+def test_a_model_that_was_optimized_before_stays() -> None:
+    given = ringfx.optimize(model(), compiler="eager")
+    found = accelerated.prepare(accelerator(), strategy="simple").prepare_model(given)
+    assert isinstance(found, Optimized)
+    assert found is given
