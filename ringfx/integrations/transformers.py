@@ -8,13 +8,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
 from ringfx.compile.states import rows_like
 from ringfx.errors import InvalidArgument
 from ringfx.integrations import accelerate
+from ringfx.torch_compat.pytree import tree_map
 
 __all__ = ["prepare"]
 
@@ -85,8 +85,8 @@ class _OverSequenceGroups(Trainer):
     """A trainer whose processes, as far as data is concerned, are groups of ranks."""
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        batch: int = self._train_batch_size * args.gradient_accumulation_steps
-        return batch * int(self.accelerator.num_processes)
+        of_all_ranks: int = super().get_total_train_batch_size(args)
+        return of_all_ranks // int(args.world_size) * int(self.accelerator.num_processes)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Of sharded states, whole ones: the checkpoint is that of any Trainer."""
@@ -114,4 +114,4 @@ class _OverSequenceGroups(Trainer):
 
 def _whole(state: Any) -> Any:
     """Gathered by all ranks together, in the host's memory."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor().cpu(), state)
+    return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, state)
