@@ -15,7 +15,14 @@ from ringfx.errors import RingfxError
 from ringfx.ir.memory_plan import MemoryPart
 from ringfx.ir.note import texts_of
 from ringfx.ir.plan import Plan
-from ringfx.ir.plan_text import FoldedLayers, fold, kernel_words, reason_words
+from ringfx.ir.plan_text import (
+    FoldedLayers,
+    answer_lines,
+    fold,
+    kernel_words,
+    reason_words,
+    step_lines,
+)
 from ringfx.ir.values import CommKind
 from ringfx.report.plan_views import attention_bytes, memory_bytes, strategy_mix
 from ringfx.units.age import age_words
@@ -56,6 +63,7 @@ def to_html(plan: Plan, lengths: Curve = (), ranks: Curve = ()) -> str:
     title = f"ringfx plan for {plan.world_size} ranks on {plan.device}"
     sections = [
         _header(plan, title),
+        _list("Time of one step on one rank", step_lines(plan)),
         _layers(plan),
         _time_chart(plan),
         _memory(plan),
@@ -98,7 +106,9 @@ def _header(plan: Plan, title: str) -> str:
     quiet = "<br>".join(map(escape, lines))
     if plan.unsplit_words:
         total = f"{plan.unsplit_words}. {total}"
-    return f"<h1>{escape(title)}</h1>\n<p>{escape(total)}</p>\n<p class=quiet>{quiet}</p>"
+    answer = "<br>".join(map(escape, answer_lines(plan)))
+    first = f"<p><b>{answer}</b></p>\n" if answer else ""
+    return f"<h1>{escape(title)}</h1>\n{first}<p>{escape(total)}</p>\n<p class=quiet>{quiet}</p>"
 
 
 def _layers(plan: Plan) -> str:
@@ -149,7 +159,7 @@ def _time_chart(plan: Plan) -> str:
         words = f"{format_ms(compute + exposed)}"
         rows.append((group.name, ((compute, COLOURS[0]), (exposed, COLOURS[1])), words))
     legend = _legend((("compute", COLOURS[0]), ("exposed communication", COLOURS[1])))
-    return f"<h2>Time of one step by layer</h2>\n{_bars(rows)}\n{legend}" if rows else ""
+    return f"<h2>Time of attention by layer</h2>\n{_bars(rows)}\n{legend}" if rows else ""
 
 
 def _memory(plan: Plan) -> str:
@@ -233,10 +243,12 @@ def _curves(curves: Curve, title: str, unit: str) -> str:
     plans = [(tokens, found) for tokens, found in curves if isinstance(found, Plan)]
     if len(plans) < 2:
         return ""
-    times = [(tokens, found.total_ms) for tokens, found in plans]
+    is_whole = all(found.step_ms for _, found in plans)
+    times = [(n, (is_whole and found.step_ms) or found.total_ms) for n, found in plans]
     sizes = [(tokens, float(memory_bytes(found))) for tokens, found in plans]
     charts = (
-        f"<p>Attention's time of one step</p>\n{_plot(times, format_ms, COLOURS[0])}\n"
+        f"<p>{'Time' if is_whole else 'Attention'} of one step</p>\n"
+        f"{_plot(times, format_ms, COLOURS[0])}\n"
         f"<p>Memory of one rank</p>\n{_plot(sizes, format_bytes, COLOURS[2])}"
     )
     rows = "\n".join(_curve_row(tokens, found) for tokens, found in curves)
@@ -250,7 +262,8 @@ def _curve_row(tokens: int, found: Plan | RingfxError) -> str:
         return f"<tr><td>{tokens:,}<td class=text colspan=3>{why}</tr>"
     return (
         f"<tr><td>{tokens:,}<td class=text>{escape(strategy_mix(found))}"
-        f"<td>{format_ms(found.total_ms)}<td>{format_bytes(memory_bytes(found))}</tr>"
+        f"<td>{format_ms(found.step_ms or found.total_ms)}"
+        f"<td>{format_bytes(memory_bytes(found))}</tr>"
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import ringfx
 from ringfx.cli.main import app
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import Change, parse_sweep, replan, sweep
@@ -22,6 +23,7 @@ from ringfx.ir.values import Declined
 from ringfx.report.plan_html import to_html
 from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from tests.cost_model.sites import causal_site, full_site, shipped
+from tests.end_to_end.models import plain, tokens
 
 H100 = shipped("h100-sxm-published")
 
@@ -280,7 +282,7 @@ def test_the_page_is_one_well_formed_file_with_everything_in_it(
     for words in (
         "ringfx plan for 12 ranks on cuda",
         "model.layers.{0,2,4}.self_attn",
-        "Time of one step by layer",
+        "Time of attention by layer",
         "Other sequence lengths",
         "Other numbers of ranks",
         "524,288",
@@ -340,3 +342,17 @@ def test_a_browser_draws_the_page_to_its_end(saved: Path, tmp_path: Path) -> Non
     )
     title = html.unescape(done.stdout.split("<title>")[1].split("</title>")[0])
     assert json.loads(title) == {"charts": [True] * 5, "wide": True}
+
+
+def test_the_page_answers_first_whether_it_fits_and_how_long_a_step_takes() -> None:
+    def planned(length: int) -> Plan:
+        return ringfx.plan(
+            plain()(), (tokens(length),), world_size=2, gpu_memory="1TiB", profile="cpu-default"
+        )
+
+    page = to_html(planned(64), [(n, planned(n)) for n in (32, 64)])
+    first = page[page.index("<h1>") :].split("<p>")[1]
+    assert first.startswith("<b>fits 1.00 TiB: ")
+    assert "tokens a second" in first
+    assert "Time of one step on one rank" in page
+    assert "<p>Time of one step</p>" in page
