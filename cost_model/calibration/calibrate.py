@@ -281,6 +281,7 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         fused_gbytes_per_s=measured.operators.fused_gbytes_per_s,
         fresh_ns_per_byte=measured.operators.fresh_ns_per_byte,
         optimizer_gbytes_per_s=round(measured.steps.optimizer_gbytes_per_s, 3),
+        device_gbytes=measured.operators.device_gbytes,
         host_gbytes_per_s=measured.operators.host_gbytes_per_s,
         host_gbytes=_host_gbytes_a_rank(measured),
         host_origin="" if measured.operators.host_gbytes_per_s is None else HOST_ORIGIN,

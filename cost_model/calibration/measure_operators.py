@@ -49,6 +49,7 @@ class OperatorRates:
     fresh_ns_per_byte: float
     host_gbytes_per_s: float | None
     """Of pinned memory, the slower direction; None: the device is the host."""
+    device_gbytes: float | None
     host_gbytes: float | None
     """Of all ranks of a machine together."""
 
@@ -69,6 +70,7 @@ def operator_rates(
         fused_gbytes_per_s=_fused_gbytes_per_s(device, effort),
         fresh_ns_per_byte=round(fresh, 4),
         host_gbytes_per_s=None if device == "cpu" else round(_host_gbytes_per_s(device, effort), 3),
+        device_gbytes=None if device == "cpu" else _device_gbytes(),
         host_gbytes=None if device == "cpu" else round(HOST_SHARE * _host_gbytes(), 1),
     )
 
@@ -206,6 +208,10 @@ def _host_gbytes_per_s(device: str, effort: Effort) -> float:
         lambda: here.copy_(there, non_blocking=True),
     )
     return min(HOST_BYTES / statistics.median(timed(run, device, effort)) / 1e6 for run in runs)
+
+
+def _device_gbytes() -> float:
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9)
 
 
 def _host_gbytes() -> float:

@@ -138,7 +138,11 @@ def replan(
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     collectives = plan.collectives if same_program else ()
-    notes = (*_notes(plan, profile), *noted(_link_words(change)))
+    notes = (
+        *(note for note in _notes(plan, profile) if note.kind is not NoteKind.BUDGET),
+        *noted(profile.budget_doubts(budget), NoteKind.BUDGET),
+        *noted(_link_words(change)),
+    )
     changed = replace(
         plan,
         world_size=world_size,

@@ -37,6 +37,7 @@ from ringfx.cost_model.prediction.profile_rows import (
 )
 from ringfx.errors import InvalidArgument, ProfileError
 from ringfx.units.age import age_days, age_words
+from ringfx.units.format import format_bytes
 from ringfx.validation.fields import (
     STRICT,
     Date,
@@ -110,6 +111,8 @@ class Profile:
     """How much longer operators take within a step, run one by one, than timed alone."""
     fused_step_factor: Rate = 1.0
     """The same of a step that Inductor compiled."""
+    device_gbytes: Rate | None = None
+    """Memory of one device; None: not known."""
     host_gbytes_per_s: Rate | None = None
     """What one rank sends to the host's memory, or fetches from there; None: nothing is."""
     host_gbytes: Rate | None = None
@@ -193,6 +196,15 @@ class Profile:
                 " profile that has one."
             )
         return rows.get(scope) or next(iter(rows.values()))
+
+    def budget_doubts(self, budget: int | None) -> tuple[str, ...]:
+        """That a budget is larger than the device's memory."""
+        if budget is None or self.device_gbytes is None or budget <= 1e9 * self.device_gbytes:
+            return ()
+        return (
+            f"gpu_memory is {format_bytes(budget)}, but a device of profile {self.name} has "
+            f"{format_bytes(1e9 * self.device_gbytes)}: what is planned may not fit it",
+        )
 
     def missing_rows(self, dtypes: Iterable[str]) -> tuple[str, ...]:
         """One note for each dtype that is predicted with another dtype's figures."""

@@ -269,6 +269,7 @@ def _plan_of(
         offload=settings.offload,
         notes=(
             *noted(about_profile, NoteKind.PROFILE),
+            *noted(profile.budget_doubts(settings.gpu_memory), NoteKind.BUDGET),
             *noted(unknown),
             *noted(_whole_masks(sites, local, world), NoteKind.DENSE_MASK),
             *noted(_unvalued(captured, sites), NoteKind.NO_VALUES),

@@ -22,6 +22,8 @@ class NoteKind(StrEnum):
     """A mask or bias is read with an entry for each query and key."""
     NO_VALUES = "no_values"
     """Masks read buffers whose values are not known here."""
+    BUDGET = "budget"
+    """Of the budget of memory: another budget, other notes."""
     PROFILE = "profile"
     """Of the profile that the times are predicted with: another profile, other notes."""
 

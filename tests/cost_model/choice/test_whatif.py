@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import ringfx
 from ringfx.cost_model import choose
 from ringfx.cost_model.choice.whatif import (
     NOT_DERIVED,
@@ -17,11 +18,12 @@ from ringfx.cost_model.choice.whatif import (
 from ringfx.errors import InvalidArgument, OutOfMemory
 from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.memory_timeline import flat, memory_parts, peak
-from ringfx.ir.note import texts_of
+from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import TokenAxis
 from ringfx.units.parse import parse_rate
 from tests.cost_model.sites import budget_for, causal_site, shipped
+from tests.end_to_end.models import plain, tokens
 
 H100 = shipped("h100-sxm-published")
 
@@ -170,3 +172,22 @@ def test_a_sweep_over_nothing_is_refused() -> None:
 def test_what_is_no_speed_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="is not a speed"):
         parse_rate(text)
+
+
+def test_a_budget_above_the_devices_memory_is_said() -> None:
+    def said(plan: Plan) -> list[str]:
+        return [note.text for note in plan.notes if note.kind is NoteKind.BUDGET]
+
+    plan = ringfx.plan(
+        plain()(), (tokens(64),), world_size=2, gpu_memory="200GB", profile="h100-sxm-published"
+    )
+    profile = shipped("h100-sxm-published")
+    assert said(plan) == [
+        "gpu_memory is 186 GiB, but a device of profile h100-sxm-published has 74.5 GiB: what is "
+        "planned may not fit it"
+    ]
+    assert not said(replan(plan, Change(gpu_memory=80 * 10**9), profile))
+    assert len(said(replan(plan, Change(gpu_memory=10**12), profile))) == 1
+    assert (
+        len(said(replan(plan, Change(gpu_memory=150 * 10**9), shipped("h200-sxm-published")))) == 1
+    )
