@@ -34,6 +34,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "chunks": {"chunks": 3},
     "states": {"shard_states": True},
     "recompute": {"recompute": "layers"},
+    "offload": {"recompute": "attention", "offload": "all"},
     "all": {"chunks": 3, "shard_states": True, "recompute": "layers"},
 }
 """Options of ``ringfx.optimize`` by name."""
