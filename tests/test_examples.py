@@ -182,7 +182,7 @@ def test_examples_print_the_same_on_one_rank_and_on_two() -> None:
     for name in IN_TURN:
         for a, b in zip(alone[name], split[name], strict=True):
             if a.replace(".", "").isdecimal():
-                assert float(a) == pytest.approx(float(b), abs=2e-4), name
+                assert float(a) == pytest.approx(float(b), abs=2e-3), name
             else:
                 assert a == b, name
 
@@ -206,7 +206,7 @@ def test_a_killed_rank_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
 
     whole, _ = losses("whole")
     killed, said = losses("killed", "--kill")
-    assert killed == pytest.approx(whole, abs=1e-6)
+    assert killed == pytest.approx(whole, abs=1e-5)
     assert len(whole) == 6
     assert "exitcode: -9" in said, "a rank was really killed"
 

@@ -55,7 +55,7 @@ def test_what_is_trained_is_what_one_process_for_each_group_trains(
             for what, value in expected[name].items():
                 same = found[name][what]
                 if isinstance(value, float) or (value and isinstance(value[0], float)):
-                    assert same == pytest.approx(value, rel=2e-4, abs=1e-6), (rank, name, what)
+                    assert same == pytest.approx(value, rel=1e-3, abs=1e-5), (rank, name, what)
                 else:
                     assert same == value, (rank, name, what)
 
