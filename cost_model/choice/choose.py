@@ -50,6 +50,7 @@ def choose(
     replicated: Mapping[int, str] = MappingProxyType({}),
     recompute: Recompute = "auto",
     offload: Offload = "auto",
+    sharded: Callable[[], MemoryTimeline] | None = None,
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -71,6 +72,9 @@ def choose(
         Which layers backward computes again, of those that ``memory`` says can be.
     offload
         Which of these leave what is kept of them in the host's memory until then.
+    sharded
+        Makes the timeline with states shared by the ranks, to be named where nothing fits; None:
+        they are shared, or cannot be.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def choose(
 
     problem = _problem(
         sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, profile,
-        Asked(recompute=recompute, offload=offload),
+        Asked(recompute=recompute, offload=offload), sharded,
     )  # fmt: skip
     refuse_hopeless(problem)
     fitting = problem.at(world_size)
@@ -155,6 +159,7 @@ def _problem(
     replicated: Collection[int],
     profile: Profile,
     asked: Asked,
+    sharded: Callable[[], MemoryTimeline] | None = None,
 ) -> Problem:
     def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
@@ -165,15 +170,16 @@ def _problem(
         return with_recompute(menus, sites, world_size, counted, asked.recompute, host)
 
     timeline = flat(sites) if memory is None else memory
-    counted = asked.memory(timeline)
+    counted = sharded() if sharded is not None and asked.shard_states else timeline
     host = Host.of(profile, asked.offload)
     return Problem(
         sites=tuple(sites), menus=menus_at, world_size=world_size, budget=gpu_memory,
         memory=counted, replicated=frozenset(replicated), asked=asked,
         variant=lambda other: _problem(
             sites, world_size, gpu_memory, timeline, overrides, offers_at, replicated, profile,
-            other,
+            other, sharded,
         ),
+        can_shard=sharded is not None and not asked.shard_states,
         knows_host=Host.of(profile, "auto") is not None,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -12,28 +12,17 @@ from ringfx.cost_model.choice.fits import Fitting, last_that_fits, longest
 from ringfx.cost_model.choice.layers_again import Offload, Recompute
 from ringfx.cost_model.prediction.rank_share import local_share
 from ringfx.errors import RingfxError
-from ringfx.ir.memory_plan import MemoryTerm, MemoryTimeline
+from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import in_order, least_peak
 from ringfx.ir.values import AttentionSite
 
 __all__ = [
-    "MAX_WORLD_SIZE", "Asked", "Problem", "excess", "longest_that_fits", "may_be_shared",
-    "scaled_site", "smallest_world_size",
+    "MAX_WORLD_SIZE", "Asked", "Problem", "excess", "longest_that_fits", "scaled_site",
+    "smallest_world_size",
 ]  # fmt: skip
 
 MAX_WORLD_SIZE = 4096
 """Where the search for a world size that fits ends."""
-
-SHARDED: Mapping[str, str] = {
-    "parameters": "sharded parameters",
-    "optimiser state": "sharded optimiser state",
-    "parameter gradients": "sharded parameter gradients",
-}
-"""Of each cause of whole states, its name where the ranks share them."""
-
-
-def may_be_shared(term: MemoryTerm) -> bool:
-    return term.cause in SHARDED and not term.is_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +31,8 @@ class Asked:
 
     recompute: Recompute = "auto"
     offload: Offload = "auto"
-    shares_states: bool = False
-    """Whether whole states are counted as if the ranks shared them."""
-
-    def memory(self, timeline: MemoryTimeline) -> MemoryTimeline:
-        """The timeline, its whole states shared where that was asked for."""
-        if not self.shares_states:
-            return timeline
-        terms = (
-            replace(term, cause=SHARDED[term.cause], is_split=True) if may_be_shared(term) else term
-            for term in timeline.terms
-        )
-        return replace(timeline, terms=tuple(terms))
+    shard_states: bool = False
+    """Whether states that are whole on each rank are counted as if the ranks shared them."""
 
 
 Menus: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Menu]]
@@ -76,6 +55,8 @@ class Problem:
     """The same with other ways to save memory."""
     knows_host: bool = False
     """Whether the profile says what offloading takes."""
+    can_shard: bool = False
+    """Whether states are whole, and it is known what the ranks would take if they shared them."""
 
     @cached_property
     def excesses(self) -> dict[tuple[int, float], float]:

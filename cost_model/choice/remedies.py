@@ -18,7 +18,6 @@ from ringfx.cost_model.choice.problem import (
     Problem,
     excess,
     longest_that_fits,
-    may_be_shared,
     smallest_world_size,
 )
 from ringfx.ir.memory_timeline import whole_bytes
@@ -59,8 +58,8 @@ def _more(problem: Problem) -> Mapping[str, Mapping[str, Any]]:
         found['recompute="auto"'] = {"recompute": "auto"}
     if segments and asked.offload == "none" and problem.knows_host:
         found['offload="auto"'] = {"offload": "auto"}
-    if problem.world_size > 1 and any(map(may_be_shared, problem.memory.terms)):
-        found["shard_states=True"] = {"shares_states": True}
+    if problem.can_shard:
+        found["shard_states=True"] = {"shard_states": True}
     return found
 
 
@@ -74,19 +73,16 @@ def _of_arguments(variants: Iterable[Variant]) -> Iterator[str]:
             fitting = problem.at(problem.world_size)
             picked = fitting.fastest(problem.budget)
             if picked is not None:
-                figure = _figure(fitting, picked, problem.asked.shares_states)
-                found.append((fitting.time(picked), f"{_and(names)} ({figure})"))
+                found.append((fitting.time(picked), f"{_and(names)} ({_figure(fitting, picked)})"))
         if found:
             yield from (text for _, text in sorted(found))
             return
 
 
-def _figure(fitting: Fitting, picked: Picked, is_about: bool) -> str:
-    """``is_about``: without the parameters of a block or two that are gathered."""
+def _figure(fitting: Fitting, picked: Picked) -> str:
     options = [menu[i] for menu, i in zip(fitting.menus, picked, strict=True)]
     again = [o for o in options if o.recomputed]
-    peak = format_bytes(fitting.peak(picked).bytes)
-    words = [f"about {peak}" if is_about else peak]
+    words = [format_bytes(fitting.peak(picked).bytes)]
     if again:
         words.append(f"{len(again)} of {len(options)} layers computed again")
     if attention := sum(o.attention_again for o in again):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -30,7 +30,7 @@ from ringfx.cost_model import (
 from ringfx.cost_model.peak_memory.alive import Alive
 from ringfx.cost_model.step_time.step import Timed
 from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
-from ringfx.ir.memory_plan import MemoryPlan
+from ringfx.ir.memory_plan import MemoryPlan, MemoryTimeline
 from ringfx.ir.note import NoteKind, noted
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.tiles.words import whole_text
@@ -113,18 +113,26 @@ def _lowered(
     time = time_of_program(captured, placement, profile, settings)
 
     states = sharded_states(captured, state_ranks)
+    may_shard = state_ranks.ranks == 1 and world.size > 1
 
-    def alive_with(in_chunks: Sequence[Sized]) -> tuple[Alive, Outlined]:
-        outline = outlined(captured, in_chunks)
-        return _alive(outline, placement, states, state_ranks, time, settings, world), outline
+    def alive_in_chunks(outline: Outlined, over: StateRanks = state_ranks) -> Alive:
+        shared = sharded_states(captured, over)
+        return _alive(outline, placement, shared, over, time, settings, world)
 
     def planned(chunks: Chunks) -> Planned:
         in_chunks = all_sized(regions, lines, profile.device, chunks)
-        alive, outline = alive_with(in_chunks)
+        outline = outlined(captured, in_chunks)
+        alive = alive_in_chunks(outline)
+
+        @cache
+        def sharded() -> MemoryTimeline:
+            return alive_in_chunks(outline, StateRanks(ranks=world.size)).timeline
+
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
             replicated=whole, recompute=settings.recompute, offload=settings.offload,
+            sharded=sharded if may_shard else None,
         )  # fmt: skip
         again_ms = (
             sum(time.again(x.region.nodes).total_ms for x in run_again(in_chunks)) if time else 0.0
@@ -153,7 +161,7 @@ def _lowered(
     local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
     mark_offloaded(local.graph_module.graph)
     if len(done) < len(made.in_chunks):
-        alive, _ = alive_with(done)
+        alive = alive_in_chunks(outlined(captured, done))
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)

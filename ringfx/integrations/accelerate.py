@@ -72,12 +72,13 @@ def prepare(
             "dispatch_batches=True sends each rank its own part of a batch, but ranks that share a "
             "sequence need the same one. Do: leave it out; every rank loads its group's batch."
         )
+    groups = SequenceGroups.of(mesh, sequence_ranks, accelerator.device.type)
     accelerator.dataloader_config.dispatch_batches = False
     given = type(accelerator)
     name = f"{given.__name__}OverSequenceGroups"
     split = cast(Any, accelerator)
     split.__class__ = type(name, (_OverSequenceGroups, given), {})
-    split._ringfx_groups = SequenceGroups.of(mesh, sequence_ranks, accelerator.device.type)
+    split._ringfx_groups = groups
     split._ringfx_options = options
     split._ringfx_loads = split._ringfx_holds_back = False
     return accelerator

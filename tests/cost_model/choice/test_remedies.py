@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from ringfx.errors import OutOfMemory
-from ringfx.ir.plan import Plan
-from ringfx.units.format import format_bytes
 from ringfx.units.parse import parse_bytes
 from tests.cost_model.choice.test_layers_again import again, planned
 from tests.cost_model.sites import budget_for
@@ -25,14 +23,11 @@ def refused(budget: int, **options: Any) -> list[str]:
     return [line.strip(" ,.:") for line in do.removeprefix(" one of these:").strip().split("\n")]
 
 
-def holds(plan: Plan, line: str, about: float = 0.0) -> None:
-    """The figure of the line is the plan's."""
-    found = re.search(r"\((?:about )?([0-9.]+ [KMGT]?i?B)", line)
+def figure(line: str) -> int:
+    """Bytes that a line says."""
+    found = re.search(r"\(([0-9.]+ [KMGT]?i?B)", line)
     assert found is not None, line
-    if about:
-        assert plan.memory.peak_bytes == pytest.approx(parse_bytes(found[1]), rel=about)
-    else:
-        assert found[1] == format_bytes(plan.memory.peak_bytes)
+    return parse_bytes(found[1])
 
 
 def between(low: int, high: int) -> int:
@@ -67,8 +62,10 @@ def test_sharded_states() -> None:
     )
     budget = between(shared.memory.peak_bytes, whole.memory.peak_bytes)
     lines = refused(budget, **STATES)
-    assert lines[0].startswith("shard_states=True (about ")
-    holds(planned(gpu_memory=budget, shard_states=True, **STATES), lines[0], about=0.05)
+    assert lines[0].startswith("shard_states=True (")
+    assert figure(lines[0]) <= budget
+    shared_within = planned(gpu_memory=budget, shard_states=True, **STATES)
+    assert 0.9 * figure(lines[0]) <= shared_within.memory.peak_bytes <= budget  # a margin is left
 
 
 def test_both_where_neither_is_enough() -> None:
@@ -81,7 +78,7 @@ def test_both_where_neither_is_enough() -> None:
     budget = budget_for(round(1.1 * both))
     assert budget < 0.9 * alone
     lines = refused(budget, recompute="none", **options)
-    assert lines[0].startswith('recompute="auto" with shard_states=True (about ')
+    assert lines[0].startswith('recompute="auto" with shard_states=True (')
 
 
 def test_ranks_that_share_what_two_cannot_hold() -> None:
