@@ -1,5 +1,6 @@
 # make demo    trains a Llama with its sequence split over two ranks and checks it against the unsplit
-# make test    formatting, lint, types, tests, doctests; what CI runs
+# make test    formatting, lint, types, the documentation's site, tests, doctests; what CI runs
+# make docs    the documentation as a site, in build/site; a warning is an error
 # make quick   the tests that need neither ranks nor a compiler, in under 90 s on two cores
 #
 # All make their own virtual environment first. Needs Python 3.11+, make and a C++ compiler.
@@ -18,16 +19,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # pytest over all tests but the slow ones: $(call tested,path of python)
 tested = OMP_NUM_THREADS=1 $(1) -m pytest -m "not slow" \
-  --numprocesses $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+  --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := ringfx passes cost_model tests examples benchmarks
+SOURCES := ringfx passes cost_model tests examples benchmarks docs
 
 # Another release of torch, for test-torch and fake-cuda: make test-torch TORCH=2.11.0
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 PINNED := accelerate|peft|transformers|pydantic|rich|typer|hypothesis|pytest|scipy|numpy
 
-.PHONY: install demo quick test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
+.PHONY: install demo docs quick test check test-all test-torch fake-cuda format lint types corpus gpu bench-memory \
   fuzz clean
 
 install: $(INSTALLED)
@@ -49,12 +50,15 @@ demo: $(INSTALLED)
 quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
-test: lint types
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+test: lint types docs
 	$(call tested,$(BIN)/python)
 
 check: test
 
-test-all: lint types
+test-all: lint types docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all --durations=20 $(PYTEST_ARGS)
 
 # The tests on another release of torch, in a virtual environment of its own. What torch itself asks
@@ -86,11 +90,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 
 # Strictness is set in pyproject.toml.
-TYPED_TESTS := cli compile corpus device end_to_end report support torch_compat validation
+TYPED_TESTS := cli comparison compile corpus device end_to_end report support torch_compat validation watch
 types: $(INSTALLED)
 	$(BIN)/python -m mypy -p ringfx
 	$(BIN)/python -m mypy \
-	  $(wildcard tests/*.py $(TYPED_TESTS:%=tests/%/*.py) examples/*.py) \
+	  $(wildcard tests/*.py $(TYPED_TESTS:%=tests/%/*.py) examples/*.py docs/site/*.py) \
 	  benchmarks/memory.py benchmarks/attention_schedule.py benchmarks/check_time.py \
 	  $(wildcard benchmarks/prediction/*.py benchmarks/gpu/*.py)
 

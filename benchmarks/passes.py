@@ -58,7 +58,8 @@ does not depend on layers at all."""
 PASSES = {
     "capture": "capture", "detect": "detect", "recover": "masks", "missed": "estimate",
     "name_axes": "axes", "find_lines": "lines", "normalize": "normalize", "place": "place",
-    "choose": "choose", "alive_in": "memory", "rewrite": "rewrite", "verify": "verify",
+    "choose": "choose", "step_in_chunks": "memory", "alive_over": "memory",
+    "rewrite": "rewrite", "verify": "verify",
     "find_regions": "regions", "all_sized": "sizes", "run_in_chunks": "chunks", "_digest": "digest",
 }  # fmt: skip
 """Functions of ``ringfx.compile.pipeline`` and ``ringfx.passes.steps`` -> the name of the pass."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ringfx.cost_model.choice.choose import choose
     from ringfx.cost_model.choice.overrides import StrategyChoice
-    from ringfx.cost_model.peak_memory.peak import alive_in, predict_memory
+    from ringfx.cost_model.peak_memory.peak import predict_memory
     from ringfx.cost_model.prediction.kernel_choice import unmeasured, unpriced
     from ringfx.cost_model.prediction.outside_attention import hidden_ms, outside_ms
     from ringfx.cost_model.prediction.predict import Prediction, predict
@@ -23,7 +23,6 @@ __all__ = [
     "Prediction",
     "Profile",
     "StrategyChoice",
-    "alive_in",
     "available_profiles",
     "choose",
     "hidden_ms",
@@ -41,7 +40,6 @@ _HOME = {
     "Prediction": "ringfx.cost_model.prediction.predict",
     "Profile": "ringfx.cost_model.prediction.profile",
     "StrategyChoice": "ringfx.cost_model.choice.overrides",
-    "alive_in": "ringfx.cost_model.peak_memory.peak",
     "available_profiles": "ringfx.cost_model.prediction.profile",
     "choose": "ringfx.cost_model.choice.choose",
     "hidden_ms": "ringfx.cost_model.prediction.outside_attention",

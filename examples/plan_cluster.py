@@ -36,7 +36,7 @@ def main() -> None:
         except OutOfMemory as error:
             print(f"{tokens:,} tokens: {error}\n")
         else:
-            print(f"{tokens:,} tokens: " + "\n".join(str(plan).splitlines()[:6]) + "\n")
+            print(f"{tokens:,} tokens: " + str(plan).split("\n\n")[0] + "\n")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,23 @@ from ringfx.failures.process_exit import register_exit_report
 if TYPE_CHECKING:
     from ringfx import data, integrations, nn, ops
     from ringfx.api import optimize, plan, stats
+    from ringfx.comparison.run import verify
     from ringfx.ir import tiles
     from ringfx.ir.plan import LayerPlan, Plan
     from ringfx.passes.axes.rules import RULES
     from ringfx.strategies import STRATEGIES, Strategy
+    from ringfx.watch.verbosity import set_verbosity
 
 __version__ = "0.1.0"
 __all__ = [
     "RULES", "STRATEGIES", "LayerPlan", "Plan", "RingfxError", "Strategy", "__version__", "data",
-    "integrations", "nn", "ops", "optimize", "plan", "stats", "tiles",
+    "integrations", "nn", "ops", "optimize", "plan", "set_verbosity", "stats", "tiles",
+    "verify",
 ]  # fmt: skip
 
 _HOME = {
     "optimize": "ringfx.api", "plan": "ringfx.api", "stats": "ringfx.api",
+    "verify": "ringfx.comparison.run", "set_verbosity": "ringfx.watch.verbosity",
     "LayerPlan": "ringfx.ir.plan", "Plan": "ringfx.ir.plan",
     "STRATEGIES": "ringfx.strategies", "Strategy": "ringfx.strategies",
     "RULES": "ringfx.passes.axes.rules",

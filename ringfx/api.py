@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,41 +11,30 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ringfx.comm.state_ranks import ONE_RANK, StateRanks
-from ringfx.comm.stats import LayerStats, snapshot
+from ringfx.comm.stats_table import Stats
 from ringfx.comm.world import World
 from ringfx.compile.backend import lower_naming_internal_errors, no_attention_text
-from ringfx.compile.dynamo import compiled
-from ringfx.compile.given_values import GivenMode
+from ringfx.compile.on_fakes import PlanMade, trace, trained
 from ringfx.compile.optimized import Optimized, optimized
 from ringfx.compile.planned_arrivals import arrived, leave_split, run_whole
 from ringfx.compile.settings import Compiler, OnUnsupported, Outputs, Settings
-from ringfx.compile.states import cast_inputs, in_param_dtype, planned_states
-from ringfx.compile.trained import leaves_of_graph
+from ringfx.compile.states import cast_inputs, planned_states
 from ringfx.cost_model import StrategyChoice
 from ringfx.cost_model.choice.infeasible import refuse_parameters
 from ringfx.cost_model.choice.layers_again import Offload, Recompute
-from ringfx.errors import AttentionNotFound, CaptureRefused, InvalidArgument, RingfxError
+from ringfx.errors import AttentionNotFound, InvalidArgument
 from ringfx.ir.note import noted
 from ringfx.ir.plan import Plan, joined
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
-from ringfx.passes.capture.trace import keep_value
+from ringfx.passes.capture.trace import name_arguments
 from ringfx.passes.chunks.sizes import Chunks
 from ringfx.strategies import STRATEGIES, Strategy
-from ringfx.torch_compat.dynamo import BackendCompilerFailed, OptimizedModule, TorchDynamoException
-from ringfx.torch_compat.fake_tensors import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    as_fake,
-)
-from ringfx.torch_compat.pytree import keystr, tree_leaves, tree_map_with_path
-from ringfx.torch_compat.releases import ISOLATED
+from ringfx.torch_compat.dynamo import OptimizedModule
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
+from ringfx.watch.stages import stage_done
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -66,6 +53,7 @@ def optimize(
     profile: str | None = None,
     optimizer: str | int = "none",
     compiler: Compiler = "inductor",
+    dynamic: bool = False,
     outputs: Outputs = "global",
     on_unsupported: OnUnsupported = "error",
     check_inputs: bool | int = True,
@@ -76,6 +64,7 @@ def optimize(
     recompute: Recompute = "auto",
     offload: Offload = "auto",
     head_groups: int | str = "auto",
+    token_dims: Mapping[str, int] | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> M:
@@ -107,6 +96,10 @@ def optimize(
         ``"sgd"``, ..., or bytes of state for each parameter. Default: none; the plan notes it.
     compiler
         ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+    dynamic
+        For data of varying length: one program is captured for all lengths, and few are compiled.
+        A length that none of them serves exactly gets its own, which is announced. Losses do not
+        run in chunks then (also announced), unless ``chunks`` or ``gpu_memory`` asks for it.
     outputs
         ``"global"``: sharded outputs have the global shape and are gathered when used.
         ``"local"``: each rank gets its own shard, with ``ringfx_positions``.
@@ -120,8 +113,8 @@ def optimize(
         ``False``: never.
     strict
         Refuse a model with a region that looks like attention, by a count that is independent of
-        detection, and was neither found nor declined (AttentionMissed); and a model with an
-        attention that was found and cannot be split (AttentionReplicated).
+        detection, and was neither found nor declined nor split by rows of scores (AttentionMissed);
+        and a model with an attention that was found and cannot be split (AttentionReplicated).
     shard_states
         Parameters become DTensors in the model itself, each cut by its first dimension over the
         sequence's ranks; their gradients and the optimizer's state are cut with them. A parameter
@@ -151,6 +144,9 @@ def optimize(
         Attention works through its heads in groups, so that what is gathered or exchanged exists
         for one group only. ``"auto"``: as many as cost no time, and more where ``gpu_memory`` is
         exceeded otherwise; or a number from 1 to 8 (fewer where the heads cannot be parted so).
+    token_dims
+        For a model without attention: which dimension holds the tokens, by names of inputs:
+        ``{"x": 2}``. Default: found, and announced.
     strategies
         Those to choose from. With one of your own: ``ringfx.STRATEGIES | {"mine": mine}``, a
         ``ringfx.Strategy``.
@@ -164,11 +160,14 @@ def optimize(
         At once, for an argument that cannot be used; later errors are raised by the first call.
     """
     if not isinstance(model, torch.nn.Module):
-        raise InvalidArgument(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise InvalidArgument(
+            f"model must be a torch.nn.Module, not {type(model).__name__}. Do: pass the module "
+            "itself, such as ringfx.optimize(model)."
+        )
     if isinstance(model, OptimizedModule):
         raise InvalidArgument(
             "model is already compiled by torch.compile. Do: pass the original model; ringfx "
-            "compiles it itself (option compiler=)."
+            "compiles it itself (option compiler)."
         )
     _refuse_nested(model)
     settings = Settings.of(
@@ -178,6 +177,7 @@ def optimize(
             "profile": profile,
             "optimizer": optimizer,
             "compiler": compiler,
+            "dynamic": dynamic,
             "outputs": outputs,
             "on_unsupported": on_unsupported,
             "check_inputs": check_inputs,
@@ -188,6 +188,7 @@ def optimize(
             "recompute": recompute,
             "offload": offload,
             "head_groups": head_groups,
+            "token_dims": token_dims or {},
             "strategies": strategies,
             "rules": rules,
         }
@@ -207,8 +208,10 @@ def _refuse_nested(model: torch.nn.Module) -> None:
             )
 
 
-def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
+def stats(model: torch.nn.Module) -> Stats:
     """What each attention of an optimized model has done on this rank so far, by module path.
+
+    A mapping; printed it is a table of one call of each layer, and of what was sent outside them.
 
     Counters of kernel calls, messages, bytes sent and tiles that were halved are always on;
     seconds of compute and of waiting are taken only inside ``with ringfx.ops.timed():``. Models
@@ -225,11 +228,7 @@ def stats(model: torch.nn.Module) -> dict[str, LayerStats]:
             "model that ringfx.optimize returned."
         )
     names = {layer.name for plan in model._ringfx_shared.backend.plans for layer in plan.layers}
-    return {name: found for name, found in snapshot().items() if name in names}
-
-
-class Planned(Exception):
-    """Stops the model once its plan is made."""
+    return Stats.of(names)
 
 
 def plan(
@@ -250,6 +249,7 @@ def plan(
     recompute: Recompute = "auto",
     offload: Offload = "auto",
     head_groups: int | str = "auto",
+    token_dims: Mapping[str, int] | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     rules: AxisRules = RULES,
 ) -> Plan:
@@ -280,13 +280,14 @@ def plan(
             "recompute": recompute,
             "offload": offload,
             "head_groups": head_groups,
+            "token_dims": token_dims or {},
             "strategies": strategies,
             "rules": rules,
         }
     )
     refuse_parameters(
         model.parameters(), None if shard_states else settings.gpu_memory, settings.optimizer,
-        world_size, trained=lambda: _trained(model, args, dict(kwargs or {})),
+        world_size, trained=lambda: trained(model, args, dict(kwargs or {})),
     )  # fmt: skip
     world = World(world_size, 0, "ringfx" if world_size > 1 else "")
     states = planned_states(shard_states, world, dict(model.named_parameters()), mp_policy)
@@ -296,13 +297,15 @@ def plan(
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         if reads_gradients(gm):
             return gm.forward
+        stage_done("traced")
+        name_arguments(gm, model.forward)
         arrivals = arrived(example_inputs)
         lowered = lower_naming_internal_errors(
             gm, example_inputs, settings, world, arrivals, states
         )
         if lowered.captured.graph_break is None and is_outermost():
             plans.append(lowered.plan)
-            raise Planned
+            raise PlanMade
 
         def run(*inputs: Any) -> Any:
             plans.append(lowered.plan)  # a program may run several times
@@ -311,7 +314,7 @@ def plan(
         return run
 
     stopped = trace(model, args, kwargs, backend, states)
-    if not sum(len(p.layers) for p in plans):
+    if not any(p.has_tokens for p in plans):
         raise AttentionNotFound(no_attention_text(plans))
     whole = joined(plans)
     return dataclasses.replace(whole, notes=(*whole.notes, *noted(stopped)))
@@ -327,7 +330,8 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise InvalidArgument(
-            f"{where}: model must be a torch.nn.Module, not {type(model).__name__}"
+            f"{where}: model must be a torch.nn.Module, not {type(model).__name__}. Do: pass the "
+            f"module itself, such as ringfx.{where}(model, ...)."
         )
     if isinstance(model, OptimizedModule):
         raise InvalidArgument(
@@ -342,151 +346,6 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
             f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
             "arguments as keys."
         )
-
-
-def trace(
-    model: torch.nn.Module, args: Any, kwargs: Any, backend: Any, states: StateRanks = ONE_RANK
-) -> tuple[str, ...]:
-    """Run the model on fake tensors; returns notes, such as where it could not continue.
-
-    Programs that the process has compiled stay. Programs traced here have a backend of their own
-    and are freed with the model's fake copy.
-    """
-    model = model._ringfx_inner if isinstance(model, Optimized) else model
-    mode = _mode_of(model, args, kwargs)
-    notes = mode.notes if isinstance(mode, GivenMode) else {}
-    fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
-    in_param_dtype(fake_model, states)
-    if not ISOLATED:
-        torch.compiler.reset()
-    traced = compiled(fake_model, backend)
-    try:
-        with mode:
-            traced(*fake_args, **fake_kwargs)  # type: ignore[no-untyped-call]
-    except BackendCompilerFailed as failure:
-        if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from failure.inner_exception.__cause__
-        if not isinstance(failure.inner_exception, Planned):
-            raise
-    except (DataDependentOutputException, DynamicOutputShapeException) as unknown:
-        return (
-            *notes,
-            "planning stopped where the model's Python code reads tensor values "
-            f"({unknown.func}); the plan does not contain the code after that",
-        )
-    except TorchDynamoException as failure:
-        _refuse_untraceable(mode, fake_model, fake_args, fake_kwargs, failure)
-        raise
-    finally:
-        if not ISOLATED:
-            torch.compiler.reset()
-    return tuple(notes)
-
-
-def _refuse_untraceable(
-    mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: Any, failure: Exception
-) -> None:
-    """Says so where Dynamo fails on the model without ringfx too.
-
-    Raises
-    ------
-    CaptureRefused
-        With Dynamo's reason.
-    """
-    plain = torch.compile(model, backend=lambda gm, inputs: gm.forward, dynamic=False, **ISOLATED)
-    try:
-        with mode:
-            plain(*args, **kwargs)  # type: ignore[no-untyped-call]
-    except TorchDynamoException as alone:
-        lines = [line for line in str(alone).strip().splitlines() if line.strip()]
-        reason = lines[0] if lines else type(alone).__name__
-        where = next((x.strip() for x in reversed(lines) if x.strip().startswith("File ")), "")
-        raise CaptureRefused(
-            f"torch.compile cannot trace this model, with or without ringfx: {reason}"
-            + (f" ({where})" if where else "")
-            + (
-                ". Do: make torch.compile(model, backend='eager') work first; Dynamo's full "
-                "report is attached as the cause of this error."
-            )
-        ) from failure
-    except Exception:  # of the model's own code: what failed first is said
-        return
-
-
-def _trained(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The parameters that a call gives gradients to, by the graph of a run on fake tensors.
-
-    Where that run cannot be made, none: tracing then says what there is to say.
-    """
-    model = model._ringfx_inner if isinstance(model, Optimized) else model
-    leaves = tree_leaves((args, kwargs))
-    if not all(x is None or isinstance(x, torch.Tensor | int | float | str) for x in leaves):
-        return []  # an object, such as a cache, that the run would change
-    mode = _mode_of(model, args, kwargs)
-    fake_model, fake_args, fake_kwargs = _as_fake(mode, model, args, kwargs)
-    try:
-        with mode:
-            results = fake_model(*fake_args, **fake_kwargs)
-    except Exception:  # of the model's own code, or a value that it reads
-        return []
-    own = {id(x) for x in fake_model.parameters()}
-    return [x for x in leaves_of_graph(results) if id(x) in own]
-
-
-def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    leaves = tree_leaves((args, kwargs))
-    yield from (x for x in leaves if isinstance(x, torch.Tensor))
-
-
-def _mode_of(model: torch.nn.Module, args: Any, kwargs: Any) -> FakeTensorMode:
-    for tensor in _tensors(model, args, kwargs):
-        if isinstance(tensor, FakeTensor):
-            mode: FakeTensorMode = tensor.fake_mode
-            return mode
-    return GivenMode()
-
-
-def _as_fake(mode: FakeTensorMode, model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """Model and inputs in one fake mode; ``meta`` tensors become fake CPU ones.
-
-    Values that are there are kept beside the fake tensors, for what reads them.
-    """
-
-    def fake(x: Any, name: str) -> Any:
-        if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
-            return x
-        if x.device.type != "meta":
-            twin = as_fake(mode, x)
-            if isinstance(mode, GivenMode):
-                mode.give(twin, x)
-            return twin
-        with mode:
-            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
-        if isinstance(mode, GivenMode):
-            mode.assume(made, name)
-        return made
-
-    memo: dict[int, Any] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        twin = fake(tensor, f"the model's {name}")
-        if type(tensor) is torch.Tensor and tensor.device.type != "meta":
-            keep_value(twin, tensor)
-        if isinstance(tensor, torch.nn.Parameter) and not isinstance(twin, torch.nn.Parameter):
-            twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = twin
-    twin_model = copy.deepcopy(model, memo)
-
-    names = [*inspect.signature(model.forward).parameters]
-
-    def named(path: Any, x: Any) -> Any:
-        place = getattr(path[1], "idx", None)
-        if place is not None and path[0].idx == 0 and place < len(names):
-            return fake(x, names[place])
-        return fake(x, keystr(path[1:]))
-
-    return twin_model, *tree_map_with_path(named, (args, kwargs))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 POOLS = {"ranks2", "ranks3", "ranks4"}
+TESTS = Path(__file__).parent
+LONGEST = ("test_examples.py", "integrations", "end_to_end")
+"""Files that run first, so that no worker is left alone with one of them at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
@@ -59,6 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     mark_differences(items, TORCH)
+    items.sort(key=lambda item: not str(item.path.relative_to(TESTS)).startswith(LONGEST))
     if config.getoption("quick"):
         left_out = [x for x in items if any(x.get_closest_marker(name) for name in LONG)]
         config.hook.pytest_deselected(items=left_out)

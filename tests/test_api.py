@@ -121,6 +121,7 @@ def test_a_model_compiled_for_any_size_is_found_with_its_numbers_as_they_are() -
         return runner
 
     for length in (5, 9):
+        torch._dynamo.reset()
         model = torch.compile(stock, backend=for_ringfx(backend), dynamic=True)
         x = torch.randn(2, length, 16)
         torch.testing.assert_close(model(x), stock(x))

@@ -1,21 +1,31 @@
-"""Every example that a reader can copy is run: doctests, README.md and docs/*.md."""
+"""Every example that a reader can copy is run; commands that pages show exist."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from ringfx.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ringfx": "ringfx", "passes": "ringfx.passes", "cost_model": "ringfx.cost_model"}
 NOT_RUN = "<!-- not run -->"
 """Stands above a block that shows a fragment or needs hardware; the reason follows in prose."""
-BLOCK = re.compile(rf"(?P<skip>{NOT_RUN}\n+)?```python\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    rf"(?P<skip>{NOT_RUN}\n+)?(?:<!-- file: (?P<file>\S+) -->\n+)?```python\n(?P<code>.*?)```",
+    re.DOTALL,
+)
+"""The second comment names the file that the reader is told to write."""
 
 
 def _modules() -> list[str]:
@@ -29,8 +39,11 @@ def _modules() -> list[str]:
 
 
 def _pages() -> list[Path]:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [page for page in pages if page.exists() and _code(page)]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def _code(page: Path) -> str:
@@ -52,8 +65,11 @@ def test_doctests(module: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", _pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in _pages() if _code(p)], ids=_name)
 def test_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    for block in BLOCK.finditer(page.read_text()):
+        if block["file"]:
+            (tmp_path / block["file"]).write_text(block["code"])
     program = tmp_path / page.with_suffix(".py").name
     program.write_text(_code(page) + "\n")
     done = subprocess.run(
@@ -62,7 +78,7 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
 def test_recipes_are_the_code_of_the_examples(page: str) -> None:
     """Which tests run on two ranks."""
     code = [(ROOT / "examples" / f"own_{name}.py").read_text() for name in ("rule", "strategy")]
@@ -72,3 +88,42 @@ def test_recipes_are_the_code_of_the_examples(page: str) -> None:
     recipes = [b for b in blocks if "ringfx.RULES |" in b or "ringfx.STRATEGIES |" in b]
     assert len(recipes) == len(code)
     assert all(any(block in example for example in code) for block in recipes)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+OF_BLOCK = re.compile(r"^ *(?:\$ )?((?:ringfx|make|torchrun|python) .*)", re.MULTILINE)
+INDENTED = re.compile(r"^    ((?:ringfx|make|torchrun|python) .*)", re.MULTILINE)
+OF_SENTENCE = re.compile(r"`((?:ringfx|make|python -m) [^`]+)`")
+
+
+def _commands(page: Path) -> Iterator[list[str]]:
+    text = page.read_text()
+    blocks = "\n".join(FENCED.findall(text))
+    prose = FENCED.sub("", text)
+    shown = OF_BLOCK.findall(blocks) + INDENTED.findall(prose) + OF_SENTENCE.findall(prose)
+    for line in shown:
+        yield shlex.split(line.split("   ")[0].replace("...", ""), comments=True)
+
+
+@pytest.mark.parametrize("page", _pages(), ids=_name)
+def test_commands_of_a_page_exist(page: Path) -> None:
+    """Each option of ``ringfx``, each target of ``make``, each module of ``python -m``."""
+    unknown = [" ".join(words) for words in _commands(page) if not _exists(words)]
+    assert not unknown
+
+
+def _exists(words: list[str]) -> bool:
+    if words[0] == "ringfx":
+        command = get_command(app).commands.get(words[1])  # type: ignore[attr-defined]
+        known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} if command else ()
+        given = {w.strip("[]").split("=")[0] for w in words[2:] if w.strip("[").startswith("--")}
+        return command is not None and given <= {*known, "--help"}
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return words[1] in targets
+    if "-m" not in words:
+        return True
+    name = words[words.index("-m") + 1]
+    return name == "pip" or (importlib.util.find_spec(name) is not None)

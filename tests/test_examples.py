@@ -136,6 +136,7 @@ def steps_of(ranks: int, folder: Path, steps: int) -> dict[str, str]:
     return {name: text for name, text in lines if name.startswith("step")}
 
 
+@pytest.mark.slow  # tests/end_to_end/test_shard_states.py saves and loads too
 @pytest.mark.ranks
 def test_one_rank_goes_on_from_what_two_ranks_saved(tmp_path: Path) -> None:
     alone = steps_of(1, tmp_path / "one", 2)

@@ -58,7 +58,7 @@ def test_nothing_but_ringfx_is_installed_at_the_top_level(wheel: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"ringfx"}
 
 
-@pytest.mark.parametrize("suffix", [".py", ".json", "py.typed"])
+@pytest.mark.parametrize("suffix", [".py", ".json", ".html", ".css", "py.typed"])
 def test_every_module_profile_and_marker_of_the_repository_is_in_the_wheel(
     wheel: Path, suffix: str
 ) -> None:

@@ -13,16 +13,17 @@ ROOT = Path(__file__).parent.parent / "ringfx"
 
 FLOORS = (
     "errors",
-    "units", "torch_compat", "validation", "ir",                               # values
+    "units", "torch_compat", "validation", "ir", "watch",                      # values
     "failures", "comm",                                                        # ranks
     "ops.kernels", "ops.tiling", "cost_model.prediction", "strategies", "ops", "nn",  # operators
-    "passes.capture", "passes.axes", "passes.exprs", "passes.detect", "passes.masks",
-    "passes.token_axes", "passes.normalize", "passes.split_modes", "passes.place", "passes.rewrite",
+    "passes.capture", "passes.axes", "passes.tensor_parallel", "passes.exprs",
+    "passes.detect", "passes.masks", "passes.token_axes", "passes.normalize",
+    "passes.split_modes", "passes.place", "passes.rewrite",
     "passes.verify", "passes.chunks", "passes",
     "cost_model.peak_memory", "cost_model.step_time", "cost_model.choice",
     "cost_model.calibration", "cost_model",
-    "split_tensor", "compile", "api", "data", "integrations", "report", "cli", "__init__",
-    "__main__",
+    "split_tensor", "compile", "api", "comparison", "data", "integrations", "report", "cli",
+    "__init__", "__main__",
 )  # fmt: skip
 """From the ground up. A room's folders below it are part of it, unless they have a row."""
 

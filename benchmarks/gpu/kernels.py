@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu.stage import Report, Setting, relative_error
 from ringfx.ops.kernels import kernel as kernels
+from ringfx.ops.kernels.dropout import kept, key_numbers, row_numbers
 from ringfx.ops.kernels.kernel import MATH, Kernel, Scores
 
 __all__ = ["available", "run"]
@@ -66,11 +67,26 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
 
 def run(setting: Setting) -> Report:
     report = Report(stage="kernels", setting=setting)
+    report.tried("what dropout drops, beside the CPU", partial(_dropped_alike, setting))
     for name, (kernel, dtypes) in available(setting).items():
         for dtype in dtypes:
             for case in cases(dtype, setting.small):
                 report.tried(f"{name}, {case}", partial(_errors, kernel, case, setting))
     return report
+
+
+def _dropped_alike(setting: Setting) -> dict[str, Any]:
+    """Dropout's choice is integers alone, so a device makes the same one as the CPU."""
+    sizes = (2, 3, 65, 130)  # batch, heads, queries, keys
+    found = []
+    for device in ("cpu", setting.device):
+        b, h, q, k = (torch.arange(n, device=device) for n in sizes)
+        seed = torch.tensor(2**61 + 7, device=device)
+        rows, keys = row_numbers(seed, b, h, q), key_numbers(seed, b, h, k)
+        found.append(kept(*rows, keys, 0.1).cpu())
+    different = int((found[0] != found[1]).sum())
+    assert different == 0, f"{different} of {found[0].numel()} weights"
+    return {"dropped": 1 - float(found[0].abs().double().mean())}
 
 
 def _errors(kernel: Kernel, case: Case, setting: Setting) -> dict[str, Any]:

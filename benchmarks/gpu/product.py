@@ -47,10 +47,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "sharded states": {"shard_states": True},
     "layers again": {"recompute": "attention"},
     "offloaded": {"recompute": "layers", "offload": "all"},
+    "any length": {"dynamic": True},
 }
 """Beside the strategies: wide parts in chunks with logits deferred; parameters cut into rows;
 layers computed again in backward, their attention too; what layers that are computed again keep in
-the host's memory."""
+the host's memory; a program for a range of lengths."""
 FLOAT32 = 1e-4
 BFLOAT16 = 2**-7
 """Between two numbers of bfloat16 near 1."""

@@ -299,10 +299,10 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
 
 def _with_step_factors(profile: Profile, steps: StepTimes) -> Profile:
     """With how much longer whole steps take than the rates of their operators say."""
-    eager = _factor(steps.eager_ms, predicted_ms(profile, fused=False))
+    eager = _factor(steps.eager_ms, predicted_ms(profile, steps.tokens, fused=False))
     fused = eager
     if steps.fused_ms is not None:
-        fused = _factor(steps.fused_ms, predicted_ms(profile, fused=True))
+        fused = _factor(steps.fused_ms, predicted_ms(profile, steps.tokens, fused=True))
     return dataclasses.replace(profile, step_factor=eager, fused_step_factor=fused)
 
 

@@ -145,7 +145,10 @@ def fit_links(
     """
     strange = sorted({r.link for r in records} - set(scope_of))
     if strange:
-        raise ProfileError(f"fit_links: nobody says whether the link {strange[0]!r} is one node.")
+        raise ProfileError(
+            f"fit_links: nobody says whether the link {strange[0]!r} is one node. Do: pass "
+            f'scope_of={{{strange[0]!r}: "node"}}, or "network".'
+        )
     groups = _grouped(records, lambda r: (r.operation, scope_of[r.link]))
     rows, fits, left_out = [], [], []
     for (operation, scope), members in groups.items():

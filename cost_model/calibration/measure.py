@@ -51,6 +51,8 @@ class Effort:
     min_repeats: int = 5
     max_tokens: int = 4096
     max_message_bytes: int = 16 * 2**20
+    operator_tokens: int = 4096
+    """The most of matrix products and of whole steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def operator_rates(
 
 def product_row(device: str, dtype: str, direction: Direction, effort: Effort) -> ProductRow:
     """A start, a rate and a price of bytes, over all sizes."""
-    cases = [*_cases(device, dtype, direction)]
+    cases = [*_cases(device, dtype, direction, effort)]
     features = np.array([(1.0, flops, moved) for flops, moved, _ in cases])
     seconds = np.array([statistics.median(timed(run, device, effort)) / 1e3 for *_, run in cases])
     start, rate, byte = _fitted(features, seconds)
@@ -94,10 +94,11 @@ def _fitted(features: Matrix, seconds: Matrix) -> tuple[float, float, float]:
 
 
 def _cases(
-    device: str, dtype: str, direction: Direction
+    device: str, dtype: str, direction: Direction, effort: Effort
 ) -> Iterator[tuple[float, float, Callable[[], object]]]:
     """Operations, bytes, and the call; backward: on average over both gradients."""
-    sizes = SIZES if device == "cpu" else (*SIZES, *LARGE_SIZES)
+    sizes = [size for size in SIZES if size[0] <= effort.operator_tokens]
+    sizes += LARGE_SIZES if device != "cpu" else ()
     torch_dtype: torch.dtype = getattr(torch, dtype)
     for tokens, before, after in sizes:
         shapes = [(tokens, before), (after, before), (tokens, after)]

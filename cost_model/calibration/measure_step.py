@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,6 @@ from ringfx.torch_compat.dynamo import BackendCompilerFailed
 __all__ = ["StepTimes", "predicted_ms", "step_times"]
 
 WIDTH, INNER, LAYERS, VOCABULARY, HEADS = 320, 1280, 3, 8192, 5
-TOKENS = (1024, 4096)
 MORE_ON_A_GPU = 8
 """Times as many tokens, and as wide: a small model does not fill one."""
 WARM_UP = 2
@@ -38,8 +37,9 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Milliseconds of forward and backward for each of ``TOKENS``, by how they are compiled."""
+    """Milliseconds of forward and backward for so many tokens, by how they are compiled."""
 
+    tokens: tuple[int, ...]
     eager_ms: tuple[float, ...]
     fused_ms: tuple[float, ...] | None
     """None: Inductor cannot compile here."""
@@ -92,20 +92,23 @@ def _given(tokens: int, device: str) -> Tensor:
 
 def step_times(device: str, effort: Effort) -> StepTimes:
     model = _Model(device).to(device)
-    eager = [_steps(model, model, tokens, device, effort) for tokens in TOKENS]
-    fused = _fused(model, device, effort)
+    tokens = (effort.operator_tokens // 4, effort.operator_tokens)
+    eager = [_steps(model, model, n, device, effort) for n in tokens]
+    fused = _fused(model, tokens, device, effort)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     took_ms = statistics.median(ms for _, ms in eager)
     return StepTimes(
-        eager_ms=tuple(ms for ms, _ in eager), fused_ms=fused,
+        tokens=tokens, eager_ms=tuple(ms for ms, _ in eager), fused_ms=fused,
         optimizer_gbytes_per_s=PASSES["adamw"] * size / took_ms / 1e6,
     )  # fmt: skip
 
 
-def _fused(model: nn.Module, device: str, effort: Effort) -> tuple[float, ...] | None:
+def _fused(
+    model: nn.Module, tokens: Sequence[int], device: str, effort: Effort
+) -> tuple[float, ...] | None:
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
     try:
-        return tuple(_steps(model, compiled, n, device, effort)[0] for n in TOKENS)
+        return tuple(_steps(model, compiled, n, device, effort)[0] for n in tokens)
     except BackendCompilerFailed:
         return None
 
@@ -135,9 +138,9 @@ def _steps(
     return statistics.median(steps), statistics.median(updates)
 
 
-def predicted_ms(profile: Profile, *, fused: bool) -> tuple[float, ...]:
-    """What the rates of a profile say of forward and backward, for each of ``TOKENS``."""
-    return tuple(_predicted_ms(profile, tokens, fused) for tokens in TOKENS)
+def predicted_ms(profile: Profile, tokens: Sequence[int], *, fused: bool) -> tuple[float, ...]:
+    """What the rates of a profile say of forward and backward, for each number of tokens."""
+    return tuple(_predicted_ms(profile, n, fused) for n in tokens)
 
 
 def _predicted_ms(profile: Profile, tokens: int, fused: bool) -> float:

@@ -26,6 +26,8 @@ from ringfx.validation.text_files import read_text, write_text
 
 __all__ = ["AttentionRecord", "MessageRecord", "Record", "read_records", "write_records"]
 
+_WRITER = "give rows as `ringfx calibrate --records` writes them"
+
 Direction = Literal["forward", "backward"]
 Operation = Literal["send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"]
 
@@ -137,7 +139,7 @@ def read_records(source: Path | str, name: str | None = None) -> tuple[Record, .
     rows = _csv_rows(text, where) if where.endswith(".csv") else _json_rows(text, where)
     records = tuple(_record(row, f"{where}, row {number}") for number, row in rows)
     if not records:
-        raise ProfileError(f"{where} holds no records.")
+        raise ProfileError(f"{where} holds no records. Do: {_WRITER}.")
     return records
 
 
@@ -160,7 +162,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _source(where: str) -> Source:
-    return Source(where=where, damaged=where, error=ProfileError)
+    return Source(where=where, damaged=where, error=ProfileError, remedy=_WRITER)
 
 
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -169,7 +171,9 @@ def _json_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]
             continue
         row = parse_json(line, _source(f"{where}, row {number}"))
         if not isinstance(row, dict):
-            raise ProfileError(f"{where}, row {number}: a row must be an object with fields.")
+            raise ProfileError(
+                f"{where}, row {number}: a row must be an object with fields. Do: {_WRITER}."
+            )
         yield number, row
 
 
@@ -184,16 +188,23 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         _check_header(table.fieldnames or (), where)
         for number, cells in enumerate(table, 1):
             if None in cells:
-                raise ProfileError(f"{where}, row {number}: more cells than the header has names.")
+                raise ProfileError(
+                    f"{where}, row {number}: more cells than the header has names. Do: name every "
+                    "column, and put text with commas in quotes."
+                )
             yield number, _values(cells, f"{where}, row {number}")
     except csv.Error as error:
-        raise ProfileError(f"{where}, after row {number}: not CSV ({error}).") from error
+        raise ProfileError(
+            f"{where}, after row {number}: not CSV ({error}). Do: {_WRITER}."
+        ) from error
 
 
 def _check_header(names: Sequence[str], where: str) -> None:
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ProfileError(f"{where}: the header names {shown(name)} twice.")
+            raise ProfileError(
+                f"{where}: the header names {shown(name)} twice. Do: give each column its own name."
+            )
 
 
 def _values(cells: Mapping[str, str | None], where: str) -> Mapping[str, Any]:
@@ -212,7 +223,9 @@ def _cell(text: str, where: str) -> Any:
         except json.JSONDecodeError:
             return text
         except ValueError:
-            raise ProfileError(f"{where}: it has a number with thousands of digits.") from None
+            raise ProfileError(
+                f"{where}: it has a number with thousands of digits. Do: {_WRITER}."
+            ) from None
     return text
 
 
@@ -226,7 +239,8 @@ def _record(row: Mapping[str, Any], where: str) -> Record:
         return validated(AttentionRecord, given, _source(where), _of_attention)
     if kind == "message":
         return validated(MessageRecord, given, _source(where), _of_message)
-    raise ProfileError(f"{where}: kind {shown(kind)} is not one of {', '.join(KINDS)}.")
+    known = " or ".join(f'"{name}"' for name in KINDS)
+    raise ProfileError(f"{where}: a record of the kind {shown(kind)}. Do: let kind be {known}.")
 
 
 def _of_message(record: MessageRecord) -> Iterator[str]:

@@ -72,19 +72,21 @@ def smallest(menus: Sequence[Menu]) -> tuple[int, ...]:
     For each bound on the workspace every layer takes the least saved bytes within it; the least
     over all bounds that occur is the least of all.
     """
-    bounds = sorted({option.workspace_bytes for menu in menus for option in menu})
-    plans = [plan for bound in bounds if (plan := _least_saved(menus, bound)) is not None]
+    groups = _groups(menus)
+    bounds = sorted({option.workspace_bytes for group in groups for option in group.menu})
+    plans = [plan for bound in bounds if (plan := _least_saved(groups, bound)) is not None]
     return min(plans, key=lambda plan: peak(menus, plan), default=())
 
 
-def _least_saved(menus: Sequence[Menu], bound: int) -> tuple[int, ...] | None:
-    picked = []
-    for menu in menus:
-        within = [i for i, option in enumerate(menu) if option.workspace_bytes <= bound]
+def _least_saved(groups: Sequence[Group], bound: int) -> tuple[int, ...] | None:
+    picked: dict[int, int] = {}
+    for group in groups:
+        within = [i for i, option in enumerate(group.menu) if option.workspace_bytes <= bound]
         if not within:
             return None
-        picked.append(min(within, key=lambda i: (menu[i].saved_bytes, i)))
-    return tuple(picked)
+        best = min(within, key=lambda i: (group.menu[i].saved_bytes, i))
+        picked |= dict.fromkeys(group.members, best)
+    return tuple(picked[layer] for layer in range(len(picked)))
 
 
 def _solve(menus: Sequence[Menu], room: int) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ringfx.cost_model.prediction.predict import Prediction, predict
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.ir.values import AttentionSite
-from ringfx.strategies import Refusal, Strategy, refuse_dropout
+from ringfx.strategies import Refusal, Strategy
 
 __all__ = ["Candidates", "all_candidates", "candidates"]
 
@@ -58,13 +58,11 @@ def candidates(
     more_groups: int = 0,
 ) -> Candidates:
     """What each strategy of the table would cost at this site, or why it cannot run."""
-    answers = {
-        name: refuse_dropout(site, world_size) or row.admits(site, world_size)
-        for name, row in table.items()
-    }
+    ranks = 1 if site.is_local else world_size
+    answers = {name: row.admits(site, ranks) for name, row in table.items()}
     admitted = [table[name] for name, no in answers.items() if no is None]
     options = [predict(site, strategy, world_size, profile) for strategy in admitted]
-    if more_groups and world_size > 1 and profile.kind != "observed":
+    if more_groups and ranks > 1 and profile.kind != "observed":
         options += _in_groups(more_groups, site, admitted, options, world_size, profile)
     refused = {name: no for name, no in answers.items() if no is not None}
     ordered = tuple(sorted(options, key=lambda option: option.total_ms))
@@ -72,7 +70,7 @@ def candidates(
         site=site,
         options=ordered,
         refused=refused,
-        local_only=world_size == 1 and profile.kind != "observed",
+        local_only=ranks == 1 and profile.kind != "observed",
         noise=profile.noise,
     )
 

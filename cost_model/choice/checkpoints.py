@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.prediction.predict import Prediction
@@ -21,12 +22,15 @@ __all__ = ["as_held"]
 def as_held(sites: Sequence[AttentionSite], menus: Sequence[Menu]) -> list[Menu]:
     """The menus with the bytes that each option adds to the peak."""
     regions = _again_by_region(sites, menus)
+    held = cache(_all_held)  # equal layers have one menu
     return [
-        tuple(
-            _held(option, regions[site.checkpoint] if site.checkpoint else None) for option in menu
-        )
+        held(tuple(menu), regions[site.checkpoint] if site.checkpoint else None)
         for site, menu in zip(sites, menus, strict=True)
     ]
+
+
+def _all_held(menu: Menu, again: int | None) -> Menu:
+    return tuple(_held(option, again) for option in menu)
 
 
 def _held(option: Prediction, again: int | None) -> Prediction:

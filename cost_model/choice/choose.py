@@ -14,25 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 from typing import TypeAlias
 
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.candidates import Candidates, all_candidates
 from ringfx.cost_model.choice.fits import Fitting, Picked
-from ringfx.cost_model.choice.infeasible import explain_infeasible, refuse_hopeless
+from ringfx.cost_model.choice.infeasible import infeasible, refuse_hopeless
 from ringfx.cost_model.choice.layers_again import Host, Offload, Recompute, with_recompute
 from ringfx.cost_model.choice.overrides import AUTO, Override, StrategyChoice, resolve_overrides
 from ringfx.cost_model.choice.problem import Asked, Problem, longest_that_fits
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
-from ringfx.errors import OutOfMemory, StrategyRefused
+from ringfx.errors import StrategyRefused
 from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import flat
-from ringfx.ir.plan import REPLICATED, LayerPlan
+from ringfx.ir.plan import LOCAL, REPLICATED, LayerPlan
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.head_groups import MOST_GROUPS
-from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
+from ringfx.strategies import DEFAULT, SPLIT_KV, STRATEGIES, Strategy
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["choose", "longest_fitting"]
@@ -48,9 +49,11 @@ def choose(
     memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Mapping[int, str] = MappingProxyType({}),
+    few_queries: Collection[int] = (),
     recompute: Recompute = "auto",
     offload: Offload = "auto",
     sharded: Callable[[], MemoryTimeline] | None = None,
+    advise: bool = True,
 ) -> tuple[LayerPlan, ...]:
     """One LayerPlan for each site: the fastest plan of the whole model that fits the budget.
 
@@ -68,6 +71,8 @@ def choose(
     replicated
         Sites (by their number) that no rank has a part of, and why: each runs whole on every rank,
         and takes the time and memory that it takes on one.
+    few_queries
+        Sites (by their number) of which every rank has all queries and its own keys.
     recompute
         Which layers backward computes again, of those that ``memory`` says can be.
     offload
@@ -75,6 +80,8 @@ def choose(
     sharded
         Makes the timeline with states shared by the ranks, to be named where nothing fits; None:
         they are shared, or cannot be.
+    advise
+        Whether the error where nothing fits names what would; that may take seconds to find.
 
     Raises
     ------
@@ -86,38 +93,41 @@ def choose(
         No assignment fits; the text names the world size and the length that would.
     """
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
-
-    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        more = 0 if gpu_memory is None else MOST_GROUPS
-        return _offers(sites, world_size, profile, strategies, replicated, more)
-
+    offers_at = _offering(
+        profile, strategies, replicated, few_queries, 0 if gpu_memory is None else MOST_GROUPS
+    )
+    free = [None if i in few_queries else override for i, override in enumerate(overrides)]
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, profile,
+        sites, world_size, gpu_memory, memory, free, offers_at, replicated, profile,
         Asked(recompute=recompute, offload=offload), sharded,
     )  # fmt: skip
-    refuse_hopeless(problem)
+    refuse_hopeless(problem, advise=advise)
     fitting = problem.at(world_size)
     picked = _fastest(fitting, gpu_memory)
     if picked is None:
-        raise OutOfMemory(explain_infeasible(problem))
-    offers = offers_at(sites, world_size)
+        raise infeasible(problem, advise=advise)
+    offers = offers_at(problem.sites, world_size)
     layers = [
         _layer_plan(offer, menu[i], override, gpu_memory)
-        for offer, menu, i, override in zip(offers, fitting.menus, picked, overrides, strict=True)
+        for offer, menu, i, override in zip(offers, fitting.menus, picked, free, strict=True)
     ]
-    for i, why in replicated.items():
-        asked = overrides[i]
-        more = "" if asked is None else f"; {asked.words} was requested but cannot run here"
-        layers[i] = replace(
-            layers[i],
-            strategy=REPLICATED,
-            reason=f"not split: {why}{more}",
-            own_queries=False,
-            gloss="",
-        )
+    for i, asked in enumerate(overrides):
+        if i in replicated:
+            layers[i] = _unasked(layers[i], REPLICATED, f"not split: {replicated[i]}", asked)
+        elif sites[i].is_local and world_size > 1:
+            layers[i] = _unasked(layers[i], LOCAL, ALONE, asked)
+    for i in few_queries:
+        q, k = sites[i].q_len, sites[i].kv_len
+        few = f"{q:,} {'query' if q == 1 else 'queries'} over {k:,} keys: no key is moved"
+        layers[i] = replace(layers[i], reason=f"{few}{_not_as_asked(overrides[i])}")
     return tuple(layers)
 
 
+def _not_as_asked(override: Override | None) -> str:
+    return "" if override is None else f"; {override.words} was requested but cannot run here"
+
+
+ALONE = "each rank attends to its own part of the batch, without a message"
 MARGIN = 0.03
 """Of a budget, what predictions of memory may miss (benchmarks/results/budgets.json)."""
 
@@ -130,23 +140,33 @@ def _fastest(fitting: Fitting, gpu_memory: int | None) -> Picked | None:
     return fitting.fastest(gpu_memory) if picked is None else picked
 
 
-def _offers(
-    sites: Sequence[AttentionSite],
-    world_size: int,
+Offers: TypeAlias = Callable[[tuple[AttentionSite, ...], int], Sequence[Candidates]]
+
+
+def _offering(
     profile: Profile,
     strategies: Mapping[str, Strategy],
     replicated: Collection[int],
+    few_queries: Collection[int],
     more_groups: int,
-) -> list[Candidates]:
-    """What each site is offered: one that is replicated, what it takes on one rank."""
-    split = all_candidates(sites, world_size, profile, strategies, more_groups=more_groups)
-    if not replicated:
-        return split
-    whole = all_candidates(sites, 1, profile, strategies)
-    return [whole[i] if i in replicated else offer for i, offer in enumerate(split)]
+) -> Offers:
+    """What each site is offered: one that is replicated, what it takes on one rank.
 
+    However many choices ask, the same sites over the same ranks are costed once.
+    """
 
-Offers: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Candidates]]
+    @cache
+    def offers_at(sites: tuple[AttentionSite, ...], world_size: int) -> Sequence[Candidates]:
+        found = all_candidates(sites, world_size, profile, strategies, more_groups=more_groups)
+        if replicated:
+            whole = all_candidates(sites, 1, profile, strategies)
+            found = [whole[i] if i in replicated else offer for i, offer in enumerate(found)]
+        if few_queries and world_size > 1:
+            merged = all_candidates(sites, world_size, profile, {SPLIT_KV.name: SPLIT_KV})
+            found = [merged[i] if i in few_queries else offer for i, offer in enumerate(found)]
+        return found
+
+    return offers_at
 
 
 def _problem(
@@ -161,10 +181,12 @@ def _problem(
     asked: Asked,
     sharded: Callable[[], MemoryTimeline] | None = None,
 ) -> Problem:
-    def menus_at(sites: Sequence[AttentionSite], world_size: int) -> list[Menu]:
+    def menus_at(sites: tuple[AttentionSite, ...], world_size: int) -> list[Menu]:
         pairs = zip(offers_at(sites, world_size), overrides, strict=True)
         menus = [
-            _menu(offer, None, 1) if i in replicated else _menu(offer, override, world_size)
+            _menu(offer, None, 1)
+            if i in replicated or offer.site.is_local
+            else _menu(offer, override, world_size)
             for i, (offer, override) in enumerate(pairs)
         ]
         return with_recompute(menus, sites, world_size, counted, asked.recompute, host)
@@ -195,18 +217,17 @@ def longest_fitting(
     memory: MemoryTimeline | None = None,
     strategies: Mapping[str, Strategy] = STRATEGIES,
     replicated: Collection[int] = (),
+    few_queries: Collection[int] = (),
     recompute: Recompute = "auto",
     offload: Offload = "auto",
 ) -> int:
     """The longest sequence up to ``limit``, to within a token a rank, that ``choose`` could fit;
     0: none."""
     overrides = resolve_overrides(strategy, sites, tuple(strategies))
-
-    def offers_at(sites: Sequence[AttentionSite], world_size: int) -> list[Candidates]:
-        return _offers(sites, world_size, profile, strategies, replicated, MOST_GROUPS)
-
+    offers_at = _offering(profile, strategies, replicated, few_queries, MOST_GROUPS)
+    free = [None if i in few_queries else override for i, override in enumerate(overrides)]
     problem = _problem(
-        sites, world_size, gpu_memory, memory, overrides, offers_at, replicated, profile,
+        sites, world_size, gpu_memory, memory, free, offers_at, replicated, profile,
         Asked(recompute=recompute, offload=offload),
     )  # fmt: skip
     return longest_that_fits(problem, limit, world_size)
@@ -289,6 +310,12 @@ def _layer_plan(
         host_result_bytes=chosen.host_result_bytes,
         offload_ms=chosen.offload_ms,
     )
+
+
+def _unasked(layer: LayerPlan, word: str, reason: str, asked: Override | None) -> LayerPlan:
+    """The layer with a word in place of a strategy, as there is none to choose."""
+    reason = f"{reason}{_not_as_asked(asked)}"
+    return replace(layer, strategy=word, reason=reason, own_queries=False, gloss="")
 
 
 def _reason(

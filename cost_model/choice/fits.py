@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
+
 from ringfx.cost_model.choice import budget
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.choice.checkpoints import as_held
 from ringfx.cost_model.prediction.predict import Prediction
-from ringfx.ir.memory_peaks import Peaks
+from ringfx.ir.memory_peaks import Numbers, Peaks
 from ringfx.ir.memory_plan import MemoryTimeline
 from ringfx.ir.memory_timeline import Peak, in_order, never_below, peak
 from ringfx.ir.values import AttentionSite
@@ -32,6 +34,9 @@ Kind: TypeAlias = tuple[bool, bool, bool]
 
 ROOM_STEPS = 1024
 """The bound is found to so many parts of the budget."""
+
+AT_ONCE = 256
+"""Choices whose peaks are taken at once: a few megabytes, for hundreds of moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +59,45 @@ class Fitting:
         return peak(self.memory, layers, world_size=self.world_size, seq_len=self.seq_len)
 
     @cached_property
+    def _order(self) -> Numbers:
+        """The number of each layer of the timeline among the sites; one beyond them: none."""
+        found = in_order(self.memory, self.sites, range(len(self.sites)))
+        return np.array([len(self.sites) if i is None else i for i in found], np.int64)
+
+    @cached_property
     def _peaks(self) -> Peaks:
-        return Peaks(self.memory, world_size=self.world_size, seq_len=self.seq_len)
+        menus: list[Sequence[Prediction | None]] = [*self.menus, (None,)]
+        return Peaks(
+            self.memory, [menus[i] for i in self._order],
+            world_size=self.world_size, seq_len=self.seq_len,
+        )  # fmt: skip
 
-    def _bytes(self, picked: Sequence[int]) -> int:
-        held = [menu[i] for menu, i in zip(self.menus, picked, strict=True)]
-        return self._peaks.of(in_order(self.memory, self.sites, held))
+    def _of_each(self, choices: Numbers) -> Numbers:
+        """The peak under each of some choices, in rows."""
+        nothing = np.zeros((len(choices), 1), np.int64)
+        ordered = np.hstack([choices, nothing])[:, self._order]
+        starts = range(0, max(len(ordered), 1), AT_ONCE)
+        return np.concatenate([self._peaks.of(ordered[i : i + AT_ONCE]) for i in starts])
 
+    def _bytes(self, picked: Picked) -> int:
+        return int(self._of_each(np.array([picked], np.int64))[0])
+
+    @cached_property
+    def _held(self) -> Sequence[Menu]:
+        """The options with the bytes that each adds to the peak."""
+        return as_held(self.sites, self.menus)
+
+    @cached_property
     def least(self) -> Picked:
         """The choice that needs least."""
-        smallest = budget.smallest(as_held(self.sites, self.menus))
+        smallest = budget.smallest(self._held)
         return min(map(self._smaller, {smallest, *self._alike()}), key=self._bytes)
 
     @cached_property
     def _kinds(self) -> Sequence[Mapping[Kind, int]]:
         """For each layer its smallest option of each kind."""
         found = []
-        for menu in as_held(self.sites, self.menus):
+        for menu in self._held:
             of_layer: dict[Kind, int] = {}
             for i, option in enumerate(menu):
                 kind = option.recomputed, option.attention_again, option.offloaded
@@ -82,7 +109,7 @@ class Fitting:
 
     def _alike(self) -> Iterator[Picked]:
         """Choices of one kind throughout; of a layer that has none of it the smallest."""
-        smallest = [_smallest(menu) for menu in as_held(self.sites, self.menus)]
+        smallest = [_smallest(menu) for menu in self._held]
         for kind in {kind for of_layer in self._kinds for kind in of_layer}:
             yield tuple(
                 of_layer.get(kind, i) for of_layer, i in zip(self._kinds, smallest, strict=True)
@@ -91,32 +118,64 @@ class Fitting:
 
     def _smaller(self, picked: Picked) -> Picked:
         """With options of other kinds as long as they need less beside the others."""
+
+        def least(sizes: Numbers, now: int) -> int | None:
+            best = int(sizes.argmin())
+            return best if sizes[best] < now else None
+
+        return self._bettered(picked, lambda layer, _: [*self._kinds[layer].values()], least)
+
+    def _bettered(
+        self,
+        picked: Picked,
+        offered: Callable[[int, int], Sequence[int]],
+        taken: Callable[[Numbers, int], int | None],
+    ) -> Picked:
+        """One layer after the other takes another option, from the last to the first and again,
+        until none does. Several are weighed at once: more of them as long as none does.
+
+        Parameters
+        ----------
+        offered
+            Of a layer and its option, the options that it may take instead.
+        taken
+            Of the peak with each of these, and the peak now, which one it takes; None: none.
+        """
         better, size = list(picked), self._bytes(picked)
-        changed = True
-        while changed:
-            changed = False
-            for layer in reversed(range(len(better))):
-                for option in self._kinds[layer].values():
-                    before, better[layer] = better[layer], option
-                    if (now := self._bytes(better)) < size:
-                        size, changed = now, True
-                    else:
-                        better[layer] = before
+        layer, still, width = len(better) - 1, 0, 1
+        while still < len(better):
+            layers = [(layer - i) % len(better) for i in range(min(width, len(better) - still))]
+            options = [offered(i, better[i]) for i in layers]
+            sizes = self._with(better, layers, options)
+            found = (taken(x, size) if len(x) else None for x in sizes)
+            place, option = next(((i, x) for i, x in enumerate(found) if x is not None), (-1, 0))
+            if place >= 0:
+                better[layers[place]], size = options[place][option], int(sizes[place][option])
+                layer, still, width = layers[place] - 1, 0, 1
+            else:
+                layer, still, width = layers[-1] - 1, still + len(layers), 2 * width
         return tuple(better)
+
+    def _with(
+        self, picked: Sequence[int], layers: Sequence[int], options: Sequence[Sequence[int]]
+    ) -> Sequence[Numbers]:
+        """The peak with each of some options of one layer, for some layers."""
+        counts, each = [len(some) for some in options], [x for some in options for x in some]
+        choices = np.tile(np.array(picked, np.int64), (len(each), 1))
+        choices[np.arange(len(each)), np.repeat(layers, counts)] = each
+        return np.split(self._of_each(choices), np.cumsum(counts)[:-1])
 
     def fastest(self, memory: int | None) -> Picked | None:
         """The fastest choice that fits; None if none does."""
         fastest = tuple(0 for _ in self.menus)
         if memory is None or self._bytes(fastest) <= memory:
             return fastest
-        least = self.least()
-        if self._bytes(least) > memory:
+        if self._bytes(self.least) > memory:
             return None
-        return self._within(memory, least, fastest)
+        return self._within(memory, self.least, fastest)
 
     def _within(self, memory: int, least: Picked, fastest: Picked) -> Picked:
-        best = least
-        menus = as_held(self.sites, self.menus)
+        best, menus = least, self._held
         outside = never_below(self.memory, world_size=self.world_size, seq_len=self.seq_len)
         low, high = budget.peak(menus, best), budget.peak(menus, fastest)
         room = min(max(low, memory - outside), high)
@@ -139,19 +198,15 @@ class Fitting:
         """With faster options where they fit beside the others, the last layers' first: backward is
         done with what these keep when it comes to the others. The fastest that fits at once, or the
         next faster one in turn."""
-        better = list(picked)
-        changed = True
-        while changed:
-            changed = False
-            for layer in reversed(range(len(better))):
-                now = better[layer]
-                for option in reversed(range(now)) if one_by_one else range(now):
-                    better[layer] = option
-                    if self._bytes(better) <= memory:
-                        changed = True
-                        break
-                    better[layer] = now
-        return tuple(better)
+
+        def faster(_: int, now: int) -> Sequence[int]:
+            return range(now)[::-1] if one_by_one else range(now)
+
+        def first_that_fits(sizes: Numbers, _: int) -> int | None:
+            fits = np.flatnonzero(sizes <= memory)
+            return int(fits[0]) if len(fits) else None
+
+        return self._bettered(picked, faster, first_that_fits)
 
     def time(self, picked: Picked) -> float:
         return sum(menu[i].cost_ms for menu, i in zip(self.menus, picked, strict=True))

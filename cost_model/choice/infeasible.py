@@ -10,11 +10,12 @@ from ringfx.cost_model.choice.fits import longest
 from ringfx.cost_model.choice.problem import Problem
 from ringfx.cost_model.choice.remedies import remedies
 from ringfx.cost_model.peak_memory.optimizers import state_bytes
-from ringfx.errors import OutOfMemory
+from ringfx.errors import OutOfMemory, Shortfall
 from ringfx.ir.memory_timeline import Peak, never_below, outside_peak, whole_bytes
+from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes
 
-__all__ = ["explain_infeasible", "refuse_hopeless", "refuse_parameters"]
+__all__ = ["infeasible", "refuse_hopeless", "refuse_parameters"]
 
 
 def refuse_parameters(
@@ -41,15 +42,13 @@ def refuse_parameters(
     parameters = list(parameters)
     size = _bytes(parameters)
     if size > budget:
-        raise OutOfMemory(_hopeless("parameters", size, budget, world_size))
+        raise _hopeless("parameters", size, budget, world_size)
     if size + _trained_bytes([x for x in parameters if x.requires_grad], optimizer) <= budget:
         return
     more = _trained_bytes(trained(), optimizer)
     if size + more > budget:
         state = "" if optimizer in ("none", 0) else " and optimiser state"
-        raise OutOfMemory(
-            _hopeless(f"parameters, gradients{state}", size + more, budget, world_size)
-        )
+        raise _hopeless(f"parameters, gradients{state}", size + more, budget, world_size)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -62,20 +61,26 @@ def _trained_bytes(tensors: Collection[torch.Tensor], optimizer: str | int) -> i
     return _bytes(tensors) + sum(state)
 
 
-def _hopeless(what: str, size: int, budget: int, world_size: int) -> str:
+def _hopeless(what: str, size: int, budget: int, world_size: int) -> OutOfMemory:
     ranks = max(world_size, -(-size // budget) + 1)
     where = "" if ranks == world_size else f" on {ranks:,} ranks or more"
-    return (
+    shard = (
+        f"pass {Argument('shard_states', True)}{where}, which divides them by the ranks"
+        f" ({format_bytes(size / ranks)} each)"
+    )
+    more = "give more memory, or use a smaller dtype"
+    return OutOfMemory(
         f"no choice of strategies fits: {what} alone take {format_bytes(size)} on each rank, but "
-        f"the budget is {format_bytes(budget)}.\n"
-        f"  Do: pass shard_states=True{where}, which divides them by the ranks"
-        f" ({format_bytes(size / ranks)} each); give more memory, or use a smaller dtype. Without "
-        "sharded states more ranks do not help."
+        f"the budget is {_budget(budget)}.\n"
+        f"  Do: {shard}; {more}. Without sharded states more ranks do not help.",
+        Shortfall(needed=size, budget=budget, causes=((what, size),), remedies=(shard, more)),
     )
 
 
-def refuse_hopeless(problem: Problem) -> None:
+def refuse_hopeless(problem: Problem, *, advise: bool) -> None:
     """Before any strategy is looked at: what is there outside attention is too much alone.
+
+    ``advise``: whether the error names what would fit.
 
     Raises
     ------
@@ -87,33 +92,48 @@ def refuse_hopeless(problem: Problem) -> None:
         return
     if never_below(problem.memory, world_size=world_size, seq_len=seq_len) > problem.budget:
         found = outside_peak(problem.memory, world_size=world_size, seq_len=seq_len)
-        raise OutOfMemory(_text(problem, found, "outside attention alone"))
+        raise _infeasible(problem, found, "outside attention alone", advise=advise)
 
 
-def explain_infeasible(problem: Problem) -> str:
-    """What is needed, what it is made of, and the nearest changes that would fit."""
+def infeasible(problem: Problem, *, advise: bool) -> OutOfMemory:
+    """What is needed, what it is made of, and, to advise, the nearest changes that would fit."""
     fitting = problem.at(problem.world_size)
-    return _text(problem, fitting.peak(fitting.least()))
+    return _infeasible(problem, fitting.peak(fitting.least), advise=advise)
 
 
-def _text(problem: Problem, found: Peak, what: str = "") -> str:
+def _infeasible(problem: Problem, found: Peak, what: str = "", *, advise: bool) -> OutOfMemory:
     assert problem.budget is not None
     largest = sorted(found.causes.items(), key=lambda part: -part[1])
-    made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest if size)
-    return (
+    causes = tuple((name, size) for name, size in largest if size)
+    made_of = ", ".join(f"{name} {format_bytes(size)}" for name, size in causes)
+    changes = (tuple(remedies(problem)) or (_more_memory(problem),)) if advise else ()
+    return OutOfMemory(
         f"no choice of strategies fits: {problem.world_size} ranks need at least"
         f" {format_bytes(found.bytes)} each{f' {what}' if what else ''},"
-        f" the budget is {format_bytes(problem.budget)}.\n"
-        f"  Made of: {made_of}.\n"
-        f"  Do{_do(problem, remedies(problem))}."
+        f" the budget is {_budget(problem.budget)}.\n"
+        f"  Made of: {made_of}.{_do(changes)}",
+        Shortfall(
+            needed=round(found.bytes), budget=problem.budget, causes=causes, remedies=changes
+        ),
     )
 
 
-def _do(problem: Problem, found: Sequence[str]) -> str:
-    if len(found) > 1:
-        return " one of these:\n    " + ",\n    ".join(found)
-    if found:
-        return f": {found[0]}"
+def _budget(budget: int) -> str:
+    """A budget of a few bytes is a number whose unit was forgotten."""
+    unit = f' (a number without a unit is bytes; write "{budget}GB")' if budget < 10_000 else ""
+    return f"{format_bytes(budget)}{unit}"
+
+
+def _do(changes: Sequence[str]) -> str:
+    """``Do: ...``, on a line of its own."""
+    if len(changes) > 1:
+        listed = ",\n    ".join(changes)
+        return f"\n  Do one of these:\n    {listed}."
+    return f"\n  Do: {changes[0]}." if changes else ""
+
+
+def _more_memory(problem: Problem) -> str:
+    """Where no change of arguments, ranks or length is enough."""
     whole = whole_bytes(problem.memory)
     alone = " and ".join(whole) or "nothing"
-    return f": give more memory: {alone} alone take {format_bytes(sum(whole.values()))}"
+    return f"give more memory: {alone} alone take {format_bytes(sum(whole.values()))}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal, TypeAlias
 
 from ringfx.cost_model.choice.budget import Menu
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.ir.memory_plan import MemoryTimeline
-from ringfx.ir.memory_timeline import kept_bytes, offloaded_bytes
+from ringfx.ir.memory_timeline import SegmentBytes, segment_bytes
 from ringfx.ir.values import AttentionSite
 
 __all__ = ["OFFLOAD", "RECOMPUTE", "Host", "Offload", "Recompute", "with_recompute"]
@@ -73,35 +74,47 @@ def with_recompute(
     numbers = {layer.node: i for i, layer in enumerate(timeline.layers)}
     segments = {segment.layer: i for i, segment in enumerate(timeline.segments)}
     seq_len = max((site.kv_len for site in sites), default=1)
+    sizes = segment_bytes(timeline, world_size=world_size, seq_len=seq_len)
+    made = cache(partial(_options, recompute=recompute, host=host))  # equal layers have one menu
     room = 0.0 if host is None else host.room
-    found = []
+    found: list[Menu] = []
     for site, menu in zip(sites, menus, strict=True):
         number = segments.get(numbers.get(site.node, -1))
         if number is None:
             found.append(tuple(menu))
             continue
-        kept, again = (
-            kept_bytes(timeline, number, again=x, world_size=world_size, seq_len=seq_len)
-            for x in (False, True)
-        )
         ms = timeline.segments[number].again_ms * seq_len / timeline.seq_len / world_size
-        offered = _offered(menu, recompute, kept, again, ms)
-        if host is not None:
-            most = offloaded_bytes(timeline, number, world_size=world_size, seq_len=seq_len)
-            moved = [_offloaded(o, most, host) for o in offered if o.recomputed]
-            moved = [o for o in moved if 0 < o.host_bytes <= room]
-            if moved:
-                room -= max(o.host_bytes for o in moved)
-                offered = [*(o for o in offered if not (o.recomputed and host.always)), *moved]
-        found.append(tuple(sorted(offered, key=lambda o: o.cost_ms)))
+        most = sizes[number].moved + max((o.output_bytes for o in menu), default=0)
+        found.append(made(menu, sizes[number], ms, min(room, most)))
+        room -= max((o.host_bytes for o in found[-1]), default=0)
     return found
 
 
+def _options(
+    menu: Menu,
+    sizes: SegmentBytes,
+    again_ms: float,
+    room: float,
+    *,
+    recompute: Recompute,
+    host: Host | None,
+) -> Menu:
+    """``room``: bytes that the layers before leave in the host's memory."""
+    offered = _offered(menu, recompute, sizes, again_ms)
+    if host is not None:
+        moved = [_offloaded(o, sizes.moved, host) for o in offered if o.recomputed]
+        moved = [o for o in moved if 0 < o.host_bytes <= room]
+        if moved and host.always:
+            offered = [o for o in offered if not o.recomputed]
+        offered += moved
+    return tuple(sorted(offered, key=lambda o: o.cost_ms))
+
+
 def _offered(
-    menu: Menu, recompute: Recompute, kept_bytes: int, again_bytes: int, again_ms: float
+    menu: Menu, recompute: Recompute, sizes: SegmentBytes, again_ms: float
 ) -> list[Prediction]:
-    kept = [replace(o, layer_bytes=kept_bytes) for o in menu]
-    again = [replace(o, recomputed=True, again_ms=again_ms, layer_bytes=again_bytes) for o in menu]
+    kept = [replace(o, layer_bytes=sizes.kept) for o in menu]
+    again = [replace(o, recomputed=True, again_ms=again_ms, layer_bytes=sizes.again) for o in menu]
     whole = [replace(o, attention_again=True, again_ms=again_ms + o.forward_ms) for o in again]
     by_word = {"none": kept, "layers": again, "attention": whole}
     return by_word.get(recompute, [*kept, *again, *whole])

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir.values import AttentionSite
+from ringfx.units.argument import Argument
 
 __all__ = ["AUTO", "Override", "StrategyChoice", "resolve_overrides"]
 
@@ -27,7 +28,7 @@ class Override:
 
     @property
     def words(self) -> str:
-        return f'strategy="{self.strategy}"' if self.glob is None else f'"{self.glob}"'
+        return str(Argument("strategy", self.strategy)) if self.glob is None else f'"{self.glob}"'
 
 
 def resolve_overrides(
@@ -60,7 +61,9 @@ def _override(site: AttentionSite, globs: Mapping[str, str], whole_model: bool) 
 
 def _check_name(name: object, names: Sequence[str]) -> None:
     if name not in (AUTO, *names):
-        raise InvalidArgument(f"unknown strategy {name!r}. Choices: {', '.join((AUTO, *names))}.")
+        raise InvalidArgument(
+            f"unknown strategy {name!r}. Do: use one of {', '.join((AUTO, *names))}."
+        )
 
 
 def _check_glob(glob: str, sites: Sequence[AttentionSite]) -> None:
@@ -69,5 +72,6 @@ def _check_glob(glob: str, sites: Sequence[AttentionSite]) -> None:
     paths = list(dict.fromkeys(site.name for site in sites))
     shown = ", ".join(paths[:4]) + (f", ... ({len(paths)} in all)" if len(paths) > 4 else "")
     raise InvalidArgument(
-        f"strategy: the glob {glob!r} matches no attention layer. Layers: {shown}."
+        f"strategy: the glob {glob!r} matches no attention layer. Layers: {shown}. Do: give a glob "
+        "that matches one of them; `ringfx explain MODEL` lists all."
     )

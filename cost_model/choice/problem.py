@@ -35,7 +35,7 @@ class Asked:
     """Whether states that are whole on each rank are counted as if the ranks shared them."""
 
 
-Menus: TypeAlias = Callable[[Sequence[AttentionSite], int], Sequence[Menu]]
+Menus: TypeAlias = Callable[[tuple[AttentionSite, ...], int], Sequence[Menu]]
 """The options of each site over so many ranks; raises StrategyRefused where there is none."""
 
 
@@ -63,11 +63,21 @@ class Problem:
         """What ``excess`` has found."""
         return {}
 
+    @cached_property
+    def _fittings(self) -> dict[tuple[int, float], Fitting]:
+        """What ``at`` has made."""
+        return {}
+
     def at(self, world_size: int, scale: float = 1.0) -> Fitting:
         """The options over so many ranks, with the sequences scaled."""
-        sites = [scaled_site(site, scale) for site in self.sites]
-        menus = self.menus(sites, world_size)
-        return Fitting(sites=sites, menus=menus, world_size=world_size, memory=self.memory)
+        key = world_size, scale
+        if key not in self._fittings:
+            sites = tuple(scaled_site(site, scale) for site in self.sites)
+            menus = self.menus(sites, world_size)
+            self._fittings[key] = Fitting(
+                sites=sites, menus=menus, world_size=world_size, memory=self.memory
+            )
+        return self._fittings[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +107,7 @@ def bound(problem: Problem, world_size: int, scale: float = 1.0) -> int:
         local = local_share(site, 1 if is_whole else world_size)
         kept.append(
             _Kept(
-                own_queries=not is_whole,
+                own_queries=not (is_whole or site.is_local),
                 saved_bytes=local.saved_bytes,
                 result_bytes=local.result_bytes,
             )
@@ -130,7 +140,7 @@ def _excess(problem: Problem, world_size: int, scale: float) -> float:
         fitting = problem.at(world_size, scale)
     except RingfxError:
         return float("inf")
-    return fitting.peak(fitting.least()).bytes - problem.budget
+    return fitting.peak(fitting.least).bytes - problem.budget
 
 
 def smallest_world_size(problem: Problem) -> int | None:

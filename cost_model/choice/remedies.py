@@ -7,7 +7,7 @@ alone; then more ranks, then fewer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from ringfx.cost_model.choice.problem import (
     smallest_world_size,
 )
 from ringfx.ir.memory_timeline import whole_bytes
+from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["remedies"]
@@ -33,11 +34,11 @@ def remedies(problem: Problem) -> list[str]:
     if found or not variants:
         return found
     # No number of ranks divides what each of them has whole: only with all arguments together.
-    names, most = variants[-1]
-    return [f"{_and(names)}, and {text}" for text in _of_size(most)]
+    arguments, most = variants[-1]
+    return [f"{_and(arguments)}, and {text}" for text in _of_size(most)]
 
 
-Variant: TypeAlias = tuple[tuple[str, ...], Problem]
+Variant: TypeAlias = tuple[tuple[Argument, ...], Problem]
 """Arguments, and the problem with what they allow."""
 
 
@@ -45,21 +46,21 @@ def _variants(problem: Problem) -> Iterator[Variant]:
     """The fewest arguments first."""
     single = _more(problem)
     for count in range(1, len(single) + 1):
-        for names in combinations(single, count):
-            changes = {k: v for name in names for k, v in single[name].items()}
-            yield names, problem.variant(replace(problem.asked, **changes))
+        for arguments in combinations(single, count):
+            changes: dict[str, Any] = {x.name: x.value for x in arguments}
+            yield arguments, problem.variant(replace(problem.asked, **changes))
 
 
-def _more(problem: Problem) -> Mapping[str, Mapping[str, Any]]:
-    """Single arguments that leave more choice, and what of ``Asked`` they change."""
-    found: dict[str, Mapping[str, Any]] = {}
+def _more(problem: Problem) -> Sequence[Argument]:
+    """Single arguments that leave more choice; ``Asked`` has fields of their names."""
+    found: list[Argument] = []
     asked, segments = problem.asked, problem.memory.segments
     if segments and asked.recompute in ("none", "layers"):
-        found['recompute="auto"'] = {"recompute": "auto"}
+        found.append(Argument("recompute", "auto"))
     if segments and asked.offload == "none" and problem.knows_host:
-        found['offload="auto"'] = {"offload": "auto"}
+        found.append(Argument("offload", "auto"))
     if problem.can_shard:
-        found["shard_states=True"] = {"shard_states": True}
+        found.append(Argument("shard_states", True))
     return found
 
 
@@ -67,13 +68,15 @@ def _of_arguments(variants: Iterable[Variant]) -> Iterator[str]:
     """The fewest that are enough, the fastest first."""
     for _, alike in groupby(variants, key=lambda variant: len(variant[0])):
         found = []
-        for names, problem in alike:
+        for arguments, problem in alike:
             if excess(problem, problem.world_size) > 0:
                 continue
             fitting = problem.at(problem.world_size)
             picked = fitting.fastest(problem.budget)
             if picked is not None:
-                found.append((fitting.time(picked), f"{_and(names)} ({_figure(fitting, picked)})"))
+                found.append(
+                    (fitting.time(picked), f"{_and(arguments)} ({_figure(fitting, picked)})")
+                )
         if found:
             yield from (text for _, text in sorted(found))
             return
@@ -113,5 +116,5 @@ def _of_size(problem: Problem) -> Iterator[str]:
         yield f"{tokens:,} tokens or fewer ({least(problem.world_size, tokens / length)})"
 
 
-def _and(words: Sequence[str]) -> str:
-    return " with ".join(words)
+def _and(arguments: Sequence[Argument]) -> str:
+    return " with ".join(map(str, arguments))

@@ -25,7 +25,8 @@ from ringfx.ir.note import Note, NoteKind, noted
 from ringfx.ir.plan import Plan
 from ringfx.ir.step_time import StepTime
 from ringfx.ir.values import AttentionSite, TokenAxis
-from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies import SPLIT_KV, STRATEGIES, Strategy
+from ringfx.units.argument import Argument
 from ringfx.units.parse import MOST_RANKS, parse_bytes, parse_rate, parse_tokens
 
 __all__ = ["Change", "longest_sequence", "parse_change", "parse_sweep", "replan", "sweep"]
@@ -92,13 +93,18 @@ def parse_sweep(text: str) -> tuple[str, tuple[Change, ...]]:
         steps.append(replace(start, **{field: low}))
         low *= 2
     if not steps:
-        raise InvalidArgument(f"{text!r} is an empty range: {first} is above {last}.")
+        raise InvalidArgument(
+            f"{text!r} is an empty range: {first} is above {last}. Do: give {name}={last}..{first}."
+        )
     return name, tuple(steps)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 12 or not 0 < int(text) <= MOST_RANKS:
-        raise InvalidArgument(f"{text[:60]!r} is not an integer from 1 to {MOST_RANKS:,}.")
+        raise InvalidArgument(
+            f"{text[:60]!r} is not an integer from 1 to {MOST_RANKS:,}. Do: give one, such as "
+            "world-size=16."
+        )
     return int(text)
 
 
@@ -117,8 +123,12 @@ def replan(
     profile: Profile,
     strategy: StrategyChoice = AUTO,
     strategies: Mapping[str, Strategy] = STRATEGIES,
+    *,
+    advise: bool = True,
 ) -> Plan:
     """The plan of the same model under a change, strategies chosen again for all layers.
+
+    ``advise``: whether the error where nothing fits names what would.
 
     Raises
     ------
@@ -126,6 +136,8 @@ def replan(
         As ``choose`` does.
     """
     world_size = change.world_size or plan.world_size
+    if change.seq_len is not None:
+        _refuse_without_attention(plan)
     scale = 1.0 if change.seq_len is None else change.seq_len / tokens(plan)
     sites = [scaled_site(layer.site, scale) for layer in plan.layers]
     budget = change.gpu_memory or plan.gpu_memory
@@ -134,7 +146,8 @@ def replan(
     layers = choose(
         sites, world_size=world_size, profile=profile, gpu_memory=budget, strategy=strategy,
         memory=plan.memory.timeline, strategies=strategies, replicated=replicated_layers(plan),
-        recompute=plan.recompute, offload=plan.offload,
+        few_queries=few_query_layers(plan), recompute=plan.recompute, offload=plan.offload,
+        advise=advise,
     )  # fmt: skip
     same_program = (world_size, scale) == (plan.world_size, 1.0)
     collectives = plan.collectives if same_program else ()
@@ -181,6 +194,11 @@ def replicated_layers(plan: Plan) -> Mapping[int, str]:
     """The numbers of layers that no rank has a part of, and why."""
     whole = {i: layer.reason for i, layer in enumerate(plan.layers) if layer.is_replicated}
     return {i: why.removeprefix("not split: ") for i, why in whole.items()}
+
+
+def few_query_layers(plan: Plan) -> frozenset[int]:
+    """The numbers of layers of which every rank has all queries."""
+    return frozenset(i for i, x in enumerate(plan.layers) if x.strategy == SPLIT_KV.name)
 
 
 NOT_DERIVED = Note(
@@ -238,6 +256,14 @@ def changed_profile(profile: Profile, change: Change) -> Profile:
     return replace(profile, links=links)
 
 
+def _refuse_without_attention(plan: Plan) -> None:
+    if not plan.layers:
+        raise InvalidArgument(
+            "this plan has no attention, by which another length could be predicted. Do: plan the "
+            "model anew, with inputs of that length."
+        )
+
+
 def tokens(plan: Plan) -> int:
     """The length that a change of ``seq_len`` speaks of: that of the longest sequence."""
     return max((layer.site.kv_len for layer in plan.layers), default=1)
@@ -259,11 +285,11 @@ def sweep(
     strategy: StrategyChoice = AUTO,
     strategies: Mapping[str, Strategy] = STRATEGIES,
 ) -> tuple[Plan | RingfxError, ...]:
-    """The plan under each change, or why there is none."""
+    """The plan under each change, or why there is none: what is needed, and not what would fit."""
     found: list[Plan | RingfxError] = []
     for change in changes:
         try:
-            found.append(replan(plan, change, profile, strategy, strategies))
+            found.append(replan(plan, change, profile, strategy, strategies, advise=False))
         except RingfxError as error:
             found.append(error)
     return tuple(found)
@@ -283,13 +309,16 @@ def longest_sequence(
     InvalidArgument
         The plan has no budget, so every length fits.
     """
+    _refuse_without_attention(plan)
     if plan.gpu_memory is None:
         raise InvalidArgument(
-            "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
+            "the longest sequence needs a budget. Do: plan with one, such as "
+            f"{Argument('gpu_memory', '80GiB')}."
         )
     return longest_fitting(
         [layer.site for layer in plan.layers], world_size=plan.world_size, profile=profile,
         gpu_memory=plan.gpu_memory, limit=limit, strategy=strategy, memory=plan.memory.timeline,
-        strategies=strategies, replicated=replicated_layers(plan), recompute=plan.recompute,
+        strategies=strategies, replicated=replicated_layers(plan),
+        few_queries=few_query_layers(plan), recompute=plan.recompute,
         offload=plan.offload,
     )  # fmt: skip

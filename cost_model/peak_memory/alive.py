@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from ringfx.cost_model.peak_memory.liveness import Values, block_of, op_name
-from ringfx.cost_model.peak_memory.segments import Segment, again_nodes, handed_on, tag
+from ringfx.cost_model.peak_memory.segments import Segment, tag
 from ringfx.cost_model.peak_memory.timeline_of import (
     AGAIN,
     Held,
@@ -30,6 +30,7 @@ from ringfx.cost_model.peak_memory.timeline_of import (
     of_attention,
 )
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.memory_peaks import Peaks
 from ringfx.ir.memory_plan import (
     MemoryLayer,
     MemoryMask,
@@ -45,7 +46,6 @@ from ringfx.ir.memory_timeline import (
     KEPT,
     ONLY_OF_SEVERAL,
     REUSE,
-    ROWS,
     memory_parts,
     peak,
     pruned,
@@ -91,24 +91,14 @@ class Segments:
 
     segments: tuple[Segment, ...] = ()
     again: Mapping[Segment, frozenset[Node]] = field(default_factory=dict)
-    again_ms: Callable[[Collection[Node]], float] | None = None
+    again_ms: Mapping[Segment, float] = field(default_factory=dict)
     """Milliseconds of all ranks together."""
+    moved: Mapping[Segment, frozenset[Node]] = field(default_factory=dict)
+    """What each hands on and may wait in the host's memory."""
 
-    def before(self, position: int) -> int:
-        """Segments that end before it."""
-        return sum(s.stop <= position for s in self.segments)
-
-    def is_within(self, position: int) -> bool:
-        return any(s.start <= position < s.stop for s in self.segments)
-
-    def moved(self, segment: Segment, values: Values) -> frozenset[Node]:
-        """What it hands on and may wait in the host's memory."""
-        following = next((s for s in self.segments if s.number == segment.number + 1), None)
-        return handed_on(segment, following, values)
-
-    def ms(self, segment: Segment, values: Values) -> float:
-        assert self.again_ms is not None
-        return self.again_ms(again_nodes(segment, values, self.again[segment]))
+    def behind(self, segment: Segment) -> Segment | None:
+        """The segment after it."""
+        return next((s for s in self.segments if s.number == segment.number + 1), None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -116,8 +106,8 @@ class Alive:
     """What is alive when in a program: its timeline, and what the chart and blocks are made of."""
 
     timeline: MemoryTimeline
-    positions: tuple[int, ...]
-    """Of the timeline's moments."""
+    everywhere: tuple[tuple[int, MemoryMoment], ...]
+    """Every position with its moment: the timeline has those of them that may be the largest."""
     kept: Run
     again: Run | None
     segments: Segments
@@ -131,21 +121,35 @@ class Alive:
         found = peak(
             self.timeline, chosen, world_size=self.world_size, seq_len=self.timeline.seq_len
         )
-        position = self.positions[self.timeline.moments.index(found.moment)]
+        position = next(i for i, moment in self.everywhere if moment is found.moment)
         values = self.kept.values
         if any(layer.recomputed for layer in layers.values()):
             regions = self._regions(layers)
             around = {s.attention: s.number + 1 for s in self.segments.segments}
             values = replace(values, region=regions, around=around)
         held = [x for x in self._held(layers) if x.cause not in ONLY_OF_SEVERAL or self.several]
-        held += of_attention(values, layers)
+        ends = {s.attention: s.stop - 1 for s in self.segments.segments}
+        held += of_attention(values, layers, ends)
         return MemoryPlan(
             parts=memory_parts(found),
             by_block=_by_block([x for x in held if x.at(position)]),
-            over_program=_over_program(held, len(values.nodes), found.causes.get(ROWS, 0)),
+            over_program=self._over_program(chosen, found.bytes),
             unknown=self.unknown,
             timeline=self.timeline,
         )
+
+    def _over_program(self, layers: Sequence[LayerPlan | None], most: int) -> tuple[int, ...]:
+        """The largest sum in each of some equal stretches: what the peak is the largest of."""
+        every = replace(self.timeline, moments=tuple(moment for _, moment in self.everywhere))
+        peaks = Peaks(
+            every, [[x] for x in layers], world_size=self.world_size, seq_len=every.seq_len
+        )
+        sums = peaks.at_moments(np.zeros((1, len(layers)), np.int64))[0]
+        found = np.zeros(len(self.kept.values.nodes), np.int64)
+        np.maximum.at(found, [i for i, _ in self.everywhere], sums)
+        # Each term is rounded up, so a moment that the timeline left out may be bytes larger.
+        found = np.minimum(found, most)
+        return tuple(int(x.max()) for x in np.array_split(found, min(len(found), STRETCHES)))
 
     @property
     def several(self) -> bool:
@@ -160,7 +164,7 @@ class Alive:
             if layer is not None:
                 again, moved = self.segments.again[segment], set[Node]()
                 if layer.offloaded:
-                    moved |= self.segments.moved(segment, self.kept.values)
+                    moved |= self.segments.moved[segment]
                     moved |= {segment.attention} if layer.host_result_bytes else set()
                 tag(
                     segment, again, of, attention_again=layer.attention_again, offloaded=moved,
@@ -172,17 +176,20 @@ class Alive:
 
     def _held(self, layers: Mapping[str, LayerPlan]) -> Sequence[Held]:
         """Of each segment what it holds as it was chosen."""
-        regions = self._regions(layers) if self.again is not None else {}
-        if not regions or self.again is None:
+        again = [s for s in self.segments.segments if layers[s.attention.name].recomputed]
+        if not again or self.again is None:
             return self.kept.held
-        chosen = {
-            n
-            for s in self.segments.segments
-            for n in s.nodes
-            if s.number + 1 in {*regions.values()}
-        }
-        kept = [x for x in self.kept.held if x.node not in chosen]
-        return [*kept, *(x for x in self.again.held if x.node in chosen)]
+        chosen = {n for s in again for n in s.nodes}
+        back: dict[Node, int] = {}  # from where on what is offloaded is there
+        for s in again:
+            if layers[s.attention.name].offloaded and (following := self.segments.behind(s)):
+                back |= dict.fromkeys(self.segments.moved[s], following.stop - 1)
+        kept = (x for x in self.kept.held if x.node not in chosen)
+        own = (x for x in self.again.held if x.node in chosen)
+        return [
+            replace(x, last=min(x.last, back[x.of])) if x.cause == KEPT and x.of in back else x
+            for x in (*kept, *own)
+        ]
 
 
 def run_of(
@@ -247,17 +254,17 @@ def alive_at_moments(
                 offloaded=_widened(
                     again,
                     terms,
-                    again.kept(s.start, s.stop, segments.moved(s, again.values)),
+                    again.kept(s.start, s.stop, segments.moved[s]),
                 ),
-                again_ms=segments.ms(s, again.values),
+                again_ms=segments.again_ms[s],
             )
             for s in (segments.segments if again else ())
             if again
         ),
     )
     return Alive(
-        timeline=timeline, positions=tuple(found[i][0] for i in chosen), kept=kept, again=again,
-        segments=segments, world_size=world_size, unknown=unknown,
+        timeline=timeline, everywhere=tuple(found), kept=kept, again=again, segments=segments,
+        world_size=world_size, unknown=unknown,
     )  # fmt: skip
 
 
@@ -274,19 +281,19 @@ def _of_mode(
 
     Outside of segments both runs are alike.
     """
-    before = np.zeros(len(run.terms), np.int64)
-    number = 0
+    sizes = np.zeros((len(run.table), len(terms)), np.int64)
+    sizes[:, [terms.index(term) for term in run.terms]] = run.table
+    ended, before = iter(segments.segments if mode else ()), np.zeros(len(terms), np.int64)
+    number, here = 0, next(ended, None)
     for i, moment in enumerate(run.moments):
-        if mode and segments.before(i) > number:
-            ended = segments.segments[number]
-            before = before + np.array(run.kept(ended.start, ended.stop, None), np.int64)
-            number += 1
-        is_within = bool(mode) and segments.is_within(i)
+        if here is not None and here.stop <= i:
+            before = before + np.array(_widened(run, terms, run.kept(here.start, here.stop, None)))
+            number, here = number + 1, next(ended, None)
+        is_within = here is not None and here.start <= i
         if mode == "again" and not is_within:
             continue
-        own = tuple((run.table[i] - before).tolist())
         yield i, replace(
-            moment, bytes=_widened(run, terms, own), segments=number,
+            moment, bytes=tuple((sizes[i] - before).tolist()), segments=number,
             mode=mode if is_within else "",
         )  # fmt: skip
 
@@ -363,12 +370,6 @@ def _by_block(alive: Iterable[Held]) -> tuple[tuple[str, int], ...]:
 
 STRETCHES = 60
 """Points of a chart of memory over the program."""
-
-
-def _over_program(held: Sequence[Held], num: int, rows: int) -> tuple[int, ...]:
-    """Without what Inductor holds for reuse, and with the rows that are taken of masks."""
-    stretches = np.array_split(_alive(held, num), min(num, STRETCHES))
-    return tuple(int(stretch.max()) + rows for stretch in stretches)
 
 
 REUSED = frozenset(

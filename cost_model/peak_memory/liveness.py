@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import networkx as nx
 import torch
@@ -24,8 +25,8 @@ from ringfx.passes.chunks.outline import ChunkedCall
 from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = [
-    "Values", "block_of", "chunked_call", "kept_values", "needed_by", "op_name", "outputs_of",
-    "values_of",
+    "Values", "block_of", "chunked_call", "is_expensive", "kept_values", "needed_by", "op_name",
+    "outputs_of", "values_of",
 ]  # fmt: skip
 
 # fmt: off
@@ -33,7 +34,7 @@ EXPENSIVE = frozenset([
     "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "grouped_mm", "_grouped_mm",
     "convolution", "conv1d", "conv2d", "attention", "scaled_dot_product_attention", "embedding",
     "cross_entropy_loss", "nll_loss", "sort", "topk", "cumsum", "index_put", "scatter",
-    "dropout", "native_dropout", "bernoulli", "rand", "rand_like", "region_in_chunks",
+    "dropout", "native_dropout", "bernoulli", "rand", "rand_like", "randint", "region_in_chunks",
 ])
 """Operators that are not run twice: products, lookups, orders, draws."""
 
@@ -87,6 +88,34 @@ class Values:
         owners = {self.owner[n] for n in node.all_input_nodes if n in self.has_grad}
         return {x for x in owners if self.bytes[x]}
 
+    def operands(self, node: Node) -> Collection[Node]:
+        """What a node reads, each once: values that have memory."""
+        return dict.fromkeys(self.owner[i] for i in node.all_input_nodes)
+
+    @cached_property
+    def readers(self) -> Mapping[Node, Sequence[Node]]:
+        """Calls that read a value or a view of it; the program's end is one, and attention."""
+        found: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            if self.owner[node] is node:
+                for source in self.operands(node):
+                    found.setdefault(source, []).append(node)
+        return found
+
+    @cached_property
+    def level(self) -> Mapping[Node, int]:
+        """The most expensive operators on one way to a node, itself apart."""
+        found: dict[Node, int] = {}
+        for node in self.nodes:
+            before = (found[i] + is_expensive(i) for i in node.all_input_nodes)
+            found[node] = max(before, default=0)
+        return found
+
+
+def is_expensive(node: Node) -> bool:
+    """Whether it is a call that is not run twice."""
+    return node.op == "call_function" and op_name(node) in EXPENSIVE
+
 
 def chunked_call(node: Node) -> ChunkedCall | None:
     """What a region in chunks holds; None for any other call."""
@@ -98,8 +127,13 @@ def op_name(node: Node) -> str:
     """``aten.mul.Tensor`` -> ``mul``."""
     target = node.target
     if isinstance(target, OpOverload):
-        return str(schema_of(target).name).split("::")[1]
+        return _name_of(target)
     return getattr(target, "__name__", str(target))
+
+
+@lru_cache(maxsize=4096)
+def _name_of(target: OpOverload) -> str:
+    return str(schema_of(target).name).split("::")[1]
 
 
 def block_of(node: Node) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ringfx.errors import InvalidArgument
+from ringfx.units.argument import Argument
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "state_bytes"]
 
@@ -32,8 +33,8 @@ def check_optimizer(name: str | int) -> None:
     if isinstance(name, int) and not isinstance(name, bool) and 0 <= name <= MOST_STATE:
         return
     raise InvalidArgument(
-        f"unknown optimizer {name!r}. Choices: {', '.join(OPTIMIZERS)}, or bytes of state for each"
-        " parameter, such as 12."
+        f"unknown optimizer {name!r}. Do: use one of {', '.join(OPTIMIZERS)}, or give its bytes of "
+        f"state for each parameter, such as {Argument('optimizer', 12)}."
     )
 
 

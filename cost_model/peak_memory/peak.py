@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from ringfx.cost_model.peak_memory.alive import (
 from ringfx.cost_model.peak_memory.liveness import Values, kept_values, values_of
 from ringfx.cost_model.peak_memory.optimizers import state_bytes
 from ringfx.cost_model.peak_memory.segments import (
+    again_nodes,
+    handed_on,
     leaving_of,
     recomputed,
     segments_of,
@@ -39,7 +41,8 @@ from ringfx.cost_model.peak_memory.timeline_of import (
     Held,
     Sharded,
     num_bytes,
-    outside_attention,
+    of_activations,
+    of_states,
 )
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
@@ -56,7 +59,7 @@ from ringfx.ops import attention
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
 
-__all__ = ["alive_in", "predict_memory"]
+__all__ = ["Step", "predict_memory", "step_of"]
 
 
 def predict_memory(
@@ -68,27 +71,112 @@ def predict_memory(
     optimizer: str | int = "none",
     compiler: str = "aot_eager",
 ) -> MemoryPlan:
-    """The peak of a step under a choice of strategies: ``alive_in(...).plan(layers)``."""
-    alive = alive_in(
+    """The peak of a step under a choice of strategies."""
+    step = step_of(
         captured, carries_tokens=carries_tokens, power=lambda node: int(carries_tokens(node)),
-        world_size=world_size, optimizer=optimizer, compiler=compiler,
+        world_size=world_size, compiler=compiler,
     )  # fmt: skip
-    return alive.plan(layers)
+    return step.alive(optimizer=optimizer).plan(layers)
 
 
-def alive_in(
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Mode:
+    values: Values
+    activations: tuple[Held, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """What a step computes and keeps, whatever its strategies and its states."""
+
+    captured: Captured
+    kept: _Mode
+    """Every segment is kept for backward."""
+    again: _Mode | None
+    """Every one is computed again; None: there is none."""
+    segments: Segments
+    growth: Growth
+    readers: Mapping[Node, Sequence[Node]]
+    """Whole masks, and the attentions that read rows of them."""
+    world_size: int
+    reuses: bool
+    """Whether free buffers are held for reuse."""
+
+    def alive(
+        self,
+        *,
+        optimizer: str | int = "none",
+        states: Collection[int] = (),
+        state_ranks: StateRanks = ONE_RANK,
+    ) -> Alive:
+        """What is alive when.
+
+        Parameters
+        ----------
+        optimizer
+            A name of ``optimizers.OPTIMIZERS``, or bytes of state for each parameter.
+        states
+            Inputs (parameters) of which each rank holds its rows.
+        state_ranks
+            The ranks that hold them.
+        """
+        graph = self.captured.graph_module.graph
+        inputs = graph.find_nodes(op="placeholder")
+        owned = zip(inputs, self.captured.is_parameter, strict=True)
+        parameters = [n for n, is_one in owned if is_one]
+        trained = [n for n in parameters if needs_grad(n)]
+        sharded = Sharded(nodes=frozenset(inputs[i] for i in states), ranks=state_ranks)
+
+        def parameter(n: Node) -> Held:
+            if n in sharded.nodes:
+                return sharded.held("parameters", n, 0)
+            return Held(cause="parameters", node=n, bytes=num_bytes(n))
+
+        def optimizer_state(n: Node) -> Held:
+            value: torch.Tensor = n.meta["val"]
+            if n not in sharded.nodes:
+                size = state_bytes(optimizer, value.numel(), value.element_size())
+                return Held(cause="optimiser state", node=n, bytes=size)
+            each = state_ranks.bytes_kept(value) // max(value.numel(), 1)
+            size = state_bytes(optimizer, value.numel(), each)
+            return sharded.held("optimiser state", n, 0, size)
+
+        masks = _given_masks(graph, parameters)
+        always = [
+            *map(parameter, parameters),
+            *(Held(cause=GIVEN, node=n, bytes=num_bytes(n), of=n) for n in masks),
+            *map(optimizer_state, trained),
+        ]
+        last = len(self.kept.values.nodes) - 1
+
+        def run(mode: _Mode) -> Run:
+            held = [
+                *of_states(mode.values, trained, sharded),
+                *mode.activations,
+                *(replace(x, last=last) for x in always),
+            ]
+            return run_of(mode.values, held, self.readers, self.growth, reuses=self.reuses)
+
+        return alive_at_moments(
+            run(self.kept),
+            run(self.again) if self.again else None,
+            self.segments,
+            _masks(self.kept.values, self.readers, self.growth),
+            world_size=self.world_size,
+            unknown=("optimiser state",) if trained and optimizer == "none" else (),
+        )
+
+
+def step_of(
     captured: Captured,
     *,
     carries_tokens: Callable[[Node], bool],
     power: Callable[[Node], int],
     world_size: int,
-    optimizer: str | int = "none",
     compiler: str = "aot_eager",
-    states: Collection[int] = (),
-    state_ranks: StateRanks = ONE_RANK,
     again_ms: Callable[[Collection[Node]], float] | None = None,
-) -> Alive:
-    """What is alive when in a step, whatever the strategies.
+) -> Step:
+    """What a step computes and keeps.
 
     Parameters
     ----------
@@ -98,23 +186,15 @@ def alive_in(
         Whether a value is split over the ranks; of one rank: whether it would be.
     power
         The power of the sequence's length that a value grows with.
-    optimizer
-        A name of ``optimizers.OPTIMIZERS``, or bytes of state for each parameter.
     compiler
         ``inductor`` holds buffers for reuse; ``eager`` keeps all that backwards need, and runs
         nothing again.
-    states
-        Inputs (parameters) of which each rank holds its rows.
-    state_ranks
-        The ranks that hold them.
     again_ms
         What running some nodes again takes, of all ranks together; None: nothing is computed again
         but what the user checkpoints.
     """
     graph = captured.graph_module.graph
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    has_grad = {n: needs_grad(n) for n in inputs}
-    parameters = [n for n, is_one in zip(inputs, captured.is_parameter, strict=True) if is_one]
+    has_grad = {n: needs_grad(n) for n in graph.find_nodes(op="placeholder")}
 
     def size(node: Node) -> int:
         return math.ceil(num_bytes(node) / (world_size if carries_tokens(node) else 1))
@@ -123,58 +203,34 @@ def alive_in(
     values = replace(values_of(graph, size, has_grad), taken=frozenset(readers))
     if compiler == "eager":
         values = replace(values, region={})
-    trained = [n for n in parameters if has_grad[n]]
     everything, in_place = compiler == "eager", compiler == "inductor"
-    sharded = Sharded(nodes=frozenset(inputs[i] for i in states), ranks=state_ranks)
-
-    def parameter(n: Node) -> Held:
-        if n in sharded.nodes:
-            return sharded.held("parameters", n, 0)
-        return Held(cause="parameters", node=n, bytes=num_bytes(n))
-
-    def optimizer_state(n: Node) -> Held:
-        value: torch.Tensor = n.meta["val"]
-        if n not in sharded.nodes:
-            size = state_bytes(optimizer, value.numel(), value.element_size())
-            return Held(cause="optimiser state", node=n, bytes=size)
-        each = state_ranks.bytes_kept(value) // max(value.numel(), 1)
-        size = state_bytes(optimizer, value.numel(), each)
-        return sharded.held("optimiser state", n, 0, size)
-
-    always = [
-        *map(parameter, parameters),
-        *(
-            Held(cause=GIVEN, node=n, bytes=num_bytes(n), of=n)
-            for n in _given_masks(graph, parameters)
-        ),
-        *map(optimizer_state, trained),
-    ]
-    last = len(values.nodes) - 1
     by_reads = _powers_by_reads(graph)
-    growth = Growth(power=lambda n: max(power(n), by_reads.get(n, 0)), is_split=carries_tokens)
-
-    def run(values: Values) -> Run:
-        held = outside_attention(
-            values, trained, everything=everything, in_place=in_place, sharded=sharded
+    found = () if everything or not again_ms else segments_of(values)
+    nodes_again = {s: recomputed(s, values) for s in found}
+    regions = {n: s.number + 1 for s, nodes in nodes_again.items() for n in nodes}
+    around = {s.attention: s.number + 1 for s in found}
+    once = frozenset(n for s in found for n in leaving_of(s, values))
+    again = replace(values, region=regions, around=around, once=once) if regions else None
+    segments = Segments(segments=found, again=nodes_again)
+    if again is not None and again_ms is not None:
+        segments = replace(
+            segments,
+            again_ms={s: again_ms(again_nodes(s, again, nodes_again[s])) for s in found},
+            moved={s: handed_on(s, segments.behind(s), again) for s in found},
         )
-        return run_of(
-            values, [*held, *(replace(x, last=last) for x in always)], readers, growth,
-            reuses=in_place,
-        )  # fmt: skip
 
-    segments = () if everything or not again_ms else segments_of(values)
-    again = {s: recomputed(s, values) for s in segments}
-    regions = {n: s.number + 1 for s, nodes in again.items() for n in nodes}
-    around = {s.attention: s.number + 1 for s in segments}
-    once = frozenset(n for s in segments for n in leaving_of(s, values))
-    return alive_at_moments(
-        run(values),
-        run(replace(values, region=regions, around=around, once=once)) if regions else None,
-        Segments(segments=segments, again=again, again_ms=again_ms),
-        _masks(values, readers, growth),
-        world_size=world_size,
-        unknown=("optimiser state",) if trained and optimizer == "none" else (),
-    )
+    def mode(values: Values) -> _Mode:
+        held = of_activations(values, everything=everything, in_place=in_place)
+        return _Mode(values=values, activations=tuple(held))
+
+    return Step(
+        captured=captured, kept=mode(values), again=mode(again) if again else None,
+        segments=segments,
+        growth=Growth(
+            power=lambda n: max(power(n), by_reads.get(n, 0)), is_split=carries_tokens
+        ),
+        readers=readers, world_size=world_size, reuses=in_place,
+    )  # fmt: skip
 
 
 def _masks(
@@ -205,7 +261,7 @@ def _powers_by_reads(graph: Graph) -> Mapping[Node, int]:
     found: dict[Node, int] = {}
     for call in _attentions(graph):
         spec = _spec(call)
-        for at in tiles.reads(spec.keep, spec.bias):
+        for at in tiles.reads(*spec.functions):
             value = _read(call)[at[1]]
             power = sum(size > 1 and _by_tokens(e) for size, e in _dims(value, at[2:]))
             given = given_input(value)
@@ -229,7 +285,7 @@ def _readers(graph: Graph, carries_tokens: Callable[[Node], bool]) -> Mapping[No
     found: dict[Node, list[Node]] = {}
     for call in _attentions(graph):
         spec = _spec(call)
-        for i in tiles.matrix_rows(spec.keep, spec.bias):
+        for i in tiles.matrix_rows(*spec.functions):
             value = _read(call)[i]
             if not carries_tokens(value) and call not in found.setdefault(value, []):
                 found[value].append(call)

@@ -42,8 +42,8 @@ from ringfx.ir.plan import LayerPlan
 from ringfx.passes.rewrite.parameters import buckets
 
 __all__ = [
-    "AGAIN", "Held", "Sharded", "again_ranges", "keeps_result", "num_bytes", "of_attention",
-    "outside_attention",
+    "AGAIN", "Held", "Sharded", "again_ranges", "keeps_result", "num_bytes", "of_activations",
+    "of_attention", "of_states",
 ]  # fmt: skip
 
 MESSAGE_COPIES = 2
@@ -85,28 +85,30 @@ class Sharded:
         return Held(cause=cause, node=node, bytes=mine, last=last, all_ranks=sequence)
 
 
-def outside_attention(
-    values: Values,
-    trained: Sequence[Node],
-    *,
-    everything: bool,
-    in_place: bool,
-    sharded: Sharded | None = None,
+def of_states(
+    values: Values, trained: Sequence[Node], sharded: Sharded | None = None
 ) -> Iterator[Held]:
-    """All that is ever alive outside attention; of a program without a backward, in the order that
-    it runs."""
+    """What parameters have in a backward: gradients, and messages of them."""
+    if not values.has_grad:
+        return
+    last_use = _last_uses(values)
+    yield from _messages(values, trained, sharded)
+    for node in trained:
+        yield _whole_gradient(node, last_use, sharded)
+    yield from _gathered(trained, sharded, len(values.nodes) - 1)
+
+
+def of_activations(values: Values, *, everything: bool, in_place: bool) -> Iterator[Held]:
+    """All that is ever alive outside attention, states apart; of a program without a backward, in
+    the order that it runs."""
     last_use = _last_uses(values)
     if not values.has_grad:
         yield from _chunks(values, 0)
         yield from _forward(values, last_use)
         return
-    yield from _messages(values, trained, sharded)
     kept = _needed(values) if everything else kept_values(values)
     kept = (kept | outputs_of(values)) - _kept_by_attention(values)
     end = len(values.nodes) - 1
-    for node in trained:
-        yield _whole_gradient(node, last_use, sharded)
-    yield from _gathered(trained, sharded, end)
     fused = _fused_losses(values) if in_place else frozenset()
     yield from _kept(values, kept, end, fused)
     yield from _again(values)
@@ -164,17 +166,25 @@ def _gathered(trained: Sequence[Node], sharded: Sharded | None, end: int) -> Ite
         yield Held(cause=GATHERED, node=found[0][0], bytes=size, first=0, last=end)
 
 
-def of_attention(values: Values, layers: Mapping[str, LayerPlan]) -> Iterator[Held]:
-    """What attention's layers hold, as the timeline counts it, by position."""
+def of_attention(
+    values: Values, layers: Mapping[str, LayerPlan], ends: Mapping[Node, int]
+) -> Iterator[Held]:
+    """What attention's layers hold, as the timeline counts it, by position.
+
+    ``ends``: the last position of the segment that an attention is in.
+    """
     number = {node: i for i, node in enumerate(values.nodes) if node.name in layers}
     again = {node: (first, last) for node, first, last in again_ranges(values, number)}
     end = len(values.nodes) - 1
     for node, i in number.items():
         layer = layers[node.name]
         if values.has_grad:
-            kept = 0 if layer.attention_again else layer.result_bytes
+            back = layer.host_result_bytes
+            kept = 0 if layer.attention_again else layer.result_bytes - back
             size = kept if keeps_result(node, values) else layer.saved_bytes
             yield Held(cause=KEPT_BY_ATTENTION, node=node, bytes=size, first=i, last=end)
+            if back:
+                yield Held(cause=KEPT_BY_ATTENTION, node=node, bytes=back, first=i, last=ends[node])
         if node in again:
             kept = 0 if layer.attention_again else layer.result_bytes
             size, (first, last) = layer.saved_bytes - kept, again[node]

@@ -80,7 +80,7 @@ class Calls:
         side = self.local.stored_tile
         sides = min(side, self.local.q_len) * min(side, self.local.kv_len)
         heads = self.local.site.batch * self.local.site.heads * head_share
-        tiles = STORED_TILES[self.direction]
+        tiles = STORED_TILES[self.direction] + (DROPPED if self.local.site.spec.dropout else 0)
         return round(tiles * heads * sides * self.local.accumulator_bytes)
 
 
@@ -95,6 +95,8 @@ FEWER_ROWS = ((192, 32), (768, 64))
 """Below so many queries a block has so few."""
 STORED_TILES: Mapping[Direction, int] = {"forward": 2, "backward": 3}
 """Tiles that the math kernel holds at once: scores and what is made of them; P, dP, a copy."""
+DROPPED = 1
+"""Tile of what is kept under dropout."""
 MASK_BYTES = 5
 """Of a pair whose mask is evaluated: a float32 and a bool, for all heads together."""
 

@@ -53,7 +53,7 @@ def picks(
 
 def priced_as(profile: Profile, kernel: str) -> str:
     """The kernel whose rows say what this one costs: its own, where the profile has some."""
-    return kernel if kernel in _names(profile) else profile.fused_kernel
+    return kernel if kernel in profile.kernel_names else profile.fused_kernel
 
 
 def unpriced(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def unpriced(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
 def unmeasured(layers: Iterable[LayerPlan], profile: Profile) -> tuple[str, ...]:
     """One note for each strategy of a split plan whose overhead nobody measured."""
     measured = {row.strategy for row in profile.overheads}
-    names = {layer.strategy for layer in layers if not layer.is_replicated} - measured
+    names = {x.strategy for x in layers if not (x.is_replicated or x.is_local)} - measured
     return tuple(
         f"profile {profile.name} has no overhead of {name}: that of its most expensive strategy"
         " stands in"
@@ -88,7 +88,8 @@ def _call(site: AttentionSite, profile: Profile, *, all_keys: bool) -> Call:
     return Call(
         dtype=site.dtype,
         head_dim=max(site.head_dim, site.v_head_dim),
-        soft_cap=site.spec.soft_cap is not None,
+        soft_cap=site.spec.maps_scores,
+        dropout=site.spec.dropout > 0,
         all_keys=all_keys,
         capability=round(10 * float(profile.capability)) if profile.capability else None,
     )
@@ -102,17 +103,13 @@ def _has_masked_pieces(site: AttentionSite) -> bool:
     return spec.bias is not None or not is_plain
 
 
-def _names(profile: Profile) -> list[str]:
-    return list(dict.fromkeys(row.kernel for row in profile.kernels))
-
-
 def _admitted(profile: Profile, call: Call, direction: Direction) -> list[str]:
     """The fused kernels with rows of this type, else with any; the reference where there are none.
 
     The fastest in products first.
     """
     of_type = {row.kernel for row in profile.kernels if row.dtype == call.dtype}
-    able = [name for name in _names(profile) if _admits(name, profile, call)]
+    able = [name for name in profile.kernel_names if _admits(name, profile, call)]
     fused = [name for name in able if name in of_type] or able
     if not fused:
         return [REFERENCE]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from ringfx.cost_model.prediction.footprint import (
     Calls,
@@ -110,9 +111,13 @@ def predict(
 ) -> Prediction:
     """Time and memory of one attention under one strategy over ``world_size`` ranks."""
     local = replace(local_share(site, world_size), head_groups=strategy.head_groups)
+    if strategy.whole_queries and world_size > 1:
+        local = replace(local, q_len=site.q_len)
     if profile.kind == "observed":
         return _observed(local, profile, strategy)
-    kernels, forward, backward = _fastest(local, profile, strategy)
+    directions: tuple[Direction, ...] = ("forward", "backward") if site.trains else ("forward",)
+    held = {direction: held_bytes(local, strategy, direction) for direction in directions}
+    kernels, forward, backward = _fastest(local, profile, strategy, held)
     return Prediction(
         strategy=strategy.name,
         kernel=kernels.text,
@@ -121,22 +126,26 @@ def predict(
         saved_bytes=local.saved_bytes,
         result_bytes=local.result_bytes,
         output_bytes=local.output_bytes,
-        workspace_bytes=workspace_bytes(local, strategy),
+        workspace_bytes=_workspace_bytes(local, held),
         own_queries=strategy.own_queries,
         gloss=strategy.gloss,
         head_groups=strategy.head_groups,
     )
 
 
+Held: TypeAlias = Mapping[Direction, int]
+"""What each direction holds: ``held_bytes``."""
+
+
 def _fastest(
-    local: Local, profile: Profile, strategy: Strategy
+    local: Local, profile: Profile, strategy: Strategy, held: Held
 ) -> tuple[KernelChoice, Phase, Phase]:
     """The kernels that take least time, forward and backward, and how long."""
-    forwards = _phases(local, profile, strategy, "forward")
+    forwards = _phases(local, profile, strategy, "forward", held)
     if not local.site.trains:
         phase, pick = min(forwards, key=_order)
         return KernelChoice(forward=pick, backward=pick), phase, Phase()
-    backwards = _phases(local, profile, strategy, "backward")
+    backwards = _phases(local, profile, strategy, "backward", held)
     able = [
         (there, back, choice)
         for there, forward in forwards
@@ -153,13 +162,13 @@ def _order(row: tuple[Phase, object]) -> tuple[float, float]:
 
 
 def _phases(
-    local: Local, profile: Profile, strategy: Strategy, direction: Direction
+    local: Local, profile: Profile, strategy: Strategy, direction: Direction, held: Held
 ) -> list[tuple[Phase, Pick]]:
     """For each kernel: the strategy's formula, or the local kernel's, and what any layer costs."""
     is_split = local.world_size > 1
     formula = partial(_split_seconds, strategy) if is_split else _local_kernel
     layer_us = profile.overhead_us(strategy.name if is_split else LOCAL, direction)
-    buffers_s = _buffer_seconds(local, profile, strategy, direction)
+    buffers_s = _buffer_seconds(local, profile, strategy, direction, held)
     any_layer = Phase(compute_s=layer_us / 1e6 + buffers_s)
     return [
         (formula(local, profile, direction, pick) + any_layer, pick)
@@ -185,14 +194,14 @@ def _split_seconds(
 
 
 def _buffer_seconds(
-    local: Local, profile: Profile, strategy: Strategy, direction: Direction
+    local: Local, profile: Profile, strategy: Strategy, direction: Direction, held: Held
 ) -> float:
     """What a layer's buffers cost beside its kernels, messages and merges.
 
     Those of a dilated attention are made for each part, whose results are added to those before.
     """
     if not local.site.spec.branches:
-        return handling_seconds(profile, held_bytes(local, strategy, direction))
+        return handling_seconds(profile, held[direction])
     made = sums_forward(local) if direction == "forward" else sums_backward(local)
     moved = 0
     for number, (times, part) in enumerate(local.parts):
@@ -209,17 +218,17 @@ def _added_bytes(part: Local, direction: Direction) -> int:
     return 3 * (part.q_items + part.kv_items) * part.accumulator_bytes
 
 
-def workspace_bytes(local: Local, strategy: Strategy) -> int:
+def _workspace_bytes(local: Local, held: Held) -> int:
     """Bytes beyond q, k, v, the output, its logsumexp and the gradients that are handed over.
 
     Forward, the gradients' bytes are free for it as well: they come only later.
     """
     made = local.out_items * local.itemsize + local.rows * local.accumulator_bytes
-    forward = held_bytes(local, strategy, "forward") - made
-    if not local.site.trains:
+    forward = held["forward"] - made
+    if "backward" not in held:
         return max(0, forward)
     handed = (local.q_items + local.kv_items) * local.itemsize
-    return max(0, forward - handed, held_bytes(local, strategy, "backward") - handed)
+    return max(0, forward - handed, held["backward"] - handed)
 
 
 def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
@@ -241,7 +250,7 @@ def held_bytes(local: Local, strategy: Strategy, direction: Direction) -> int:
 def _held(local: Local, strategy: Strategy, direction: Direction) -> int:
     """What the strategy's own formula says, of a part or of an attention without branches."""
     formula = strategy.memory if local.world_size > 1 else _local_moments
-    math = strategy.math_only or local.site.spec.soft_cap is not None
+    math = strategy.math_only or local.site.spec.needs_scores
     return max(formula(local, Calls(local=local, direction=direction, math=math)))
 
 
@@ -282,7 +291,10 @@ def _observed(local: Local, profile: Profile, strategy: Strategy) -> Prediction:
         )
     row = next((row for row in profile.memory if row.strategy == strategy.name), None)
     if row is None:
-        raise ProfileError(f"profile {profile.name!r} has no memory row for {strategy.name!r}.")
+        raise ProfileError(
+            f"profile {profile.name!r} has no memory row for {strategy.name!r}. Do: use one of "
+            f"{', '.join(row.strategy for row in profile.memory) or 'another profile'}."
+        )
     rows = local.site.q_len * local.site.kv_len
     work = Work(calls=1, pairs=rows * (1.0 if strategy.math_only else local.site.density))
     scores = local.site.batch * local.site.heads * rows * local.itemsize

@@ -11,9 +11,9 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -37,6 +37,7 @@ from ringfx.cost_model.prediction.profile_rows import (
 )
 from ringfx.errors import InvalidArgument, ProfileError
 from ringfx.units.age import age_days, age_words
+from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes
 from ringfx.validation.fields import (
     STRICT,
@@ -60,6 +61,7 @@ __all__ = [
     "available_profiles",
     "check_profile",
     "check_profile_type",
+    "is_path",
     "load_profile",
     "own_profiles",
     "profile_json",
@@ -148,7 +150,7 @@ class Profile:
 
     def kernel(self, name: str, dtype: str, direction: Direction) -> KernelRow:
         """The row of a kernel; of float32 where this dtype has none (``missing_rows`` says so)."""
-        rows = {row.dtype: row for row in self._kernel_rows(name, direction)}
+        rows = self._kernel_rows.get((name, direction))
         if not rows:
             raise ProfileError(
                 f"profile {self.name!r} has no row for the {name!r} kernel, {direction}."
@@ -156,8 +158,18 @@ class Profile:
             )
         return rows.get(dtype) or rows.get("float32") or next(iter(rows.values()))
 
-    def _kernel_rows(self, name: str, direction: Direction) -> Iterable[KernelRow]:
-        return (r for r in self.kernels if r.kernel == name and r.direction == direction)
+    @cached_property
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels that have rows."""
+        return tuple(dict.fromkeys(row.kernel for row in self.kernels))
+
+    @cached_property
+    def _kernel_rows(self) -> Mapping[tuple[str, Direction], Mapping[str, KernelRow]]:
+        """The rows of a kernel, by dtype."""
+        found: dict[tuple[str, Direction], dict[str, KernelRow]] = {}
+        for row in self.kernels:
+            found.setdefault((row.kernel, row.direction), {})[row.dtype] = row
+        return found
 
     def product(self, dtype: str, direction: Direction) -> ProductRow:
         """The row of products in this type, or another; without any, at the speed of attention's
@@ -202,7 +214,7 @@ class Profile:
         if budget is None or self.device_gbytes is None or budget <= 1e9 * self.device_gbytes:
             return ()
         return (
-            f"gpu_memory is {format_bytes(budget)}, but a device of profile {self.name} has "
+            f"the budget is {format_bytes(budget)}, but a device of profile {self.name} has "
             f"{format_bytes(1e9 * self.device_gbytes)}: what is planned may not fit it",
         )
 
@@ -333,7 +345,8 @@ def _find(device: str) -> Profile:
         known = sorted({p.device for p in available_profiles()})
         raise ProfileError(
             f"ringfx has no profile for devices of type {device!r}, only for {', '.join(known)}. "
-            "Do: run `ringfx calibrate`, and pass its file as profile."
+            "Do: run `ringfx calibrate`, and pass its file, "
+            f"{Argument('profile', 'mine.json')}."
         )
     kinds = get_args(Kind)
     return min(
@@ -360,11 +373,16 @@ def check_profile(name: object) -> None:
         _named(name)
 
 
+def is_path(name: object) -> bool:
+    """Whether it says a file rather than the name of a profile."""
+    return isinstance(name, Path) or (isinstance(name, str) and Path(name).name != name)
+
+
 def check_profile_type(name: object) -> None:
     """Raises InvalidArgument for what is no name, path or profile."""
     if name is not None and not isinstance(name, Profile | str | Path):
         raise InvalidArgument(
-            f"profile={shown(name)} is a {type(name).__name__}. Do: give the name of a profile, "
+            f"profile is {shown(name)}, a {type(name).__name__}. Do: give the name of a profile, "
             "the path of a file, or a result of load_profile."
         )
 

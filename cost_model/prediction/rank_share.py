@@ -154,7 +154,13 @@ class Local:
 
 
 def local_share(site: AttentionSite, world_size: int) -> Local:
-    """The tokens of one rank: zigzag where rows keep different numbers of keys."""
+    """The tokens of one rank: zigzag where rows keep different numbers of keys.
+
+    Of a local attention, what it has of the batch, or of the heads where these are split.
+    """
+    if site.is_local and world_size > 1:
+        whole = replace(site, is_local=False)
+        return local_share(_part_of_batch(whole, world_size), 1)
     layout: LayoutKind = "contiguous" if site.balanced else "zigzag"
     return Local(
         site=site,
@@ -163,3 +169,10 @@ def local_share(site: AttentionSite, world_size: int) -> Local:
         q_len=Layout(layout, site.q_len, world_size).local_length,
         kv_len=Layout(layout, site.kv_len, world_size).local_length,
     )
+
+
+def _part_of_batch(site: AttentionSite, world_size: int) -> AttentionSite:
+    if site.batch >= world_size:
+        return replace(site, batch=-(-site.batch // world_size))
+    heads, kv_heads = (-(-n // world_size) for n in (site.heads, site.kv_heads))
+    return replace(site, heads=heads, kv_heads=kv_heads)

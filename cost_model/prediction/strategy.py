@@ -25,7 +25,7 @@ from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.attention_call import Problem
 from ringfx.ops.tiling.merge import Gradients
 
-__all__ = ["Refusal", "Strategy", "refuse_dropout"]
+__all__ = ["Refusal", "Strategy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,9 @@ class Refusal:
     remedy: str
 
 
-def refuse_dropout(site: AttentionSite, world_size: int) -> Refusal | None:
-    """What no strategy can do."""
-    if site.spec.dropout == 0.0:
-        return None
-    return Refusal(
-        reason=f"attention dropout of {site.spec.dropout:g} in training: its random mask would "
-        "depend on how the tokens are split, and then so would the result",
-        remedy="set the model's attention dropout to 0, or call model.eval()",
-    )
+def anywhere(site: AttentionSite, world_size: int) -> Refusal | None:
+    """Admits every attention."""
+    return None
 
 
 Forward: TypeAlias = Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -83,6 +77,8 @@ class Strategy:
         (site, world size) -> None, or why it cannot run there.
     own_queries
         A rank computes its own queries only, and needs no other rows of a mask or bias.
+    whole_queries
+        Every rank has all queries and gives the output of all of them; keys stay sharded.
     math_only
         It runs with the reference kernel alone: plain products and a softmax, in bounded tiles.
     all_keys
@@ -102,8 +98,9 @@ class Strategy:
     backward: Backward
     time: Time
     memory: Memory
-    admits: Callable[[AttentionSite, int], Refusal | None] = refuse_dropout
+    admits: Callable[[AttentionSite, int], Refusal | None] = anywhere
     own_queries: bool = True
+    whole_queries: bool = False
     math_only: bool = False
     all_keys: bool = False
     num_groups: Callable[[Local], int] | None = None

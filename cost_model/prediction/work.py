@@ -19,7 +19,9 @@ from ringfx.ir.tiles import conjunction, inputs_used, terms
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces, runs_of
 from ringfx.ops.tiling.tile_sizes import MASKED_TILE
 
-__all__ = ["RingWork", "Work", "gathered_work", "ring_work", "some_ranks", "whole_work"]
+__all__ = [
+    "RingWork", "Work", "gathered_work", "own_keys_work", "ring_work", "some_ranks", "whole_work",
+]  # fmt: skip
 
 MOST_BANDS = 24
 """Bands of queries that are counted in a run whose mask is evaluated; they stand for all."""
@@ -122,6 +124,14 @@ def gathered_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> t
     )
 
 
+def own_keys_work(spec: AttentionSpec, layout: LayoutKind, world_size: int) -> tuple[Work, ...]:
+    """For some ranks the work of all queries over the keys that they hold."""
+    counted, full_like = _positional(spec)
+    return tuple(
+        _own_keys(counted, full_like, layout, world_size, rank) for rank in some_ranks(world_size)
+    )
+
+
 def whole_work(spec: AttentionSpec) -> Work:
     """All queries over all keys: one rank, or one rank's heads."""
     return gathered_work(spec, "contiguous", 1)[0]
@@ -132,7 +142,9 @@ def _positional(spec: AttentionSpec) -> tuple[AttentionSpec, bool]:
     by_position = [term for term in terms(spec.keep) if not inputs_used(term)]
     depends_on_data = len(by_position) < len(terms(spec.keep)) or spec.bias is not None
     keep = conjunction(*by_position)
-    return replace(spec, keep=keep, bias=None, scale=1.0, soft_cap=None), depends_on_data
+    return replace(
+        spec, keep=keep, bias=None, scale=1.0, soft_cap=None, score_map=None
+    ), depends_on_data
 
 
 def some_ranks(world_size: int) -> Sequence[int]:
@@ -170,6 +182,14 @@ def _gathered(
 ) -> Work:
     queries = runs_of(Layout(layout, spec.q_len, world_size), rank)
     return _count(spec, masked, queries, (Run(0, 0, spec.kv_len),))
+
+
+@lru_cache(maxsize=4096)
+def _own_keys(
+    spec: AttentionSpec, masked: bool, layout: LayoutKind, world_size: int, rank: int
+) -> Work:
+    keys = runs_of(Layout(layout, spec.kv_len, world_size), rank)
+    return _count(spec, masked, (Run(0, 0, spec.q_len),), keys)
 
 
 def _count(

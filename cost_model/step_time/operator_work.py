@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ringfx.cost_model.peak_memory.liveness import EXPENSIVE, Values, needed_by, op_name
+from ringfx.cost_model.peak_memory.liveness import Values, is_expensive, needed_by, op_name
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
 from ringfx.cost_model.prediction.operators import LARGE, Work
 
@@ -64,11 +64,9 @@ class _Counting:
         among: Collection[Node] | None,
     ) -> None:
         self.values, self.share, self.fused = values, share, fused
-        runs = values.nodes if among is None else among
-        own = [n for n in values.nodes if n in runs] if among is not None else values.nodes
+        runs = None if among is None else set(among)
+        own = values.nodes if runs is None else [n for n in values.nodes if n in runs]
         self.nodes = [n for n in own if self._runs(n)]
-        self.running = set(self.nodes)
-        self.readers = self._readers()
         self.group = self._groups() if fused else {n: n for n in self.nodes}
         self.forward: dict[Node, float] = defaultdict(float)
         self.backward: dict[Node, float] = defaultdict(float)
@@ -116,19 +114,6 @@ class _Counting:
         size = self._size(node)
         return size if size >= LARGE else 0.0
 
-    def _operands(self, node: Node) -> list[Node]:
-        """What it reads, each once: values that have memory."""
-        return [*dict.fromkeys(self.values.owner[i] for i in node.all_input_nodes)]
-
-    def _readers(self) -> Mapping[Node, Sequence[Node]]:
-        """Calls that read a value or a view of it; the program's end is one, and attention."""
-        found: dict[Node, list[Node]] = defaultdict(list)
-        for node in self.values.nodes:
-            if self.values.owner[node] is node:
-                for source in self._operands(node):
-                    found[source].append(node)
-        return found
-
     # --- products -----------------------------------------------------------------------------
 
     def _product(self, node: Node, flops: float) -> OperatorWork:
@@ -154,7 +139,7 @@ class _Counting:
 
     def _groups(self) -> Mapping[Node, Node]:
         """For each operator the one that stands for its group."""
-        level: dict[Node, int] = {}
+        level = self.values.level
         parent = {n: n for n in self.nodes}
 
         def root(node: Node) -> Node:
@@ -163,14 +148,11 @@ class _Counting:
                 node = parent[node]
             return node
 
-        for node in self.values.nodes:
-            level[node] = max(
-                (level[i] + _is_expensive(i) for i in node.all_input_nodes), default=0
-            )
-            if node not in parent or _is_expensive(node):
+        for node in self.nodes:
+            if is_expensive(node):
                 continue
-            for source in self._operands(node):
-                alike = source in parent and not _is_expensive(source)
+            for source in self.values.operands(node):
+                alike = source in parent and not is_expensive(source)
                 if alike and level[source] == level[node]:
                     parent[root(node)] = root(source)
         return {n: root(n) for n in self.nodes}
@@ -181,7 +163,7 @@ class _Counting:
         trains = any(n in self.values.has_grad for n in group)
         needs = trains and any(True for n in group for _ in needed_by(n, self.values))
         for node in group:
-            for source in self._operands(node):
+            for source in self.values.operands(node):
                 if source in within or source in read:
                     continue
                 read.add(source)
@@ -196,7 +178,7 @@ class _Counting:
                         self.fresh_grads[node] += self._fresh(source)
             if not self.fused and trains:
                 self.backward[node] += sum(map(self._size, needed_by(node, self.values)))
-            if any(user not in within for user in self.readers.get(node, ())):
+            if any(user not in within for user in self.values.readers.get(node, ())):
                 self.forward[node] += self._size(node)
                 self.fresh[node] += self._fresh(node)
                 if node in self.values.has_grad:
@@ -209,13 +191,9 @@ class _Counting:
         """Bytes of writing a gradient, added to those of other readers."""
         if source not in self.values.has_grad:
             return 0.0
-        several = len(self.readers.get(source, ())) > 1 and source.op != "placeholder"
+        several = len(self.values.readers.get(source, ())) > 1 and source.op != "placeholder"
         again = (1 if self.fused else 3) if several else 0
         return self._size(source) * (1 + again)
-
-
-def _is_expensive(node: Node) -> bool:
-    return node.op == "call_function" and op_name(node) in EXPENSIVE
 
 
 def _dim(node: Node) -> int:

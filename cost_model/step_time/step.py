@@ -113,7 +113,7 @@ def timed(
 ) -> Timed | None:
     """The time of a program's operators; None with a profile of whole strategies.
 
-    Parameters are as in ``alive_in``.
+    Parameters are as in ``step_of``.
     """
     if profile.kind == "observed":
         return None

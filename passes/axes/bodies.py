@@ -25,13 +25,16 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringfx.errors import CaptureRefused
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRules, AxisSharing, Call, Labels, OpAxes
 from ringfx.passes.axes.propagate import AxisMap, NamedOp, name_axes
 from ringfx.passes.axes.space import AxisClash, Dim
+from ringfx.passes.capture.functional import functionalize
 from ringfx.passes.capture.own_backward import OwnBackward
 from ringfx.passes.capture.precision import AutocastInterpreter
 from ringfx.torch_compat.fake_tensors import detect_fake_mode
+from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["own_backward"]
 
@@ -141,6 +144,7 @@ class _Joint:
         if named is None:  # a constant of the program
             return None if carries else Kind.FREE
         operands = [kinds.get(n, Kind.FREE) for n in named.call.operands]
+        operands = operands[:1] if node.target in LIKE else operands
         carrying = [self._carried(n).count(atom) for n in named.call.operands]
         if not carries and not any(carrying):
             return _after_sum(node, operands)
@@ -176,7 +180,11 @@ class _Joint:
         )
 
     def _follows(self, call: Call, atom: int) -> bool:
-        """Whether the size of the axis is left open (-1) in the arguments of a reshape."""
+        """Whether the size of the axis is left open (-1) in the arguments of a reshape, or is that
+        of another tensor."""
+        if len(call.operands) == 2:
+            dims_of = self.axes.dims
+            return dims_of(call.operands[1]) == dims_of(call.node)
         asked = next((x for x in call.node.args[1:] if isinstance(x, (list, tuple))), ())
         dims: tuple[Dim, ...] = self.axes.dims(call.node)
         return len(asked) == len(dims) and all(
@@ -198,7 +206,7 @@ def _after_sum(node: Node, operands: Sequence[Kind]) -> Kind | None:
     if Kind.PARTIAL not in operands:
         return Kind.FREE
     one = operands.count(Kind.PARTIAL) == 1 and len(operands) <= 2
-    if node.target in MOVES or (one and node.target in FACTORS | SUMS):
+    if is_move(node.target) or (one and node.target in FACTORS | SUMS):
         over = node.target in DIVISIONS and operands[0] is not Kind.PARTIAL
         return None if over else Kind.PARTIAL
     alike = node.target in ADDITIONS and set(operands) == {Kind.PARTIAL}
@@ -208,7 +216,7 @@ def _after_sum(node: Node, operands: Sequence[Kind]) -> Kind | None:
 def _keeps_zeros(call: Call, zeros: Sequence[bool]) -> bool:
     """Whether the result is zero wherever these operands are."""
     target = call.node.target
-    if target in MOVES or target in FACTORS:
+    if is_move(target) or target in FACTORS:
         return zeros[0] if target in DIVISIONS else any(zeros)
     if target in SUMS:
         return any(zeros) and len(zeros) <= 2
@@ -221,6 +229,10 @@ def _keeps_zeros(call: Call, zeros: Sequence[bool]) -> bool:
     if len(zeros) == 1 and torch.Tag.pointwise in getattr(target, "tags", ()):
         return _of_zero(call.node)
     return getattr(target, "name", str)().endswith("_backward") and zeros == [True, False]
+
+
+def is_move(target: object) -> bool:
+    return target in MOVES or (isinstance(target, OpOverload) and target.name() in SUMS_OF_OTHERS)
 
 
 def _of_zero(node: Node) -> bool:
@@ -252,7 +264,11 @@ def _trace(call: Call) -> GraphModule:
     assert mode is not None, "a captured program holds fake values"
     with mode, torch.no_grad(), function.autocast.active():
         traced: Callable[..., GraphModule] = make_fx(joint, pre_dispatch=True)
-        return traced(*values, *incoming)
+        made = traced(*values, *incoming)
+        try:  # a body may write into values of its own
+            return functionalize(made, mode, (False,) * len(values + incoming)).graph_module
+        except CaptureRefused:
+            return made
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -264,6 +280,11 @@ SUMS = frozenset({
     aten.einsum.default, aten.linear.default, aten.mv.default,
 })  # fmt: skip
 """Sums of products: zero for zeros, linear in each operand (but linear's third)."""
+
+LIKE = frozenset({
+    aten.view_as.default, aten.reshape_as.default, aten.expand_as.default, aten.type_as.default,
+})  # fmt: skip
+"""Their second operand gives a shape or a type, and no values."""
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor})
 FACTORS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
@@ -277,9 +298,12 @@ MOVES = frozenset({
     aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
     aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default,
     aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.view_as.default, aten.expand_as.default, aten.type_as.default, aten.numpy_T.default,
+    aten.view_as.default, aten.reshape_as.default, aten.expand_as.default, aten.type_as.default,
+    aten.numpy_T.default,
     aten.lift_fresh_copy.default, aten.mean.dim, aten.mean.default, aten.slice.Tensor,
     aten.select.int, aten.narrow.default, aten.chunk.default, aten.split.Tensor,
     aten.split_with_sizes.default, aten.unbind.int,
 })  # fmt: skip
 """What moves elements, changes their type or averages them: linear, and zero for zeros."""
+SUMS_OF_OTHERS = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::wait_tensor"})
+"""Sums over ranks that have the same tokens: as zero as each of them."""

@@ -13,13 +13,17 @@ __all__ = [
     "Attend",
     "Concat",
     "Draw",
+    "Flip",
     "Halo",
     "How",
     "Lookup",
+    "Normalise",
     "Pick",
+    "Reduce",
     "Reshape",
     "Reshard",
     "Roll",
+    "Scan",
     "SizeArgument",
     "Sum",
 ]
@@ -91,6 +95,34 @@ class Roll(How):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flip(How):
+    """The order of dimensions ``dims`` is reversed."""
+
+    dims: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan(How):
+    """Element i of dimension ``dim`` is what an associative operation makes of the first i."""
+
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalise(How):
+    """A softmax, or its logarithm, along dimension ``dim``."""
+
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduce(How):
+    """A reduction of dimensions ``dims`` that is that of its parts' results."""
+
+    dims: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draw(How):
     """Random numbers for the whole tensor, by the first operand's shape alone.
 
@@ -110,4 +142,4 @@ class Attend(How):
 
 @dataclass(frozen=True, kw_only=True)
 class Reshard(How):
-    """``ringfx.comm.redistribute.reshard``: from one token axis to another."""
+    """``ringfx.comm.redistribute.reshard``, ``turn``: from one token axis to another."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -18,7 +18,7 @@ from ringfx.passes.axes.call import (
     Window,
     result_values,
 )  # fmt: skip
-from ringfx.passes.axes.how import Reshape
+from ringfx.passes.axes.how import Attend, Reshape
 from ringfx.passes.axes.rules import RULES, find_rule
 from ringfx.passes.axes.space import AxisClash, AxisSpace, Dim
 
@@ -102,6 +102,8 @@ def name_axes(graph: torch.fx.Graph, rules: AxisRules = RULES) -> AxisMap:
         if rule is None:
             missing.append(node)
         operands = [values[n][0] for n in call.operands]
+        if isinstance(axes.how, Attend):
+            axes = _read_by_batch(space, operands, axes, axes.how.captured)
         bound, clash = bind(space, operands, axes)
         values[node] = results_of(space, operands, call, axes, bound)
         named = NamedOp(call=call, axes=axes, bound=bound, clash=clash)
@@ -111,6 +113,29 @@ def name_axes(graph: torch.fx.Graph, rules: AxisRules = RULES) -> AxisMap:
         space=space, values=values, ops=ops, missing=tuple(missing), windows=tuple(windows),
         rules=rules,
     )  # fmt: skip
+
+
+def _read_by_batch(
+    space: AxisSpace, operands: Sequence[tuple[Dim, ...]], axes: OpAxes, captured: Collection[int]
+) -> OpAxes:
+    """An attention's row without labels for what it reads whose rows are entries of its batch.
+
+    Pairs of residues attend along their rows with a bias that is made of the pairs: to name its
+    rows as the queries would make one axis of the rows and columns of all pairs.
+    """
+    batch = {atom for dim in operands[0][:-2] for atom in space.resolve(dim)}
+    found = [
+        None
+        if i in captured and any(batch & set(space.resolve(d)) for d in _labelled(dims, labels))
+        else labels
+        for i, (dims, labels) in enumerate(zip(operands, axes.operands, strict=True))
+    ]
+    return replace(axes, operands=tuple(found))
+
+
+def _labelled(dims: tuple[Dim, ...], labels: Labels | None) -> list[Dim]:
+    """The dimensions whose label the queries have too."""
+    return [dim for dim, names in zip(dims, labels or (), strict=False) if "s" in names]
 
 
 def fresh_dims(space: AxisSpace, node: Node) -> tuple[tuple[Dim, ...], ...]:

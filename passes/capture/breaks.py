@@ -11,7 +11,9 @@ import torch
 
 from ringfx.torch_compat.dynamo import COMPILER_MODULE, ENTRY_MODULE, GradSource, is_output
 
-__all__ = ["graph_break", "is_outermost", "reads_gradients", "uncompiled_caller"]
+__all__ = [
+    "graph_break", "is_outermost", "reads_gradients", "uncompiled_caller", "without_addresses",
+]  # fmt: skip
 
 
 def graph_break(gm: torch.fx.GraphModule) -> str | None:
@@ -29,7 +31,18 @@ def _in_one_line(reason: str) -> str:
     said = re.search(r"User-inserted graph break. Message: (?!None)(.+)", reason)
     if said:
         return said.group(1)
-    return reason.strip().splitlines()[0] if reason.strip() else "graph break"
+    return without_addresses(reason.strip().splitlines()[0]) if reason.strip() else "graph break"
+
+
+def without_addresses(text: str) -> str:
+    """What Dynamo says, with functions by their names: an address says nothing to a reader, and
+    differs from rank to rank.
+
+    >>> without_addresses("cannot call <function norm at 0x7f1c2a> of <Cache object at 0x7f>")
+    'cannot call norm of <Cache object>'
+    """
+    text = re.sub(r"<(?:bound |built-in )?(?:function|method) (\S+)[^<>]* at 0x\w+>", r"\1", text)
+    return re.sub(r" at 0x\w+", "", text)
 
 
 def reads_gradients(gm: torch.fx.GraphModule) -> bool:
@@ -75,7 +88,7 @@ def _callers() -> Iterator[FrameType]:
         if module == ENTRY_MODULE and frame.f_code.co_name == "compile_wrapper":
             yield from found
             return
-        if module == COMPILER_MODULE:
+        if module == COMPILER_MODULE or module.startswith("ringfx.compile."):
             found.clear()  # what the compiler itself calls: contextlib, the standard library
         elif module.partition(".")[0] not in ("torch", "ringfx"):
             found.append(frame)

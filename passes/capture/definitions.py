@@ -171,6 +171,18 @@ def expanded_as(x: Tensor, other: Tensor) -> Tensor:
     return x.expand(other.shape)
 
 
+def nearest(x: Tensor, output_size: list[int] | None, scale_factors: list[float] | None) -> Any:
+    """Interpolation by whole factors: every element several times."""
+    given = list(x.shape[2:])
+    sizes = output_size or [int(n * f) for n, f in zip(given, scale_factors or [], strict=True)]
+    if len(sizes) != len(given) or any(new % old for new, old in zip(sizes, given, strict=True)):
+        return NotImplemented
+    for i, (new, old) in enumerate(zip(sizes, given, strict=True)):
+        if new != old:
+            x = x.repeat_interleave(new // old, 2 + i)
+    return x
+
+
 def drawn_between(x: Tensor, low: int, high: int | None, *, generator: Any = None) -> Tensor:
     """x.random_(low, high), whose overload is named ``from``, which no code can say."""
     if high is None or generator is not None:
@@ -196,5 +208,16 @@ DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {
     aten.expand_as.default: expanded_as,
     aten.type_as.default: as_type,
     aten.to.other: as_type,
+    **dict.fromkeys(
+        (
+            aten.upsample_nearest1d.vec,
+            aten.upsample_nearest2d.vec,
+            aten.upsample_nearest3d.vec,
+            aten._upsample_nearest_exact1d.vec,
+            aten._upsample_nearest_exact2d.vec,
+            aten._upsample_nearest_exact3d.vec,
+        ),
+        nearest,
+    ),
     getattr(aten.random_, "from"): drawn_between,
 }

@@ -5,15 +5,23 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 
 from ringfx import errors
 
-__all__ = ["describe_node", "inlined_call", "module_path", "source_line", "stamp_origins"]
+__all__ = [
+    "describe_node", "inlined_call", "input_names", "module_path", "source_line", "stamp_origins",
+]  # fmt: skip
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_ROOT = re.compile(r"^L\['([^']*)'\]")
+_ROOT = re.compile(r"^[LG]\['([^']*)'\]")
+_ARGUMENT = re.compile(r"^L\['args'\]\[(\d+)\]")
+_MODULE_ARGUMENT = re.compile(rf"{_ARGUMENT.pattern}(?=\.\w+\b(?!\())")
+"""The module itself, of a forward that was wrapped in ``def wrapper(*args)``; a size of a tensor is
+a call."""
+_LEFT = re.compile(r"___stack(\d+)")
 _ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
 _DETECT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "detect")
@@ -30,9 +38,12 @@ def clean_path(text: str) -> str:
     'model.layers.0.weight'
     >>> clean_path("L['self'].__dict__['_modules']['qkv'].__dict__['_parameters']['weight']")
     'qkv.weight'
-    >>> clean_path("L['input_ids']"), clean_path("L['args'][0]")
-    ('input_ids', 'argument 0')
+    >>> clean_path("L['args'][0]._modules['model'].layers[1]"), clean_path("G['net'].layers[1]")
+    ('model.layers.1', 'net.layers.1')
+    >>> clean_path("L['input_ids']"), clean_path("L['args'][0]"), clean_path("L['___stack0']")
+    ('input_ids', 'argument 0', 'value 0 before the graph break')
     """
+    text = _MODULE_ARGUMENT.sub("", text)
     root = _ROOT.match(text)
     rest = text[root.end() :] if root else text
     rest = _ENTRY.sub(lambda m: f".{m.group(1)}", rest)
@@ -40,11 +51,37 @@ def clean_path(text: str) -> str:
         rest = rest.replace(held, "")
     rest = rest.strip(".").removeprefix("_orig_mod.")
     name = root.group(1) if root else ""
+    if left := _LEFT.fullmatch(name):
+        return f"value {left.group(1)} before the graph break{rest and f', {rest}'}"
     if name in ("self", "kwargs", "fn", ""):
         return rest
     if name == "args":
         return f"argument {rest}"
     return f"{name}.{rest}".strip(".")
+
+
+def input_names(sources: Sequence[str], parameters: Sequence[str]) -> tuple[str, ...]:
+    """What a user calls a program's inputs, of which Dynamo says where it found them.
+
+    ``parameters``: the names of what forward is given by position, where that is known. A forward
+    that stands behind ``*args``, which may hold the module itself first, is seen without them.
+
+    >>> input_names(["L['args'][0].layers[1]", "L['args'][1]", "L['args'][2]"], ["x"])
+    ('layers.1', 'x', 'argument 1')
+    >>> input_names(["L['args'][0].size()[1]", "L['args'][0]"], ["x"])
+    ('x.size().1', 'x')
+    """
+    first = int(any(_MODULE_ARGUMENT.match(text) for text in sources))
+
+    def named(text: str) -> str:
+        found = None if _MODULE_ARGUMENT.match(text) else _ARGUMENT.match(text)
+        if found is None:
+            return clean_path(text)
+        number = int(found[1]) - first
+        name = parameters[number] if number < len(parameters) else f"argument {number}"
+        return f"{name}.{clean_path(text[found.end() :])}".strip(".")
+
+    return tuple(map(named, sources))
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -154,11 +154,11 @@ def _zeroed(f: Program, node: Node) -> Node:
 
 
 def _chosen(f: Program, node: Node) -> Node | None:
-    """x[mask] = number, as a choice between two values of one shape."""
+    """x[mask] = value, alike for all that the mask picks, as a choice between two values."""
     base, indices, value, *accumulate = node.args
     places = [i for i in indices if i is not None]  # type: ignore[union-attr]
     given = value.meta["val"]  # type: ignore[union-attr]
-    if any(accumulate) or node.kwargs or len(places) != 1 or given.numel() != 1:
+    if any(accumulate) or node.kwargs or len(places) != 1:
         return None
     mask = places[0]
     assert isinstance(mask, Node)
@@ -167,13 +167,23 @@ def _chosen(f: Program, node: Node) -> Node | None:
     rank, before = base.meta["val"].dim(), list(indices).index(mask)  # type: ignore[union-attr, arg-type]
     shape = mask.meta["val"].shape
     after = rank - before - len(shape)
+    sizes = list(given.shape[1:] if given.shape[:-after] == (1,) else given.shape)
+    if given.numel() == 1:
+        sizes = []
+    elif len(sizes) > after:  # a value for each that it picks
+        return None
     here = f.current(mask)
     if before or after:
         here = f.emit(aten.reshape.default, here, [1] * before + list(shape) + [1] * after)
-    number = f.current(value)
-    if given.dim():
-        number = f.emit(aten.reshape.default, number, [])
-    return f.emit(aten.where.self, here, number, f.current(base))
+    new = f.current(value)
+    if sizes != list(given.shape):
+        new = f.emit(aten.reshape.default, new, sizes)
+    return f.emit(aten.where.self, here, new, f.current(base))
+
+
+def _dropped(op: OpOverload) -> Callable[[Program, Node], Node]:
+    """Functional dropouts call ``input`` what those in place call ``self``."""
+    return lambda f, node: f.emit(op, f.current(node.args[0]), *node.args[1:], **node.kwargs)
 
 
 CLEARER: Mapping[object, Callable[[Program, Node], Node | None]] = {
@@ -182,5 +192,9 @@ CLEARER: Mapping[object, Callable[[Program, Node], Node | None]] = {
     aten.fill_.Tensor: _filled,
     aten.zero_.default: _zeroed,
     aten.index_put_.default: _chosen,
+    aten.dropout_.default: _dropped(aten.dropout.default),
+    aten.feature_dropout_.default: _dropped(aten.feature_dropout.default),
+    aten.alpha_dropout_.default: _dropped(aten.alpha_dropout.default),
+    aten.feature_alpha_dropout_.default: _dropped(aten.feature_alpha_dropout.default),
 }
 """Call -> its new value, or None where the functional overload will do."""

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    track_tensor_tree,
-)
 
 from ringfx.passes.capture.aliases import storage_of
 from ringfx.passes.capture.precision import Autocast, AutocastInterpreter
+from ringfx.passes.capture.recorded import as_one_call
 from ringfx.passes.capture.regions import trace_below_autograd
 from ringfx.torch_compat.operators import OpOverload, schema_of
-from ringfx.torch_compat.pytree import tree_map
 
 __all__ = ["OwnBackward", "writes_operands"]
 
@@ -60,17 +55,9 @@ class OwnBackward:
         return self.__name__  # plans name calls so, and ranks compare plans
 
     def __call__(self, *operands: Any) -> Any:
-        mode = get_proxy_mode()
-        if mode is None or not getattr(mode, "pre_dispatch", False):
-            return self._call(operands)
-        tracer = cast(Any, mode.tracer)
-        proxies = tree_map(tracer.unwrap_proxy, operands)
-        proxy = tracer.create_proxy("call_function", self, proxies, {}, name="own_backward")
-        with disable_proxy_modes_tracing():
-            results = self._call(operands)
-        return track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+        return as_one_call(self, self._call, operands, "own_backward")
 
-    def _call(self, operands: Sequence[Any]) -> Any:
+    def _call(self, *operands: Any) -> Any:
         with self.autocast.active():
             return _apply(self.forward, self.backward, *operands, **self.options)
 

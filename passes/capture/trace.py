@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +11,19 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringfx.errors import CaptureRefused
 from ringfx.ir.values import Captured
 from ringfx.passes.capture import constructs
 from ringfx.passes.capture.breaks import graph_break, uncompiled_caller
 from ringfx.passes.capture.definitions import DEFINITIONS
 from ringfx.passes.capture.flex import drop_block_masks
 from ringfx.passes.capture.functional import functionalize, mutates
+from ringfx.passes.capture.gradient_hooks import move_hooks
 from ringfx.passes.capture.gradients import stamp_gradients
 from ringfx.passes.capture.losses import LOSS_DECOMPOSITIONS
 from ringfx.passes.capture.numbers import specialize_floats
-from ringfx.passes.capture.origin import clean_path, stamp_origins
+from ringfx.passes.capture.origin import input_names, stamp_origins
+from ringfx.passes.capture.placed import PlacedCalls, holds_dtensors, plain_results
 from ringfx.passes.capture.precision import (
     Autocast,
     autocast_off,
@@ -36,7 +41,7 @@ from ringfx.torch_compat.fake_tensors import (
     forget_dynamic_marks,
 )
 
-__all__ = ["capture", "input_name", "keep_value"]
+__all__ = ["capture", "keep_value", "name_arguments", "named_inputs"]
 
 
 def capture(
@@ -44,6 +49,7 @@ def capture(
     example_inputs: Sequence[Any],
     *,
     known: Callable[[object], object | None],
+    on_placed: PlacedCalls | None = None,
 ) -> Captured:
     """Trace Dynamo's graph into ATen operators on global shapes.
 
@@ -55,15 +61,25 @@ def capture(
         One value for each placeholder, real or fake.
     known
         Whether later passes have a rule for an operator; others are decomposed where torch can.
+    on_placed
+        What calls on DTensors are on this rank's parts, which ``example_inputs`` hold; without it
+        they are refused.
 
     Raises
     ------
     CaptureRefused
         For a construct that cannot be carried with its meaning and gradient kept.
     """
+    if not holds_dtensors(gm):
+        on_placed = None
+    elif on_placed is None:
+        raise CaptureRefused(
+            "the program holds DTensors, which are not looked at here. Do: leave "
+            "parallelize_module (or tp_plan) out."
+        )
     autocast, autocasts = Autocast.now(), enters_autocast(gm)
     with autocast_off():
-        return _capture(gm, example_inputs, known, autocast if autocasts else None)
+        return _capture(gm, example_inputs, known, autocast if autocasts else None, on_placed)
 
 
 def _capture(
@@ -71,11 +87,13 @@ def _capture(
     example_inputs: Sequence[Any],
     known: Callable[[object], object | None],
     autocast: Autocast | None,
+    on_placed: PlacedCalls | None,
 ) -> Captured:
     specialize_floats(gm)
     constructs.refuse_unsupported(gm)
     fold_regions(gm)
     drop_block_masks(gm)
+    move_hooks(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     mode = _fake_mode(example_inputs)
     forget_dynamic_marks(mode)
@@ -83,11 +101,11 @@ def _capture(
     table = LOSS_DECOMPOSITIONS | DEFINITIONS
     with mode, fx_traceback.preserve_node_meta(), (autocast or Autocast.now()).active():
         traced = make_fx(
-            lambda *args: constructs.Inliner(gm).run(*args),
+            lambda *args: plain_results(constructs.Inliner(gm, on_placed=on_placed).run(*args)),
             pre_dispatch=True,
             decomposition_table=table if autocast is None else decompositions_with_casts(table),
         )(*fakes)
-    names = tuple(input_name(n) for n in placeholders)
+    names = named_inputs(gm)
     needs_grad = tuple(_requires_grad(v) for v in example_inputs)
     written = functionalize(traced, mode, needs_grad)
     traced = decompose_unknown(written.graph_module, mode, fakes, known)
@@ -117,6 +135,11 @@ def _capture(
             if _is_held(node)
             and not isinstance(given, torch.nn.Parameter)
             and isinstance(_with_values(given), FakeTensor)
+        ),
+        held=frozenset(
+            i
+            for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if isinstance(given, torch.nn.Parameter) or _is_held(node)
         ),
         graph_break=graph_break(gm),
         uncompiled_caller=uncompiled_caller(),
@@ -177,10 +200,24 @@ def _is_held(node: torch.fx.Node) -> bool:
     return source is not None and bool(source.guard_source.is_unspecialized_nn_module())
 
 
-def input_name(node: torch.fx.Node) -> str:
+def name_arguments(gm: torch.fx.GraphModule, forward: Callable[..., Any]) -> None:
+    """What forward is given by position has the names of its parameters in messages."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    with contextlib.suppress(TypeError, ValueError):  # a callable that does not say
+        parameters = inspect.signature(forward).parameters.values()
+        gm.meta["ringfx_arguments"] = [p.name for p in parameters if p.kind in by_position]
+
+
+def named_inputs(gm: torch.fx.GraphModule) -> tuple[str, ...]:
+    """A name for each placeholder that a user would recognise."""
+    sources = [_source_text(n) for n in gm.graph.find_nodes(op="placeholder")]
+    return input_names(sources, gm.meta.get("ringfx_arguments", ()))
+
+
+def _source_text(node: torch.fx.Node) -> str:
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:
         return str(node.name)
     name = source.name
-    return clean_path(name() if callable(name) else name)
+    return str(name() if callable(name) else name)

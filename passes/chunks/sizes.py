@@ -32,7 +32,7 @@ def all_sized(
     return tuple(x for x in made if x is not None)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sized:
     """A region and the length of its chunks."""
 

@@ -12,6 +12,7 @@ from ringfx.ir.tiles import Expr
 from ringfx.ir.values import Declined
 from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.space import Dim
+from ringfx.passes.detect.drops import Drop
 from ringfx.passes.detect.names import Factor
 from ringfx.passes.detect.products import Product
 
@@ -47,6 +48,8 @@ class Region:
     """Of each product; that of the last which is no weights is ``v``."""
     side: int
     """Which factor of the last product the weights are."""
+    drops: tuple[Drop, ...]
+    """Where weights become 0 at random."""
     joined: frozenset[int]
     """The axes of keys with a column of logits beside them."""
 
@@ -83,6 +86,8 @@ class Candidate:
     otherwise: Callable[[], Sequence[Candidate]] = field(default=tuple, repr=False)
     """Other readings, for where this one has no canonical form: one of its products the scores, the
     others biases that are made before."""
+    in_windows: bool = False
+    """Whether its batch was cut from the tokens, so that each window of them attends alone."""
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         """[batch, heads, tokens, head dim] of an operand."""

@@ -21,6 +21,7 @@ from ringfx.ir.values import Captured, Declined, Sites
 from ringfx.ops.operator import attention
 from ringfx.passes.detect.candidate import decline
 from ringfx.torch_compat.operators import HigherOrderOperator, OpOverload, schema_of
+from ringfx.units.argument import Argument
 
 __all__ = ["LooksLike", "find_attention_like", "missed", "refuse_missed"]
 
@@ -74,7 +75,8 @@ def refuse_missed(overlooked: Sequence[Declined]) -> None:
         f"{len(overlooked)} of the program's attentions were not recognised and would be "
         "replicated on every rank:\n"
         f"{places}\n"
-        "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
+        "Do: call torch.nn.functional.scaled_dot_product_attention there, or leave "
+        f"{Argument('strict')} out; "
         "`ringfx explain` lists every attention that was found and every rejected one."
     )
 

@@ -87,7 +87,7 @@ def _candidate(
 ) -> Candidate:
     named, inside = _named(program, found, behind, ahead)
     check_users(named, ahead.result)
-    check_gradients(named)
+    check_gradients(named, {n for drop in ahead.drops for n in drop.drawn})
     pairs = [_pair(named, p) for p in named.products]
     if all(p.k.source in program.learned for p in pairs):
         raise Refused("its keys are parameters: a memory that each query reads alone")
@@ -111,6 +111,7 @@ def _candidate(
         fully_masked="zero" if ahead.zeroed else found.masked,
         dropout=ahead.dropout,
         region=_region(named, ahead),
+        in_windows=roles.in_windows,
     )
 
 
@@ -210,6 +211,7 @@ def _region(named: Named, ahead: ValueProduct) -> Region:
             (settled(named.factors[p.node][0]), settled(named.factors[p.node][1])) for p in products
         ),
         side=ahead.side,
+        drops=ahead.drops,
         joined=frozenset(
             a for join in named.joins.values() for a in named.names.space.resolve(join.joined)
         ),

@@ -31,13 +31,16 @@ def scaled_dot_product(node: Node, program: Program) -> Candidate | NearMiss:
     q, k = call.shape("query"), call.shape("key")
     if not is_plain(q, k, call.shape("value")):
         return NearMiss(f"its operands {tuple(q)}, {tuple(k)} have heads that do not divide")
+    if call["dropout_p"] >= 1:
+        return NearMiss("its dropout drops all of its weights")
     names = Names(program.axes)
     factors = tuple(names.factor(call[n]) for n in ("query", "key", "value"))
     try:
         roles = _roles(names, factors)
         mask = call["attn_mask"]
         scale: Any = call["scale"]
-        scores = _scores(roles, call, float(scale) if scale is not None else 1 / math.sqrt(q[-1]))
+        default = 1 / math.sqrt(q[-1] or 1)  # without head dims every score is 0
+        scores = _scores(roles, call, default if scale is None else float(scale))
     except (AxisClash, Refused) as refused:
         return NearMiss(str(refused))
     q_source, k_source, v_source = ((f, names.resolved(f.dims[f.source])) for f in factors)

@@ -12,6 +12,7 @@ from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
 from ringfx.passes.detect.inline_kernel_calls import inline_kernel_calls
+from ringfx.passes.detect.logsumexps import part_logsumexps
 from ringfx.passes.detect.pairs import contract_in_pairs
 from ringfx.passes.detect.program import Program
 from ringfx.passes.detect.softmax import merge_exponentials
@@ -32,6 +33,7 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
     contract_in_pairs(graph)
     distribute(graph)
     refused = inline_kernel_calls(graph, other_form)
+    part_logsumexps(graph, _parameters(captured))
     program = Program(graph, _parameters(captured), rules)
     candidates: list[Candidate] = []
     declined = [decline(node, reason) for node, reason in refused.items()]
@@ -41,12 +43,25 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
             declined.append(decline(node, answer.reason))
         elif answer is not None:
             candidates.append(answer)
+    if written or not all(candidate.in_windows for candidate in candidates):
+        declined += [decline(c.node, WINDOWS) for c in candidates if c.in_windows]
+        candidates = [c for c in candidates if not c.in_windows]
     return Detected(candidates=tuple(candidates), declined=tuple(declined), written=written)
+
+
+WINDOWS = "its batch is cut from the tokens (windows): each window attends alone"
+"""Beside other attention, such calls are split as they stand, along with its tokens."""
 
 
 def _ask(node: Node, program: Program) -> Candidate | NearMiss | None:
     read = ENTRY_POINTS.get(node.target)
-    return read(node, program) if read is not None else find_eager(node, program)
+    answer = read(node, program) if read is not None else find_eager(node, program)
+    if isinstance(answer, Candidate) and 0 in answer.shape(answer.q[0])[:-2]:
+        return NearMiss(EMPTY)
+    return answer
+
+
+EMPTY = "it has no heads, and computes nothing"
 
 
 def _parameters(captured: Captured) -> frozenset[Node]:

@@ -26,7 +26,7 @@ def is_plain(q: torch.Size, k: torch.Size, v: torch.Size) -> bool:
         return False
     if q[0] < max(k[0], v[0]):
         return False
-    return len(q) == 3 or (k[1] == v[1] and q[1] % k[1] == 0)
+    return len(q) == 3 or (k[1] == v[1] and (q[1] == k[1] or (k[1] > 0 and q[1] % k[1] == 0)))
 
 
 def folded(
@@ -48,7 +48,7 @@ def folded(
     if not enable_gqa and (heads[1] != heads[2] or heads[1] not in (1, heads[0])):
         heads = [max(heads)] * 3
     q, k, v = (
-        x.expand(*lead, n, *x.shape[-2:]).reshape(-1, n, *x.shape[-2:])
+        x.expand(*lead, n, *x.shape[-2:]).reshape(lead.numel(), n, *x.shape[-2:])
         for x, n in zip((q, k, v), heads, strict=True)
     )
     mask = None if attn_mask is None else _folded_mask(attn_mask, lead)
@@ -65,7 +65,7 @@ def _folded_mask(mask: Tensor, lead: torch.Size) -> Tensor:
     mask = mask[(None,) * (rank - mask.dim())]
     if mask.shape[: len(lead)].numel() == 1:
         return mask.reshape(1, *mask.shape[-3:])
-    return mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).reshape(lead.numel(), *mask.shape[-3:])
 
 
 def flash(

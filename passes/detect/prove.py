@@ -1,16 +1,17 @@
 """Each match proved: the calls as they stand against the canonical form, on small random values.
 
-Every axis gets a size of its own, all different, so that no coincidence of sizes hides a swap. The
-region runs in float64; its masks are evaluated from the expressions that the canonical form was
-read from, over noise for the tensors that these capture. Any difference refuses the match.
+Every axis gets a size of its own (``trial_sizes.py``). The region runs in float64; its masks are
+evaluated from the expressions that the canonical form was read from, over noise for the tensors
+that these capture. Where the region drops weights at random, both forms drop the same ones, of
+their own. Any difference refuses the match.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.detect.candidate import Candidate, Operand, Region
 from ringfx.passes.detect.names import BROADCASTS, VIEWS, Factor
 from ringfx.passes.detect.products import Product
+from ringfx.passes.detect.trial_sizes import Resized, small_sizes
 from ringfx.torch_compat.dispatch import disable_current_modes
 from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 
@@ -32,7 +34,6 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 TOLERANCE = 1e-6
 """Casts inside a mask's expression round to float32."""
-SIZES = (2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
 PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
     aten.t.default, aten.mT.default, aten.numpy_T.default, aten.movedim.int, aten.movedim.intlist,
@@ -47,8 +48,9 @@ class Claim:
     """The arguments of the canonical operator, to be proved."""
 
     products: Mapping[int, float]
-    factors: tuple[Expr, ...]
+    factors: Mapping[int, tuple[Expr, ...]]
     cap: float | None
+    score_map: Expr | None
     bias: Expr | None
     keep: Expr | None
     slope: Expr | None
@@ -60,8 +62,8 @@ class Claim:
     """Whether these are masks of 0 and 1, by which something huge is multiplied."""
     entering: Mapping[Node, Expr]
     """The values that the scores read, lifted; by the same captured tensors as bias and keep."""
-    factor_operands: tuple[tuple[bool, Operand], ...]
-    """For each factor whether keys are multiplied with it, and how it is arranged."""
+    factor_operands: Mapping[int, tuple[tuple[bool, Operand], ...]]
+    """For each factor of a product whether keys are multiplied with it, and how it is arranged."""
 
 
 def difference(candidate: Candidate, claim: Claim) -> float:
@@ -88,13 +90,19 @@ class _Trial:
     def __init__(self, candidate: Candidate, region: Region, claim: Claim) -> None:
         self.candidate, self.region, self.claim = candidate, region, claim
         self._generator = torch.Generator().manual_seed(0)
-        self._sizes = _small_sizes(candidate, region)
+        self._sizes = small_sizes(candidate, region)
+        self._resized = Resized(candidate, self._sizes)
         self._sources = [
             tuple(self._random(f.dims[f.source]) for f in pair) for pair in region.factors
         ]
         self._index = self._tile()
-        noise = [_Noise(i, dtype, claim.binary) for i, dtype in enumerate(claim.captured)]
-        self._read: Callable[[Expr], Tensor] = lambda e: evaluate(e, self._index, noise)  # type: ignore[arg-type]
+        self._noise: Any = [
+            _Noise(i, dtype, claim.binary) for i, dtype in enumerate(claim.captured)
+        ]
+        self._kept = self._drawn()
+
+    def _read(self, expr: Expr, index: TileIndex | None = None) -> Tensor:
+        return evaluate(self._resized(expr), index or self._index, self._noise)
 
     def size(self, atom: int) -> int:
         return self._sizes[atom]
@@ -108,7 +116,7 @@ class _Trial:
         for i, scale in claim.products.items():
             q, k = (self._operand(o[i], i) for o in (candidate.q, candidate.k))
             for factor, (of_keys, operand) in zip(
-                claim.factors, claim.factor_operands, strict=True
+                claim.factors.get(i, ()), claim.factor_operands.get(i, ()), strict=True
             ):
                 value = self._arranged(self._entered(operand.value), operand.arrangement)
                 value = value.reciprocal() if factor[0] == "reciprocal" else value
@@ -117,6 +125,8 @@ class _Trial:
             total = part if total is None else total + part
         assert total is not None, "there is a product"
         scores = total if claim.cap is None else claim.cap * torch.tanh(total / claim.cap)
+        if claim.score_map is not None:
+            scores = self._read(claim.score_map, replace(self._index, score=scores))
         if claim.slope is not None:
             scores = scores.masked_fill(self._read(claim.slope) == 0, 0.0)
         if claim.bias is not None:
@@ -125,16 +135,22 @@ class _Trial:
         if claim.keep is not None:
             keep = self._read(claim.keep).bool()
         v = self._operand(candidate.v, -1)
-        out = _weights(scores, keep.expand(scores.shape), self._sinks(scores), claim) @ _grouped(
-            v, scores
-        )
-        return self._arranged(out, candidate.result)
+        weights = _weights(scores, keep.expand(scores.shape), self._sinks(scores), claim)
+        if self._kept is not None:
+            weights = weights * self._kept
+        return self._arranged(weights @ _grouped(v, scores), candidate.result)
 
     def as_written(self) -> Tensor:
         env: dict[Node, Any] = {}
         products = {p.call: (p, i) for i, p in enumerate(self.region.products)}
+        drops = {drop.result: drop for drop in self.region.drops}
+        drawn = {n for drop in self.region.drops for n in drop.calls} - set(drops)
         for node in self.region.nodes:
-            if node in products:
+            if node in drawn:
+                continue
+            if node in drops:
+                env[node] = self._dropped(env[drops[node].weights], self.region.dims[node][0])
+            elif node in products:
                 product, i = products[node]
                 env[node] = self._product(product, i, env)
             else:
@@ -169,8 +185,6 @@ class _Trial:
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
         operands = [self._value(n, env) for n in Call(node).operands]
         shape = self.shape(dims[0])
-        if node.target is aten.dropout.default:
-            return operands[0]
         if node.target is aten.slice.Tensor:
             return self._cropped(node, operands[0], shape)
         if node.target in BROADCASTS:
@@ -178,6 +192,31 @@ class _Trial:
         if node.target in VIEWS - PERMUTES:
             return operands[0].reshape(shape)
         return _called(node, operands)
+
+    def _drawn(self) -> Tensor | None:
+        """Which weights are kept, [batch, heads, queries, keys]; the mean of none is changed."""
+        region = self.region
+        if not any(drop.keeps < 1 for drop in region.drops):
+            return None
+        if any(self.region.joined & {a for dim in region.dims[drop.result][0] for a in dim}
+               for drop in region.drops):  # fmt: skip
+            return None  # a column beside the keys is there: it is cut off later
+        shape = self.shape(self._tile_dims())
+        return (torch.rand(shape, generator=self._generator) > 0.3).double()
+
+    def _dropped(self, weights: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+        """The weights after a step that drops some: those that the canonical form drops."""
+        if self._kept is None:
+            return weights
+        atoms = [a for dim in self._tile_dims() for a in dim]
+        kept = self._kept.reshape([self.size(a) for a in atoms])
+        given = tuple((a,) for a in atoms)
+        return weights * self._arranged(kept, Arrangement(given=given, wanted=dims))
+
+    def _tile_dims(self) -> tuple[Dim, ...]:
+        """Batch, heads, queries and keys."""
+        keys = self.candidate.k[0].arrangement.wanted[2]
+        return (*self.candidate.q[0].arrangement.wanted[:3], keys)
 
     def _cropped(self, node: Node, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         at = Call(node).dim("dim", value.dim())
@@ -193,9 +232,7 @@ class _Trial:
     def _entered(self, node: Node) -> Tensor:
         """A mask or bias as the calls take it, from its expression."""
         dims = self.candidate.entering[node]
-        wanted = self.candidate.q[0].arrangement.wanted[:3]
-        keys = self.candidate.k[0].arrangement.wanted[2]
-        tile = (*wanted, keys)
+        tile = self._tile_dims()
         value = self._read(self.claim.entering[node])
         value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))
         value = value.expand(self.shape(tile)).reshape([self.size(a) for d in tile for a in d])
@@ -236,9 +273,7 @@ class _Trial:
         return torch.randn(self.shape(dims), generator=self._generator, dtype=torch.float64)
 
     def _tile(self) -> TileIndex:
-        batch, heads, queries = self.shape(self.candidate.q[0].arrangement.wanted[:3])
-        (keys,) = self.shape(self.candidate.k[0].arrangement.wanted[2:3])
-        return TileIndex(*(torch.arange(n) for n in (batch, heads, queries, keys)))
+        return TileIndex(*map(torch.arange, self.shape(self._tile_dims())))
 
 
 class _Noise:
@@ -304,20 +339,6 @@ def _repeated(node: Node, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.expand(shape)
 
 
-def _small_sizes(candidate: Candidate, region: Region) -> dict[int, int]:
-    q, k = candidate.q[0].arrangement.wanted, candidate.k[0].arrangement.wanted
-    order = [*q[0], *q[1], *q[2], *k[2], *q[3], *candidate.v.arrangement.wanted[3]]
-    every = [
-        *(d for values in region.dims.values() for dims in values for d in dims),
-        *(d for pair in region.factors for f in pair for dims in f.dims.values() for d in dims),
-        *(d for dims in candidate.entering.values() for d in dims),
-    ]
-    atoms = list(dict.fromkeys([*order, *(a for dim in every for a in dim)]))
-    sizes = {a: SIZES[i % len(SIZES)] for i, a in enumerate(atoms)}
-    (keys,) = (math.prod(sizes[a] for a in k[2]),)
-    return sizes | dict.fromkeys(region.joined, keys + 1)
-
-
 def structure(candidate: Candidate, claim: Claim) -> Hashable:
     """Equal for layers of the same structure: one proof serves them all."""
     region = candidate.region
@@ -347,7 +368,8 @@ def structure(candidate: Candidate, claim: Claim) -> Hashable:
     operands = (*candidate.q, *candidate.k, candidate.v)
     arranged = tuple((named(o.arrangement.given), named(o.arrangement.wanted)) for o in operands)
     claimed = (
-        tuple(claim.products.items()), claim.factors, claim.cap, claim.bias, claim.keep,
+        tuple(claim.products.items()), tuple(claim.factors.items()), claim.cap, claim.score_map,
+        claim.bias, claim.keep,
         claim.slope, claim.sinks, claim.fully_masked, tuple(claim.entering.values()),
     )  # fmt: skip
     return repr((calls, chains, arranged, named(candidate.result.wanted), claimed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,10 +228,13 @@ def _sums_to_one(node: Node, named: Named) -> bool:
 _WEIGHTS = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.div.Tensor)
 
 
-def check_gradients(named: Named) -> None:
-    """No call on the way cuts the gradient that its operands ask for, but for row maxima."""
+def check_gradients(named: Named, drawn: Collection[Node] = ()) -> None:
+    """No call on the way cuts the gradient that its operands ask for, but for row maxima and what
+    only draws random numbers."""
     inside = set(named.nodes)
     for node in named.nodes:
+        if node in drawn:
+            continue
         if not isinstance(node.meta.get("val"), torch.Tensor) or not _differentiable(node):
             continue
         if node.target in SHIFTS or node.target is aten.detach.default:

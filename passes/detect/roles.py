@@ -52,6 +52,8 @@ class Roles:
     sizes: Mapping[int, int]
     spelled: Dim = ()
     """The heads in the order of an entry point's own operands."""
+    in_windows: bool = False
+    """Whether its batch was cut from the tokens, so that each window of them attends alone."""
 
     def q(self, factor: Factor, dims: Sequence[Dim], i: int) -> Operand:
         wanted = (self.batch, self.heads, self.queries, self.contracted[i])
@@ -145,7 +147,7 @@ def assign(
     only_q = [a for a in every if a not in shared and any(a in axes for axes in q_axes)]
     origins = names.origins()
     learned = program.parameter_axes
-    queries = _queries(only_q, keys, origins, learned)
+    queries = _queries(only_q, keys, origins, learned, scores)
     if not queries:
         raise Refused("its queries have no token axis: one query pools all keys")
     kv_batch = tuple(a for a in every if a in shared and a not in keys)
@@ -156,7 +158,6 @@ def assign(
     groups = tuple(a for a in every if a not in (*kv_batch, *keys, *queries))
     contracted = tuple(_contracted(q, k, every) for q, k in zip(q_axes, k_axes, strict=True))
     free = tuple(a for a in kv_batch if not origins.get(a, set()) & learned)
-    _refuse_windows(program, origins, free, queries + keys)
     used = {*every, *v_axes, *(a for dim in contracted for a in dim)}
     return Roles(
         batch=batch,
@@ -167,6 +168,7 @@ def assign(
         contracted=contracted,
         values=tuple(a for a in v_axes if a not in every),
         sizes={a: names.space.size((a,)) for a in used},
+        in_windows=_in_windows(program, origins, free, queries + keys),
     )
 
 
@@ -175,16 +177,21 @@ def _flat(dims: Iterable[Dim]) -> Dim:
 
 
 def _queries(
-    only_q: Sequence[int], keys: Dim, origins: Mapping[int, set[int]], learned: frozenset[int]
-) -> Dim:
+    only_q: Sequence[int], keys: Dim, origins: Mapping[int, set[int]], learned: frozenset[int],
+    scores: Sequence[Dim],
+) -> Dim:  # fmt: skip
     """Of the axes that only q has, the tokens; the others are heads that share k and v.
 
-    In self-attention the tokens are the axis that the keys' tokens are to the whole program; else
-    whatever is no dimension of a parameter, as heads are; else the innermost.
+    In self-attention the tokens are the axis that the keys' tokens are to the whole program, and
+    what is one dimension with it: of landmarks, each the mean of a segment, the queries are all
+    tokens of the segments. Else whatever is no dimension of a parameter, as heads are; else the
+    innermost.
     """
     of_keys = {o for a in keys for o in origins.get(a, ())}
     same = [a for a in only_q if origins.get(a, set()) & of_keys]
     free = [a for a in only_q if not origins.get(a, set()) & learned]
+    beside = {a for dim in scores if not set(same).isdisjoint(dim) for a in dim}
+    same = [a for a in only_q if a in same or (a in free and a in beside)]
     return tuple(same or free or only_q[-1:])
 
 
@@ -195,10 +202,8 @@ def _contracted(q: Dim, k: Dim, every: Dim) -> Dim:
     return rest
 
 
-def _refuse_windows(
-    program: Program, origins: Mapping[int, set[int]], batch: Dim, tokens: Dim
-) -> None:
-    """Windows folded into the batch are cut from the axis that the tokens are cut from.
+def _in_windows(program: Program, origins: Mapping[int, set[int]], batch: Dim, tokens: Dim) -> bool:
+    """Whether the batch holds windows: it is cut from the axis that the tokens are cut from.
 
     A dimension of the user's own inputs is no such window, even where it is flattened together
     with the tokens in between.
@@ -209,5 +214,4 @@ def _refuse_windows(
         own = {o for a in axes for o in origins.get(a, ())}
         return {x for o in own - program.input_axes for x in cut_from.get(o, ())}
 
-    if ancestors(batch) & ancestors(tokens):
-        raise Refused("its batch is cut from the tokens (windows): each window attends alone")
+    return bool(ancestors(batch) & ancestors(tokens))

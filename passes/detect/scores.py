@@ -163,7 +163,7 @@ def nan_to_num(lifter: Lifter, call: Call, index: Index) -> Expr | None:
 def clamp(lifter: Lifter, call: Call, index: Index) -> Expr | None:
     """At its bounds it has a gradient of its own, which ``clamp_tie`` knows."""
     found = lifter.aligned(call["self"], index)
-    for name, head in (("min", "clamp"), ("max", "min")):
+    for name, head in (("min", "clamp_min"), ("max", "clamp_max")):
         if call.get(name) is not None:
             found = simplify(head, found, lifter.aligned(call[name], index))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.rules import find_rule
 from ringfx.passes.axes.rules.pointwise import elementwise
 from ringfx.passes.detect.candidate import NearMiss
+from ringfx.passes.detect.drops import Drop, dropped, scaled
 from ringfx.passes.detect.names import BROADCASTS, VIEWS
 from ringfx.passes.detect.products import Product, as_product
 from ringfx.passes.detect.softmax import CASTS, Softmax
@@ -161,6 +163,8 @@ class ValueProduct:
     after: tuple[Node, ...] = ()
     """Calls after the product: the division by the sum of a row, and views before it."""
     dropout: float = 0.0
+    drops: tuple[Drop, ...] = ()
+    """Where weights become 0 at random."""
     zeroed: bool = False
     """NaN became 0 on the way."""
 
@@ -173,7 +177,8 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
     """The product of the weights with the values; None where there is no product at all."""
     nodes: list[Node] = []
     current = softmax.weights
-    dropout, zeroed = 0.0, False
+    drops: list[Drop] = []
+    zeroed = False
     while True:
         users = [u for u in current.users if u not in softmax.inner]
         filled = _nan_filled(current, users)
@@ -181,15 +186,21 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
             nodes += filled
             current, zeroed = filled[-1], True
             continue
+        drop = dropped(current, users) or (scaled(current, users) if drops else None)
+        if isinstance(drop, str):
+            return NearMiss(drop)
+        if drop is not None:
+            nodes += drop.calls
+            drops.append(drop)
+            current = drop.result
+            continue
         if len(users) != 1:
             return _used_again(current, users)
         (user,) = users
         product = _product_of(user, current)
         if product is not None:
             break
-        if user.target is aten.dropout.default:
-            dropout = float(Call(user)["p"]) if Call(user)["train"] else 0.0
-        elif user.target is aten.nan_to_num.default and Call(user)["nan"] in (None, 0):
+        if user.target is aten.nan_to_num.default and Call(user)["nan"] in (None, 0):
             zeroed = True
         elif user.target not in VIEWS | BROADCASTS | CASTS | {aten.slice.Tensor}:
             return _stopped(user)
@@ -201,10 +212,26 @@ def walk_to_value_product(softmax: Softmax) -> ValueProduct | NearMiss | None:
     after = _divided(product.node, softmax)
     if isinstance(after, NearMiss):
         return after
+    dropout = _dropout(drops)
+    if isinstance(dropout, NearMiss):
+        return dropout
     return ValueProduct(
         nodes=tuple(nodes), product=product, side=sides[0], after=after, dropout=dropout,
-        zeroed=zeroed,
+        drops=tuple(drops), zeroed=zeroed,
     )  # fmt: skip
+
+
+def _dropout(drops: Sequence[Drop]) -> float | NearMiss:
+    """The share of weights that are dropped in all: several draws are as one."""
+    keeps, factor = (math.prod(x) for x in ((d.keeps for d in drops), (d.factor for d in drops)))
+    if keeps == 0:
+        return NearMiss("its dropout drops all of its weights")
+    if not math.isclose(keeps * factor, 1.0, rel_tol=1e-6):
+        return NearMiss(
+            f"its weights are kept with a chance of {keeps:g} and multiplied by {factor:g}: their "
+            "mean is not what it was, as that of a dropout is"
+        )
+    return 1 - keeps
 
 
 def _nan_filled(value: Node, users: Sequence[Node]) -> list[Node]:

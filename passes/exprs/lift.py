@@ -15,7 +15,17 @@ import torch
 from torch.fx import Node
 
 from ringfx.ir import tiles
-from ringfx.ir.tiles import Box, Expr, const, depth, inputs_used, map_children, walk
+from ringfx.ir.tiles import (
+    TILE_OPS,
+    Box,
+    Expr,
+    const,
+    depth,
+    inputs_used,
+    map_children,
+    walk,
+)
+from ringfx.ir.tiles.operators import UNTRAINED
 from ringfx.passes.axes.call import Call, given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.exprs.buffers import Buffers
@@ -141,7 +151,7 @@ class Lifter:
             lifted = fold_constant(node, index)
         if lifted is None:
             lifted = self._buffers.element(self, node, index)
-        if lifted is None or self._compares_pairs(node, lifted):
+        if lifted is None or self._compares_pairs(node, lifted) or _loses_gradient(node, lifted):
             return self.capture(node, index)
         return lifted
 
@@ -173,6 +183,12 @@ def _cuts_gradient(node: Node) -> bool:
     value = node.meta.get("val")
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return floating and not needs_grad(node) and any(map(needs_grad, node.all_input_nodes))
+
+
+def _loses_gradient(node: Node, lifted: Expr) -> bool:
+    """Whether it trains what a tile function has no gradient for."""
+    op = TILE_OPS.get(lifted[0])
+    return op is not None and op.pull is None and lifted[0] not in UNTRAINED and needs_grad(node)
 
 
 class Lifters:

@@ -3,9 +3,10 @@
 The scores of a softmax are an expression of products s0, s1, ... and of tile functions. It is
 brought to the form
 
-    cap * tanh(sum_i c_i s_i / cap) + bias,  where keep;  elsewhere a filling
+    map(sum_i c_i s_i) + bias,  where keep;  elsewhere a filling
 
-step by step (``read_scores.py``). Scores of another form are refused with the reason. A filling of
+step by step (``read_scores.py``), the map a soft cap or a function of each score by itself
+(``score_maps.py``). Scores of another form are refused with the reason. A filling of
 -inf, or of a number so low that adding scores to it changes nothing or that no score comes near,
 says that a key is not kept; which of these it is decides what a row without any key gives.
 """
@@ -23,7 +24,15 @@ from ringfx.passes.exprs.lift import Lifter
 from ringfx.passes.masks.documents import in_positions
 from ringfx.passes.masks.factors import constants
 from ringfx.passes.masks.read_scores import Reader
-from ringfx.passes.masks.score_terms import UNREAD, Added, ScoreTerms, Unrepresentable, absorbs
+from ringfx.passes.masks.score_maps import trains
+from ringfx.passes.masks.score_terms import (
+    UNREAD,
+    Added,
+    ScoreTerms,
+    TooHigh,
+    Unrepresentable,
+    absorbs,
+)
 
 __all__ = ["CanonicalScores", "decompose"]
 
@@ -37,11 +46,13 @@ class CanonicalScores:
 
     products: Mapping[int, float]
     cap: float | None
+    score_map: Expr | None
     bias: Expr | None
     keep: Expr | None
     written: Expr | None
     """What is kept, before positions of packed documents became indices."""
-    factors: tuple[Expr, ...]
+    factors: Mapping[int, tuple[Expr, ...]]
+    """Of each product that has some."""
     fully_masked: Literal["zero", "mean", "absorbed", "nan"]
     slope: Expr | None
 
@@ -69,8 +80,13 @@ def decompose(
     Unrepresentable
         With the reason.
     """
-    reader = Reader(lifter, values)
-    return _finish(reader, reader.read(expr), q_len, kv_len, empty_row)
+    for maps_fillings in (False, True):
+        reader = Reader(lifter, values, maps_fillings=maps_fillings)
+        try:
+            return _finish(reader, reader.read(expr), q_len, kv_len, empty_row)
+        except TooHigh as reason:
+            too_high = reason
+    raise too_high
 
 
 def _finish(
@@ -78,9 +94,9 @@ def _finish(
 ) -> CanonicalScores:
     filled = [f for f in scores.fillings if not math.isnan(f)]
     if any(f > FAR_BELOW for f in filled):
-        raise Unrepresentable(
-            f"mask fill value {max(filled):g} is too high to act as -inf: real scores may reach it"
-        )
+        raise TooHigh(max(filled))
+    if scores.map is not None and not trains(scores.map):
+        raise Unrepresentable("its scores are only compared: no gradient flows through them")
     terms = scores.terms
     soft = [term for term in terms if not absorbs(term) and term.low < 0]
     keep = _all_of(reader, *scores.keep, *(term.keep for term in soft))
@@ -103,14 +119,16 @@ def _finish(
         more = total(added.expr, masks)
         if more is not None:
             bias = more if bias is None else reader.make("add", bias, more)
-    certain = (full or keep == TRUE) and not _reads_given(reader, terms)  # one may be -inf
+    given = _reads_given(reader, terms)  # one may be -inf
+    certain = (full or keep == TRUE) and not given and not _maps_given(reader, scores)
     masked = "zero" if certain else _empty_rows(scores, empty_row)
     capped = 1.0 if scores.cap is None else scores.cap
     found = in_positions(None if keep == TRUE else keep, reader.lifter.captured, reader.lifter.same)
     return CanonicalScores(
-        products={i: c * capped for i, c in scores.products.items()}, cap=scores.cap, bias=bias,
-        keep=None if found == TRUE else found, written=None if keep == TRUE else keep,
-        factors=scores.factors, fully_masked=masked, slope=scores.slope,
+        products={i: c * capped for i, c in scores.products.items()}, cap=scores.cap,
+        score_map=scores.map, bias=bias, keep=None if found == TRUE else found,
+        written=None if keep == TRUE else keep, factors=scores.factors, fully_masked=masked,
+        slope=scores.slope,
     )  # fmt: skip
 
 
@@ -147,6 +165,10 @@ def _hides(reader: Reader, terms: Sequence[Term], fillings: Sequence[float]) -> 
 
 def _reads_given(reader: Reader, terms: Sequence[Term]) -> bool:
     return any(t.added is not None and reader.lifter.reads_given(t.added) for t in terms)
+
+
+def _maps_given(reader: Reader, scores: ScoreTerms) -> bool:
+    return scores.map is not None and reader.lifter.reads_given(scores.map)
 
 
 def _empty_rows(

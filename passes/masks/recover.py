@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir import tiles
@@ -16,16 +17,19 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.tiles import Box, Expr
 from ringfx.ir.values import AttentionSite, Captured, Declined, Sites
 from ringfx.ops import attention
+from ringfx.ops.kernels.dropout import SEEDS
 from ringfx.passes.axes.arrangement import Arrangement
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.detect.candidate import Candidate, Detected, Operand, decline
+from ringfx.passes.detect.names import BROADCASTS, VIEWS
 from ringfx.passes.detect.prove import TOLERANCE, Claim, difference, structure
+from ringfx.passes.detect.softmax import CASTS
 from ringfx.passes.exprs.buffers import Buffers
 from ringfx.passes.exprs.emitter import Emitter
-from ringfx.passes.exprs.lift import Lifter, Lifters, lifted, renumbered
+from ringfx.passes.exprs.lift import Index, Lifter, Lifters, lifted, renumbered
 from ringfx.passes.exprs.structure import first_of_equals
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
 from ringfx.passes.masks.decompose import CanonicalScores, decompose
@@ -64,7 +68,9 @@ def recover(captured: Captured, detected: Detected) -> Sites:
     buffers = Buffers.of(captured)
     lifters, proofs = Lifters(first_of_equals(graph), buffers), Proofs()
     cuts = Cuts(graph)
-    for candidate in reversed(detected.candidates):  # one may read another's result
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    # One may read another's result, whose softmax may come later than its own.
+    for candidate in sorted(detected.candidates, key=lambda c: -place[c.node]):
         reading = _first_reading(candidate, lifters, proofs, cuts)
         if isinstance(reading, Unrepresentable):
             refused.append(decline(candidate.node, str(reading)))
@@ -125,8 +131,10 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
         empty_row=candidate.fully_masked,
     )  # fmt: skip
     _prove(candidate, scores, lifter, proofs)
-    exprs, captured = renumbered((scores.keep, scores.bias, scores.slope), lifter.captured)
-    (keep, bias, slope), captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
+    lifted_exprs = (scores.keep, scores.bias, scores.score_map, scores.slope)
+    exprs, captured = renumbered(lifted_exprs, lifter.captured)
+    exprs, captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
+    keep, bias, score_map, slope = exprs
     sinks = None if candidate.sinks is None else _sinks(candidate, candidate.sinks)
     spec = AttentionSpec(
         scale=next(iter(scores.products.values())),
@@ -135,6 +143,7 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
         keep=keep,
         bias=bias,
         soft_cap=scores.cap,
+        score_map=score_map,
         dropout=candidate.dropout,
         sinks=sinks is not None,
         fully_masked="zero" if sinks is not None else scores.fully_masked,
@@ -143,19 +152,33 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
     return _Recovered(scores=scores, captured=captured, sinks=sinks, spec=spec)
 
 
+class _Viewed(Lifter):
+    """Looks through views only, and computes nothing itself."""
+
+    def is_lifted(self, value: Node) -> bool:
+        return value.target in VIEWS | BROADCASTS | CASTS and super().is_lifted(value)
+
+    def _lift(self, node: Node, index: Index) -> Expr:
+        return super()._lift(node, index) if self.is_lifted(node) else self.capture(node, index)
+
+
 def _sinks(candidate: Candidate, read: Expr) -> Node | float:
-    """The value that holds a logit for each head, or one number for all."""
-    lifter = Lifter()
-    expr = lifted(read, lifter, candidate.values)
-    while expr[0] in ("float", "double", "half", "bfloat16"):
-        expr = expr[1]
-    if expr[0] == "const":
-        return float(expr[1])
-    heads = candidate.shape(candidate.q[0])[1]
-    by_head = expr[0] == "at" and all(e in (("h",), ("const", 0)) for e in expr[2:])
-    if by_head and lifter.captured[expr[1]].meta["val"].numel() == heads:
-        return lifter.captured[expr[1]]
+    """The value that holds a logit for each head or one for all, or one number for all."""
+    for lifter in (Lifter(), _Viewed()):
+        expr = lifted(read, lifter, candidate.values)
+        while expr[0] in ("float", "double", "half", "bfloat16"):
+            expr = expr[1]
+        if expr[0] == "const":
+            return float(expr[1])
+        if expr[0] == "at" and all(e in (("h",), ("const", 0)) for e in expr[2:]):
+            found = lifter.captured[expr[1]]
+            if found.meta["val"].numel() == (_heads(candidate) if ("h",) in expr else 1):
+                return found
     raise Unrepresentable("its attention sink is not one logit per head")
+
+
+def _heads(candidate: Candidate) -> int:
+    return candidate.shape(candidate.q[0])[1]
 
 
 def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered) -> Node:
@@ -165,7 +188,7 @@ def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered)
     q_parts, k_parts = [], []
     for i, scale in scores.products.items():
         q, k = (_operand(emit, candidate, o[i]) for o in (candidate.q, candidate.k))
-        for factor in scores.factors:
+        for factor in scores.factors.get(i, ()):
             q, k = _multiplied(emit, candidate, i, factor, q, k)
         q_parts.append(emit.scale(q, scale / spec.scale))
         k_parts.append(k)
@@ -174,6 +197,7 @@ def _replace(graph: torch.fx.Graph, candidate: Candidate, recovered: _Recovered)
     mixed = any(x.meta["val"].dtype != dtype for x in (q, k, v))
     q, k, v = (emit.cast(x, dtype) for x in (q, k, v))
     inputs = [*recovered.captured, *_sink_input(emit, recovered.sinks, q)]
+    inputs += [_seed(emit, q)] if spec.dropout else []
     shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
     # Operands of one type and a result of another: autocast, which the operator obeys as well.
     made = dtype if mixed else old.meta["val"].dtype
@@ -231,15 +255,18 @@ def _prove(candidate: Candidate, scores: CanonicalScores, lifter: Lifter, proofs
     """Hold the canonical form against the calls as they stand, once for each structure."""
     if candidate.region is None:
         return
-    (product,) = tuple(scores.products)[:1]
     entering = {n: lifted(e, lifter, candidate.values) for n, e in candidate.read.items()}
     sinks = None if candidate.sinks is None else lifted(candidate.sinks, lifter, candidate.values)
     claim = Claim(
-        products=scores.products, factors=scores.factors, cap=scores.cap, bias=scores.bias,
-        keep=scores.written, slope=scores.slope, sinks=sinks, fully_masked=scores.fully_masked,
+        products=scores.products, factors=scores.factors, cap=scores.cap,
+        score_map=scores.score_map, bias=scores.bias, keep=scores.written, slope=scores.slope,
+        sinks=sinks, fully_masked=scores.fully_masked,
         captured=tuple(n.meta["val"].dtype for n in lifter.captured),
         binary=has_threshold(scores.written), entering=entering,
-        factor_operands=tuple(_factor(candidate, product, f) for f in scores.factors),
+        factor_operands={
+            i: tuple(_factor(candidate, i, f) for f in factors)
+            for i, factors in scores.factors.items()
+        },
     )  # fmt: skip
     key = structure(candidate, claim)
     if key not in proofs:
@@ -266,16 +293,32 @@ def _sink_input(emit: Emitter, sinks: Node | float | None, q: Node) -> list[Node
         like = q.meta["val"]
         return [emit.call(aten.full.default, [heads], sinks, dtype=like.dtype, device=like.device,
                           value=like.new_empty((heads,)))]  # fmt: skip
-    if sinks.meta["val"].dim() == 1:
+    if tuple(sinks.meta["val"].shape) == (heads,):
         return [sinks]
+    if sinks.meta["val"].numel() == 1:
+        alone = emit.call(aten.reshape.default, sinks, [1])
+        return [emit.call(aten.expand.default, alone, [heads])]
     return [emit.call(aten.reshape.default, sinks, [heads])]
+
+
+def _seed(emit: Emitter, q: Node) -> Node:
+    """One number that the model's generator draws: what is dropped follows from it and from places,
+    wherever they are computed. It is kept for a recompute, which must drop the same."""
+    like: torch.Tensor = q.meta["val"]
+    seed = emit.call(
+        aten.randint.low, 0, SEEDS, [1], dtype=torch.int64, device=like.device,
+        value=like.new_empty((1,), dtype=torch.int64),
+    )  # fmt: skip
+    if "recompute" in seed.meta:
+        seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return seed
 
 
 def _site(node: Node, found_by: str, spec: AttentionSpec) -> AttentionSite:
     q, k, v = (a.meta["val"] for a in node.args[:3])  # type: ignore[union-attr]
     read: Any = node.args[3]
-    matrices = set(tiles.matrices(spec.keep, spec.bias))
-    rows = set(tiles.rows_read(spec.keep, spec.bias))
+    matrices = set(tiles.matrices(*spec.functions))
+    rows = set(tiles.rows_read(*spec.functions))
     made = {i for i in rows if given_input(read[i]) is None}
     return AttentionSite(
         node=node.name,

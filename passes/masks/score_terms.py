@@ -1,6 +1,7 @@
 """Scores in canonical form, and what an operator on them does to it.
 
-``cap * tanh(sum_i c_i s_i / cap) + added, where keep; elsewhere a filling``; see ``decompose.py``.
+``map(sum_i c_i s_i) + added, where keep; elsewhere a filling``, the map a soft cap or any function
+of each score by itself; see ``decompose.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from ringfx.passes.exprs.simplify import assuming, is_boolean
 from ringfx.passes.masks.factors import as_number, threshold
 
 __all__ = [
-    "UNREAD", "Added", "ScoreTerms", "Unrepresentable", "absorbs", "clamped", "filled", "plus",
-    "scaled", "summed", "times",
+    "UNREAD", "Added", "ScoreTerms", "TooHigh", "Unrepresentable", "absorbs", "clamped", "filled",
+    "multiplied", "plus", "scaled", "summed", "times",
 ]  # fmt: skip
 
 
@@ -28,6 +29,15 @@ ROUNDS_LITTLE = 100.0
 
 class Unrepresentable(Exception):
     """Why scores have no canonical form."""
+
+
+class TooHigh(Unrepresentable):
+    """A mask fills scores with a number that others may reach."""
+
+    def __init__(self, filling: float) -> None:
+        super().__init__(
+            f"mask fill value {filling:g} is too high to act as -inf: real scores may reach it"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class ScoreTerms:
     """c_i."""
     cap: float | None = None
     """cap * tanh(sum of c_i s_i): here the cap is not yet divided by."""
+    map: Expr | None = None
+    """What is done to each sum of c_i s_i, as a function of ``SCORE``; there is no cap then."""
     added: tuple[Added, ...] = ()
     keep: tuple[Expr, ...] = ()
     """All must hold."""
@@ -63,9 +75,13 @@ class ScoreTerms:
     """The derivative of the scores by their products where it is not 1: 0 where replaced."""
     apart: bool = False
     """Products that are added were replaced apart: ``written`` does not say it."""
-    factors: tuple[Expr, ...] = ()
-    """Values that the products are multiplied with, or their reciprocals: elements of queries or of
+    factors: Mapping[int, tuple[Expr, ...]] = field(default_factory=dict)
+    """Values that a product is multiplied with, or their reciprocals: elements of queries or of
     keys alone."""
+
+    @property
+    def is_mapped(self) -> bool:
+        return self.cap is not None or self.map is not None
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -79,7 +95,8 @@ def absorbs(term: Term) -> bool:
 
 def summed(a: ScoreTerms, b: ScoreTerms, make: Make) -> ScoreTerms:
     """Scores added to scores (products of parts of the head dim)."""
-    if a.cap is not None or b.cap is not None or a.factors or b.factors:
+    shared = a.products.keys() & b.products.keys()
+    if a.is_mapped or b.is_mapped or any(a.factors.get(i) != b.factors.get(i) for i in shared):
         raise Unrepresentable("its products are capped or scaled separately before they are added")
     products = dict(a.products)
     for i, c in b.products.items():
@@ -91,6 +108,7 @@ def summed(a: ScoreTerms, b: ScoreTerms, make: Make) -> ScoreTerms:
         products=products, added=a.added + b.added, keep=a.keep + b.keep, fillings=fillings,
         replaced=a.replaced or b.replaced, written=_joined(a.written, b.written, make),
         apart=a.apart or b.apart or a.slope is not None or b.slope is not None,
+        factors={**a.factors, **b.factors},
     )  # fmt: skip
 
 
@@ -106,15 +124,22 @@ def times(scores: ScoreTerms, c: float, make: Make) -> ScoreTerms:
         raise Unrepresentable(f"its scores are multiplied by {c}")
     if c < 0 and (scores.keep or any(term.low for term in scores.terms)):
         raise Unrepresentable("its masked scores are multiplied by a negative number")
-    inner = c if scores.cap is None else math.copysign(1.0, c)
+    inner = c if not scores.is_mapped else math.copysign(1.0, c) if scores.map is None else 1.0
     return replace(
         scores,
         products={i: inner * x for i, x in scores.products.items()},
         cap=None if scores.cap is None else abs(c) * scores.cap,
+        map=None if scores.map is None else ("mul", scores.map, const(c)),
         added=tuple(Added.of(scaled(x.expr, c, make), make) for x in scores.added),
         fillings=frozenset(c * f for f in scores.fillings),
         written=None if scores.written is None else scaled(scores.written, c, make),
     )
+
+
+def multiplied(scores: ScoreTerms, factor: Expr) -> ScoreTerms:
+    """Products times a value of queries or of keys."""
+    factors = {i: (*scores.factors.get(i, ()), factor) for i in scores.products}
+    return replace(scores, factors=factors)
 
 
 def scaled(expr: Expr, c: float, make: Make) -> Expr:

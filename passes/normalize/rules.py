@@ -1,10 +1,10 @@
 """Calls that touch tokens, written in operators that can be split.
 
 A pad is a concatenation, and so are a slice written over and a cut into parts; a slice of a
-concatenation is a concatenation of slices; a roll of two dimensions is two rolls; a convolution is
-one with its own padding on each side, and over patches it is a linear layer. All are exact
-rewritings of the whole program. They are done only where tokens are touched: other calls stay as
-the user wrote them.
+concatenation is a concatenation of slices; a roll of two dimensions is two rolls, and so is a
+Fourier transform; a convolution is one with its own padding on each side, and over patches it is a
+linear layer. All are exact rewritings of the whole program. They are done only where tokens are
+touched: other calls stay as the user wrote them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from ringfx.comm import halo
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call, result_values
 from ringfx.passes.capture.simplify import eliminate_dead
+from ringfx.passes.normalize import fourier
 from ringfx.passes.normalize.graph_editor import GraphEditor, bounds, cat_dim
+from ringfx.passes.normalize.masked_scatter import masked_scatter
+from ringfx.passes.normalize.statistics import VARIANCES, group_norm, variance, vector_norm
 from ringfx.passes.normalize.strided_slices import every_nth, of_streams
-from ringfx.passes.token_axes.token_line import Lines, NotShardable
+from ringfx.passes.normalize.strides import pool, unfold, whole_blocks
+from ringfx.passes.token_axes.token_line import Lines, NotShardable, TokenDim
 
 __all__ = ["normalize"]
 
@@ -95,6 +99,21 @@ def _roll(s: GraphEditor, node: Node) -> Node | None:
     return x
 
 
+def _select(s: GraphEditor, node: Node) -> Node | None:
+    """One token of blocks of them: first its block."""
+    call = Call(node)
+    x, shape = call.operands[0], [int(n) for n in call.shapes[0]]
+    dim, place = call.dim("dim", len(shape)), s.token_dim(x)
+    if not isinstance(place, TokenDim) or place.dim != dim or place.outer > 1 or place.inner == 1:
+        return None
+    block, index = divmod(int(call["index"]) % shape[dim], place.inner)
+    sizes = [*shape[:dim], shape[dim] // place.inner, place.inner, *shape[dim + 1 :]]
+    opened = s.make(node, aten.reshape.default, x, sizes)
+    return s.make(
+        node, aten.select.int, s.make(node, aten.select.int, opened, dim, block), dim, index
+    )
+
+
 def _pad(s: GraphEditor, node: Node) -> Node | None:
     """Constants in front and behind; what a convolution pads, the convolution pads itself."""
     call = Call(node)
@@ -146,11 +165,10 @@ def _diff(s: GraphEditor, node: Node) -> Node | None:
     call = Call(node)
     x = call.operands[0]
     dim = call.dim("dim", len(call.shapes[0]))
-    if call["n"] != 1 or len(call.operands) > 1 or not s.along(x, dim):
+    if call["n"] != 1 or not s.along(x, dim) or not x.meta["val"].is_floating_point():
         return None
-    if not x.meta["val"].is_floating_point():
-        return None
-    size = int(call.shapes[0][dim])
+    x = s.cat(node, [call["prepend"], x, call["append"]], dim)
+    size = int(x.meta["val"].shape[dim])
     later, earlier = s.slice(node, x, dim, 1, size), s.slice(node, x, dim, 0, size - 1)
     return s.make(node, aten.sub.Tensor, later, earlier) if later and earlier else None
 
@@ -237,10 +255,18 @@ def _convolution(s: GraphEditor, node: Node) -> Node | None:
         left, right = pads[dim - 2]
         removed = int(node.meta["val"].shape[dim]) - int(crop.meta["val"].shape[dim])
         pads[dim - 2] = (left, right - removed * found.stride[dim - 2])
+    x, made = found.x, tuple(int(n) for n in node.meta["val"].shape)
+    for d in touched if crop is None else ():
+        spans = found.dilation[d - 2] * (int(found.weight.meta["val"].shape[d]) - 1) + 1
+        blocks = whole_blocks(s, node, x, d, found.stride[d - 2], pads[d - 2], spans)
+        if blocks is not None:
+            x, pads[d - 2] = blocks
     new = s.make(
-        node, halo.convolution, found.x, found.weight, *([found.bias] if found.bias else []),
+        node, halo.convolution, x, found.weight, *([found.bias] if found.bias else []),
         stride=found.stride, pads=tuple(pads), dilation=found.dilation, groups=found.groups,
     )  # fmt: skip
+    for d in touched if crop is None else ():
+        new = s.slice(node, new, d, 0, made[d]) or new
     if tuple(new.meta["val"].shape) != tuple(last.meta["val"].shape):
         return None
     if crop is not None:
@@ -318,6 +344,37 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
+def _triangle(s: GraphEditor, node: Node) -> Node | None:
+    """tril, triu: a choice by the numbers of row and column, of which each rank has its own."""
+    call = Call(node)
+    x, rank = call.operands[0], len(call.result_shape)
+    row, column = rank - 2, rank - 1
+    if not (s.along(node, row) or s.along(node, column)):
+        return None
+    ahead = _columns_ahead(s, node)
+    compare = aten.le.Scalar if node.target is aten.tril.default else aten.ge.Scalar
+    kept = s.make(node, compare, ahead, call["diagonal"])
+    zero = s.make(node, aten.zeros_like.default, x)
+    return s.make(node, aten.where.self, kept, x, zero)
+
+
+def _identity(s: GraphEditor, node: Node) -> Node | None:
+    """eye: 1 where the numbers of row and column are equal."""
+    if not (s.along(node, 0) or s.along(node, 1)):
+        return None
+    found = s.make(node, aten.eq.Scalar, _columns_ahead(s, node), 0)
+    return s.make(node, aten._to_copy.default, found, dtype=node.meta["val"].dtype)
+
+
+def _columns_ahead(s: GraphEditor, node: Node) -> Node:
+    """By how much each column's number is larger than each row's: [rows, columns]."""
+    value: torch.Tensor = node.meta["val"]
+    rows, columns = (
+        s.make(node, aten.arange.default, int(n), device=value.device) for n in value.shape[-2:]
+    )
+    return s.make(node, aten.sub.Tensor, columns, s.make(node, aten.unsqueeze.default, rows, 1))
+
+
 def _reshaped_twice(s: GraphEditor, node: Node) -> Node | None:
     """A reshape of a reshape is one of what was reshaped first, where tokens stood in two dims."""
     base = node.args[0]
@@ -340,6 +397,10 @@ CONVOLUTIONS = frozenset(
         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
     }
 )  # fmt: skip
+POOLS = (
+    aten.avg_pool2d.default, aten.avg_pool3d.default, aten.max_pool2d_with_indices.default,
+    aten.max_pool3d_with_indices.default,
+)  # fmt: skip
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
     aten.unflatten.int,
@@ -352,9 +413,19 @@ PARTS = (
 RULES: Mapping[object, Callable[[GraphEditor, Node], Node | None]] = {
     aten.slice.Tensor: _slice,
     aten.roll.default: _roll,
+    aten.select.int: _select,
     aten.slice_scatter.default: _slice_scatter,
     aten.im2col.default: _columns,
     aten.diff.default: _diff,
+    aten.masked_scatter.default: masked_scatter,
+    aten.unfold.default: unfold,
+    aten.linalg_vector_norm.default: vector_norm,
+    aten.group_norm.default: group_norm,
+    **fourier.RULES,
+    **dict.fromkeys((aten.tril.default, aten.triu.default), _triangle),
+    **dict.fromkeys((aten.eye.default, aten.eye.m), _identity),
+    **dict.fromkeys(VARIANCES, variance),
+    **dict.fromkeys(POOLS, pool),
     **dict.fromkeys(PARTS, _parts),
     **dict.fromkeys(PADS, _pad),
     **dict.fromkeys(CONVOLUTIONS, _convolution),

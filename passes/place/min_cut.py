@@ -19,6 +19,7 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.place.repeated_layers import alike
 from ringfx.passes.split_modes import CannotSplit, Placement, SplitMode, split_mode
+from ringfx.passes.token_axes.row_maps import columns_of_rows, is_product
 from ringfx.passes.token_axes.token_line import Lines, TokenDim
 
 __all__ = ["PlacementMap", "home_device", "place"]
@@ -29,6 +30,10 @@ COMMUNICATION = 8
 memory (NVLink 450 GB/s against HBM 3.3 TB/s on H100, vendor data sheets)."""
 FLOPS_PER_BYTE = 100
 """Floating-point operations that take as long as a byte of memory traffic (same data sheets)."""
+
+WITHOUT_ATTENTION = 4 * COMMUNICATION
+"""How often a byte counts that a rank need not have, where no attention obliges any value to be
+sharded: memory is what the split is for, and a small model would be replicated for its speed."""
 
 OTHER_AXIS = CannotSplit("it is sharded along another token axis")
 ELSEWHERE = CannotSplit("it reads a tensor that is on another device")
@@ -67,6 +72,8 @@ class _OnLine:
     lines: Lines
     line: int
     modes: Mapping[Node, SplitMode | CannotSplit]
+    columns: frozenset[Dim]
+    """Axes of tokens of which each row reads all."""
 
     @property
     def ranks(self) -> int:
@@ -79,6 +86,7 @@ def place(graph: torch.fx.Graph, lines: Lines) -> PlacementMap:
     reasons: dict[Node, str] = {}
     home = home_device(value for node in graph.nodes for value in result_values(node))
     elsewhere = _reading_elsewhere(graph, home)
+    columns = columns_of_rows(graph, lines.axes)
     for line in lines.lines:
         if line.layout.world_size == 1:
             continue
@@ -87,7 +95,10 @@ def place(graph: torch.fx.Graph, lines: Lines) -> PlacementMap:
             for n in graph.nodes
             if (m := split_mode(lines, n, line.index)) is not None
         }
-        chosen = _cut(_OnLine(graph=graph, lines=lines, line=line.index, modes=possible))
+        on = _OnLine(
+            graph=graph, lines=lines, line=line.index, modes=possible, columns=columns
+        )  # fmt: skip
+        chosen = _cut(on)
         for node, mode in possible.items():
             if isinstance(mode, CannotSplit):
                 reasons.setdefault(node, mode.reason)
@@ -142,7 +153,8 @@ def _cut(on: _OnLine) -> set[Node]:
         if isinstance(mode, CannotSplit):
             connect(REPLICATED, vertex[node], None)
             continue
-        if node.target is attention or node in on.lines.arrived or _starts(on, node):
+        is_attention = node.target is attention or _reads_every_token(on, node)
+        if is_attention or node in on.lines.arrived or _starts(on, node):
             connect(vertex[node], SHARDED, None)
         connect(vertex[node], SHARDED, max(savings[node], 0) + 1)
         connect(REPLICATED, vertex[node], max(-savings[node], 0))
@@ -168,6 +180,17 @@ def _starts(on: _OnLine, node: Node) -> bool:
     return isinstance(tokens, TokenDim) and tokens.line == on.line
 
 
+def _reads_every_token(on: _OnLine, node: Node) -> bool:
+    """Whether it is a product of a rank's own rows with all tokens: scores, or weights of values.
+
+    It is split wherever it can be, as attention is.
+    """
+    axes = on.lines.axes
+    if not (on.columns and is_product(axes, node)):
+        return False
+    return any(on.columns.intersection(axes.dims(n)) for n in axes.ops[node].call.operands)
+
+
 def _savings(on: _OnLine, node: Node) -> int:
     """What a rank saves when the call runs on sharded tokens, in bytes of memory traffic.
 
@@ -177,7 +200,8 @@ def _savings(on: _OnLine, node: Node) -> int:
     if _is_reshard(on.lines, node):
         backward = 1 if needs_grad(node) else 0
         return int(COMMUNICATION * _bytes(node) * (backward - (1 + backward) / on.ranks))
-    return int(_work(on.lines, node) * (1 - _stored(on, node) / on.ranks))
+    weight = WITHOUT_ATTENTION if on.lines.inputs else 1
+    return int(weight * _work(on.lines, node) * (1 - _stored(on, node) / on.ranks))
 
 
 Connect = Callable[[str, str, int | None], None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from types import FunctionType
 
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx.comm import conjugate, halo, redistribute
+from ringfx.comm import conjugate, halo, mirror, redistribute, reductions, scans, turn
 from ringfx.ir.markers import SENT_AGAIN
 from ringfx.ir.values import CommKind
 from ringfx.ops import attention
@@ -28,6 +28,10 @@ _SENDS = frozenset(
         attention, conjugate.all_gather_grad_reduce_scatter, conjugate.all_gather_grad_slice,
         conjugate.sum_partials,
         redistribute.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
+        mirror.flip_tokens, scans.scan_tokens, scans.scan_with_places, reductions.softmax_tokens,
+        reductions.log_softmax_tokens, reductions.logsumexp_of_tokens,
+        reductions.extreme_of_tokens, reductions.first_extreme, reductions.truth_of_tokens,
+        turn.turn_tokens,
     }
 )  # fmt: skip
 
@@ -36,12 +40,18 @@ class PlacementConversions:
     """Makes and remembers every conversion of one rewrite."""
 
     def __init__(
-        self, local: LocalGraph, placement: PlacementMap, as_produced: Mapping[Node, Node]
+        self,
+        local: LocalGraph,
+        placement: PlacementMap,
+        as_produced: Mapping[Node, Node],
+        partial: Collection[Node] = (),
     ) -> None:
         self.local = local
         self.placement = placement
         self.as_produced = as_produced
         """Global value -> the local node that made it."""
+        self.partial = partial
+        """Values that are made with a partial gradient."""
         self._on_first_use: dict[Node, Callable[[], None]] = {}
         self._made: dict[tuple[Node, Placement], Node] = {}
         self._rows: dict[tuple[Node, TokenDim], Node] = {}
@@ -52,7 +62,7 @@ class PlacementConversions:
 
     def convert(self, value: Node, wanted: Placement, user: Node) -> Node:
         """The value in the wanted placement, for a user that the plan names as the reason."""
-        if wanted is Placement.RANK_LOCAL:
+        if wanted is Placement.RANK_LOCAL or value in self.partial:
             return self.as_produced[value]
         sharded = self.placement.is_sharded(value)
         if wanted is Placement.REPLICATED_PARTIAL_GRAD and not needs_grad(value):

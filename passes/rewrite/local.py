@@ -27,12 +27,21 @@ from ringfx.passes.capture.simplify import eliminate_dead
 from ringfx.passes.place import PlacementMap
 from ringfx.passes.rewrite.conversions import PlacementConversions, save_collectives
 from ringfx.passes.rewrite.parameters import States, gather_whole, share_parameters
+from ringfx.passes.rewrite.partial_gradients import of_partial_gradient
 from ringfx.passes.rewrite.singular import without_padding
-from ringfx.passes.split_modes import LocalCall, LocalGraph, Placement, SplitMode
+from ringfx.passes.split_modes import (
+    LocalAttention,
+    LocalCall,
+    LocalGraph,
+    Placement,
+    SplitMode,
+)
+from ringfx.passes.split_modes.attention import OwnKeys
 from ringfx.passes.split_modes.local_call import copied
 from ringfx.passes.token_axes import TokenDim
+from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 from ringfx.passes.token_axes.windows import along_the_line
-from ringfx.strategies import Strategy
+from ringfx.strategies import SPLIT_KV, Strategy
 from ringfx.strategies.keys import key_of
 
 __all__ = ["DeferredOutput", "LocalProgram", "SplitOutput", "rewrite"]
@@ -162,7 +171,10 @@ class _Rewriter:
         self.numbers = numbers
         self.states = states
         self.as_produced = _Produced(self.local, self.states)
-        self.conversions = PlacementConversions(self.local, placement, self.as_produced)
+        self.partial = of_partial_gradient(captured.graph_module.graph, placement)
+        self.conversions = PlacementConversions(
+            self.local, placement, self.as_produced, self.partial
+        )
         self.attentions: dict[str, Node] = {}
         self.matrices: dict[str, ReplicatedMatrices] = {}
 
@@ -235,7 +247,9 @@ class _Rewriter:
         """Converted tensor operands, in the order in which the call lists them."""
         named = self.placement.lines.axes.ops.get(node)
         if named is None or mode is None:
-            return [self._wanted(n, Placement.REPLICATED, node) for n in _inputs(node)]
+            part = Placement.REPLICATED_PARTIAL_GRAD
+            wanted = part if node in self.partial else Placement.REPLICATED
+            return [self._wanted(n, wanted, node) for n in _inputs(node)]
         placements = iter(mode.operands)
         tensors = set(named.call.operands)
         return [
@@ -259,7 +273,16 @@ class _Rewriter:
         spec = AttentionSpec.from_json(str(kwargs["spec"]))
         own: set[int] = set()
         taken: set[int] = set()
-        if mode is not None:
+        tokens = self.placement.lines.token_dim(node)
+        if isinstance(mode, LocalAttention) and isinstance(tokens, TokenDim):
+            own = {x.number for x in mode.own}
+            named = self.placement.lines.axes.ops[node]
+            call = LocalCall(local=self.local, named=named, operands=operands)
+            alone, inputs = mode.given(spec, inputs, tokens, call)
+            kwargs["spec"] = alone.to_json()
+        elif isinstance(mode, OwnKeys):
+            kwargs |= self._over_own_keys(node, spec)
+        elif mode is not None:
             own = {i for i, x in enumerate(mode.operands[3:]) if x is Placement.SHARDED}
             q_tokens = self.placement.lines.token_dim(node.args[0])  # type: ignore[arg-type]
             k_tokens = self.placement.lines.token_dim(node.args[1])  # type: ignore[arg-type]
@@ -280,7 +303,20 @@ class _Rewriter:
         self.matrices[node.name] = _replicated_matrices(node, spec, own, taken)
         new = self.graph.call_function(attention, (q, k, v, inputs), kwargs)
         self.attentions[node.name] = new
-        return new if mode is None else self._with_filled_padding(node, new, v)
+        is_split = mode is not None and not isinstance(mode, LocalAttention)
+        return self._with_filled_padding(node, new, v) if is_split else new
+
+    def _over_own_keys(self, node: Node, spec: AttentionSpec) -> dict[str, Any]:
+        """The arguments of few queries, of which every rank has all."""
+        tokens = self.placement.lines.token_dim(node.args[1])  # type: ignore[arg-type]
+        assert isinstance(tokens, TokenDim)
+        line, queries = self.placement.lines.lines[tokens.line], AxisOnLine((), 0, spec.q_len)
+        keys, kv_len = tokens.member.opened(tokens.inner), line.attended(tokens.inner)
+        moved = along_the_line(spec, queries, keys, spec.q_len, kv_len)
+        return {
+            "spec": moved.to_json(), "group": self.group, "layout": line.layout.kind,
+            "strategy": key_of(SPLIT_KV),
+        }  # fmt: skip
 
     def _take_rows(
         self,
@@ -293,7 +329,7 @@ class _Rewriter:
         """Put this rank's rows in the place of every matrix that is replicated; which ones."""
         taken = set()
         read: Any = node.args[3]
-        for i, dim in tiles.matrix_rows(spec.keep, spec.bias).items():
+        for i, dim in tiles.matrix_rows(*spec.functions).items():
             is_replicated = i not in own and not self.placement.is_sharded(read[i])
             if is_replicated and read[i].meta["val"].shape[dim] == spec.q_len:
                 along = replace(queries, dim=dim)
@@ -303,7 +339,7 @@ class _Rewriter:
 
     def _with_filled_padding(self, node: Node, new: Node, v: Node) -> Node:
         tokens = self.placement.lines.token_dim(node)
-        if not isinstance(tokens, TokenDim):
+        if not isinstance(tokens, TokenDim) or not self.placement.is_sharded(node):
             return new
         if not self.placement.lines.lines[tokens.line].has_padding(tokens.member):
             return new
@@ -359,7 +395,7 @@ def _replicated_matrices(
     node: Node, spec: AttentionSpec, own: Collection[int], taken: Collection[int]
 ) -> ReplicatedMatrices:
     read: Any = node.args[3]
-    replicated = set(tiles.matrices(spec.keep, spec.bias)) - set(own)
+    replicated = set(tiles.matrices(*spec.functions)) - set(own)
     inputs = {i for i in replicated if given_input(read[i])}
 
     def size(numbers: Iterable[int]) -> int:
@@ -371,9 +407,9 @@ def _replicated_matrices(
 
 def _with_own_rows(spec: AttentionSpec, local: Collection[int]) -> AttentionSpec:
     """Reads at its queries' own rows, which are sharded as they are, become reads at local rows."""
-    exprs = (spec.keep, spec.bias, spec.slope)
-    keep, bias, slope = (tiles.of_own_rows(expr, local) for expr in exprs)
-    return replace(spec, keep=keep, bias=bias, slope=slope)
+    exprs = (*spec.functions, spec.slope)
+    keep, bias, score_map, slope = (tiles.of_own_rows(expr, local) for expr in exprs)
+    return replace(spec, keep=keep, bias=bias, score_map=score_map, slope=slope)
 
 
 def _inputs(node: Node) -> list[Node]:

@@ -5,6 +5,7 @@ in which placement it takes each operand, and emits the call that one rank makes
 ``passes.rewrite``). ``table.MODES`` lists them in the order in which they are asked.
 """
 
+from ringfx.passes.split_modes.local_attention import LocalAttention
 from ringfx.passes.split_modes.local_call import LocalCall, local_shape
 from ringfx.passes.split_modes.local_graph import LocalGraph
 from ringfx.passes.split_modes.mode import CannotSplit, SplitMode
@@ -14,6 +15,7 @@ from ringfx.passes.split_modes.table import MODES, split_mode
 __all__ = [
     "MODES",
     "CannotSplit",
+    "LocalAttention",
     "LocalCall",
     "LocalGraph",
     "Placement",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ringfx.comm import redistribute
+from ringfx.comm import redistribute, turn
 from ringfx.ir.values import CommKind
 from ringfx.passes.axes import how
 from ringfx.passes.capture.gradients import needs_grad
@@ -19,6 +19,8 @@ from ringfx.passes.token_axes.token_line import TokenDim
 
 __all__ = ["Reshard"]
 
+TURNED = "resharded: whole rows of fewer channels, or back"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reshard(SplitMode):
@@ -29,7 +31,7 @@ class Reshard(SplitMode):
         if not isinstance(call.axes.how, how.Reshard):
             return None
         if not isinstance(call.results[0], TokenDim):
-            return CannotSplit("its result is not sharded")
+            return CannotSplit(call.axes.reason)
         sharded = call.on_line(call.source)
         return Reshard(operands=(Placement.SHARDED if sharded else Placement.REPLICATED,))
 
@@ -39,12 +41,16 @@ class Reshard(SplitMode):
             return call.local.shard(call.node, operand)
         node, source, result = call.node, call.source, call.result
         size = num_bytes(node) // call.layout(result).world_size
-        reason = "resharded: the next ops shard another token axis"
+        is_turn = source.dim != result.dim
+        reason = TURNED if is_turn else "resharded: the next ops shard another token axis"
         call.report(CommKind.ALL_TO_ALL, size, reason)
         if needs_grad(node):
             call.report(CommKind.ALL_TO_ALL, size, COMPLETES_GRADIENT, in_backward=True)
-        valid = call.local.valid(result) if call.has_padding(result) else None
         spreads = [_spread(call, tokens) for tokens in (source, result)]
+        if is_turn:
+            dims = (source.dim, result.dim, call.local.group, describe_node(node))
+            return call.emit(turn.turn_tokens, operand, *spreads, *dims)
+        valid = call.local.valid(result) if call.has_padding(result) else None
         where = (valid, result.dim, call.local.group, describe_node(node))
         return call.emit(redistribute.move_tokens, operand, *spreads, *where)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ringfx.passes.split_modes.along_tokens import Flip, Reduction, Scan, Softmax
 from ringfx.passes.split_modes.attention import match_attention
 from ringfx.passes.split_modes.concat import Concat
 from ringfx.passes.split_modes.halo_convolution import HaloConvolution
@@ -48,6 +49,10 @@ MODES: tuple[Match, ...] = (
     Creation.match,
     HaloConvolution.match,
     Roll.match,
+    Scan.match,
+    Softmax.match,
+    Flip.match,
+    Reduction.match,
     Concat.match,
     LookUp.match,
     Window.match,

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from ringfx.comm.redistribute import reshard
+from ringfx.comm.turn import turn
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.values import Arrival, AttentionSite
 from ringfx.passes.axes import AxisMap
@@ -20,9 +21,12 @@ from ringfx.passes.axes.space import Dim
 from ringfx.passes.token_axes.arrivals import Fixed, Laid, arriving, fixed_layouts
 from ringfx.passes.token_axes.axis_on_line import AxisOnLine
 from ringfx.passes.token_axes.families import Families, find_families
-from ringfx.passes.token_axes.grain import in_blocks
+from ringfx.passes.token_axes.few_queries import has_few_queries
+from ringfx.passes.token_axes.grain import Run, blocks_beside, in_blocks
+from ringfx.passes.token_axes.row_maps import axes_of_row_maps
 from ringfx.passes.token_axes.token_line import Lines, TokenDim, TokenLine
 from ringfx.passes.token_axes.windows import can_move
+from ringfx.passes.token_axes.without_attention import InputAxis
 
 LARGEST_WASTE = 0.5
 """Share of a line's work that storing shorter streams along it may add."""
@@ -36,8 +40,11 @@ def find_lines(
     sites: Sequence[AttentionSite],
     world_size: int,
     arrivals: Mapping[Node, Arrival] | None = None,
+    inputs: Sequence[InputAxis] = (),
 ) -> Lines:
     """The token axes of all attention and of inputs that arrive split, with windows and layout.
+
+    ``inputs``: what are tokens where there is no attention.
 
     A line is laid out as what arrives split on it; else zigzag when some attention over it keeps
     more keys in late rows than in early ones; contiguous otherwise.
@@ -47,33 +54,42 @@ def find_lines(
     unbalanced: dict[Dim, bool] = {}
     rigid: set[Dim] = set()
     met: list[tuple[Dim, Dim]] = []
+    few: list[Dim] = []
+    runs: list[Run] = []
     for site in sites:
         q, k = nodes[site.node].args[0], nodes[site.node].args[1]
         assert isinstance(q, Node)
         assert isinstance(k, Node)
-        for operand in (q, k):
-            axis = axes.dims(operand)[2]
+        q_axis, k_axis = axes.dims(q)[2], axes.dims(k)[2]
+        if has_few_queries(nodes[site.node]) and not blocks_beside(axes, [Run(q, k)]):
+            few.append(q_axis)
+            unbalanced |= {k_axis: unbalanced.get(k_axis, False)} if k_axis else {}
+            rigid |= set() if can_move(site.spec) else {k_axis}
+            continue
+        for axis in (q_axis, k_axis):
             if axis:
                 unbalanced.setdefault(axis, False)
-        q_axis, k_axis = axes.dims(q)[2], axes.dims(k)[2]
         rigid |= set() if can_move(site.spec) else {q_axis, k_axis}
         if q_axis and k_axis:
             unbalanced[q_axis] |= not site.balanced
             met.append((q_axis, k_axis))
+            runs.append(Run(q, k))
     attended = set(unbalanced)
-    for axis in _resharded(graph, axes):
+    for given in inputs:
+        unbalanced.setdefault(axes.dims(given.node)[given.dim], False)
+    for axis in (*_resharded(graph, axes), *axes_of_row_maps(graph, axes, set(unbalanced))):
         unbalanced.setdefault(axis, False)
     builder = _Builder(
         axes=axes, families=find_families(axes), work=_work(axes), uneven=unbalanced, met=met,
-        attended=attended, rigid=rigid, world_size=world_size,
+        attended=attended, rigid=rigid, few=set(few) - attended, world_size=world_size,
     )  # fmt: skip
     lines = builder.build(fixed)
     while len(lines.arrived) < len(fixed):  # an input that does not fit gives no line either
         fixed = [f for f in fixed if f.node in lines.arrived]
         lines = builder.build(fixed)
     if world_size > 1:
-        lines = in_blocks(lines, unbalanced, rigid, partial(builder.build, fixed))
-    return _with_routes(lines, find_routes(graph, axes))
+        lines = in_blocks(lines, runs, unbalanced, rigid, partial(builder.build, fixed))
+    return _with_routes(replace(lines, inputs=tuple(inputs)), find_routes(graph, axes))
 
 
 def _resharded(graph: torch.fx.Graph, axes: AxisMap) -> Iterator[Dim]:
@@ -82,10 +98,16 @@ def _resharded(graph: torch.fx.Graph, axes: AxisMap) -> Iterator[Dim]:
     for node in graph.nodes:
         if node.target is reshard:
             source, dim, *ends = node.args
-            for value in () if ends else (source, node):
-                axis = axes.dims(value)[dim]
-                if axis:
-                    yield families.widest(axis, axes.space.size)
+            places = [] if ends else [(source, dim), (node, dim)]
+        elif node.target is turn:
+            source, ends, starts = node.args
+            places = [(source, ends), (node, starts)]
+        else:
+            continue
+        for value, dim in places:
+            axis = axes.dims(value)[dim]
+            if axis:
+                yield families.widest(axis, axes.space.size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,20 +125,26 @@ class _Builder:
     """Those that some attention runs over."""
     rigid: Collection[Dim]
     """Those whose attention must have a line of its own."""
+    few: Collection[Dim]
+    """Queries that every rank has all of: a window of them is none that is stored with its line."""
     world_size: int
 
     def build(self, fixed: Sequence[Fixed], blocks: Mapping[Dim, Dim] | None = None) -> Lines:
         """Lines of the longest axes first; axes that lie within one already are its members.
 
-        ``blocks`` are axes whose line is one of blocks of tokens, and the axis of those blocks.
+        ``blocks`` are axes whose line is one of blocks of tokens, and the axis of those blocks;
+        or (), of axes that are not to be lines.
         """
         axes, size = self.axes, self.axes.space.size
         grain = {axis: (blocks or {}).get(axis, axis) for axis in self.uneven}
         unbalanced = {grain[a]: False for a in self.uneven} | {f.axis: False for f in fixed}
+        unbalanced.pop((), None)  # of those that are not to be lines
         for axis, value in self.uneven.items():
-            unbalanced[grain[axis]] |= value
-        alone = {grain[axis] for axis in self.rigid if axis}
+            if grain[axis] == axis[: len(grain[axis])] != ():
+                unbalanced[grain[axis]] |= value
+        alone = {grain[axis] for axis in self.rigid if axis} - {()}
         used = {grain.get(axis, axis) for axis in (*self.attended, *(f.axis for f in fixed))}
+        used -= {()}
         met = [(grain[q], grain[k]) for q, k in self.met]
         claimed: dict[Dim, tuple[AxisOnLine, ...]] = {}
         owned: set[int] = set()
@@ -125,7 +153,8 @@ class _Builder:
         for axis in sorted(order, key=order.__getitem__, reverse=True):
             if any(atom in owned for atom in axis):
                 continue  # a window of a longer line, or shares an axis with another one
-            kept = {o for o in used if o in alone or not _joins(axes, axis, o, self.work)} - {axis}
+            kept = {o for o in used if o in alone or not _joins(axes, axis, o, self.work)}
+            kept = (kept | set(self.few)) - {axis}
             claimed[axis] = _members(axes, self.families, axis, owned, kept)
             owned |= {atom for member in claimed[axis] for atom in member.axis}
         together = _meeting(claimed, met)

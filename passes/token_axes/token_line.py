@@ -15,6 +15,7 @@ from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.routing import Route
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.token_axes.axis_on_line import AxisOnLine
+from ringfx.passes.token_axes.without_attention import InputAxis
 
 __all__ = ["Lines", "MaybeTokenDim", "NotShardable", "TokenDim", "TokenLine"]
 
@@ -84,6 +85,8 @@ class Lines:
     routes: tuple[Route, ...] = ()
     arrived: frozenset[Node] = frozenset()
     """Inputs that are sharded already, as the line that they are on."""
+    inputs: tuple[InputAxis, ...] = ()
+    """What is taken for tokens, where there is no attention."""
     _known: dict[tuple[Node, int], MaybeTokenDim] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -95,9 +98,9 @@ class Lines:
             self._known[key] = self._find_token_dim(node, index)
         return self._known[key]
 
-    def dims_with_tokens(self, node: Node) -> tuple[int, ...]:
+    def dims_with_tokens(self, node: Node, index: int = 0) -> tuple[int, ...]:
         """The dimensions of a value that hold tokens of any line, however they do."""
-        dims = self.axes.dims(node) if node in self.axes.values else ()
+        dims = self.axes.dims(node, index) if node in self.axes.values else ()
         return tuple(d for d, dim in enumerate(dims) if any(axis in self._owner for axis in dim))
 
     def carries_one(self, node: Node) -> bool:

@@ -19,9 +19,9 @@ __all__ = ["along_the_line", "can_move"]
 def can_move(spec: AttentionSpec) -> bool:
     """Whether the positions of an attention's tokens may be counted from elsewhere.
 
-    Dropout is drawn by position, and the mean of all values over a row without keys counts them.
+    The mean of all values over a row without keys counts them.
     """
-    return spec.dropout == 0.0 and spec.fully_masked == "zero"
+    return spec.fully_masked == "zero"
 
 
 def along_the_line(
@@ -48,7 +48,9 @@ def along_the_line(
         kv_len=kv_len,
         keep=conjunction(_moved(spec.keep, queries, keys), shown),
         bias=_moved(spec.bias, queries, keys),
+        score_map=_moved(spec.score_map, queries, keys),
         slope=_moved(spec.slope, queries, keys),
+        counts_from=(queries.offset, keys.offset) if spec.dropout else (0, 0),
     )
 
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from ringfx.errors import VerificationError
+from ringfx.errors import DEFECT, VerificationError
 from ringfx.ir.values import Captured, Sites
+from ringfx.passes.place import PlacementMap
 from ringfx.passes.rewrite import LocalProgram
+from ringfx.passes.split_modes.attention import OwnKeys
 from ringfx.passes.token_axes import TokenDim
 
-__all__ = ["split_along"]
+__all__ = ["few_queries", "split_along"]
+
+
+def few_queries(graph: Graph, placement: PlacementMap, sites: Sites) -> frozenset[int]:
+    """The attentions (by their number) of which every rank has all queries and its own keys."""
+    nodes = {n.name: n for n in graph.nodes}
+    modes = (placement.modes.get(nodes[site.node]) for site in sites.found)
+    return frozenset(i for i, mode in enumerate(modes) if isinstance(mode, OwnKeys))
 
 
 def split_along(captured: Captured, sites: Sites, local: LocalProgram) -> Mapping[str, TokenDim]:
-    """Where the queries of each attention that is split have their tokens; others are replicated.
+    """Where each attention that is split has what ranks share: its queries; of few queries its
+    keys; of a local one its batch. Others are replicated.
 
     Called after ``verify``, which has run the program on fake tensors.
 
@@ -28,25 +38,28 @@ def split_along(captured: Captured, sites: Sites, local: LocalProgram) -> Mappin
     found: dict[str, TokenDim] = {}
     for site in sites.found:
         call = local.attentions[site.node]
-        if not call.kwargs.get("group"):
+        if not (call.kwargs.get("group") or site.is_local):
             continue
-        queries, given = nodes[site.node].args[0], call.args[0]
-        assert isinstance(queries, Node)
+        few = isinstance(local.placement.modes.get(nodes[site.node]), OwnKeys)
+        shared = "entries" if site.is_local else "keys" if few else "queries"
+        split, given = (n.args[1 if few else 0] for n in (nodes[site.node], call))
+        assert isinstance(split, Node)
         assert isinstance(given, Node)
-        tokens = local.placement.lines.token_dim(queries)
+        tokens = local.placement.lines.token_dim(split)
         line = (
             None if not isinstance(tokens, TokenDim) else local.placement.lines.lines[tokens.line]
         )
-        held = int(given.meta["val"].shape[2])
+        dim = tokens.dim if isinstance(tokens, TokenDim) and site.is_local else 2
+        held = int(given.meta["val"].shape[dim])
         if (
             line is None
             or not isinstance(tokens, TokenDim)
-            or held != line.layout.local_length * tokens.inner
+            or held != tokens.outer * line.layout.local_length * tokens.inner
         ):
+            whole = split.meta["val"].shape[dim]
             raise VerificationError(
                 f"{site.name} ({site.source}): attention over several ranks is given {held:,} of "
-                f"{site.q_len:,} queries, which are not this rank's shard. This is a defect of "
-                "ringfx; please report it with the model."
+                f"{whole:,} {shared}, which are not this rank's shard. {DEFECT}"
             )
         found[site.node] = tokens
     return found

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ringfx.comm.grad_accumulation import NO_CALL
-from ringfx.errors import VerificationError
+from ringfx.errors import DEFECT, VerificationError
 from ringfx.ir.values import Captured, Sites
 from ringfx.ops import attention
 from ringfx.passes.capture.origin import describe_node
@@ -95,14 +95,17 @@ def _check(value: Node, made: Node, local: LocalProgram) -> None:
     if not isinstance(given, torch.Tensor):
         return
     if not isinstance(part, torch.Tensor):
-        raise VerificationError(f"{describe_node(value)}: the local value is {type(part).__name__}")
+        raise VerificationError(
+            f"{describe_node(value)}: the local value is {type(part).__name__}, expected a tensor "
+            f"{tuple(given.shape)}. {DEFECT}"
+        )
     sharded = local.placement.is_sharded(value)
     expected = local_shape(local.placement.lines, value) if sharded else tuple(given.shape)
     if tuple(part.shape) != expected or part.dtype != given.dtype:
         raise VerificationError(
             f"{describe_node(value)}: local value {tuple(part.shape)} {part.dtype}, "
             f"expected {expected} {given.dtype} ({'sharded' if sharded else 'replicated'}). "
-            "This is a defect of ringfx; please report it with the model."
+            f"{DEFECT}"
         )
 
 
@@ -110,5 +113,5 @@ def _check_sites(sites: Sites, local: LocalProgram) -> None:
     rewritten = sum(n.target is attention for n in local.graph_module.graph.nodes)
     if rewritten != len(sites.found):
         raise VerificationError(
-            f"{len(sites.found)} attention sites were found and {rewritten} rewritten"
+            f"{len(sites.found)} attention sites were found and {rewritten} rewritten. {DEFECT}"
         )

@@ -11,8 +11,8 @@ from ringfx.cli.model_target import floating_dtype
 from ringfx.cost_model import load_profile, parse_tokens
 from ringfx.cost_model.calibration.bench import Sample, Timing, bench, bench_site, regret
 from ringfx.errors import InvalidArgument
-from ringfx.ir.plan_text import table_lines
 from ringfx.ir.values import AttentionSite
+from ringfx.units.columns import table_lines
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["Attention", "run"]

@@ -71,7 +71,7 @@ def _check_name(name: str) -> None:
 def check_device(device: str, ranks: int) -> None:
     """Refuse a device that is unknown, or that there are fewer of than ranks."""
     if device not in ("cpu", "cuda"):
-        raise InvalidArgument(f"unknown device {device!r}. Choices: cpu, cuda.")
+        raise InvalidArgument(f"unknown device {device!r}. Do: give --device cpu or --device cuda.")
     if device == "cuda" and torch.cuda.device_count() < ranks:
         raise InvalidArgument(
             f"{ranks} ranks need {ranks} GPUs, but this machine has {torch.cuda.device_count()}. "
@@ -81,7 +81,8 @@ def check_device(device: str, ranks: int) -> None:
 
 def _measured(device: str, ranks: int, effort: Effort) -> Measurements | None:
     columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    console, elapsed = Console(stderr=True), TimeElapsedColumn()
+    with Progress(*columns, elapsed, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting ranks", total=None)
 
         def show(what: str, done: int, total: int) -> None:

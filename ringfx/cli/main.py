@@ -9,12 +9,18 @@ from contextlib import contextmanager
 import typer
 
 from ringfx.cli import options as o
+from ringfx.cli.spelling import options_of
 from ringfx.errors import RingfxError
+from ringfx.units.argument import spelled
+from ringfx.units.columns import wrapped
 
-__all__ = ["app", "main"]
+__all__ = ["app", "in_columns", "main"]
 
 USER_MISTAKE = 2
 """Exit code of every error that the user can correct."""
+
+DIFFERENT = 1
+"""Exit code of a comparison that found a difference."""
 
 app = typer.Typer(
     name="ringfx",
@@ -26,8 +32,12 @@ app = typer.Typer(
 
 
 @app.callback()
-def _ringfx() -> None:
+def _ringfx(context: typer.Context) -> None:
     """Split the sequence of any PyTorch model over many devices."""
+    commands = getattr(context.command, "commands", {})
+    command = commands.get(context.invoked_subcommand)
+    if command is not None:
+        context.with_resource(spelled(options_of(command.params)))
 
 
 @app.command()
@@ -47,9 +57,11 @@ def plan(
     recompute: o.Recompute = "auto",
     offload: o.Offload = "auto",
     head_groups: o.HeadGroups = "auto",
+    token_dims: o.TokenDims = None,
     train: o.Train = True,
     labels: o.Labels = True,
     dtype: o.Dtype = None,
+    autocast: o.Autocast = None,
     hf: o.HuggingFace = False,
     strict: o.Strict = False,
     strategies: o.Strategies = None,
@@ -73,9 +85,9 @@ def plan(
         request = Request(
             target=target, seq_len=seq_len, world_size=world_size, batch_size=batch_size,
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
-            train=train, labels=labels, dtype=dtype, hf=hf, strict=strict, chunks=chunks,
-            recompute=recompute, offload=offload,
-            head_groups=head_groups,
+            train=train, labels=labels, dtype=dtype, autocast=autocast, hf=hf, strict=strict,
+            chunks=chunks, recompute=recompute, offload=offload, head_groups=head_groups,
+            token_dims=token_dims or [],
             shard_states=state_ranks or shard_states, param_dtype=param_dtype,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip
@@ -110,6 +122,58 @@ def explain(
             target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
             strict=strict, as_json=as_json, rules=rules,
         )  # fmt: skip
+
+
+@app.command()
+def verify(
+    target: o.Target,
+    seq_len: o.SeqLen = None,
+    world_size: o.RanksHere = 2,
+    batch_size: o.Sequences = 1,
+    reduce: o.Reduce = False,
+    gpu_memory: o.GpuMemory = None,
+    strategy: o.Strategy = None,
+    profile: o.Profile = None,
+    shard_states: o.ShardStates = False,
+    chunks: o.Chunks = "auto",
+    recompute: o.Recompute = "auto",
+    offload: o.Offload = "auto",
+    head_groups: o.HeadGroups = "auto",
+    token_dims: o.TokenDims = None,
+    compiler: o.Compiler = "aot_eager",
+    narrow: o.Narrow = "bfloat16",
+    train: o.Train = True,
+    labels: o.Labels = True,
+    hf: o.HuggingFace = False,
+    strict: o.Strict = False,
+    strategies: o.Strategies = None,
+    rules: o.Rules = None,
+) -> None:
+    """Compare a model split over ranks of this machine's CPU with itself unsplit, in float64.
+
+    Outputs, loss and every gradient. Exit code 1 if something differs; the report says where first.
+    """
+    with _one_line_errors():
+        from ringfx.cli.plan import number_or_name, strategy_choice, token_dims_of
+        from ringfx.cli.tables import rules_of, strategies_of
+        from ringfx.cli.verify import Asked, run
+
+        options = {
+            "gpu_memory": gpu_memory, "strategy": strategy_choice(strategy or []),
+            "profile": profile, "shard_states": shard_states, "chunks": number_or_name(chunks),
+            "recompute": recompute, "offload": offload,
+            "head_groups": number_or_name(head_groups), "compiler": compiler, "strict": strict,
+            "token_dims": token_dims_of(token_dims or []),
+            "strategies": strategies_of(strategies), "rules": rules_of(rules),
+        }  # fmt: skip
+        found = run(
+            Asked(
+                target=target, seq_len=seq_len, batch_size=batch_size, world_size=world_size,
+                reduce=reduce, train=train, labels=labels, hf=hf, narrow=narrow, options=options,
+            )
+        )  # fmt: skip
+    if not found.ok:
+        raise typer.Exit(DIFFERENT)
 
 
 @app.command()
@@ -170,8 +234,26 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except RingfxError as error:
-        print(f"ringfx: {error}", file=sys.stderr)
+        text = "\n".join([f"ringfx: {error}", *getattr(error, "__notes__", ())])
+        print(in_columns(text) if sys.stderr.isatty() else text, file=sys.stderr)
         raise typer.Exit(USER_MISTAKE) from error
+
+
+def in_columns(text: str) -> str:
+    """Lines that a terminal does not break in the middle of a word.
+
+    >>> print(in_columns("needs more\\n  Do: " + "give more memory, " * 5 + "or less work"))
+    needs more
+      Do: give more memory, give more memory, give more memory, give more memory,
+        give more memory, or less work
+    """
+    lines = text.split("\n")
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    return "\n".join(
+        part
+        for line, indent in zip(lines, indents, strict=True)
+        for part in wrapped([line.strip()], indent)
+    )
 
 
 if __name__ == "__main__":

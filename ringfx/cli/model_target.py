@@ -30,12 +30,15 @@ from ringfx.validation.text_files import is_there, read_text
 
 __all__ = ["Inputs", "Target", "build", "find_table", "find_target", "floating_dtype"]
 
+_NAME_A_FILE = "Do: name one that is there; a relative path starts where the command runs."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The inputs to invent where the factory gives none."""
 
-    seq_len: int
+    seq_len: int | None
+    """None where nobody says: then the factory must have inputs of its own."""
     batch_size: int = 1
     labels: bool = True
     """Give labels too where ``forward`` takes them."""
@@ -50,6 +53,8 @@ class Target:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     has_own_length: bool = False
     """The inputs are the factory's own; it does not take a length."""
+    is_invented: bool = False
+    """The inputs are zeros, made up for a factory that gives none."""
 
 
 def find_target(text: str, *, hf: bool = False, dtype: str | None = None) -> Callable[..., Any]:
@@ -101,6 +106,7 @@ def build(factory: Callable[..., Any], inputs: Inputs, name: str) -> Target:
     InvalidArgument
         The factory failed, gave no module, or the module's inputs cannot be invented.
     """
+    _refuse_no_length(factory, inputs, name)
     with _blame(name):
         made = factory(**_accepted(factory, inputs))
     if _is_hf_config(made):
@@ -131,7 +137,8 @@ def _import_factory(text: str) -> Callable[..., Any]:
         return lambda: made
     if not callable(factory):
         raise InvalidArgument(
-            f"{text} is a {type(factory).__name__}, not a function that makes the model."
+            f"{text} is a {type(factory).__name__}, not a function that makes the model. Do: name "
+            "a function, a class or a module, such as mymodel:make."
         )
     return _as_function(factory)
 
@@ -169,13 +176,14 @@ def _import(where: str) -> ModuleType:
                 " Do: run from the folder that holds it, or give path/to/file.py:FACTORY."
             ) from error
         raise InvalidArgument(
-            f"importing {where} needs the module {error.name!r}, which is not installed."
+            f"importing {where} needs the module {error.name!r}, which is not installed. Do: "
+            "install what holds it, or run from the folder that does."
         ) from error
 
 
 def _import_file(path: Path) -> ModuleType:
     if not is_there(path):
-        raise InvalidArgument(f"there is no file {path}.")
+        raise InvalidArgument(f"there is no file {path}. {_NAME_A_FILE}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None, path
     assert spec.loader is not None, path
@@ -204,7 +212,8 @@ def _blame(name: str, passing: type[Exception] = InvalidArgument) -> Iterator[No
         frame = traceback.extract_tb(error.__traceback__)[-1]
         what = str(error).strip().split("\n")[0]
         raise InvalidArgument(
-            f"{name} failed with {type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"
+            f"{name} failed with {type(error).__name__}: {what} ({frame.filename}:{frame.lineno})."
+            " Do: mend it there; a plan builds models on the meta device, without values."
         ) from error
 
 
@@ -235,14 +244,18 @@ def _hf_class_config(name: str) -> Any:
 def _hf_file_config(path: Path) -> Any:
     file = path / "config.json" if _is_folder(path) else path
     if not is_there(file):
-        raise InvalidArgument(f"there is no file {file}.")
+        raise InvalidArgument(f"there is no file {file}. {_NAME_A_FILE}")
     source = Source(
-        where=str(file), damaged=f"{file} is no Hugging Face configuration", error=InvalidArgument
+        where=str(file),
+        damaged=f"{file} is no Hugging Face configuration",
+        error=InvalidArgument,
+        remedy="give the config.json that save_pretrained wrote",
     )
     fields = parse_json(read_text(file), source)
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise InvalidArgument(
-            f'{file} is not a Hugging Face configuration: it has no "model_type".'
+            f'{file} is not a Hugging Face configuration: it has no "model_type". Do: give the '
+            "config.json of a transformers model, or a factory, MODULE:FACTORY."
         )
     named = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
     validated(_ConfigNames, named, source)
@@ -292,7 +305,10 @@ def _hf_model_class(config: Any) -> Any:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
-    raise InvalidArgument(f"transformers has no model for {type(config).__name__}.")
+    raise InvalidArgument(
+        f"transformers has no model for {type(config).__name__}. Do: give a factory that makes it, "
+        "MODULE:FACTORY."
+    )
 
 
 # --- building ---------------------------------------------------------------------------------
@@ -305,7 +321,7 @@ def floating_dtype(name: str | None) -> torch.dtype | None:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidArgument(
-            f"{name!r} is not a floating dtype. Choices: float32, bfloat16, float16, float64."
+            f"{name!r} is not a floating dtype. Do: give float32, bfloat16, float16 or float64."
         )
     return dtype
 
@@ -327,10 +343,17 @@ def _in_dtype(factory: Callable[..., Any], dtype: torch.dtype | None) -> Callabl
     return make
 
 
+def _refuse_no_length(factory: Callable[..., Any], inputs: Inputs, name: str) -> None:
+    asked = _parameters(factory).get("seq_len")
+    if inputs.seq_len is None and asked is not None and asked.default is asked.empty:
+        raise InvalidArgument(f"{name} takes seq_len. Do: give --seq-len.")
+
+
 def _accepted(factory: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
     """The sizes that the factory has parameters for."""
     offered = {"seq_len": inputs.seq_len, "batch_size": inputs.batch_size}
-    return {name: value for name, value in offered.items() if name in _parameters(factory)}
+    known = _parameters(factory)
+    return {name: value for name, value in offered.items() if name in known and value is not None}
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -342,7 +365,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 def _target(made: Any, inputs: Inputs, name: str) -> Target:
     if isinstance(made, nn.Module):
-        return Target(model=made, kwargs=_invented(made, inputs, name))
+        return Target(model=made, kwargs=_invented(made, inputs, name), is_invented=True)
     if isinstance(made, tuple) and 2 <= len(made) <= 3 and isinstance(made[0], nn.Module):
         args = made[1] if isinstance(made[1], tuple | list) else None
         kwargs = made[2] if len(made) == 3 else {}
@@ -362,8 +385,14 @@ def _check_call(
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InvalidArgument(
-            f"{name}: its inputs do not fit {type(model).__name__}.forward: {error}."
+            f"{name}: its inputs do not fit {type(model).__name__}.forward: {error}. Do: return "
+            f"inputs that model(*args, **kwargs) takes: {_forward(model)}."
         ) from error
+
+
+def _forward(model: nn.Module) -> str:
+    """``forward`` with the names of its parameters."""
+    return f"forward({', '.join(_parameters(model.forward))})"
 
 
 def _described(value: object) -> str:
@@ -386,6 +415,11 @@ def _invented(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
             f"{name}: ringfx can generate input_ids and labels only, not the inputs of "
             f"{type(model).__name__}.forward({wanted}). Do: let the factory return (model, args, "
             "kwargs); it may take seq_len and batch_size."
+        )
+    if inputs.seq_len is None:
+        raise InvalidArgument(
+            f"{name} has no inputs of its own. Do: give --seq-len, or let the factory return "
+            "(model, args) or (model, args, kwargs)."
         )
     made = {"input_ids": torch.zeros(inputs.batch_size, inputs.seq_len, dtype=torch.int64)}
     if inputs.labels and "labels" in parameters:

@@ -9,9 +9,11 @@ import typer
 
 __all__ = [
     "AsJson",
+    "Autocast",
     "Batch",
     "Causal",
     "Chunks",
+    "Compiler",
     "Device",
     "Diff",
     "Dtype",
@@ -25,12 +27,15 @@ __all__ = [
     "Labels",
     "MaxSeqLen",
     "Name",
+    "Narrow",
     "Optimizer",
     "Out",
     "Profile",
     "Quick",
     "Ranks",
+    "RanksHere",
     "Records",
+    "Reduce",
     "Rounds",
     "Rules",
     "SeqLen",
@@ -81,6 +86,9 @@ Train = Annotated[
 ]
 Labels = Annotated[bool, _model(help="Pass labels if forward accepts them (when training).")]
 Dtype = Annotated[str | None, _model(help="Floating type of the parameters, such as bfloat16.")]
+Autocast = Annotated[
+    str | None, _model(help="Plan under torch.autocast in this type: bfloat16 or float16.")
+]
 HuggingFace = Annotated[bool, _model("--hf", help="TARGET is a transformers configuration class.")]
 Strict = Annotated[
     bool,
@@ -175,6 +183,16 @@ HeadGroups = Annotated[
     ),
 ]
 
+TokenDims = Annotated[
+    list[str] | None,
+    _plan(
+        "--token-dim",
+        metavar="INPUT=DIM",
+        help="Of a model without attention: the dimension of an input that holds the tokens, such "
+        "as x=2. Default: found. Repeatable.",
+    ),
+]
+
 # --- what is shown -------------------------------------------------------------------------------
 
 AsJson = Annotated[bool, _output("--json", help="Print JSON, to save it.")]
@@ -194,6 +212,24 @@ MaxSeqLen = Annotated[
     bool, _output("--max-seq-len", help="Find the longest sequence that fits --gpu-memory.")
 ]
 Diff = Annotated[Path | None, _output(help="Show the differences from this saved plan.")]
+
+# --- comparing -----------------------------------------------------------------------------------
+
+RanksHere = Annotated[int, _plan("--world-size", help="Ranks to start here.", min=2, max=64)]
+Reduce = Annotated[
+    bool,
+    _model(
+        "--reduce",
+        help="Compare a small model of the same code: a layer of each kind, 250 tokens, narrower "
+        "if it is large.",
+    ),
+]
+Compiler = Annotated[
+    str, _plan(help="aot_eager or eager (what ringfx rewrites), or inductor (its programs too).")
+]
+Narrow = Annotated[
+    str | None, _plan(help="A type whose distance from float64 is reported too; none: of none.")
+]
 
 # --- measuring -----------------------------------------------------------------------------------
 

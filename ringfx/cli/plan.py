@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,20 +31,21 @@ from ringfx.cost_model.choice.whatif import (
     sweep,
     tokens,
 )
-from ringfx.errors import InvalidArgument
+from ringfx.errors import InvalidArgument, OutOfMemory
 from ringfx.ir.note import Note
 from ringfx.ir.plan import Plan
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect.count_attention import refuse_missed
-from ringfx.report.plan_html import to_html
+from ringfx.report.plan_html import refused_html, to_html
 from ringfx.report.plan_views import diff_text, strategy_options_text, sweep_text
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.strategies.given import require_strategies
 from ringfx.validation.json_reader import Source, parse_json
 from ringfx.validation.text_files import check_writable, is_there, read_text, write_text
+from ringfx.watch.stages import preparing, stage_done
 
-__all__ = ["Request", "View", "run"]
+__all__ = ["Request", "View", "number_or_name", "run", "strategy_choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class Request:
     labels: bool
     dtype: str | None
     hf: bool
+    autocast: str | None = None
     strict: bool = False
     shard_states: bool | int = False
     param_dtype: str | None = None
@@ -68,6 +72,7 @@ class Request:
     recompute: str = "auto"
     offload: str = "auto"
     head_groups: str = "auto"
+    token_dims: Sequence[str] = ()
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
 
@@ -94,13 +99,19 @@ def run(request: Request, view: View) -> None:
         Whatever is wrong with the request, the model or the profile.
     """
     _check(request, view)
+    try:
+        plan = _planned(request, view)
+    except OutOfMemory as error:
+        _show_refused(error, request, view)
+        raise
+    _show(plan, request, view)
+
+
+def _planned(request: Request, view: View) -> Plan:
     saved = _saved(request)
     if saved is None:
-        _show(_made(request), request, view)
-    elif request.gpu_memory is None or _asks(view):
-        _show(saved, request, view)
-    else:
-        _show(_chosen_again(saved, request), request, view)
+        return _made(request)
+    return saved if request.gpu_memory is None or _asks(view) else _chosen_again(saved, request)
 
 
 def _check(request: Request, view: View) -> None:
@@ -153,7 +164,10 @@ def _read(path: Path, request: Request) -> Plan:
 
 def _is_plan(text: str, path: Path) -> bool:
     """Whether it says so, damaged or not; a Hugging Face configuration has a model type."""
-    source = Source(where=str(path), damaged=str(path), error=InvalidArgument)
+    source = Source(
+        where=str(path), damaged=str(path), error=InvalidArgument,
+        remedy="give a plan that `ringfx plan --json` wrote, or a Hugging Face config.json",
+    )  # fmt: skip
     fields = parse_json(text, source)
     if not isinstance(fields, dict) or "model_type" in fields:
         return False
@@ -167,6 +181,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--optimizer": request.optimizer != "none",
         "--infer": not request.train,
         "--dtype": request.dtype is not None,
+        "--autocast": request.autocast is not None,
         "--rules": request.rules is not RULES,
         "--shard-states": request.shard_states is not False,
         "--param-dtype": request.param_dtype is not None,
@@ -174,6 +189,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--recompute": request.recompute != "auto",
         "--offload": request.offload != "auto",
         "--head-groups": request.head_groups != "auto",
+        "--token-dim": bool(request.token_dims),
     }
 
 
@@ -191,26 +207,26 @@ def _asks(view: View) -> bool:
 
 
 def _made(request: Request) -> Plan:
-    if request.seq_len is None or request.world_size is None:
+    if request.world_size is None:
         raise InvalidArgument(
-            f"planning {request.target} needs --seq-len and --world-size; only a saved plan needs "
-            "neither."
+            f"planning {request.target} needs a number of ranks; only a saved plan has its own. "
+            "Do: give --world-size 8, say, and --seq-len unless the model has inputs of its own."
         )
     inputs = Inputs(
-        seq_len=parse_tokens(request.seq_len),
+        seq_len=None if request.seq_len is None else parse_tokens(request.seq_len),
         batch_size=request.batch_size,
         labels=request.labels and request.train,
     )
     budget = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
-    chosen = strategy_choice(request.strategy)
-    with Console(stderr=True).status(f"importing {request.target}") as status:
+    chosen, autocast = strategy_choice(request.strategy), _autocast(request.autocast)
+    with preparing(f"planning {request.target}", rank=0):
         factory = find_target(request.target, hf=request.hf, dtype=request.dtype)
-        status.update(f"building {request.target} on fake tensors")
+        stage_done("imported")
         with api.offline():
             made = build(factory, inputs, request.target)
             made.model.train(request.train)
-        status.update(f"planning {inputs.seq_len:,} tokens over {request.world_size} ranks")
-        with torch.set_grad_enabled(request.train):
+        stage_done("built")
+        with torch.set_grad_enabled(request.train), autocast:
             plan = api.plan(
                 made.model,
                 made.args,
@@ -219,21 +235,32 @@ def _made(request: Request) -> Plan:
                 gpu_memory=budget,
                 profile=request.profile,
                 strategy=chosen,
-                optimizer=_number_or_name(request.optimizer),
+                optimizer=number_or_name(request.optimizer),
                 strict=request.strict,
                 shard_states=request.shard_states,
                 mp_policy=_mp_policy(request.param_dtype),
-                chunks=_number_or_name(request.chunks),
+                chunks=number_or_name(request.chunks),
                 recompute=cast(Recompute, request.recompute),
                 offload=cast(Offload, request.offload),
-                head_groups=_number_or_name(request.head_groups),
+                head_groups=number_or_name(request.head_groups),
+                token_dims=token_dims_of(request.token_dims),
                 strategies=request.strategies,
                 rules=request.rules,
             )
-    if not made.has_own_length:
+        stage_done("predicted")
+    if not made.has_own_length or request.seq_len is None:
         return plan
     note = f"--seq-len was not used: {request.target} takes no seq_len and returns its own inputs"
     return replace(plan, notes=(*plan.notes, Note(text=note)))
+
+
+def _autocast(dtype: str | None) -> AbstractContextManager[object]:
+    """Autocast of the device that tensors without values count as."""
+    if dtype is None:
+        return nullcontext()
+    if dtype not in ("bfloat16", "float16"):
+        raise InvalidArgument(f"--autocast {dtype!r} is unknown. Do: use bfloat16 or float16.")
+    return torch.autocast("cpu", getattr(torch, dtype))
 
 
 def _mp_policy(param_dtype: str | None) -> Any:
@@ -244,7 +271,7 @@ def _mp_policy(param_dtype: str | None) -> Any:
     return MixedPrecisionPolicy(param_dtype=floating_dtype(param_dtype))
 
 
-def _number_or_name(word: str) -> Any:
+def number_or_name(word: str) -> Any:
     """An optimizer's name or bytes for each parameter; chunks by name or of so many tokens;
     groups of heads."""
     return int(word) if word.isdecimal() and len(word) <= 12 else word
@@ -266,10 +293,29 @@ def strategy_choice(words: Sequence[str]) -> str | Mapping[str, str]:
     for word, (glob, _, name) in zip(words, rules, strict=True):
         if not glob or not name:
             raise InvalidArgument(
-                f"--strategy {word!r}: several rules need the form GLOB=NAME,"
-                ' such as "model.layers.0.*=collective".'
+                f"--strategy {word!r} is not GLOB=NAME, which each of several must be. Do: give "
+                'each like --strategy "model.layers.0.*=collective".'
             )
     return {glob: name for glob, _, name in rules}
+
+
+def token_dims_of(words: Sequence[str]) -> Mapping[str, int]:
+    """``INPUT=DIM`` words as a mapping.
+
+    Raises
+    ------
+    InvalidArgument
+        A word that is none.
+    """
+    found: dict[str, int] = {}
+    for word in words:
+        name, _, dim = word.rpartition("=")
+        if not name or not dim.removeprefix("-").isdecimal() or len(dim) > 3:
+            raise InvalidArgument(
+                f"--token-dim {word!r} is no INPUT=DIM. Do: give it so, such as x=2."
+            )
+        found[name] = int(dim)
+    return found
 
 
 # --- showing ----------------------------------------------------------------------------------
@@ -279,8 +325,10 @@ def _show(plan: Plan, request: Request, view: View) -> None:
     """Views that stand alone, in the order of the help; the plan itself where none is asked for."""
     if view.html is not None:
         write_html(plan, view.html, request)
-        print(f"written to {view.html}")
-        return
+        if not view.as_json:
+            print(f"written to {view.html}")
+            return
+        print(f"written to {view.html}", file=sys.stderr)  # the other stream is the plan's
     texts = _views(plan, request, view)
     for text in texts:
         print(text)
@@ -294,6 +342,19 @@ def _show(plan: Plan, request: Request, view: View) -> None:
         console.print(plan)
     else:
         print(plan)
+
+
+def _show_refused(error: OutOfMemory, request: Request, view: View) -> None:
+    """The page of what does not fit, where a page was asked for; its text goes to stderr."""
+    if view.html is None or error.shortfall is None:
+        return
+    asked = []
+    if request.seq_len is not None:
+        asked.append(f"{parse_tokens(request.seq_len):,} tokens")
+    if request.world_size is not None:
+        asked.append(f"{request.world_size:,} rank{'' if request.world_size == 1 else 's'}")
+    write_text(view.html, refused_html(error, request.target, ", ".join(asked)))
+    print(f"written to {view.html}", file=sys.stderr)
 
 
 def _views(plan: Plan, request: Request, view: View) -> list[str]:
@@ -329,10 +390,13 @@ def write_html(plan: Plan, path: Path, request: Request) -> None:
     """The page of a plan, with the same model from an eighth to eight times as long and split."""
     given = _profile(plan, request), strategy_choice(request.strategy), request.strategies
     lengths, ranks = _around(tokens(plan)), _around(plan.world_size)
-    by_length = sweep(plan, [Change(seq_len=n) for n in lengths], *given)
-    by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], *given)
-    curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
-    write_text(path, to_html(plan, *curves))
+    with preparing(f"the page of {request.target}", rank=0):
+        by_length = sweep(plan, [Change(seq_len=n) for n in lengths], *given)
+        stage_done("other lengths")
+        by_ranks = sweep(plan, [Change(world_size=n) for n in ranks], *given)
+        stage_done("other numbers of ranks")
+        curves = list(zip(lengths, by_length, strict=True)), list(zip(ranks, by_ranks, strict=True))
+        write_text(path, to_html(plan, *curves, name=request.target))
 
 
 def _around(number: int) -> list[int]:

@@ -20,7 +20,10 @@ from ringfx.comm.grad_accumulation import parts_to_send
 from ringfx.comm.pending import Pending
 from ringfx.comm.process_group import Ranks
 
-__all__ = ["all_gather", "all_reduce", "begin_sum", "finish_sum", "reduce_scatter", "take_part"]
+__all__ = [
+    "WHERE", "all_gather", "all_reduce", "begin_sum", "finish_sum", "largest", "reduce_scatter",
+    "take_part",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 
@@ -61,6 +64,17 @@ def all_reduce(x: Tensor, group: str, what: str) -> Tensor:
 
 
 @all_reduce.register_fake
+def _(x: Tensor, group: str, what: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ringfx::largest", mutates_args=())
+def largest(x: Tensor, group: str, what: str) -> Tensor:
+    """The largest over ranks of each element; NaN of some rank may be lost."""
+    return _ranks(group).largest(f"maximum of {what}", x.contiguous().clone())
+
+
+@largest.register_fake
 def _(x: Tensor, group: str, what: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -127,7 +141,15 @@ def _(parts: Tensor, group: str) -> Tensor:
     return parts.new_empty(parts.shape[1:])
 
 
-for _operator in (all_gather, reduce_scatter, all_reduce, take_part, begin_sum, finish_sum):
+for _operator in (
+    all_gather,
+    reduce_scatter,
+    all_reduce,
+    largest,
+    take_part,
+    begin_sum,
+    finish_sum,
+):
     refuse_double_backward(_operator)
 
 

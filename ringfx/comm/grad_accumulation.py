@@ -18,6 +18,7 @@ import torch
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import RingfxError
 from ringfx.torch_compat.autograd import after_backward, version_of
+from ringfx.torch_compat.distributed import like_whole, local_of
 
 __all__ = ["NOT_REACHED", "NO_CALL", "Accumulation", "parts_to_send"]
 
@@ -102,7 +103,7 @@ class Accumulation:
             parameter = pending.parameter()
             if pending.version is None:
                 continue  # held back by the backward that is running
-            grad = None if parameter is None else parameter.grad
+            grad = _grad_of(parameter)
             if grad is None or (version_of(grad) != pending.version and not grad.any()):
                 del self._pending[number]
             elif version_of(grad) != pending.version:
@@ -114,9 +115,9 @@ class Accumulation:
 
     def _note_versions(self) -> None:
         for pending in self._pending.values():
-            parameter = pending.parameter()
-            if parameter is not None and parameter.grad is not None:
-                pending.version = version_of(parameter.grad)
+            grad = _grad_of(pending.parameter())
+            if grad is not None:
+                pending.version = version_of(grad)
 
     def _flush(self) -> None:
         """Sums what is held for parameters that the last backward did not reach."""
@@ -171,11 +172,18 @@ def parts_to_send(
 
 
 @torch.no_grad()
+def _grad_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """Of a DTensor that of this rank's part."""
+    grad = None if parameter is None else parameter.grad
+    return None if grad is None else local_of(grad)
+
+
 def _add_to_grad(parameter: torch.Tensor | None, total: torch.Tensor) -> None:
     if parameter is None:
         return
-    total = total.view(parameter.shape)
-    if parameter.grad is None:
-        parameter.grad = total.clone()
+    total = total.view(local_of(parameter).shape)
+    grad = _grad_of(parameter)
+    if grad is None:
+        parameter.grad = like_whole(total.clone(), parameter)
     else:
-        parameter.grad += total
+        grad += total

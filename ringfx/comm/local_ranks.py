@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from ringfx.errors import CommunicationError
 from ringfx.torch_compat.distributed import PrefixStore, Store, TCPStore
 
-__all__ = ["LocalRanks", "OnReport"]
+__all__ = ["LocalRanks", "OnReport", "can_inherit"]
 
 OnReport = Callable[[int, Any], None]
 """(rank, what it reports) -> nothing; called in the process that started the ranks."""
@@ -102,6 +103,10 @@ class LocalRanks:
         Runs on each rank before each call, before its process group is made.
     output
         File for what the ranks print; by default they print where this process does.
+    inherit
+        The processes are forked: functions and arguments of the first call need not be importable
+        or picklable, and what was changed in this process is changed there. Not possible where a
+        process group or an accelerator is in use (``can_inherit``).
 
     For example, with one result a rank, in order::
 
@@ -119,9 +124,11 @@ class LocalRanks:
         collective_timeout_s: float = 600.0,
         before_call: Callable[[], None] | None = None,
         output: Path | None = None,
+        inherit: bool = False,
     ) -> None:
         self.num_ranks = num_ranks
         self.timeout_s = timeout_s
+        self._inherit = inherit
         self._setup = _Setup(
             num_ranks=num_ranks, device=device, threads=threads, timeout_s=collective_timeout_s,
             before_call=before_call, output=output,
@@ -189,7 +196,7 @@ class LocalRanks:
             self._folder = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork" if self._inherit else "spawn")
         # This process serves the store at a port of the kernel's choice: no race for a free one.
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="ringfx-ranks-")
@@ -197,8 +204,10 @@ class LocalRanks:
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             stacks = Path(self._folder.name, f"rank{rank}.txt")
-            with _environment(**_variables(self._setup)):
-                process = context.Process(
+            with _environment(**_variables(self._setup)), warnings.catch_warnings():
+                # A forked rank runs one thread, and none of this process's is waited for.
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+                process = context.Process(  # type: ignore[attr-defined]
                     target=_work, args=(self._setup, rank, port, stacks, theirs), daemon=True
                 )
                 process.start()
@@ -228,7 +237,9 @@ class LocalRanks:
         failures = [self._failure(n, answers.get(n), limit_s) for n in range(self.num_ranks)]
         text = "\n".join(failure for failure in failures if failure)
         if text:
-            raise CommunicationError(text)
+            raise CommunicationError(
+                f"{text}\nDo: mend what the rank that failed first says above."
+            )
         return [answers[number] for number in range(self.num_ranks)]
 
     def _receive(self, number: int) -> _Answer | _Report:
@@ -254,6 +265,13 @@ class LocalRanks:
             os.kill(rank.process.pid, signal.SIGUSR1)
             time.sleep(0.5)
         return rank.stacks.read_text() if rank.stacks.exists() else "an unknown place"
+
+
+def can_inherit() -> bool:
+    """Whether ranks may be forked from this process: torch forbids it once a device has threads."""
+    has_fork = "fork" in multiprocessing.get_all_start_methods()
+    is_grouped = dist.is_available() and dist.is_initialized()
+    return has_fork and not is_grouped and not torch.accelerator.is_available()
 
 
 def _variables(setup: _Setup) -> dict[str, str]:
@@ -283,6 +301,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _work(setup: _Setup, rank: int, port: int, stacks: Path, pipe: Connection) -> None:
     """The life of one rank: calls until the process that started it hangs up."""
+    # A forked rank has what this process put in their place, perhaps with a lock that was held.
+    sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
     if setup.output is not None:
         with setup.output.open("a") as output:
             os.dup2(output.fileno(), 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ringfx.errors import CommunicationError
+from ringfx.errors import DEFECT, CommunicationError
 from ringfx.torch_compat.autograd import storage_id
 
 __all__ = ["Pending"]
@@ -34,7 +34,6 @@ class Pending:
         if wait is None:
             raise CommunicationError(
                 f"{self._what} that is not in progress was waited for: the compiler copied the "
-                "tensor between the start and the end of the message. This is a defect of ringfx; "
-                "please report it with the model."
+                f"tensor between the start and the end of the message. {DEFECT}"
             )
         wait()

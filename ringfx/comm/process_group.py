@@ -267,6 +267,12 @@ class Ranks:
             self.collective(operation, lambda: self.start_sum(partial))
         return partial
 
+    def largest(self, operation: str, x: torch.Tensor) -> torch.Tensor:
+        """The largest of all ranks' elements, in place."""
+        if self.group is not None:
+            self.collective(operation, lambda: self.start_sum(x, op=dist.ReduceOp.MAX))
+        return x
+
     def all_to_all(self, operation: str, parts: torch.Tensor) -> torch.Tensor:
         """Sends ``parts[r]`` to rank r; the result holds what each rank sent here."""
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)

@@ -19,6 +19,7 @@ from ringfx.failures.channel import Channel, settled
 from ringfx.failures.describe import call_site, plain
 from ringfx.torch_compat.dispatch import disable_current_modes
 from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
+from ringfx.units.argument import Argument
 
 __all__ = ["Absent", "all_gather_texts", "meet"]
 
@@ -115,7 +116,8 @@ def _absent(
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
         return CommunicationError(
-            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}"
+            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}. Do: "
+            "read the first error of the rank that failed."
         )
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}
     missing = [r for r in range(channel.size) if r not in here]
@@ -136,6 +138,6 @@ def _different(ranks: Ranks, said: Sequence[bytes]) -> str:
         f"the {ranks.size} ranks do different things at the same time:\n"
         f"{listed}\n"
         "All ranks must make the same calls in the same order. Do: call the model, and use its "
-        "split outputs, on every rank (compute before `if rank == 0`), or pass outputs='local' "
-        "to get each rank's own part."
+        "split outputs, on every rank (compute before `if rank == 0`), or pass "
+        f"{Argument('outputs', 'local')} to get each rank's own part."
     )

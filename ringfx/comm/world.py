@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringfx.errors import InvalidArgument
 from ringfx.torch_compat.distributed import group_named
 
-__all__ = ["World", "process_group", "several_processes"]
+__all__ = ["World", "process_group", "several_machines", "several_processes"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,22 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 
 def several_processes() -> bool:
-    """Whether this is one of several: joined in a process group, or started by a launcher."""
+    """Whether this process is one of several, by torch.distributed or by its launcher."""
+    return _processes() > 1
+
+
+def _processes() -> int:
     if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size() > 1
-    return _started() is not None
+        return dist.get_world_size()
+    started = _started()
+    return 1 if started is None else started[1]
+
+
+def several_machines() -> bool:
+    """Whether there may be processes that see other files: a launcher says how many are here."""
+    processes = _processes()
+    here = [os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")]
+    return processes > 1 and str(processes) not in here
 
 
 def _started() -> tuple[str, int] | None:
@@ -106,6 +118,6 @@ def _group(mesh: Any) -> dist.ProcessGroup:
     if mesh == dist.GroupMember.NON_GROUP_MEMBER:
         raise InvalidArgument(_NOT_A_MEMBER)
     raise InvalidArgument(
-        f"mesh must be a one-dimensional DeviceMesh, a ProcessGroup or None, "
-        f"not {type(mesh).__name__}: {mesh!r}"
+        f"mesh is a {type(mesh).__name__}, {mesh!r}. Do: pass a one-dimensional DeviceMesh such as "
+        "mesh['sp'], a ProcessGroup, or None for all ranks."
     )

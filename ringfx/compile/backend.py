@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import time
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from torch.fx import GraphModule
 from ringfx.comm.grad_accumulation import Accumulation
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
+from ringfx.compile.by_length import ByLength
 from ringfx.compile.compilers import Compiled, compile_bodies, compile_local_program
 from ringfx.compile.dynamo import for_ringfx, prepare_tracing
-from ringfx.compile.fully_sharded import is_dtensor
+from ringfx.compile.observed import observer
+from ringfx.compile.open_program import OpenProgram, lengths_in, specialize
 from ringfx.compile.pipeline import Lowered, lower
-from ringfx.compile.rank_agreement import Turns
+from ringfx.compile.rank_agreement import Turns, compare_shapes
 from ringfx.compile.runner import Runner
 from ringfx.compile.settings import Settings
 from ringfx.compile.states import example_of_part
+from ringfx.compile.tensor_parallel import NO_PARTS, Parts, name_groups, spread_tokens
 from ringfx.compile.why_unsplit import Refusals, why_unsplit
 from ringfx.cost_model import Profile
 from ringfx.cost_model.calibration.shared_profile import agreed_profile
@@ -32,6 +37,7 @@ from ringfx.errors import (
     AgreementError,
     AttentionNotFound,
     InvalidArgument,
+    OutOfMemory,
     RingfxError,
     VerificationError,
 )
@@ -41,18 +47,30 @@ from ringfx.ir.plan import Plan, joined
 from ringfx.ir.values import Arrival, Collective
 from ringfx.passes.capture.breaks import is_outermost, reads_gradients
 from ringfx.passes.capture.precision import autocast_off
-from ringfx.passes.capture.trace import input_name
+from ringfx.passes.capture.trace import name_arguments, named_inputs
 from ringfx.passes.place.min_cut import home_device
+from ringfx.passes.tensor_parallel import example_parts
 from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.torch_compat.autograd import without_saved_tensor_hooks
 from ringfx.torch_compat.dynamo import TorchDynamoException
+from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes
+from ringfx.watch.stages import preparing, stage_done
 
 __all__ = ["Backend", "ringfx_backend"]
 
 log = logging.getLogger("ringfx")
 _CPU = torch.device("cpu")
+LOUD = (NoteKind.GRAPH_BREAK, NoteKind.DENSE_MASK, NoteKind.NO_ATTENTION, NoteKind.WHOLE)
+"""Notes that are warnings."""
+OF_A_LENGTH = re.compile(r"\d[\d.,]* (?:B|[KMGT]iB)\b|\d[\d,]* long\b")
+"""What differs where the same is said of another length of data."""
+ONE_LENGTH = (
+    "dynamic=True: a program is captured and compiled for each length, because its length is no "
+    "symbol: the model computes with its length as a Python number, the graph breaks, or states "
+    "are sharded"
+)
 
 
 class Backend:
@@ -77,9 +95,15 @@ class Backend:
         self.handoff = ProgramHandoff(self.announce)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._is_part = False
+        self._tracing_since: float | None = None
+        """When Dynamo began, of a call's first program."""
         self.turns = Turns(settings.check_inputs)
         self.refusals = Refusals()
         self._announced: set[str] = set()
+        self._runs_whole = False
+        self._has_compared = False
+        self.compilations = 0
+        """Local programs that were handed to the compiler."""
         for_ringfx(self)
         prepare_tracing()
 
@@ -88,13 +112,35 @@ class Backend:
         return sum(len(plan.layers) for plan in self.plans)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        name = f"program {len(self.plans) + 1}"
+        with preparing(name, rank=self.world.rank, since=self._tracing_since):
+            if self._tracing_since is not None:
+                stage_done("traced")
+            made = self._made(gm, example_inputs)
+            stage_done("compiled")
+        self._tracing_since = None
+        return made
+
+    def _made(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         arrivals = {i: v._spec.arrival() for i, v in enumerate(example_inputs) if is_split(v)}
         if not arrivals and reads_gradients(gm):
             return compile_local_program(gm, list(example_inputs), self.settings.compiler)
         given, example_inputs = example_inputs, [global_example(v) for v in example_inputs]
+        if (model := self._called()) is not None and is_outermost():
+            name_arguments(gm, model.forward)
         _refuse_unusable(gm, example_inputs)
+        name_groups(gm, self.world)
+        parts = Parts.of(example_inputs, named_inputs(gm), self.world)
+        if parts != NO_PARTS:
+            example_inputs = example_parts(example_inputs)
         if not self.handoff.called:
             self._agree_on_profile(home_device(example_inputs))
+        if not arrivals and self.states.ranks == 1 and parts == NO_PARTS:
+            for_all_lengths = self._for_all_lengths(gm, example_inputs)
+            if for_all_lengths is not None:
+                return for_all_lengths
+        if self.settings.dynamic:
+            self.announce(ONE_LENGTH)
         lowered = lower_naming_internal_errors(
             gm, example_inputs, self.settings, self.world, arrivals, self.states
         )
@@ -102,20 +148,81 @@ class Backend:
             example_inputs[i] = local_example(given[i])
         for i, rows in lowered.local.states.items():
             example_inputs[i] = example_of_part(example_inputs[i], rows, self.states.dtype)
+        self.accept(lowered)
+        placement = lowered.local.placement
+        extra = line_inputs(placement.lines, self.world.rank, placement.device)
+        compiled = self.compiled(lowered, lowered.local.graph_module, [*example_inputs, *extra])
+        specs = {i: given[i]._spec for i in lowered.arrived}
+        return Runner(lowered, compiled, extra, self, specs, parts)
+
+    def compiled(
+        self, lowered: Lowered, program: GraphModule, example_inputs: list[Any]
+    ) -> Compiled:
+        """The local program, or one that serves several lengths; counted."""
+        self.compilations += 1
+        log.info("compiles program %d of this model", self.compilations)
+        compiler = self.settings.compiler
+        with autocast_off():
+            compile_bodies(lowered.local.bodies, compiler)
+            if (by := observer()) is not None:
+                return by.runs(lowered, self.world)
+            return compile_local_program(program, example_inputs, compiler)
+
+    def accept(self, lowered: Lowered) -> None:
+        """Keep the plan of a program that will run, and say what a user should know."""
         self.plans.append(lowered.plan)
         self._announce(lowered)
         alone = lowered.captured.graph_break is None and is_outermost()
-        if alone and len(self.plans) == 1 and not self.num_sites and not self._is_part:
+        if alone and len(self.plans) == 1 and not lowered.plan.has_tokens and not self._is_part:
             raise AttentionNotFound(no_attention_text(self.plans))
-        placement = lowered.local.placement
-        extra = line_inputs(placement.lines, self.world.rank, placement.device)
-        with autocast_off():
-            compile_bodies(lowered.local.bodies, self.settings.compiler)
-            compiled = compile_local_program(
-                lowered.local.graph_module, [*example_inputs, *extra], self.settings.compiler
+
+    def _for_all_lengths(self, gm: GraphModule, example_inputs: Sequence[Any]) -> ByLength | None:
+        """Where Dynamo leaves lengths open: what runs the program at all of them."""
+        program = OpenProgram.of(gm, example_inputs)
+        if program is None or observer() is not None:
+            return None
+
+        def at(numbers: Mapping[str, int], given: Sequence[Any], settings: Settings) -> Lowered:
+            return self._without_chunks(
+                settings,
+                lambda chosen: lower_naming_internal_errors(
+                    program.text(), program.inputs_at(numbers, given), chosen, self.world, {}
+                ),
             )
-        specs = {i: given[i]._spec for i in lowered.arrived}
-        return Runner(lowered, compiled, extra, self, specs)
+
+        first = at(program.traced, example_inputs, self.settings)
+        lengths = lengths_in(program, first.captured, first.local.placement.lines)
+        if not lengths or first.captured.graph_break or first.captured.uncompiled_caller:
+            return None
+        specialize(program, lengths)
+        made = ByLength(self, program, lengths, at)
+        given = program.inputs_at(program.traced, example_inputs)
+        made.add(tuple(program.traced[name] for name in lengths), first, given)
+        return made
+
+    def _without_chunks(
+        self, settings: Settings, lowered: Callable[[Settings], Lowered]
+    ) -> Lowered:
+        """A program without regions in chunks, where there is a choice: chunks are made for one
+        length."""
+        if settings.chunks != "auto":
+            return lowered(settings)
+        if not self._runs_whole:
+            found = lowered(settings)
+            if not found.plan.chunks:
+                return found
+            names = ", ".join(x.name or x.source for x in found.plan.chunks)
+            self.announce(
+                f"{names}: not run in chunks of tokens, so that one program serves all lengths; "
+                "what is wide in it (a rank's logits, say) is held whole. Do: pass "
+                f"{Argument('chunks', 1024)}, say, to have it in chunks, and a program for each "
+                "length"
+            )
+            self._runs_whole = True
+        try:
+            return lowered(replace(settings, chunks="none"))
+        except OutOfMemory:
+            return lowered(settings)
 
     @property
     def is_running(self) -> bool:
@@ -123,7 +230,14 @@ class Backend:
         return self.handoff.running
 
     @contextlib.contextmanager
-    def call(self, model: torch.nn.Module, *, is_part: bool) -> Iterator[None]:
+    def call(
+        self,
+        model: torch.nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        is_part: bool,
+    ) -> Iterator[None]:
         """One call of the model: programs run inside; at its end it checks which ran.
 
         ``is_part``: it is a part of the model, and need not hold attention.
@@ -134,10 +248,14 @@ class Backend:
             No program held any, so that the model ran whole.
         """
         self.ran.clear()
+        self._tracing_since = time.perf_counter()
         self._model, self._is_part = weakref.ref(model), is_part
         self.turns.number += 1
         with shared_call(self.world.group):
             self._agree_on_profile(next((p.device for p in model.parameters()), _CPU))
+            if self.settings.check_inputs and not self._has_compared:
+                compare_shapes(self.world, model, args, kwargs)
+                self._has_compared = True
             with self.refusals.watched(), self.handoff.call():
                 yield
             self._look_at_what_ran(is_part)
@@ -145,7 +263,7 @@ class Backend:
     def _look_at_what_ran(self, is_part: bool) -> None:
         if not self.ran:
             self.announce(why_unsplit(self.refusals.texts))
-        elif not is_part and not any(plan.layers for plan in self.ran):
+        elif not is_part and not any(plan.has_tokens for plan in self.ran):
             raise AttentionNotFound(no_attention_text(self.ran))
         elif not is_part and (said := joined(self.ran).unsplit_words):
             self.announce(said)
@@ -182,10 +300,13 @@ class Backend:
 
     def evaluating(self) -> tuple[str, ...]:
         """The modules of the model in evaluation mode; none where the model is not known."""
-        model = None if self._model is None else self._model()
+        model = self._called()
         if model is None:
             return ()
         return tuple(name for name, part in model.named_modules() if not part.training)
+
+    def _called(self) -> torch.nn.Module | None:
+        return None if self._model is None else self._model()
 
     def _agree_on_profile(self, device: torch.device) -> None:
         """Once, before the ranks compile their first program: all of them choose alike."""
@@ -197,7 +318,7 @@ class Backend:
     def _announce(self, lowered: Lowered) -> None:
         """Say once, on every rank, what a user should know: graph breaks, gathers, doubts."""
         notes = lowered.plan.notes
-        loud = texts_of(notes, NoteKind.GRAPH_BREAK, NoteKind.DENSE_MASK)
+        loud = texts_of(notes, *LOUD)
         loud += [
             f"{x.name} ({x.source}): this looks like attention but was not recognised; it runs "
             "unsharded on every rank"
@@ -205,22 +326,26 @@ class Backend:
         ]
         loud += [
             f"{x.name} ({x.source}): its attention is replicated on every rank, {x.reason}. Do: "
-            "pass strict=True to refuse this"
+            f"pass {Argument('strict', True)} to refuse this"
             for x in lowered.plan.replicated_layers
         ]
+        loud += spread_tokens(lowered)
         loud += [_gather_text(m) for m in lowered.plan.collectives if m.kind.gathers]
         self.announce(*loud)
-        for note in notes:
-            if note.text not in self._announced:
-                log.info(note.text)
-        self._announced |= {note.text for note in notes}
+        self._say(logging.INFO, [note.text for note in notes])
+        log.debug("%s", lowered.plan)
 
     def announce(self, *texts: str) -> None:
         """Warn of each once."""
-        for text in texts:
-            if text not in self._announced:
-                log.warning(text)
-        self._announced |= {*texts}
+        self._say(logging.WARNING, texts)
+
+    def _say(self, level: int, texts: Sequence[str]) -> None:
+        """Each once, and not again for every length of data."""
+        said = {text: OF_A_LENGTH.sub("", text) for text in texts}
+        for text, words in said.items():
+            if words not in self._announced:
+                log.log(level, text)
+        self._announced |= {*said.values()}
 
 
 def lower_naming_internal_errors(
@@ -250,18 +375,11 @@ def lower_naming_internal_errors(
 
 
 def _refuse_unusable(gm: GraphModule, inputs: Sequence[Any]) -> None:
-    """Inputs that have no values, or are spread over ranks by something else."""
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
-        if is_dtensor(value):
-            raise InvalidArgument(
-                f"{input_name(node)} {tuple(value.shape)} is a DTensor on {value.device_mesh} "
-                "(from parallelize_module, tensor parallelism), but ringfx traces plain tensors "
-                "only. Do: do not apply parallelize_module to modules that ringfx.optimize is "
-                "given; fully_shard (FSDP2) works, before or after."
-            )
+    """Inputs that have no values."""
+    for name, value in zip(named_inputs(gm), inputs, strict=False):
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             raise InvalidArgument(
-                f"{input_name(node)} {tuple(value.shape)} is on the meta device: it has a shape "
+                f"{name} {tuple(value.shape)} is on the meta device: it has a shape "
                 "but no values. Do: to plan, call ringfx.plan(model, ...), which accepts meta "
                 "tensors; to run, make the model (to_empty, load_state_dict) and the inputs on a "
                 "real device."
@@ -281,10 +399,11 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
         + (
             "Ringfx recognises scaled_dot_product_attention and its kernels, "
             "nn.MultiheadAttention, flex_attention, flash-attn, xformers, and softmax(q k^T) v "
-            "over tokens in any form. Layers that mix tokens in another way (convolutions, "
-            "Fourier transforms, recurrences) contain no attention. Do: run `ringfx explain "
-            "MODEL` to see which operators were examined and why they were rejected, or run the "
-            "model without ringfx."
+            "over tokens in any form. A model without attention, of one program, is split along an "
+            "axis of its inputs that convolutions, pools, scans or Fourier transforms run along, "
+            "or that is neither the batch nor the features: no input has such an axis of at least "
+            "4 elements and one a rank. Do: run `ringfx explain MODEL` to see which operators were "
+            "examined and why they were rejected, or run the model without ringfx."
         )
     )
 
@@ -301,6 +420,11 @@ def ringfx_backend(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     options = dict(kwargs.get("options") or {})
     mesh = options.pop("mesh", None)
     settings = Settings.of(options)
+    if settings.dynamic:
+        raise InvalidArgument(
+            "torch.compile(backend='ringfx') has the option dynamic itself. Do: use "
+            "torch.compile(model, backend='ringfx', dynamic=True)."
+        )
     if settings.shard_states is not False:
         raise InvalidArgument(
             "torch.compile(backend='ringfx') cannot shard states: it does not hold the model. Do: "

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ringfx.compile.checkpoints import compile_checkpoints
+from ringfx.compile.gc_freeze import gc_frozen
+from ringfx.errors import RingfxError
 from ringfx.passes.capture.logs import defer_logs
 from ringfx.passes.detect.substitute import for_ringfx, is_for_ringfx, keep_substituting
-from ringfx.torch_compat.dynamo import CatchErrorsWrapper, config, skips
+from ringfx.torch_compat.dynamo import (
+    BackendCompilerFailed,
+    CatchErrorsWrapper,
+    config,
+    kept_as_calls,
+    skips,
+)
 from ringfx.torch_compat.graphs import call_of, has_hooks
 from ringfx.torch_compat.releases import ISOLATED
 
@@ -20,11 +31,13 @@ NEVER_UNSPLIT: Mapping[str, object] = {
     "recompile_limit": 1024,
     "accumulated_recompile_limit": 4096,
     "fail_on_recompile_limit_hit": True,
+    "suppress_errors": False,
     "optimize_ddp": False,
 }
 """Dynamo gives a function up after 8 recompilations and runs it as it is: with a new length for
-each, the model would run unsplit from the ninth on. Here it compiles on, or says why not. Inside
-DistributedDataParallel it would cut the graph by parameters: here gradients overlap anyway."""
+each, the model would run unsplit from the ninth on. Here it compiles on, or says why not; and what
+is refused is not run unsplit instead. Inside DistributedDataParallel it would cut the graph by
+parameters: here gradients overlap anyway."""
 
 REGIONS_KEPT: Mapping[str, object] = {
     name: False
@@ -39,10 +52,13 @@ def prepare_tracing() -> None:
     """Before a program is traced: packages replaced by plain torch, log lines deferred."""
     keep_substituting()
     defer_logs(is_for_ringfx)
+    compile_checkpoints()
     _keep_compiling()
 
 
-def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
+def compiled_call(
+    fn: torch.nn.Module, backend: Any, *, dynamic: bool = False
+) -> Callable[..., Any]:
     """A module's call, compiled for ringfx.
 
     Dynamo starts from the frame of the user's ``forward``. It starts from none in files that it
@@ -52,10 +68,12 @@ def compiled_call(fn: torch.nn.Module, backend: Any) -> Callable[..., Any]:
     call: Callable[..., Any] = call_of(fn)
     if skips(fn.forward) or has_hooks(fn):
         call = _framed(fn)
-    return compiled(call, backend)
+    return compiled(call, backend, dynamic=dynamic)
 
 
-def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], backend: Any, *, dynamic: bool = False
+) -> Callable[..., Any]:
     """A function compiled by a backend of ringfx, beside what the process has compiled of it.
 
     Others' programs of the same code stay, and their number counts for neither: a function that
@@ -63,7 +81,7 @@ def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """
     prepare_tracing()
     made: Callable[..., Any] = torch.compile(
-        function, backend=for_ringfx(backend), dynamic=False, **ISOLATED
+        function, backend=for_ringfx(backend), dynamic=dynamic, **ISOLATED
     )
     return made
 
@@ -75,6 +93,18 @@ def _framed(fn: torch.nn.Module) -> Callable[..., Any]:
     # Programs are kept with the code object, which all functions made here would share.
     run.__code__ = run.__code__.replace(co_varnames=run.__code__.co_varnames)
     return run
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Errors of ringfx leave Dynamo as they are, not inside one that speaks of the backend."""
+    try:
+        yield
+    except BackendCompilerFailed as failure:
+        error = failure.inner_exception
+        if isinstance(error, RingfxError):
+            raise error from error.__cause__
+        raise
 
 
 def _keep_compiling() -> None:
@@ -91,8 +121,18 @@ def _keep_compiling() -> None:
     def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_for_ringfx(self):
             return usual(self, *args, **kwargs)
-        with config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}):
-            return usual(self, *args, **kwargs)
+        with (
+            config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}),
+            kept_as_calls(torch.Tensor.unflatten),
+            _unwrapped(),
+            gc_frozen(),
+        ):
+            made = usual(self, *args, **kwargs)
+            if made.guarded_code is not None:
+                # Errors that the model's code has caught while it was traced hold all frames that
+                # called it, and so the results of this first call, in reference cycles.
+                gc.collect()
+            return made
 
     convert.ringfx = True  # type: ignore[attr-defined]
     CatchErrorsWrapper.__call__ = convert  # type: ignore[method-assign]

@@ -1,18 +1,16 @@
-"""What torch.distributed spreads over ranks itself, beside ringfx: fully_shard and DTensor.
+"""What torch.distributed spreads over ranks itself, beside ringfx: fully_shard.
 
 fully_shard keeps its state by module object, and ringfx makes new objects.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
 from ringfx.torch_compat.distributed import carry_composable_state
 
-__all__ = ["carry_state", "is_dtensor"]
+__all__ = ["carry_state"]
 
 
 def carry_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
@@ -24,12 +22,3 @@ def carry_state(module: torch.nn.Module, twin: torch.nn.Module) -> None:
     if not dist.is_available():
         return
     carry_composable_state(module, twin)
-
-
-def is_dtensor(value: Any) -> bool:
-    """Whether it is a tensor that parallelize_module or distribute_tensor made."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)

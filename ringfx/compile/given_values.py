@@ -40,6 +40,11 @@ aten = torch.ops.aten
 CHOICES = frozenset([aten.topk.default, aten.max.dim, aten.argmax.default])
 """Their last result says which of the last dim's elements were chosen."""
 
+PICKS = frozenset([aten.index.Tensor, aten.masked_select.default])
+"""Take the elements for which a mask is true."""
+ELEMENTS = frozenset([aten.nonzero.default, aten.masked_select.default])
+"""Find them."""
+
 MOST_ELEMENTS = 2**24
 """Of all values that may be computed to answer one question."""
 
@@ -60,6 +65,8 @@ class _Value:
     """In words, what it was assumed to hold."""
     make: Any = None
     """Makes the assumed tensor."""
+    is_input: bool = False
+    """Assumed for an input of which only the shape was given."""
     sources: tuple[_Value, ...] = field(default=(), repr=False)
 
 
@@ -104,6 +111,8 @@ class GivenMode(FakeTensorMode):
         self._values: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         self._views: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         """View -> what it is a view of, and how."""
+        self._picks = False
+        """Whether the operator that is running takes elements by a mask."""
 
     def give(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """The fake tensor stands for this one."""
@@ -119,16 +128,20 @@ class GivenMode(FakeTensorMode):
             elements=fake.numel(),
             assumed=f"{name} to hold {'ones' if number else 'zeros'}",
             make=lambda: torch.full(shape, number, dtype=dtype),
+            is_input=True,
         )
 
     def __torch_dispatch__(  # type: ignore[override]
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        outer, self._picks = self._picks, self._picks or func in PICKS
         try:
             made = super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._answer(func, args, kwargs)
+        finally:
+            self._picks = outer
         if isinstance(func, OpOverload):
             self._remember(func, args, kwargs, made)
             hand_on(func, args, kwargs, made)
@@ -233,6 +246,9 @@ class GivenMode(FakeTensorMode):
         value = self._made_by(func, args, kwargs)
         if value is not None and _cost(value) <= MOST_ELEMENTS:
             found, assumed = _evaluate(value)
+            if self._picks and _is_of_inputs(value) and func in ELEMENTS and not found.numel():
+                # By zeros, or by a mask that says what is hidden, no token would be left to plan.
+                return self._ordinary(func, args, kwargs)
             for words in assumed:
                 self._say(words)
             return self._faked(found)
@@ -299,6 +315,12 @@ def _in_order(value: _Value) -> list[_Value]:
         stack.append((node, True))
         stack += [(x, False) for x in node.sources if id(x) not in done]
     return list(done.values())
+
+
+def _is_of_inputs(value: _Value) -> bool:
+    """Whether it rests on what was assumed, and on no assumption but of inputs."""
+    assumed = [x for x in _in_order(value) if x.make is not None]
+    return bool(assumed) and all(x.is_input for x in assumed)
 
 
 def _cost(value: _Value) -> int:

@@ -37,11 +37,10 @@ from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
 from ringfx.split_tensor.sharded_states import read_uncompiled
 from ringfx.torch_compat.autograd import in_transform
-from ringfx.torch_compat.dynamo import BackendCompilerFailed
 from ringfx.torch_compat.graphs import children_of, has_hooks
 from ringfx.torch_compat.operators import read_no_memory
 
-__all__ = ["Optimized", "optimized"]
+__all__ = ["Optimized", "around", "optimized"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -200,6 +199,11 @@ def optimized(model: M, settings: Settings, mesh: Any) -> M:
     return _make_outer(inner, shared)
 
 
+def around(model: M, split: M) -> M:
+    """``split`` again, around the very model that was given: what is set on one, both have."""
+    return _make_outer(model, cast(Any, split)._ringfx_shared)
+
+
 def _start_watching(mesh: Any) -> None:
     """Look after the ranks from now on, where there are some; refuse what are none at once."""
     if mesh is not None or (dist.is_available() and dist.is_initialized()):
@@ -288,13 +292,10 @@ def _run(outer: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         backend.announce(why_unsplit())
         return inner(*args, **kwargs)
     try:
-        with backend.call(inner, is_part=outer._ringfx_is_part), _states(outer, backend):
+        is_part = outer._ringfx_is_part
+        with backend.call(inner, args, kwargs, is_part=is_part), _states(outer, backend):
             args, kwargs = cast_inputs((args, kwargs), backend.states, backend.settings.mp_policy)
             return _programs(outer, backend)(*args, **kwargs)
-    except BackendCompilerFailed as failure:
-        if isinstance(failure.inner_exception, RingfxError):
-            raise failure.inner_exception from failure.inner_exception.__cause__
-        raise
     except RuntimeError as error:
         if backend.states.ranks > 1 and read_no_memory(error):
             raise CaptureRefused(read_uncompiled(describe_error(error))) from error
@@ -319,6 +320,7 @@ def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:
     made_for = (backend, has_hooks(outer._ringfx_inner))  # hooks are part of the program
     known = outer._ringfx_programs
     if known is None or known[0] != made_for:
-        known = (made_for, compiled_call(outer._ringfx_inner, backend))
+        dynamic = backend.settings.dynamic
+        known = (made_for, compiled_call(outer._ringfx_inner, backend, dynamic=dynamic))
         object.__setattr__(outer, "_ringfx_programs", known)
     return known[1]

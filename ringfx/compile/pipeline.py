@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -12,14 +12,21 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World
-from ringfx.compile.gc_freeze import gc_frozen
+from ringfx.compile.after_pass import AfterPass
+from ringfx.compile.axis_names import axis_name, token_axes
+from ringfx.compile.computed_whole import notes_of_whole
 from ringfx.compile.offload import mark_offloaded
+from ringfx.compile.program_memory import (
+    StepInChunks,
+    alive_over,
+    sharded_states,
+    step_in_chunks,
+)
 from ringfx.compile.program_time import run_again, step_time, time_of_program
 from ringfx.compile.settings import Settings
-from ringfx.compile.states import has_rows
+from ringfx.compile.without_attention import given_dims, notes_without_attention
 from ringfx.cost_model import (
     Profile,
-    alive_in,
     choose,
     hidden_ms,
     load_profile,
@@ -28,27 +35,29 @@ from ringfx.cost_model import (
     unpriced,
 )
 from ringfx.cost_model.peak_memory.alive import Alive
-from ringfx.cost_model.step_time.step import Timed
-from ringfx.errors import AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
+from ringfx.errors import DEFECT, AttentionReplicated, NoAxisRule, OutOfMemory, VerificationError
 from ringfx.ir.memory_plan import MemoryPlan, MemoryTimeline
 from ringfx.ir.note import NoteKind, noted
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.tiles.words import whole_text
-from ringfx.ir.values import Arrival, AttentionSite, Captured, InChunks, Sites, TokenAxis
+from ringfx.ir.values import Arrival, AttentionSite, Captured, InChunks, Sites
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import AxisRules
-from ringfx.passes.axes.rules import RULES, find_rule
-from ringfx.passes.capture import capture
+from ringfx.passes.axes.rules import RULES
 from ringfx.passes.capture.origin import describe_node
 from ringfx.passes.capture.precision import autocast_off
-from ringfx.passes.chunks import find_regions, outlined, run_in_chunks
+from ringfx.passes.chunks import find_regions, run_in_chunks
 from ringfx.passes.chunks.outline import Outlined
 from ringfx.passes.chunks.sizes import Chunks, Sized, all_sized
-from ringfx.passes.place import PlacementMap, place, why_replicated
+from ringfx.passes.detect.count_attention import refuse_missed
+from ringfx.passes.place import PlacementMap, local_sites, place, why_replicated
 from ringfx.passes.rewrite import LocalProgram, rewrite
-from ringfx.passes.steps import Attentions, find_attention, find_tokens
-from ringfx.passes.token_axes import Lines, TokenDim, TokenLine
-from ringfx.passes.verify import split_along, verify
+from ringfx.passes.steps import Attentions, find_attention, find_tokens, told_as_written
+from ringfx.passes.tensor_parallel import capture_parts
+from ringfx.passes.token_axes import Lines, TokenDim
+from ringfx.passes.verify import few_queries, split_along, verify
+from ringfx.units.argument import Argument, Code
+from ringfx.watch.stages import stage_done
 
 __all__ = ["Lowered", "lower"]
 
@@ -68,7 +77,6 @@ class Lowered:
     """Equal on all ranks that run the same program under the same plan."""
 
 
-@gc_frozen()
 def lower(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -83,9 +91,12 @@ def lower(
     parts of those that it can use so (``Lowered.arrived``), and all others whole.
     ``states``: the ranks that parameters are sharded over.
     """
-    captured = capture(gm, example_inputs, known=partial(find_rule, rules=settings.rules))
+    after = AfterPass(world)
+    captured = capture_parts(gm, example_inputs, settings.rules)
+    after.input_names = captured.input_names
+    after("capture", captured.graph_module.graph, stage="captured")
     with autocast_off():  # the captured program says every cast
-        return _lowered(captured, settings, world, arrivals or {}, states)
+        return _lowered(captured, settings, world, arrivals or {}, states, after)
 
 
 def _lowered(
@@ -94,19 +105,32 @@ def _lowered(
     world: World,
     arrivals: Mapping[int, Arrival],
     state_ranks: StateRanks,
+    after: AfterPass,
 ) -> Lowered:
-    attentions = find_attention(captured, strict=settings.strict, rules=settings.rules)
+    attentions = find_attention(captured, rules=settings.rules)
     sites, graph = attentions.sites, captured.graph_module.graph
+    after("detect-and-masks", graph, stage="detected")
 
     given = [n for n in graph.nodes if n.op == "placeholder"]
     split = {given[i]: arrival for i, arrival in arrivals.items()}
-    axes, lines = find_tokens(graph, sites.found, world.size, split, rules=settings.rules)
+    is_whole = not (captured.graph_break or captured.uncompiled_caller)
+    axes, lines = find_tokens(
+        graph, sites.found, world.size, split, rules=settings.rules,
+        held=[given[i] for i in captured.held], is_whole=is_whole,
+        token_dims=given_dims(captured, settings.token_dims, sites, world.size) if is_whole else {},
+    )  # fmt: skip
+    after("axes-and-normalize", graph, lambda n: _tokens_note(lines, n))
     unknown = _refuse_unknown(axes, lines, settings, world)
 
     placement = place(graph, lines)
+    after("place", graph, lambda n: _placement_note(placement, n), stage="placed")
+    sites = local_sites(sites, placement)
+    attentions = told_as_written(attentions, graph, placement)
+    if settings.strict:
+        refuse_missed(attentions.missed)
     whole = _replicated(graph, placement, sites, settings, world)
 
-    device = sites.found[0].device if sites.found else "cpu"
+    device = sites.found[0].device if sites.found else placement.device.type
     profile = load_profile(settings.profile, device=device)
     regions = find_regions(graph, placement, deferrable=_may_defer(captured, settings, world))
 
@@ -115,58 +139,69 @@ def _lowered(
     states = sharded_states(captured, state_ranks)
     may_shard = state_ranks.ranks == 1 and world.size > 1
 
-    def alive_in_chunks(outline: Outlined, over: StateRanks = state_ranks) -> Alive:
-        shared = sharded_states(captured, over)
-        return _alive(outline, placement, shared, over, time, settings, world)
+    def step_in(in_chunks: Sequence[Sized]) -> StepInChunks:
+        return step_in_chunks(captured, in_chunks, placement, time, settings, world)
 
-    def planned(chunks: Chunks) -> Planned:
-        in_chunks = all_sized(regions, lines, profile.device, chunks)
-        outline = outlined(captured, in_chunks)
-        alive = alive_in_chunks(outline)
+    def planned(in_chunks: tuple[Sized, ...], advise: bool) -> Planned:
+        step = step_in(in_chunks)
+        alive = alive_over(step, state_ranks, settings)
 
         @cache
         def sharded() -> MemoryTimeline:
-            return alive_in_chunks(outline, StateRanks(ranks=world.size)).timeline
+            return alive_over(step, StateRanks(ranks=world.size), settings).timeline
 
         layers = choose(
             sites.found, world_size=world.size, profile=profile, gpu_memory=settings.gpu_memory,
             strategy=settings.strategy, memory=alive.timeline, strategies=settings.strategies,
-            replicated=whole, recompute=settings.recompute, offload=settings.offload,
-            sharded=sharded if may_shard else None,
+            replicated=whole, sharded=sharded if may_shard else None, offload=settings.offload,
+            few_queries=few_queries(graph, placement, sites), recompute=settings.recompute,
+            advise=advise,
         )  # fmt: skip
         again_ms = (
             sum(time.again(x.region.nodes).total_ms for x in run_again(in_chunks)) if time else 0.0
         )
         return Planned(
-            in_chunks=in_chunks, alive=alive, outline=outline, layers=layers,
+            in_chunks=in_chunks, alive=alive, outline=step.outline, layers=layers,
             cost_ms=again_ms + sum(x.total_ms + x.again_ms + x.offload_ms for x in layers),
         )  # fmt: skip
 
-    made = _with_more_chunks(planned, settings)
+    sizes = partial(all_sized, regions, lines, profile.device)
+    made = _with_more_chunks(planned, sizes, settings.chunks)
+    stage_done("chosen")
     alive, layers = made.alive, made.layers
     alive.tag(layers, made.outline.originals)
 
     chosen = {
-        x.site.node: settings.strategies[x.strategy].in_groups(x.head_groups)
+        x.site.node: settings.nameable[x.strategy].in_groups(x.head_groups)
         for x in layers
-        if not x.is_replicated
+        if not (x.is_replicated or x.is_local)
     }
     kernels = {x.site.node: x.kernel for x in layers}
     local = rewrite(
         captured, placement, chosen, group=world.group, kernels=kernels, states=states,
         state_ranks=state_ranks,
     )  # fmt: skip
+    after("rewrite", local.graph_module.graph)
     verify(captured, sites, local)
     layers = _along(layers, split_along(captured, sites, local), lines, world)
     local, done = run_in_chunks(local, made.in_chunks, captured.needs_grad)
     mark_offloaded(local.graph_module.graph)
+    after("chunks", local.graph_module.graph, stage="rewritten")
     if len(done) < len(made.in_chunks):
-        alive = alive_in_chunks(outlined(captured, done))
+        alive = alive_over(step_in(done), state_ranks, settings)
 
     memory = alive.plan({layer.site.node: layer for layer in layers})
     plan = _plan_of(captured, attentions, layers, local, memory, profile, unknown, settings, world)
+    told = (
+        *notes_without_attention(
+            captured, placement, sites.declined, world.size, is_given=bool(settings.token_dims)
+        ),
+        *notes_of_whole(captured, placement, world.size),
+    )
     step = step_time(time, captured, done, layers, states, state_ranks, settings)
-    plan = replace(plan, chunks=tuple(map(_in_chunks, done)), step=step)
+    if step is not None and lines.inputs:
+        step = replace(step, tokens=lines.inputs[0].tokens)
+    plan = replace(plan, chunks=tuple(map(_in_chunks, done)), step=step, notes=(*plan.notes, *told))
     return Lowered(
         captured=captured,
         plan=plan,
@@ -175,6 +210,21 @@ def _lowered(
         arrived=frozenset(i for i, n in enumerate(given) if n in lines.arrived),
         digest=_digest(captured, plan, arrivals),
     )
+
+
+def _tokens_note(lines: Lines, node: Node) -> str:
+    """``tokens in dim 1``."""
+    tokens = lines.token_dim(node)
+    if not isinstance(tokens, TokenDim):
+        return ""
+    return f"{axis_name(lines, tokens, is_local=False)} in dim {tokens.dim}"
+
+
+def _placement_note(placement: PlacementMap, node: Node) -> str:
+    if placement.is_sharded(node):
+        return "sharded"
+    why = placement.reasons.get(node)
+    return "" if why is None else f"replicated: {why}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -193,55 +243,32 @@ class Planned:
         return any(x.recomputed for x in self.layers)
 
 
-def _alive(
-    outline: Outlined,
-    placement: PlacementMap,
-    states: Sequence[int],
-    state_ranks: StateRanks,
-    time: Timed | None,
-    settings: Settings,
-    world: World,
-) -> Alive:
-    """What is alive when, with some regions in chunks."""
-    lines = placement.lines
-    carries = placement.is_sharded if world.size > 1 else lines.carries_one
-
-    def again_ms(nodes: Collection[Node]) -> float:
-        assert time is not None
-        originals = [x for n in nodes for x in outline.originals(n)]
-        return world.size * time.again(originals).total_ms
-
-    return alive_in(
-        outline.captured,
-        carries_tokens=outline.of_original(carries, False),
-        power=outline.of_original(lines.power, 0),
-        world_size=world.size,
-        optimizer=settings.optimizer,
-        compiler=settings.compiler,
-        states=states,
-        state_ranks=state_ranks,
-        again_ms=again_ms if time else None,
-    )
-
-
 def _may_defer(captured: Captured, settings: Settings, world: World) -> bool:
     """Whether outputs may be computed when they are touched: not between programs of one call."""
     broken = captured.graph_break or captured.uncompiled_caller
     return world.size > 1 and settings.outputs == "global" and not broken
 
 
-def _with_more_chunks(planned: Callable[[Chunks], Planned], settings: Settings) -> Planned:
+def _with_more_chunks(
+    planned: Callable[[tuple[Sized, ...], bool], Planned],
+    sizes: Callable[[Chunks], tuple[Sized, ...]],
+    chunks: Chunks,
+) -> Planned:
     """The plan with as few regions in chunks as fit the memory; where layers would be computed
-    again for it, the cheaper of both."""
-    if settings.chunks != "auto":
-        return planned(settings.chunks)
+    again for it, the cheaper of both.
+
+    ``planned``: with these chunks; and whether to look for what would fit where nothing does.
+    """
+    few, most = sizes(chunks), sizes("all")
+    if chunks != "auto" or few == most:
+        return planned(few, True)
     try:
-        few = planned("auto")
+        made = planned(few, False)
     except OutOfMemory:
-        return planned("all")
-    if not few.computes_again:
-        return few
-    return min(few, planned("all"), key=lambda made: made.cost_ms)
+        return planned(most, True)
+    if not made.computes_again:
+        return made
+    return min(made, planned(most, True), key=lambda made: made.cost_ms)
 
 
 def _plan_of(
@@ -271,7 +298,8 @@ def _plan_of(
         world_size=world.size, gpu_memory=settings.gpu_memory, device=profile.device,
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=attentions.missed,
-        attentions=attentions.count, axes=_token_axes(local), collectives=local.collectives,
+        by_rows=attentions.by_rows, by_columns=attentions.by_columns,
+        attentions=attentions.count, axes=token_axes(local), collectives=local.collectives,
         outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
         hidden_ms=hidden, optimizer=str(settings.optimizer), recompute=settings.recompute,
         offload=settings.offload,
@@ -296,8 +324,8 @@ def _not_again(layers: Sequence[LayerPlan], settings: Settings) -> tuple[str, ..
         return ()
     why = "the model checkpoints parts of itself, which stay as they are"
     if settings.compiler == "eager":
-        why = "compiler='eager' runs nothing again; 'inductor' and 'aot_eager' do"
-    return (f"recompute={settings.recompute!r} has no effect: {why}",)
+        why = f"{Argument('compiler', 'eager')} runs nothing again; inductor and aot_eager do"
+    return (f"{Argument('recompute', settings.recompute)} has no effect: {why}",)
 
 
 def _refuse_unknown(
@@ -310,9 +338,10 @@ def _refuse_unknown(
     if touching and settings.on_unsupported == "error":
         raise NoAxisRule(
             f"{describe_node(touching[0])}: this operator reads split tokens, but the axis table "
-            "has no rule that says how to split it. Do: pass on_unsupported='gather' to "
-            "replicate it on every rank (correct, but as large as in the unsplit model), or give "
-            "a rule for it, rules=ringfx.RULES | {operator: rule}."
+            "has no rule that says how to split it. Do: pass "
+            f"{Argument('on_unsupported', 'gather')} to replicate it on every rank (correct, but "
+            "as large as in the unsplit model), or give a rule for it, "
+            f"{Argument('rules', Code('ringfx.RULES | {operator: rule}'))}."
         )
     return tuple(
         f"{describe_node(n)}: no axis rule; its inputs are gathered and it is replicated on every "
@@ -393,19 +422,10 @@ def _replicated(
             f"{len(whole)} of {len(sites.found)} attentions cannot be split and would be "
             f"replicated on each of the {world.size} ranks:\n"
             f"{places}\n"
-            "Do: drop strict to run them replicated, in the time and memory of one rank."
+            f"Do: leave {Argument('strict')} out to run them replicated, in the time and memory of "
+            "one rank."
         )
     return whole
-
-
-def sharded_states(captured: Captured, over: StateRanks) -> tuple[int, ...]:
-    """The parameters of which each rank holds its rows: by their number among the inputs."""
-    if over.ranks == 1:
-        return ()
-    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
-    return tuple(
-        i for i, n in enumerate(inputs) if captured.is_parameter[i] and has_rows(n.meta["val"])
-    )
 
 
 def _in_chunks(found: Sized) -> InChunks:
@@ -427,39 +447,11 @@ def _along(
         if world.size > 1 and (found is None) != layer.is_replicated:
             raise VerificationError(
                 f"{layer.name} ({layer.source}): the plan says {layer.strategy}, but in the "
-                f"rewritten program it is {'replicated' if found is None else 'sharded'}. This is "
-                "a defect of ringfx; please report it with the model."
+                f"rewritten program it is {'replicated' if found is None else 'sharded'}. {DEFECT}"
             )
-        axis = "" if found is None else _axis_name(lines, found)
+        axis = "" if found is None else axis_name(lines, found, is_local=layer.is_local)
         told.append(replace(layer, axis=axis))
     return tuple(told)
-
-
-def _axis_name(lines: Lines, tokens: TokenDim) -> str:
-    name = _line_name(lines, lines.lines[tokens.line])
-    return name if tokens.inner == 1 else f"{name}, each of {tokens.inner} of its queries"
-
-
-def _line_name(lines: Lines, line: TokenLine) -> str:
-    return f"tokens {line.index}" if len(lines.lines) > 1 else "tokens"
-
-
-def _token_axes(local: LocalProgram) -> tuple[TokenAxis, ...]:
-    """The axes along which some value of the rewritten program is split; with one rank, all."""
-    placement = local.placement
-    lines = placement.lines
-    values = {v for value in local.values for v in (value, *value.users) if placement.is_sharded(v)}
-    used = {c.line for v in values if isinstance(c := lines.token_dim(v), TokenDim)}
-    return tuple(
-        TokenAxis(
-            axis=_line_name(lines, line),
-            length=line.length,
-            layout=line.layout.kind,
-            local_length=line.layout.local_length,
-        )
-        for line in lines.lines
-        if line.index in used or line.layout.world_size == 1
-    )
 
 
 def _digest(captured: Captured, plan: Plan, arrivals: Mapping[int, Arrival]) -> str:

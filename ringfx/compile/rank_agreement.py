@@ -14,9 +14,11 @@ device has been given before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,9 @@ from ringfx.comm.world import World
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.failures.describe import call_site
+from ringfx.torch_compat.pytree import keystr, tree_leaves_with_path
 
-__all__ = ["Agreement", "Turns", "checksum", "raw_bytes"]
+__all__ = ["Agreement", "Turns", "checksum", "compare_shapes", "raw_bytes"]
 
 _GENERATOR = "the random generator"
 WORDS = 1 << 20
@@ -39,6 +42,50 @@ EVERY = 100
 """Calls in which all parameters are compared once."""
 
 WHAT = "a call of the model: comparison of inputs"
+
+
+AT_FIRST = "the first call of the model: comparison of shapes"
+
+
+def compare_shapes(
+    world: World, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Before anything of a model is traced; collective, one small message.
+
+    What differs would be found when the first program runs, but for a model whose own code fails
+    on what one rank has, and only after minutes of compilation.
+
+    Raises
+    ------
+    AgreementError
+        On every rank, with the shapes of rank 0 and of one that was given others.
+    """
+    if world.size == 1:
+        return
+    ranks, mine = Ranks.named(world.group, "before the call"), _given_shapes(model, args, kwargs)
+    digest = _digest(sorted(mine.items()))
+    if all(other == digest for (other,) in meet(ranks, AT_FIRST, [digest])):
+        return
+    said = [json.loads(x) for x in all_gather_texts(ranks, AT_FIRST, json.dumps(mine).encode())]
+    rank = next(r for r, given in enumerate(said) if given != said[0])
+    raise settled(AgreementError(_different_shapes(rank, said[0], said[rank])))
+
+
+def _given_shapes(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Of each tensor in the arguments, by the names that ``forward`` has for them."""
+    names: list[str] = []
+    with contextlib.suppress(TypeError, ValueError):  # a callable that does not say
+        names = [*inspect.signature(model.forward).parameters][: len(args)]
+    names += [f"argument {i}" for i in range(len(names), len(args))]
+    given = {**dict(zip(names, args, strict=True)), **kwargs}
+    return {
+        f"{name}{keystr(path)}": _shape(value)
+        for name, argument in given.items()
+        for path, value in tree_leaves_with_path(argument)
+        if isinstance(value, torch.Tensor)
+    }
 
 
 class Turns:
@@ -223,7 +270,8 @@ def _difference(said: Sequence[Any]) -> str:
         if other_mode:
             return other_mode
         if other[2] != names or other[3] != shapes:
-            return _different_shapes(rank, said[0], other)
+            mine, theirs = (dict(zip(x[2], x[3], strict=True)) for x in (said[0], other))
+            return _different_shapes(rank, mine, theirs)
         if other[0] != digest:
             return (
                 f"rank 0 and rank {rank} made different plans from the same shapes.\n"
@@ -305,9 +353,7 @@ def _more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
 
 
-def _different_shapes(rank: int, first: Any, other: Any) -> str:
-    mine = dict(zip(first[2], first[3], strict=True))
-    theirs = dict(zip(other[2], other[3], strict=True))
+def _different_shapes(rank: int, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
     lines = [
         f"  {n}: rank 0 {mine.get(n, 'absent')}, rank {rank} {theirs.get(n, 'absent')}"

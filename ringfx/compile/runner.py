@@ -21,6 +21,7 @@ from ringfx.compile.mask_buffer_guard import (
 from ringfx.compile.pipeline import Lowered
 from ringfx.compile.rank_agreement import Agreement
 from ringfx.compile.states import part_of_state
+from ringfx.compile.tensor_parallel import NO_PARTS, Parts
 from ringfx.failures.channel import shared_call
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ops.chunked import body_of
@@ -29,7 +30,7 @@ from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.rewrite import DeferredOutput, SplitOutput
 from ringfx.split_tensor.autograd import wrap_all, wrap_deferred
 from ringfx.split_tensor.spec import SplitSpec
-from ringfx.strategies import Strategy
+from ringfx.strategies import Strategy, planned_with
 
 if TYPE_CHECKING:
     from ringfx.compile.backend import Backend
@@ -49,6 +50,7 @@ class Runner:
         extra: Sequence[torch.Tensor],
         backend: Backend,
         arrived: Mapping[int, SplitSpec],
+        parts: Parts = NO_PARTS,
     ) -> None:
         settings, world = backend.settings, backend.world
         self._compiled = compiled
@@ -62,6 +64,7 @@ class Runner:
         self._writes = lowered.captured.writes
         self._returned = lowered.captured.returned
         self._arrived = arrived
+        self._parts = parts
         self._states = lowered.local.states
         self._handoff = backend.handoff
         self._broken = lowered.captured.graph_break or lowered.captured.uncompiled_caller
@@ -113,7 +116,9 @@ class Runner:
             whole = [None if i in parts else x for i, x in enumerate(taken)]
             self._agreement.check(whole, unchanged)
         if self._extra:
-            self._extra[-1] = torch.full((), self._accumulation.call(taken))
+            self._extra[-1] = torch.full(
+                (), self._accumulation.call(self._parts.owners(inputs, taken))
+            )
         results = self._compiled(*self._kept(taken), *self._extra)
         refuse_in_compiled(results)
         if not self._compared:
@@ -127,6 +132,7 @@ class Runner:
         """An input as the program was made for it: this rank's part, or the whole."""
         if index in self._states:
             return part_of_state(value, self._states[index])
+        value = self._parts.take(index, value)
         spec = self._arrived.get(index)
         if spec is None:
             return self._handoff.whole(value)
@@ -198,7 +204,8 @@ def other_kernels(plan: Plan, strategies: Mapping[str, Strategy]) -> list[str]:
 def _refused(layer: LayerPlan, strategies: Mapping[str, Strategy]) -> str:
     """Why the planned kernel cannot run on this machine's card, in brackets."""
     site = layer.site
-    all_keys = not layer.is_replicated and strategies[layer.strategy].all_keys
+    strategy = planned_with(strategies).get(layer.strategy)  # none: replicated or local
+    all_keys = strategy is not None and strategy.all_keys
     whys = why_not(
         layer.kernel, torch.device(site.device), getattr(torch, site.dtype),
         all_keys=all_keys, head_dim=max(site.head_dim, site.v_head_dim),

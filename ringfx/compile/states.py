@@ -31,6 +31,7 @@ from ringfx.errors import CaptureRefused, InvalidArgument
 from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF, read_uncompiled
 from ringfx.torch_compat.distributed import flattened
 from ringfx.torch_compat.pytree import tree_map
+from ringfx.units.argument import Argument, Code
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -71,8 +72,8 @@ def shard_states(
         )
     if not isinstance(mesh, bool | DeviceMesh | dist.ProcessGroup):
         raise InvalidArgument(
-            f"shard_states={mesh!r}: a number of ranks is for ringfx.plan, which has none. Do: "
-            "pass True, or the DeviceMesh of these ranks."
+            f"{Argument('shard_states', mesh)}: a number of ranks is for ringfx.plan, which has "
+            "none. Do: pass True, or the DeviceMesh of these ranks."
         )
     mesh = flattened(mesh) if isinstance(mesh, DeviceMesh) else mesh
     over = world if mesh is True else World.of(mesh)
@@ -115,28 +116,23 @@ def planned_states(
     """
     if not isinstance(asked, int):
         raise InvalidArgument(
-            f"shard_states={asked!r}: a plan is made without ranks. Do: pass True, or how many "
-            "ranks share the states."
+            f"{Argument('shard_states', asked)}: a plan is made without ranks. Do: pass True, or "
+            "how many ranks share the states."
         )
     if asked is False:
         return ONE_RANK
     size = world.size if asked is True else asked
     if size < 1 or size % world.size:
         raise InvalidArgument(
-            f"shard_states={size} is no multiple of world_size={world.size}, the ranks of a "
-            "sequence. Do: pass the sequence's ranks times the data parallel ones."
+            f"{Argument('shard_states', size)} is no multiple of "
+            f"{Argument('world_size', world.size)}, the ranks of a sequence. Do: pass the "
+            "sequence's ranks times the data parallel ones, such as "
+            f"{Argument('shard_states', 2 * world.size)}."
         )
     if size > world.size == 1:
-        raise InvalidArgument(_ONE_RANK_OF.format(size))
+        raise _of_one_rank(size)
     over = sharded_over(World(size, 0, world.group), world)
     return with_dtypes(over, parameters, policy)
-
-
-_ONE_RANK_OF = (
-    "shard_states: the sequence is on one rank, and states would be over {}, which are data "
-    "parallel alone. Do: use torch.distributed.fsdp.fully_shard, or split the sequence over "
-    "several ranks."
-)
 
 
 def sharded_over(over: World, world: World) -> StateRanks:
@@ -165,8 +161,8 @@ def with_dtypes(
     if len(of) > 1:
         listed = ", ".join(f"{name} of {dtype}" for dtype, name in of.items())
         raise InvalidArgument(
-            f"mp_policy: parameters are of several types ({listed}), and rows are kept in one. Do: "
-            "convert the model to one type, model.float(), before ringfx.optimize."
+            f"{Argument('mp_policy')}: parameters are of several types ({listed}), and rows are "
+            "kept in one. Do: convert the model to one type first, model.float()."
         )
     return replace(
         ranks, dtype=next(iter(of), None), param_dtype=policy.param_dtype,
@@ -179,15 +175,26 @@ def _refuse_numbers(parameters: Mapping[str, nn.Parameter], ranks: StateRanks) -
     numbers = [n for n, p in parameters.items() if p.requires_grad and not has_rows(p)]
     if numbers and ranks.replicas > 1:
         raise InvalidArgument(
-            f"shard_states: {', '.join(numbers[:NAMED])} has no dimension to be cut by, and its "
-            "gradient would not be averaged over the data parallel ranks. Do: give it one, "
-            "nn.Parameter(value.reshape(1)), as fully_shard asks too."
+            f"{Argument('shard_states')}: {', '.join(numbers[:NAMED])} has no dimension to be cut "
+            "by, and its gradient would not be averaged over the data parallel ranks. Do: give it "
+            "one, nn.Parameter(value.reshape(1)), as fully_shard asks too."
         )
+
+
+_BOTH, _ONE = 'mesh["dp_shard", "cp"]', 'mesh["cp"]'
+
+
+def _of_one_rank(ranks: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"{Argument('shard_states')}: the sequence is on one rank, and states would be over "
+        f"{ranks}, which are data parallel alone. Do: use torch.distributed.fsdp.fully_shard, or "
+        "split the sequence over several ranks."
+    )
 
 
 def _refuse_other_ranks(over: World, world: World) -> None:
     if world.size == 1:
-        raise InvalidArgument(_ONE_RANK_OF.format(over.size))
+        raise _of_one_rank(over.size)
     mine, all_of_them = (
         dist.get_process_group_ranks(process_group(w.group)) for w in (world, over)
     )
@@ -195,7 +202,8 @@ def _refuse_other_ranks(over: World, world: World) -> None:
         raise InvalidArgument(
             f"shard_states: the mesh that was given has ranks {all_of_them}, which do not contain "
             f"the sequence's, {mine}. Do: pass a mesh of both, such as "
-            'shard_states=mesh["dp_shard", "cp"] beside mesh=mesh["cp"], or shard_states=True.'
+            f"{Argument('shard_states', Code(_BOTH))} beside {Argument('mesh', Code(_ONE))}, or "
+            f"{Argument('shard_states', True)}."
         )
 
 

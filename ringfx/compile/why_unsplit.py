@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ringfx.passes.capture.breaks import without_addresses
 from ringfx.torch_compat import dynamo
 from ringfx.torch_compat.autograd import in_transform, is_scripted
 from ringfx.torch_compat.dispatch import active_modes
@@ -47,7 +48,8 @@ def why_unsplit(refused: Sequence[str] = ()) -> str:
 
 def _refused(texts: Sequence[str]) -> str:
     """Dynamo's first lines: the kind and its explanation, without hints about Dynamo itself."""
-    said = "; ".join(dict.fromkeys(_kind_and_explanation(text) for text in texts))
+    each = dict.fromkeys(without_addresses(_kind_and_explanation(text)) for text in texts)
+    said = "; ".join(each)
     return (
         f"Dynamo does not trace its code: {said}. Do: put the part of the model that holds the "
         "attention into a module of its own, and give that to ringfx.optimize."

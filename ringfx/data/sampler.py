@@ -31,8 +31,8 @@ class SequenceGroupSampler(DistributedSampler[T]):
         All ranks: of one dimension, which is the sequence's, or data, then sequence.
     sequence_ranks
         Instead of a mesh: so many consecutive ranks share a sequence; None: all ranks do.
-    shuffle, seed, drop_last
-        As in ``DistributedSampler``.
+    options
+        Of ``DistributedSampler``: ``shuffle``, ``seed``, ``drop_last``.
 
     Raises
     ------

@@ -1,11 +1,11 @@
-"""Other libraries' training loops over a split sequence: accelerate, transformers' Trainer."""
+"""Other libraries' training loops over a split sequence: accelerate, Lightning, Trainer."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["accelerate", "transformers"]
+__all__ = ["accelerate", "lightning", "transformers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from ringfx.compile.optimized import Optimized
 from ringfx.data.groups import SequenceGroups
 from ringfx.errors import InvalidArgument
 from ringfx.split_tensor.tensor import SplitTensor
+from ringfx.units.argument import Argument
 
 __all__ = ["prepare", "shares_states", "split_model"]
 
@@ -59,7 +60,8 @@ def prepare(
     """
     if not isinstance(accelerator, Accelerator):
         raise InvalidArgument(
-            f"accelerator must be an accelerate.Accelerator, not {type(accelerator).__name__}"
+            f"accelerator must be an accelerate.Accelerator, not {type(accelerator).__name__}. Do: "
+            "call prepare(accelerate.Accelerator())."
         )
     if isinstance(accelerator, _OverSequenceGroups):
         raise InvalidArgument(
@@ -114,13 +116,12 @@ def _refuse_other_ways(accelerator: Accelerator) -> None:
             "prepare(accelerator, sequence_ranks=N)."
         )
     state = accelerator.state
-    for plugin, instead in (
-        ("deepspeed_plugin", "shard_states=True"), ("fsdp_plugin", "shard_states=True"),
-    ):  # fmt: skip
+    for plugin in ("deepspeed_plugin", "fsdp_plugin"):
         if getattr(state, plugin, None) is not None:
             raise InvalidArgument(
                 f"the accelerator has a {plugin}, which shards states by itself. Do: make it "
-                f"without, and pass {instead} to prepare, which divides them by the ranks."
+                f"without, and pass {Argument('shard_states', True)} to prepare, which divides "
+                "them by the ranks."
             )
 
 

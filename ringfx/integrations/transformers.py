@@ -54,7 +54,8 @@ def prepare(
     """
     if not isinstance(trainer, Trainer):
         raise InvalidArgument(
-            f"trainer must be a transformers.Trainer, not {type(trainer).__name__}"
+            f"trainer must be a transformers.Trainer, not {type(trainer).__name__}. Do: make the "
+            "Trainer, then call prepare(trainer) before trainer.train()."
         )
     if trainer.args.n_gpu > 1:
         raise InvalidArgument(

@@ -32,6 +32,8 @@ class Call:
     masked: bool = False
     """Whether scores are added to or hidden, other than by a causal diagonal."""
     soft_cap: bool = False
+    dropout: bool = False
+    """Whether weights are dropped, by a key of their own (``ringfx/ops/kernels/dropout.py``)."""
     all_keys: bool = False
     """Whether one call meets all keys, as in the collective strategy."""
     capability: int | None = None
@@ -53,6 +55,7 @@ class Limits:
     fewest_keys: int = 1
     masks: bool = False
     soft_caps: bool = False
+    dropouts: bool = False
     all_keys_only: bool = False
     """Only where one call meets all keys."""
     package: str = ""
@@ -74,6 +77,8 @@ class Limits:
             return "it supports only the causal mask"
         if call.soft_cap and not self.soft_caps:
             return "it does not support a soft cap"
+        if call.dropout and not self.dropouts:
+            return "its dropout would depend on how tokens are split"
         if self.all_keys_only and not call.all_keys:
             return "it needs all keys in one call"
         return ""
@@ -136,7 +141,7 @@ _ROWS = (
         implementation="FA2",
     ),
     Limits(name="cuda_efficient", device="cuda", dtypes=SINGLES, masks=True),
-    Limits(name="math", device="", dtypes=EVERY, masks=True, soft_caps=True),
+    Limits(name="math", device="", dtypes=EVERY, masks=True, soft_caps=True, dropouts=True),
 )
 TABLE: Mapping[str, Limits] = {row.name: row for row in _ROWS}
 """By name. The order is that of published figures (H100, forward and backward: FlashAttention 3
@@ -146,8 +151,8 @@ TABLE: Mapping[str, Limits] = {row.name: row for row in _ROWS}
 def forced_kernel(call: Call) -> str | None:
     """The CUDA kernel that ``RINGFX_CUDA_KERNEL`` names; None where it names none.
 
-    Float64 and soft caps have but the reference, whatever is named. Pieces with a mask that it does
-    not take are left to another kernel.
+    Float64, soft caps and dropout have but the reference, whatever is named. Pieces with a mask
+    that it does not take are left to another kernel.
 
     Raises
     ------
@@ -155,7 +160,7 @@ def forced_kernel(call: Call) -> str | None:
         The name is unknown, or that kernel does not take such a call.
     """
     name = os.environ.get(KERNEL_VARIABLE)
-    if not name or call.soft_cap or call.dtype == "float64":
+    if not name or call.soft_cap or call.dropout or call.dtype == "float64":
         return None
     call = replace(call, masked=False, all_keys=True)
     rows = [row for row in TABLE.values() if row.device in ("cuda", "")]

@@ -18,6 +18,6 @@ OFFLOADED = "ringfx_offloaded"
 def every_token(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """x itself. In the program its tokens in ``dims`` are all there, and an axis of their own.
 
-    See ``passes/normalize/pairwise_masks.py``.
+    See ``passes/normalize/rows_and_columns.py``.
     """
     return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ringfx.validation.fields import (
     Bytes,
@@ -16,9 +16,12 @@ from ringfx.validation.fields import (
 )
 
 __all__ = [
-    "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart", "MemoryPlan", "MemorySegment",
-    "MemoryTerm", "MemoryTimeline",
+    "Kind", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart", "MemoryPlan",
+    "MemorySegment", "MemoryTerm", "MemoryTimeline",
 ]  # fmt: skip
+
+
+Kind: TypeAlias = Literal["whole", "replicated", "split", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class MemoryPart:
 
     cause: SomeText
     bytes: Bytes
-    kind: Literal["whole", "replicated", "split", "attention"]
+    kind: Kind
     """whole: the same with any number of ranks; replicated: activations of which every rank has
     all; split: falls with the ranks; attention: of the layers."""
     detail: Text = ""
@@ -131,7 +134,7 @@ class MemoryPlan:
     """Activations, their gradients and attention at the peak: bytes by block of the model."""
     over_program: tuple[Bytes, ...] = ()
     """The largest sum in each of some equal stretches of the program, in its order: of a step that
-    trains, while the backward passes the stretch."""
+    trains, while the backward passes the stretch. The largest of all is the peak."""
     unknown: tuple[Text, ...] = ()
     """Causes that the prediction leaves out, in words; empty when it is complete."""
     timeline: MemoryTimeline | None = None
@@ -144,9 +147,13 @@ class MemoryPlan:
     @property
     def whole_bytes(self) -> int:
         """Outside attention: what stays the same with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind in ("whole", "replicated"))
+        return self.of_kind("whole") + self.of_kind("replicated")
 
     @property
     def split_bytes(self) -> int:
         """Outside attention: what falls with more ranks."""
-        return sum(part.bytes for part in self.parts if part.kind == "split")
+        return self.of_kind("split")
+
+    def of_kind(self, kind: Kind) -> int:
+        """Bytes of the parts of one kind."""
+        return sum(part.bytes for part in self.parts if part.kind == kind)

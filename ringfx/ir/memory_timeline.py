@@ -14,14 +14,15 @@ before its own keep: that is added for the segments as they were chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ringfx.ir.memory_plan import (
+    Kind,
     MemoryLayer,
     MemoryMask,
     MemoryMoment,
@@ -34,10 +35,9 @@ from ringfx.ir.values import AttentionSite
 
 __all__ = [
     "AGAIN_FOR_ATTENTION", "CAUSES", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES",
-    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "FixedParts", "Held", "Peak", "fixed_parts",
-    "flat", "in_order", "kept_bytes",
-    "least_peak", "memory_parts", "never_below", "offloaded_bytes", "outside_peak", "peak",
-    "pruned", "whole_bytes",
+    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "FixedParts", "Held", "Peak", "SegmentBytes",
+    "fixed_parts", "flat", "in_order", "least_peak", "memory_parts", "never_below", "outside_peak",
+    "peak", "pruned", "segment_bytes", "whole_bytes",
 ]  # fmt: skip
 
 GIVEN = "dense input masks"
@@ -51,8 +51,6 @@ GATHERED = "gathered parameters"
 ONLY_OF_SEVERAL = (MESSAGES, GATHERED)
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
-
-Kind = Literal["whole", "replicated", "split", "attention"]
 
 CAUSES: Mapping[str, Kind] = {
     "parameters": "whole",
@@ -210,21 +208,6 @@ def never_below(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> i
     return least_peak(timeline, nothing, world_size=world_size, seq_len=seq_len)
 
 
-def kept_bytes(
-    timeline: MemoryTimeline, number: int, *, again: bool, world_size: int, seq_len: int
-) -> int:
-    """What a segment keeps outside attention."""
-    segment = timeline.segments[number]
-    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
-    return sum(at.scaled(segment.kept_again if again else segment.kept))
-
-
-def offloaded_bytes(timeline: MemoryTimeline, number: int, *, world_size: int, seq_len: int) -> int:
-    """What a segment that is computed again can leave in the host's memory, attention apart."""
-    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
-    return sum(at.moved(timeline.segments[number]))
-
-
 def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
     """The most that is there at one moment whatever the length and number of ranks, by cause."""
     fixed = [
@@ -239,29 +222,50 @@ def whole_bytes(timeline: MemoryTimeline) -> Mapping[str, int]:
     return {cause: found[cause] for cause in CAUSES if found.get(cause)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentBytes:
+    """What one segment keeps outside attention, in bytes of one rank."""
+
+    kept: int
+    again: int
+    """Where it is computed again."""
+    moved: int
+    """Of that, what it can leave in the host's memory."""
+
+
+def segment_bytes(
+    timeline: MemoryTimeline, *, world_size: int, seq_len: int
+) -> tuple[SegmentBytes, ...]:
+    """Of each segment."""
+    at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
+    return tuple(
+        SegmentBytes(
+            kept=sum(at.scaled(segment.kept)),
+            again=sum(at.scaled(segment.kept_again)),
+            moved=sum(at.moved(segment)),
+        )
+        for segment in timeline.segments
+    )
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FixedParts:
     """What of a timeline's sums no choice changes, in bytes of one rank."""
 
     moments: Sequence[int]
-    kept: Sequence[int]
-    """Of each segment that is kept."""
-    kept_again: Sequence[int]
-    """Of each that is computed again."""
-    moved: Sequence[int]
-    """What each can leave in the host's memory then."""
-    masks: Callable[[Sequence[Held | None]], tuple[int, Sequence[int]]]
-    """Rows of masks, and what the first masks take: none, one, two."""
+    rows: Sequence[int]
+    """Of each mask the rows that a rank takes where it takes any."""
+    masks: Sequence[int]
+    """Of each mask what is kept where it takes none."""
 
 
 def fixed_parts(timeline: MemoryTimeline, *, world_size: int, seq_len: int) -> FixedParts:
     at = _At(timeline, [None] * len(timeline.layers), world_size, seq_len)
+    sizes = [at.mask(mask) for mask in timeline.masks]
     return FixedParts(
         moments=[sum(at.scaled(moment.bytes)) for moment in timeline.moments],
-        kept=[sum(at.scaled(segment.kept)) for segment in timeline.segments],
-        kept_again=[sum(at.scaled(segment.kept_again)) for segment in timeline.segments],
-        moved=[sum(at.moved(segment)) for segment in timeline.segments],
-        masks=at.masks,
+        rows=[rows for rows, _ in sizes],
+        masks=[whole for _, whole in sizes],
     )
 
 
@@ -290,18 +294,17 @@ class _At:
         self._before = self._kept_before()
         kept = (self._kept(i, held) for i, held in enumerate(layers))
         self._kept_so_far = [0, *accumulate(kept)]
-        self._rows, self._masks_so_far = self.masks(layers)
+        takes = [world_size > 1 and _takes_rows(mask, layers) for mask in timeline.masks]
+        sizes = [self.mask(mask) for mask in timeline.masks]
+        pairs = list(zip(takes, sizes, strict=True))
+        self._rows = sum(rows for taken, (rows, _) in pairs if taken)
+        self._masks_so_far = [0, *accumulate(0 if taken else kept for taken, (_, kept) in pairs)]
 
-    def masks(self, layers: Sequence[Held | None]) -> tuple[int, list[int]]:
-        """Rows that are taken of masks, and what the first masks take: none, one, two."""
-        takes = [self._world_size > 1 and _takes_rows(m, layers) for m in self._timeline.masks]
-        pairs = list(zip(self._timeline.masks, takes, strict=True))
-        rows = sum(self._scaled(m.bytes, m.tokens, split=True) for m, rows in pairs if rows)
-        whole = (
-            0 if rows or not m.is_kept else self._scaled(m.bytes, m.tokens, split=False)
-            for m, rows in pairs
-        )
-        return rows, [0, *accumulate(whole)]
+    def mask(self, mask: MemoryMask) -> tuple[int, int]:
+        """The rows that a rank takes of it, and what is kept of it where none does."""
+        rows = self._scaled(mask.bytes, mask.tokens, split=True)
+        whole = self._scaled(mask.bytes, mask.tokens, split=False) if mask.is_kept else 0
+        return rows, whole
 
     def _factor(self, term: MemoryTerm) -> tuple[int, int]:
         if term.cause in ONLY_OF_SEVERAL and self._world_size == 1:
@@ -379,7 +382,9 @@ class _At:
         return max((x.workspace_bytes for x in layers), default=0)
 
     def total(self, index: int) -> int:
-        return sum(self.causes(index).values())
+        moment = self._timeline.moments[index]
+        of_terms = sum(self.scaled(moment.bytes)) + sum(self._before[moment.segments])
+        return of_terms + sum(size for _, size in self._beside_terms(moment))
 
     def causes(self, index: int) -> Mapping[str, int]:
         moment = self._timeline.moments[index]
@@ -391,12 +396,18 @@ class _At:
             if own + kept:
                 cause = self._name(term)
                 found[cause] = found.get(cause, 0) + own + kept
-        found[KEPT] = found.get(KEPT, 0) + self._masks_so_far[moment.masks]
-        found[ROWS] = self._rows
-        found[KEPT_BY_ATTENTION] = self._kept_so_far[moment.layers] + self._back(moment)
-        found[AGAIN_FOR_ATTENTION] = self._again(moment)
-        found[WORKSPACE] = self._workspace(moment)
+        for cause, size in self._beside_terms(moment):
+            found[cause] = found.get(cause, 0) + size
         return found
+
+    def _beside_terms(self, moment: MemoryMoment) -> Sequence[tuple[str, int]]:
+        return (
+            (KEPT, self._masks_so_far[moment.masks]),
+            (ROWS, self._rows),
+            (KEPT_BY_ATTENTION, self._kept_so_far[moment.layers] + self._back(moment)),
+            (AGAIN_FOR_ATTENTION, self._again(moment)),
+            (WORKSPACE, self._workspace(moment)),
+        )
 
 
 def _takes_rows(mask: MemoryMask, layers: Sequence[Held | None]) -> bool:

@@ -17,9 +17,10 @@ from pydantic import ConfigDict
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir.memory_plan import MemoryPlan
-from ringfx.ir.note import Note
+from ringfx.ir.note import Note, NoteKind
 from ringfx.ir.step_time import StepTime
 from ringfx.ir.values import AttentionSite, Collective, Declined, InChunks, TokenAxis
+from ringfx.units.format import format_bytes
 from ringfx.validation.fields import (
     STRICT,
     Bytes,
@@ -37,12 +38,15 @@ from ringfx.validation.fields import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["REPLICATED", "SCHEMA_VERSION", "LayerPlan", "Plan", "joined"]
+__all__ = ["LOCAL", "REPLICATED", "SCHEMA_VERSION", "LayerPlan", "Plan", "joined"]
 
 SCHEMA_VERSION = 3
 
 REPLICATED = "replicated"
 """In place of a strategy: attention that every rank computes whole, with the local kernel."""
+LOCAL = "local"
+"""In place of a strategy: attention along an axis that is not split, of which each rank computes
+its own part of the batch, without a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,8 @@ class LayerPlan:
     offload_ms: Milliseconds = 0.0
     """What sending it there and back takes."""
     axis: Text = ""
-    """The axis of ``Plan.axes`` along which the ranks share its queries; empty: they do not."""
+    """The axis of ``Plan.axes`` along which the ranks share its queries, or its batch where it is
+    local; empty: they share neither."""
 
     @property
     def name(self) -> str:
@@ -126,6 +131,11 @@ class LayerPlan:
     def is_replicated(self) -> bool:
         """Whether every one of several ranks computes all of it; ``reason`` says why."""
         return self.strategy == REPLICATED
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each of several ranks attends by itself, to its own part of the batch."""
+        return self.strategy == LOCAL
 
     @property
     def kept_bytes(self) -> int:
@@ -165,6 +175,10 @@ class Plan:
     declined: tuple[Declined, ...] = ()
     missed: tuple[Declined, ...] = ()
     """What looks like attention by an independent count and was neither found nor declined."""
+    by_rows: tuple[Declined, ...] = ()
+    """Attention that is computed as it is written, each rank with whole rows of its scores."""
+    by_columns: tuple[Declined, ...] = ()
+    """The same where queries are few: each rank has the columns of its own keys."""
     attentions: Count | None = None
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
@@ -205,10 +219,20 @@ class Plan:
         return tuple(x for x in self.layers if x.is_replicated)
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether there is a sequence to split: attention over one, or an axis taken for one."""
+        return bool(self.layers or self.by_rows or self.by_columns) or any(
+            x.kind is NoteKind.NO_ATTENTION for x in self.notes
+        )
+
+    @property
     def unsplit_words(self) -> str:
-        """That nothing is split, and why, where several ranks all run the whole model."""
-        if self.world_size == 1 or self.is_split:
+        """That nothing is split, and why, where several ranks all run the whole model; or that
+        little of it is."""
+        if self.world_size == 1:
             return ""
+        if self.is_split:
+            return self._mostly_replicated_words
         causes = dict.fromkeys(x.reason.removeprefix("not split: ") for x in self.layers)
         why = f": {'; '.join(causes)}" if causes else ""
         return (
@@ -217,12 +241,30 @@ class Plan:
         )
 
     @property
+    def _mostly_replicated_words(self) -> str:
+        """Where more than half of what one rank alone would hold is on every rank."""
+        attention = self.memory.of_kind("attention")
+        alone = min(attention, sum(layer.kept_bytes for layer in self.replicated_layers))
+        replicated = self.memory.of_kind("replicated") + alone
+        whole = replicated + self.world_size * (self.memory.split_bytes + attention - alone)
+        if 2 * replicated <= whole:
+            return ""
+        return (
+            f"LITTLE IS SPLIT: {format_bytes(replicated)} of {format_bytes(whole)} of activations "
+            f"at the peak are on each of the {self.world_size} ranks; what gathers them, and which "
+            "attention is replicated, is said beside"
+        )
+
+    @property
     def found_words(self) -> str:
         """``attention: 11/12 found, 1 declined``: detection against the independent count."""
         found = len(self.layers)
-        total = found if self.attentions is None else self.attentions
-        declined = total - found - len(self.missed)
+        explained = found + len(self.missed) + len(self.by_rows) + len(self.by_columns)
+        total = max(found if self.attentions is None else self.attentions, explained)
+        declined = total - explained
         words = [f"attention: {found}/{total} found"]
+        words += [f"{len(self.by_rows)} by rows of scores"] if self.by_rows else []
+        words += [f"{len(self.by_columns)} by columns of scores"] if self.by_columns else []
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
         whole = len(self.replicated_layers)
@@ -286,8 +328,12 @@ class Plan:
 
     @property
     def trains(self) -> bool:
-        """Whether any layer has a backward pass."""
-        return any(layer.site.trains for layer in self.layers)
+        """Whether any layer has a backward pass; without layers, whether the program has one."""
+        if self.layers:
+            return any(layer.site.trains for layer in self.layers)
+        return any("gradient" in part.cause for part in self.memory.parts) or any(
+            part.backward_ms for part in (self.step.parts if self.step else ())
+        )
 
     def layer(self, name: str) -> LayerPlan:
         """The layer of that module path; raises InvalidArgument listing what there is."""
@@ -296,8 +342,9 @@ class Plan:
                 return layer
         known = ", ".join(layer.name for layer in self.layers[:8])
         raise InvalidArgument(
-            f"the plan has no attention named {name!r}. It has {len(self.layers)}: {known}"
-            + (", ..." if len(self.layers) > 8 else "")
+            f"the plan has no attention named {name!r}. Do: name one of its {len(self.layers)}: "
+            + known
+            + (", ..." if len(self.layers) > 8 else ".")
         )
 
     def digest(self) -> str:
@@ -358,6 +405,8 @@ def joined(plans: Sequence[Plan]) -> Plan:
         layers=tuple(x for p in plans for x in p.layers),
         declined=tuple(x for p in plans for x in p.declined),
         missed=tuple(x for p in plans for x in p.missed),
+        by_rows=tuple(x for p in plans for x in p.by_rows),
+        by_columns=tuple(x for p in plans for x in p.by_columns),
         attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
         collectives=tuple(x for p in plans for x in p.collectives),
@@ -365,6 +414,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
         outside_ms=sum(p.outside_ms for p in plans),
         hidden_ms=sum(p.hidden_ms for p in plans),
         memory=_joined_memory([p.memory for p in plans]),
+        step=_joined_step([p.step for p in plans]),
         notes=tuple(dict.fromkeys(x for p in plans for x in p.notes)),
     )
 
@@ -385,6 +435,21 @@ def _joined_memory(programs: Sequence[MemoryPlan]) -> MemoryPlan:
     unknown = dict.fromkeys((*(x for m in programs for x in m.unknown), SEVERAL_PROGRAMS))
     return MemoryPlan(
         parts=tuple(parts.values()), by_block=largest.by_block, unknown=tuple(unknown)
+    )
+
+
+def _joined_step(programs: Sequence[StepTime | None]) -> StepTime | None:
+    """One after the other; None: the time of one of them is not known."""
+    known = [x for x in programs if x is not None]
+    if len(known) < len(programs):
+        return None
+    return dataclasses.replace(
+        known[-1],
+        parts=tuple(part for x in known for part in x.parts),
+        tokens=max(x.tokens for x in known),
+        attention_gflops=sum(x.attention_gflops for x in known),
+        peak_gflops=next((x.peak_gflops for x in known if x.peak_gflops), None),
+        by_block=tuple(row for x in known for row in x.by_block),
     )
 
 

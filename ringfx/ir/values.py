@@ -74,6 +74,8 @@ class Captured:
     """Values of the inputs that a module holds and this program does not write."""
     unvalued: frozenset[int] = frozenset()
     """Inputs that a module holds without values: planned offline, of a model on ``meta``."""
+    held: frozenset[int] = frozenset()
+    """Inputs that modules hold: parameters and buffers."""
     uncompiled_caller: str | None = None
     """The user frame that calls this program and that Dynamo could not compile, if there is one."""
 
@@ -116,6 +118,8 @@ class AttentionSite:
     """Bytes of what it computes and reads at its queries' own rows, which is split with them."""
     checkpoint: Count = 0
     """The checkpointed region that it lies in and is run again with in backward; 0: none."""
+    is_local: bool = False
+    """Whether ranks share its batch or its heads, and not its tokens: each attends by itself."""
 
     @property
     def q_len(self) -> int:

@@ -40,6 +40,8 @@ class DilatedAttention(nn.Module):
     bias
         Whether the four projections have a bias.
 
+    Examples
+    --------
     >>> layer = DilatedAttention(32, 4, [8, 16], [1, 2])
     >>> layer(torch.zeros(1, 20, 32)).shape
     torch.Size([1, 20, 32])

@@ -13,9 +13,9 @@ from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import CAUSAL, own_rows
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling import bias_gradients as bias_gradient_rules
-from ringfx.strategies import Strategy, refuse_dropout
+from ringfx.strategies import Strategy
 
-__all__ = ["bias_gradients", "layout_kind", "runs", "shapes", "sinks", "tensors"]
+__all__ = ["bias_gradients", "layout_kind", "runs", "seed", "shapes", "sinks", "tensors"]
 
 Tensor = torch.Tensor
 
@@ -55,16 +55,24 @@ def tensors(given: Mapping[str, object], layer: str) -> None:
 
 
 def shapes(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: LayoutKind, ranks: Ranks
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    layout: LayoutKind,
+    ranks: Ranks,
+    *,
+    whole_queries: bool = False,
 ) -> None:
     """q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E] with the lengths that the layout gives."""
     where = _where(ranks.layer)
     if spec.branches and (
-        spec.keep not in (None, CAUSAL) or spec.bias or spec.q_len != spec.kv_len
+        spec.keep not in (None, CAUSAL) or spec.bias or spec.dropout or spec.q_len != spec.kv_len
     ):
         raise InvalidArgument(
             f"{where}: dilated attention of {spec.q_len} queries over {spec.kv_len} keys, with "
-            f"{spec.words}. Do: use it without a mask or bias, or causal, over one sequence."
+            f"{spec.words}. Do: use it without a mask, bias or dropout, or causal, over one "
+            "sequence."
         )
     found = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -86,7 +94,8 @@ def shapes(
             "Do: use a number of query heads that the key/value heads divide."
         )
     for what, tensor, length in (("q", q, spec.q_len), ("k", k, spec.kv_len)):
-        local = Layout(layout, length, ranks.size).local_length
+        is_whole = whole_queries and what == "q"
+        local = length if is_whole else Layout(layout, length, ranks.size).local_length
         if tensor.shape[2] != local:
             raise InvalidArgument(
                 f"{where}: {what} has {tensor.shape[2]} tokens on rank {ranks.rank}; {length} "
@@ -98,11 +107,10 @@ def shapes(
 def runs(
     strategy: Strategy, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, ranks: Ranks
 ) -> None:
-    """What no strategy can do, or, on several ranks, this one."""
-    site = _site(q, k, v, spec, ranks)
-    refusal = refuse_dropout(site, ranks.size)
-    if refusal is None and ranks.size > 1:
-        refusal = strategy.admits(site, ranks.size)
+    """What, on several ranks, the strategy cannot do."""
+    if ranks.size == 1:
+        return
+    refusal = strategy.admits(_site(q, k, v, spec, ranks), ranks.size)
     if refusal is not None:
         raise StrategyRefused(f"{_where(ranks.layer)}: {refusal.reason}. Do: {refusal.remedy}.")
 
@@ -114,7 +122,7 @@ def _site(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, ranks: Ranks) ->
         density=1.0, balanced=spec.keep is None, batch=q.shape[0], heads=q.shape[1],
         kv_heads=k.shape[1], head_dim=q.shape[3], v_head_dim=v.shape[3],
         dtype=str(q.dtype).removeprefix("torch."), device=q.device.type, trains=False,
-        row_bytes=len(own_rows(spec.keep, spec.bias)),
+        row_bytes=len(own_rows(*spec.functions)),
     )  # fmt: skip
 
 
@@ -129,12 +137,24 @@ def sinks(inputs: Sequence[Tensor], heads: int, layer: str) -> Tensor:
     return inputs[-1]
 
 
+def seed(inputs: Sequence[Tensor], batch: int, spec: AttentionSpec, layer: str) -> Tensor:
+    """The seed of a dropout, which is the very last captured tensor; behind it the numbers that the
+    entries of the batch have among all, if they are only a part."""
+    last = inputs[-1] if inputs else None
+    if last is None or last.dtype != torch.int64 or last.numel() not in (1, 1 + batch):
+        found = "no tensor" if last is None else f"{last.dtype} {tuple(last.shape)}"
+        raise InvalidArgument(
+            f"{_where(layer)}: dropout {spec.dropout:g} with {found} as its seed. "
+            "Do: pass one int64 as the last input, the same on every rank."
+        )
+    return last.reshape(-1)
+
+
 def bias_gradients(spec: AttentionSpec, wanted: Sequence[int], layer: str) -> None:
-    """Gradients can flow to captured tensors through the bias only."""
-    if not wanted:
-        return
-    assert spec.bias is not None, "asked for what the bias reads only"
-    bias_gradient_rules.refuse_unsupported(spec.bias, wanted, layer)
+    """Gradients can flow to captured tensors through the bias and the score map only."""
+    for expr in (spec.bias, spec.score_map):
+        if expr is not None:
+            bias_gradient_rules.refuse_unsupported(expr, wanted, layer)
 
 
 def _where(layer: str) -> str:

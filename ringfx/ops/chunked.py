@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from ringfx.comm.autograd_function import register_autograd
 from ringfx.comm.double_backward import refuse_double_backward
-from ringfx.errors import RingfxError
+from ringfx.errors import DEFECT, RingfxError
 from ringfx.ir.token_place import TokenPlace
 
 __all__ = ["Body", "body_of", "chunked", "chunked_loss", "registered"]
@@ -90,8 +90,7 @@ class Body:
         compiled = self.compiled.get((what, tokens))
         if compiled is None:
             raise RingfxError(
-                f"a region in chunks has no program '{what}' for {tokens} tokens. This is a defect "
-                "of ringfx; please report it with the model."
+                f"a region in chunks has no program '{what}' for {tokens} tokens. {DEFECT}"
             )
         return compiled(*parts)
 

@@ -16,6 +16,7 @@ from ringfx.ir.layout import LayoutKind
 from ringfx.ir.tiles import CAUSAL, Expr, K, Q, conjunction, inputs_used
 from ringfx.ir.tiles.checked import checked_expr
 from ringfx.ops import checks
+from ringfx.ops.kernels.dropout import SEEDS
 from ringfx.ops.operator import attention
 from ringfx.strategies import DEFAULT, STRATEGIES, Strategy
 from ringfx.strategies.keys import key_of
@@ -51,6 +52,8 @@ def ring_attention(
     inputs: Sequence[Tensor] = (),
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     fully_masked: Literal["zero", "mean"] = "zero",
     group: Group = None,
     name: str = "",
@@ -89,6 +92,12 @@ def ring_attention(
         Scores become soft_cap * tanh(score / soft_cap).
     sinks
         [heads], one logit a head that joins the softmax and attends nothing.
+    dropout
+        Share of the attention weights that are dropped, below 1; the others count 1/(1 - dropout).
+    seed
+        Of the dropout: a number, or int64 of one element, the same on every rank and another one in
+        each step. It decides with the batch entry, head, query and key which weights are dropped:
+        the same on any number of ranks.
     fully_masked
         What a query without any key gives: zero as SDPA, or the mean of v.
     group
@@ -123,6 +132,7 @@ def ring_attention(
     _check_numbers(where, length=length, kv_length=kv_length, window=window, prefix=prefix)
     _check_read(where, documents=documents, key_padding=key_padding, sinks=sinks)
     _check_tile_functions(where, inputs, keep=keep, bias=bias)
+    _check_dropout(where, dropout, seed)
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InvalidArgument(
             f"ring_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. "
@@ -147,10 +157,13 @@ def ring_attention(
         bias=bias,
         soft_cap=soft_cap,
         sinks=sinks is not None,
+        dropout=float(dropout),
         fully_masked=fully_masked,
     )
     if sinks is not None:
         captured.tensors.append(sinks)
+    if dropout:
+        captured.tensors.append(torch.as_tensor(seed, dtype=torch.int64).reshape(1) % SEEDS)
     return attention(
         q,
         k,
@@ -188,6 +201,23 @@ def _check_read(where: str, **given: Any) -> None:
                 raise InvalidArgument(f"{where}: sinks is {value.dtype}. Do: pass floats.")
             if name == "documents" and (value.is_floating_point() or value.is_complex()):
                 raise InvalidArgument(f"{where}: documents is {value.dtype}. Do: pass integers.")
+
+
+def _check_dropout(where: str, dropout: Any, seed: Any) -> None:
+    number(where, "dropout", dropout)
+    if not 0 <= dropout < 1:
+        raise InvalidArgument(f"{where}: dropout is {dropout}. Do: pass 0 or more, below 1.")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            found = f"{seed.dtype} {tuple(seed.shape)}"
+            raise InvalidArgument(f"{where}: seed is {found}. Do: pass a number or one int64.")
+    elif seed is not None:
+        whole_number(where, "seed", seed, least=0, most=SEEDS - 1)
+    elif dropout:
+        raise InvalidArgument(
+            f"{where}: dropout {dropout:g} without a seed. Do: pass seed=, a number or one int64, "
+            "the same on every rank and another one in each step."
+        )
 
 
 def _check_tile_functions(where: str, inputs: Sequence[Tensor], **given: Any) -> None:

@@ -93,7 +93,10 @@ def gather(
 def _token_dim(where: str, x: Tensor, dim: int) -> int:
     dim = whole_number(where, "dim", dim, least=-x.dim())
     if not -x.dim() <= dim < x.dim():
-        raise InvalidArgument(f"dim {dim} of a tensor of shape {tuple(x.shape)} does not exist.")
+        raise InvalidArgument(
+            f"{where}: dim {dim} of a tensor of shape {tuple(x.shape)} does not exist. Do: pass "
+            f"the dim of its tokens, from {-x.dim()} to {x.dim() - 1}."
+        )
     return dim % x.dim()
 
 

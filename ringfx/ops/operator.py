@@ -59,6 +59,7 @@ def attention(
     group: str,
     name: str = "",
     kernels: str = "",
+    sizes: Sequence[int] = (),
 ) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks.
 
@@ -68,9 +69,10 @@ def attention(
         This rank's tokens, [B, H, Q, D], [B, G, K, D] and [B, G, K, E], padded to
         ``Layout(layout, length, ranks).local_length``.
     inputs
-        The whole tensors that the tile functions of ``spec`` read, and the sinks last if there are
-        any; the same on all ranks. Their gradients are complete on every rank. Of those that are
-        read at ``("row",)`` each rank has the rows of its own queries, and their gradient.
+        The whole tensors that the tile functions of ``spec`` read, the sinks after them if there
+        are any, and last the seed of a dropout, one int64; the same on all ranks. Their gradients
+        are complete on every rank. Of those that are read at ``("row",)`` each rank has the rows of
+        its own queries, and their gradient.
     spec
         ``AttentionSpec.to_json()``.
     strategy
@@ -83,6 +85,9 @@ def attention(
         The layer, for error texts.
     kernels
         The kernels that the plan counts on (``KernelChoice.text``); "": there is no plan.
+    sizes
+        The numbers that ``spec`` leaves open (``AttentionSpec.from_json``), in a program that
+        serves several lengths.
 
     Returns
     -------
@@ -95,7 +100,7 @@ def attention(
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     # A model may keep an index table or a mask on the CPU, and read it from another device.
     captured = [x.to(q.device) for x in inputs]
-    settings = (spec, strategy, layout, group, name, kernels)
+    settings = (spec, strategy, layout, group, name, kernels, list(sizes))
     out, _ = torch.ops.ringfx.attention(q, k, v, captured, *settings)
     result: Tensor = out
     return result
@@ -113,8 +118,9 @@ def _attention(
     group: str,
     name: str,
     kernels: str,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    settings = (spec, layout, group, name, kernels)
+    settings = (AttentionSpec.from_json(spec, sizes), layout, group, name, kernels)
     with _plain_arithmetic(q):
         chosen = strategy_of(strategy, name)
         problem, sinks_H = _problem(chosen, q, k, v, inputs, *settings, ())
@@ -143,9 +149,10 @@ def _(
     group: str,
     name: str,
     kernels: str,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     B, H, Q, _ = q.shape
-    has_bias = AttentionSpec.from_json(spec).bias is not None
+    has_bias = _form(spec, sizes).bias is not None
     return (
         q.new_empty(B, Q, H, v.shape[3]).transpose(1, 2),
         q.new_empty(B, H, Q, dtype=logsumexp_dtype(q.dtype, has_bias=has_bias)),
@@ -168,9 +175,10 @@ def _attention_backward(
     group: str,
     name: str,
     kernels: str,
+    sizes: Sequence[int],
 ) -> list[Tensor]:
     """dq, dk, dv and the gradients of the inputs at the positions in ``wanted``."""
-    settings = (spec, layout, group, name, kernels)
+    settings = (AttentionSpec.from_json(spec, sizes), layout, group, name, kernels)
     with _plain_arithmetic(q):
         chosen = strategy_of(strategy, name)
         problem, sinks_H = _problem(chosen, q, k, v, inputs, *settings, wanted)
@@ -186,10 +194,12 @@ def _attention_backward(
             nan_gradient(problem, sums.dv_BGKE, lse)
         found = list(sums.inputs)
         if sinks_H is not None:
-            position = len(inputs) - 1
+            position = len(problem.inputs)
             found.append(sink_gradient(dout, out, lse, sinks_H) if position in wanted else None)
         operation = "backward: sum of the bias gradients"
-        own = tiles.own_rows(problem.spec.keep, problem.spec.bias)
+        own = tiles.own_rows(*problem.spec.functions)
+        if sinks_H is not None and problem.whole_queries:
+            own |= {len(problem.inputs)}  # every rank has seen all rows
         extra = [
             (
                 _asked(found[i])
@@ -218,6 +228,7 @@ def _(
     group: str,
     name: str,
     kernels: str,
+    sizes: Sequence[int],
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (q, k, v, *(inputs[i] for i in wanted))]
 
@@ -234,7 +245,7 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *captured = ctx.saved_tensors
     needs = ctx.needs_input_grad[3]
     flags = needs if isinstance(needs, (list, tuple)) else [needs] * len(captured)
-    trained = _trained(ctx.settings[0], len(captured))
+    trained = _trained(_form(ctx.settings[0], ctx.settings[-1]), len(captured))
     wanted = [i for i, flag in enumerate(flags) if flag and i in trained]
     dq, dk, dv, *extra = torch.ops.ringfx.attention_backward(
         dout, q, k, v, out, lse, captured, wanted, *ctx.settings
@@ -242,13 +253,20 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
     captured_grads: list[Tensor | None] = [None] * len(captured)
     for position, gradient in zip(wanted, extra, strict=True):
         captured_grads[position] = gradient
-    return dq, dk, dv, captured_grads, *[None] * len(ctx.settings)
+    *texts, sizes = ctx.settings
+    # torch takes an empty list for one of tensors, and any other list of numbers for one argument.
+    return dq, dk, dv, captured_grads, *[None] * len(texts), None if sizes else []
 
 
-def _trained(spec_json: str, num_inputs: int) -> set[int]:
-    """Which captured tensors a gradient can reach: through the bias or as sinks, not by a mask."""
-    spec = AttentionSpec.from_json(spec_json)
-    return {*tiles.inputs_used(spec.bias), *([num_inputs - 1] if spec.sinks else [])}
+def _form(spec: str, sizes: Sequence[int]) -> AttentionSpec:
+    """What holds at every length: while a program is traced, sizes are symbols."""
+    return AttentionSpec.from_json(spec, [1] * len(sizes))
+
+
+def _trained(spec: AttentionSpec, num_inputs: int) -> set[int]:
+    """Which captured tensors a gradient can reach: not those that only a mask reads."""
+    sinks = num_inputs - 1 - (spec.dropout > 0)
+    return {*tiles.inputs_used(spec.bias, spec.score_map), *([sinks] if spec.sinks else [])}
 
 
 register_autograd(_attention, _backward, setup_context=_setup_context)
@@ -275,28 +293,30 @@ def _problem(
     k: Tensor,
     v: Tensor,
     inputs: Sequence[Tensor],
-    spec_json: str,
+    spec: AttentionSpec,
     layout: str,
     group: str,
     name: str,
     kernels: str,
     wanted: Sequence[int],
 ) -> tuple[Problem, Tensor | None]:
-    """The call as a value, checked, and the sinks apart from the other captured tensors."""
-    spec = AttentionSpec.from_json(spec_json)
+    """The call as a value, checked; the sinks and the seed apart from other captured tensors."""
     ranks = Ranks.named(group, name)
     kind = checks.layout_kind(layout, name)
-    checks.shapes(q, k, v, spec, kind, ranks)
+    whole_queries = strategy.whole_queries and ranks.size > 1
+    checks.shapes(q, k, v, spec, kind, ranks, whole_queries=whole_queries)
     checks.runs(strategy, q, k, v, spec, ranks)
-    sinks_H = checks.sinks(inputs, q.shape[1], name) if spec.sinks else None
-    captured = inputs[:-1] if spec.sinks else inputs
+    seed = checks.seed(inputs, q.shape[0], spec, name) if spec.dropout else None
+    captured = inputs[:-1] if spec.dropout else inputs
+    sinks_H = checks.sinks(captured, q.shape[1], name) if spec.sinks else None
+    captured = captured[:-1] if spec.sinks else captured
     bias_grads = tuple(i for i in wanted if i < len(captured))
     checks.bias_gradients(spec, bias_grads, name)
     kernel = choose(
         q.device,
         q.dtype,
-        soft_cap=spec.soft_cap is not None,
-        math_only=strategy.math_only or bool(bias_grads),
+        soft_cap=spec.maps_scores,
+        math_only=strategy.math_only or spec.dropout > 0 or bool(bias_grads),
         all_keys=strategy.all_keys,
         head_dim=max(q.shape[3], v.shape[3]),
         named=kernels,
@@ -313,8 +333,10 @@ def _problem(
         kernel=kernel,
         tiling=tiling_of(q, kernel.stores_scores),
         stats=found,
+        seed=seed,
         bias_grads=bias_grads,
         head_groups=strategy.head_groups,
+        whole_queries=whole_queries,
     )
     return problem, sinks_H
 

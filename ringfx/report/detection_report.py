@@ -6,18 +6,19 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ringfx import api
+from ringfx.compile.on_fakes import PlanMade, trace
 from ringfx.ir.values import AttentionSite, Declined
 from ringfx.passes.axes.call import AxisRules
-from ringfx.passes.axes.rules import RULES, checked_rules, find_rule
-from ringfx.passes.capture import capture
+from ringfx.passes.axes.rules import RULES, checked_rules
 from ringfx.passes.capture.breaks import is_outermost
+from ringfx.passes.detect.count_attention import refuse_missed
 from ringfx.passes.steps import find_attention
+from ringfx.passes.tensor_parallel import capture_parts
 from ringfx.validation.arguments import switch
 
 if TYPE_CHECKING:
@@ -69,8 +70,10 @@ def report_detection(
     parts: list[DetectionReport] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        captured = capture(gm, example_inputs, known=partial(find_rule, rules=rules))
-        found = find_attention(captured, strict=strict, rules=rules)
+        captured = capture_parts(gm, example_inputs, rules)
+        found = find_attention(captured, rules=rules)
+        if strict:
+            refuse_missed(found.missed)
         broken = () if captured.graph_break is None else (captured.graph_break,)
         parts.append(
             DetectionReport(
@@ -82,10 +85,10 @@ def report_detection(
             )
         )
         if not broken and is_outermost():
-            raise api.Planned
+            raise PlanMade
         return gm.forward
 
-    stopped = api.trace(model, args, dict(kwargs or {}), backend)
+    stopped = trace(model, args, dict(kwargs or {}), backend)
     return DetectionReport(
         sites=tuple(x for p in parts for x in p.sites),
         declined=tuple(x for p in parts for x in p.declined),

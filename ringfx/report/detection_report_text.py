@@ -10,12 +10,13 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ringfx.ir.attention_spec import AttentionSpec
-from ringfx.ir.plan_text import fold_names, table_lines
+from ringfx.ir.folding import fold_names
 from ringfx.ir.tiles import TILE_OPS, Expr
 from ringfx.ir.tiles.operators import COMPARISONS
 from ringfx.ir.tiles.words import whole_text
 from ringfx.ir.values import AttentionSite, Declined
 from ringfx.report.detection_report import DetectionReport
+from ringfx.units.columns import table_lines
 
 __all__ = ["formula", "render", "tile_text"]
 

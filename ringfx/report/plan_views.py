@@ -10,9 +10,10 @@ from ringfx.cost_model.choice.whatif import Change, tokens
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import RingfxError
+from ringfx.ir.folding import FoldedLayers, fold
 from ringfx.ir.plan import LayerPlan, Plan
-from ringfx.ir.plan_text import FoldedLayers, fold, table_lines
-from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies import SPLIT_KV, STRATEGIES, Strategy
+from ringfx.units.columns import WIDTH, bar, table_lines, wrapped
 from ringfx.units.format import format_bytes, format_ms
 
 __all__ = ["diff_text", "strategy_options_text", "sweep_text"]
@@ -46,30 +47,26 @@ def _explained(
     layer = group.layers[0]
     ranks = 1 if layer.is_replicated else plan.world_size
     more = layer.head_groups
+    if layer.strategy == SPLIT_KV.name:
+        strategies = {SPLIT_KV.name: SPLIT_KV}
     offer = candidates(layer.site, ranks, profile, strategies, more_groups=more)
-    titles = (
-        "",
-        "strategy",
-        "kernel",
-        "total",
-        "forward",
-        "backward",
-        "compute",
-        "comm",
-        "exposed",
-        "saved",
-        "workspace",
-    )
-    rows = [_option_row(option, layer) for option in offer.options]
-    lines = [f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"]
-    lines += ["  " + line for line in table_lines([titles, *rows], left=(0, 1, 2))]
-    lines += [f"  {name}: {strategies[name].summary}" for name in _names(offer)]
-    lines += [f"  {name} cannot run: {no.reason}" for name, no in offer.refused.items()]
-    lines += [f"  chosen: {layer.reason}", f"  {_noise_words(offer)}"]
-    return "\n".join(lines)
+    times = [_TIME_TITLES, *(_times(option, layer) for option in offer.options)]
+    sizes = [_SIZE_TITLES, *(_sizes(option, layer) for option in offer.options)]
+    found = f"{group.name}: {layer.mask}, {layer.site.q_len:,} tokens, {plan.world_size} ranks"
+    lines = wrapped([found])
+    lines += [f"  {line}" for line in table_lines(times, left=(0, 1))]
+    lines += ["", *(f"  {line}" for line in table_lines(sizes, left=(0, 1, 4))), ""]
+    words = [f"{name}: {strategies[name].summary}" for name in _names(offer)]
+    words += [f"{name} cannot run: {no.reason}" for name, no in offer.refused.items()]
+    words += [f"chosen: {layer.reason}", _noise_words(offer)]
+    return "\n".join([*lines, *wrapped(words, 2)])
 
 
-def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
+_TIME_TITLES = ("", "strategy", "total", "forward", "backward", "compute", "comm", "exposed")
+_SIZE_TITLES = ("", "strategy", "saved", "workspace", "kernel")
+
+
+def _times(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
     times = (
         option.total_ms,
         option.forward_ms,
@@ -78,14 +75,17 @@ def _option_row(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
         option.communication_ms,
         option.exposed_ms,
     )
-    return (
-        "*" if _is_of(option, layer) else "",
-        option.strategy + (f" in {option.head_groups}" if option.head_groups else ""),
-        option.kernel,
-        *(format_ms(ms) for ms in times),
-        format_bytes(option.saved_bytes),
-        format_bytes(option.workspace_bytes),
-    )
+    return (*_named(option, layer), *(format_ms(ms) for ms in times))
+
+
+def _sizes(option: Prediction, layer: LayerPlan) -> tuple[str, ...]:
+    sizes = (option.saved_bytes, option.workspace_bytes)
+    return (*_named(option, layer), *(format_bytes(size) for size in sizes), option.kernel)
+
+
+def _named(option: Prediction, layer: LayerPlan) -> tuple[str, str]:
+    groups = f" in {option.head_groups}" if option.head_groups else ""
+    return ("*" if _is_of(option, layer) else "", option.strategy + groups)
 
 
 def _is_of(option: Prediction, layer: LayerPlan) -> bool:
@@ -110,7 +110,7 @@ def diff_text(before: Plan, after: Plan) -> str:
     lines = [*_setting_changes(before, after), *_layer_changes(before, after)]
     if not lines:
         return "the plans are equal"
-    return "\n".join([*lines, *_total_changes(before, after)])
+    return "\n".join(wrapped([*lines, *_total_changes(before, after)]))
 
 
 def _setting_changes(before: Plan, after: Plan) -> Iterator[str]:
@@ -189,10 +189,8 @@ def memory_bytes(plan: Plan) -> int:
 
 def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | RingfxError]) -> str:
     """One line a value: strategies, time, memory, a bar of time; or why there is no plan."""
-    titles = (name, "strategies", "attention a step", "exposed", "memory", "")
-    rows = [titles]
-    failed = []
-    longest_ms = max((r.total_ms for r in results if isinstance(r, Plan)), default=0.0)
+    rows: list[tuple[str, ...]] = [(name, "strategies", "attention", "exposed", "memory")]
+    failed, times = [], [0.0]
     for change, result in zip(changes, results, strict=True):
         value = change_words(change)
         if isinstance(result, Plan):
@@ -204,22 +202,27 @@ def sweep_text(name: str, changes: Sequence[Change], results: Sequence[Plan | Ri
                     format_ms(result.total_ms),
                     format_ms(exposed),
                     format_bytes(memory_bytes(result)),
-                    _bar(result.total_ms / longest_ms if longest_ms else 0.0),
                 )
             )
+            times.append(result.total_ms)
         else:
-            rows.append((value, "none", "", "", "", ""))
+            rows.append((value, "none", "", "", ""))
             failed.append(f"{value}: {str(result).split(chr(10))[0]}")
-    return "\n".join([*table_lines(rows, left=(0, 1, 5)), *failed])
+            times.append(0.0)
+    return "\n".join([*_with_bars(table_lines(rows, left=(0, 1)), times), *wrapped(failed)])
+
+
+def _with_bars(lines: Sequence[str], times: Sequence[float]) -> Iterator[str]:
+    """As long as the times, in the columns that are left."""
+    longest, start = max(times), max(map(len, lines)) + 2
+    for line, ms in zip(lines, times, strict=True):
+        is_shown = ms and start < WIDTH
+        length = bar(ms / longest, min(BAR_WIDTH, WIDTH - start)) if is_shown else ""
+        yield f"{line:{start}}{length}".rstrip()
 
 
 BAR_WIDTH = 24
-
-
-def _bar(share: float) -> str:
-    """Of eighths of a column; never empty, since nothing takes no time."""
-    eighths = max(1, round(share * BAR_WIDTH * 8))
-    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
+"""At most."""
 
 
 def change_words(change: Change) -> str:

@@ -11,6 +11,7 @@ from ringfx.errors import DeferredLost
 from ringfx.ops.chunked import Body
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.torch_compat.autograd import version_of
+from ringfx.units.argument import Argument
 
 __all__ = ["Deferred"]
 
@@ -61,7 +62,7 @@ class Deferred:
                     f"{self.name}: this output is computed when it is first used, and an operand "
                     f"of it {tuple(x.shape)} was {'written' if is_written else 'freed'} before "
                     "(by optimizer.step(), for example). Do: use the output before, or pass "
-                    "chunks='none' to compute it with the model."
+                    f"{Argument('chunks', 'none')} to compute it with the model."
                 )
         return self._operands
 

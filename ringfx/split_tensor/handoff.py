@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -51,10 +52,10 @@ class ProgramHandoff:
             self.running = before
 
     def on_gather(self, graph_break: str | None) -> GatherObserver | None:
-        """The observer of gathers of a program's results."""
+        """The observer of gathers of a program's results, also by code outside the model."""
         if self.called:
             return _HandoffObserver(handoff=self) if self.running else None
-        return None if graph_break is None else _HandoffObserver(handoff=self, always=True)
+        return _HandoffObserver(handoff=self, always=graph_break is not None)
 
     def whole(self, value: Any) -> Any:
         """An input that the program takes whole."""
@@ -73,6 +74,8 @@ class ProgramHandoff:
     def note(self, name: str, num_bytes: int, kind: CommKind) -> None:
         """Record a gather in the plan, and warn the user once."""
         where, in_backward = users_frame(), kind is CommKind.ALL_GATHER_GRADIENT
+        if not self.running and (caller := outside_of_libraries()):
+            where += f" (called from {caller})"
         reason = (
             f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
             "programs"
@@ -110,6 +113,24 @@ def users_frame() -> str:
             return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
         frame = frame.f_back
     return "a frame that is not Python"
+
+
+def outside_of_libraries() -> str:
+    """The user's own line, where a library such as accelerate runs: ``train.py:33, in main``."""
+    frame: FrameType | None = sys._getframe()
+    is_inside = False
+    while frame is not None:
+        file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+        installed = file.startswith((*_LIBRARIES, "<"))
+        if not installed and module.partition(".")[0] != "ringfx":
+            return f"{file}:{frame.f_lineno}, in {frame.f_code.co_name}" if is_inside else ""
+        is_inside |= installed and module.partition(".")[0] != "torch"
+        frame = frame.f_back
+    return ""
+
+
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+"""Folders of Python's own library and of what was installed."""
 
 
 def is_split(value: Any) -> TypeGuard[SplitTensor]:

@@ -12,6 +12,7 @@ from ringfx.comm.rendezvous import Absent, meet
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.ir.values import Arrival
+from ringfx.units.argument import Argument
 
 __all__ = ["GatherObserver", "SplitSpec", "rendezvous_before_gather"]
 
@@ -95,6 +96,7 @@ def rendezvous_before_gather(spec: SplitSpec, part: str = "") -> None:
                 f"{spec.name} {spec.shape} is split over {spec.layout.world_size} ranks and was "
                 f"used on rank {spec.rank}, but ranks {absent.ranks} did not use it within "
                 f"{limit}; gathering needs all ranks. Do: use it on every rank (compute before "
-                "`if rank == 0`), or pass outputs='local' to get each rank's own part."
+                f"`if rank == 0`), or pass {Argument('outputs', 'local')} to get each rank's own "
+                "part."
             )
         ) from absent

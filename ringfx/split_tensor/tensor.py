@@ -31,6 +31,7 @@ from ringfx.split_tensor.local_rules import (
 )
 from ringfx.split_tensor.sharded_states import refuse_stand_ins
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
+from ringfx.split_tensor.slices import gradient_of_slice
 from ringfx.split_tensor.spec import SplitSpec, rendezvous_before_gather
 from ringfx.torch_compat.autograd import make_wrapper, version_of
 from ringfx.torch_compat.dispatch import no_dispatch
@@ -150,7 +151,9 @@ class SplitTensor(torch.Tensor):
             return _write(func, args, kwargs)
         if func.is_view and args[0]._cell.aliased:  # views of the whole are views for all of them
             return _with_whole(func, args, kwargs)
-        for run in (_made_like, _still_deferred, _as_looked_at, _without_gathering, _as_program):
+        for run in (
+            _made_like, _still_deferred, _as_looked_at, _without_gathering, _of_a_slice, _as_program
+        ):  # fmt: skip
             found = run(func, args, kwargs)
             if found is not None:
                 return found
@@ -193,8 +196,9 @@ class SplitTensor(torch.Tensor):
             if isinstance(cell.local, FakeTensor):  # Dynamo looks at shapes only
                 return cell.local.new_empty(spec.shape)
             self._refuse_lost_writes()
-            if cell.on_gather is not None and cell.on_gather.model_runs:
-                cell.on_gather(spec, self.numel() * self.element_size())
+            told = cell.on_gather
+            if told is not None and (told.model_runs or self.requires_grad):
+                told(spec, self.numel() * self.element_size())
             rendezvous_before_gather(spec)
             cell.gathered_at = None if self.is_inference() else version_of(self)
             with torch.no_grad():
@@ -228,6 +232,10 @@ class SplitTensor(torch.Tensor):
     def _is_inside(self) -> bool:
         """Whether it is a value between programs of a model that runs."""
         return self._cell.on_gather is not None and self._cell.on_gather.model_runs
+
+    def _stays_in(self, func: Any) -> bool:
+        """Outside a model views are taken to be written, unless they lead to a loss."""
+        return self._is_inside() or self.requires_grad or not func.is_view
 
     def _hand_out(self) -> None:
         if self._cell.viewed is None and not self.is_inference():
@@ -383,11 +391,21 @@ def _still_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return SplitTensor(Cell(held.to(kwargs["dtype"]), on_gather=source._cell.on_gather), spec)
 
 
+def _of_a_slice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The gradient of what was sliced; None for other calls."""
+    source = args[0]
+    if func is not aten.slice_backward.default or not source._can_stay():
+        return None
+    number = f"{source._spec.number}/{func}{source._next(str(func))}"
+    found = gradient_of_slice(source._spec, source._local, args, number)
+    return found and SplitTensor(Cell(found[0], on_gather=source._cell.on_gather), found[1])
+
+
 def _as_program(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a call between programs, run as a program of its own; None if it gathers."""
+    """The result of a call, run as a program of its own; None if it gathers."""
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     split = [x for x in given if isinstance(x, SplitTensor)]
-    if not all(x._can_stay() and x._is_inside() for x in split):
+    if not all(x._can_stay() and x._stays_in(func) for x in split):
         return None
     source = split[0]
     spec = source._spec

@@ -7,12 +7,13 @@ from types import MappingProxyType
 
 from ringfx.errors import InvalidArgument
 from ringfx.ir.plan import Plan
-from ringfx.strategies import Strategy
+from ringfx.strategies import SPLIT_KV, Strategy, planned_with
+from ringfx.units.argument import Argument, Code
 
 __all__ = ["checked_strategies", "require_strategies"]
 
-TABLE = 'strategies=ringfx.STRATEGIES | {"mine": ringfx.Strategy(name="mine", ...)}'
-TAKEN = ("auto", "replicated", "local")
+TABLE = 'ringfx.STRATEGIES | {"mine": ringfx.Strategy(name="mine", ...)}'
+TAKEN = ("auto", "replicated", "local", SPLIT_KV.name)
 """Words that stand in place of a strategy's name."""
 FUNCTIONS = ("forward", "backward", "time", "memory", "admits")
 
@@ -37,7 +38,7 @@ def _check(name: object, strategy: object) -> None:
     if not isinstance(strategy, Strategy):
         raise InvalidArgument(
             f"strategies[{name!r}] is a {type(strategy).__name__}, not a ringfx.Strategy. "
-            f"Do: {TABLE}."
+            f"Do: give {TABLE}."
         )
     if name != strategy.name:
         raise InvalidArgument(
@@ -66,15 +67,15 @@ def require_strategies(plan: Plan, strategies: Mapping[str, Strategy], where: st
         A layer's strategy is missing, or does not admit the layer.
     """
     for i, layer in enumerate(plan.layers):
-        if layer.is_replicated:
+        if layer.is_replicated or layer.is_local:
             continue
-        strategy = strategies.get(layer.strategy)
+        strategy = planned_with(strategies).get(layer.strategy)
         if strategy is None:
+            table = f'ringfx.STRATEGIES | {{"{layer.strategy}": ...}}'
             raise InvalidArgument(
                 f"{where}: layers[{i}] has the strategy {layer.strategy!r}, and given are "
                 f"{', '.join(strategies)}. Do: a plan holds the names of strategies, so give one "
-                f'of your own again, as strategies=ringfx.STRATEGIES | {{"{layer.strategy}": ...}} '
-                "or --strategies MODULE:NAME."
+                f"of your own again, as {Argument('strategies', Code(table))}."
             )
         if (refusal := strategy.admits(layer.site, plan.world_size)) is not None:
             raise InvalidArgument(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 
 from ringfx.errors import InvalidArgument
-from ringfx.strategies import STRATEGIES, Strategy
+from ringfx.strategies import STRATEGIES, Strategy, planned_with
 
 __all__ = ["key_of", "strategy_of"]
 
+_OWN = planned_with(STRATEGIES)
 _OTHERS: dict[str, Strategy] = {}
 """Strategies of users, by key: those of programs of this process."""
 _LOCK = threading.Lock()
@@ -21,7 +22,7 @@ _LOCK = threading.Lock()
 
 def key_of(strategy: Strategy) -> str:
     """The name of ringfx's own strategies; of others the name and a number, as ``mine#1``."""
-    if STRATEGIES.get(strategy.name) == strategy:
+    if _OWN.get(strategy.name) == strategy:
         return strategy.name
     with _LOCK:
         for key, known in _OTHERS.items():
@@ -41,7 +42,7 @@ def strategy_of(key: str, where: str) -> Strategy:
     InvalidArgument
         There is none: the text comes from another process, or was never one.
     """
-    found = STRATEGIES.get(key) or _OTHERS.get(key)
+    found = _OWN.get(key) or _OTHERS.get(key)
     if found is None:
         names = ", ".join(STRATEGIES)
         raise InvalidArgument(

@@ -23,7 +23,7 @@ from ringfx.cost_model.prediction.formulas import Phase, whole_seconds
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.cost_model.prediction.profile_rows import Direction
 from ringfx.cost_model.prediction.rank_share import Local
-from ringfx.cost_model.prediction.strategy import Refusal, Strategy, refuse_dropout
+from ringfx.cost_model.prediction.strategy import Refusal, Strategy
 from ringfx.cost_model.prediction.terms import message_seconds
 from ringfx.cost_model.prediction.work import Work, whole_work
 from ringfx.ir.dilation import AnyLayout
@@ -345,15 +345,14 @@ def _add_copies(x_BHKD: Tensor, copies: int) -> Tensor:
 
 
 def admits(site: AttentionSite, world_size: int) -> Refusal | None:
-    refusal = refuse_dropout(site, world_size)
-    if refusal is None and site.row_bytes:
-        refusal = Refusal(
+    if site.row_bytes:
+        return Refusal(
             reason='"ulysses" computes all queries of some heads, and each rank has only its own '
             "queries' rows of the scores that are added to them",
             remedy='use "production" or "collective"',
         )
-    if refusal is not None or site.heads % world_size == 0:
-        return refusal
+    if site.heads % world_size == 0:
+        return None
     divisors = [str(p) for p in range(2, site.heads + 1) if site.heads % p == 0]
     ranks = f"a number of ranks that divides them ({', '.join(divisors)})" if divisors else "1 rank"
     return Refusal(

@@ -13,7 +13,8 @@ import torch
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "SET_GRAD_ENABLED", "after_backward", "autocast_is_enabled",
-    "in_backward", "in_transform", "is_scripted", "make_wrapper", "profiler_is_on", "storage_id",
+    "backward_in", "in_backward", "in_transform", "is_scripted", "make_wrapper", "profiler_is_on",
+    "storage_id",
     "version_of", "without_saved_tensor_hooks",
 ]  # fmt: skip
 
@@ -52,6 +53,27 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(popped):
             hooks._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def backward_in(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """A backward that starts here runs in this mode of torch functions, checkpoints' code too.
+
+    A mode is off while it handles the call that starts a backward. Without: what checkpointed
+    models round to float32 is a difference for ``ringfx.verify``.
+    """
+    package: Any = torch.autograd
+    stock = package._engine_run_backward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return stock(*args, **kwargs)
+
+    package._engine_run_backward = run
+    try:
+        yield
+    finally:
+        package._engine_run_backward = stock
 
 
 def after_backward(function: Callable[[], None]) -> None:

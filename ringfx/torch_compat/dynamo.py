@@ -5,11 +5,15 @@ Each name says what it is needed for and, after "Without", what a release that d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
 import torch._dynamo
+import torch.utils.checkpoint
 from torch._dynamo import callback, convert_frame, eval_frame, exc, source, trace_rules
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
@@ -18,7 +22,8 @@ __all__ = [
     "COMPILER_MODULE", "ENTRY_MODULE", "BackendCompilerFailed", "CallbackArgs",
     "CatchErrorsWrapper", "GradSource", "OptimizedModule", "TensorifyScalarRestartAnalysis",
     "TensorifyState", "TorchDynamoException", "aot_eager", "callback_handler", "config",
-    "graph_break", "is_output", "not_started", "refusals", "skips", "stance", "unimplemented",
+    "graph_break", "is_output", "kept_as_calls", "not_started", "refusals", "replace_checkpoint",
+    "skips", "stance", "unimplemented", "watching_compiler",
 ]  # fmt: skip
 
 config = torch._dynamo.config
@@ -76,6 +81,38 @@ def not_started(code: CodeType) -> None:
     """Dynamo starts no program at this code, and inlines it where a program calls it. Without:
     sharded parameters in uncompiled code."""
     eval_frame.skip_code(code)
+
+
+@contextlib.contextmanager
+def kept_as_calls(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Inside, programs hold calls of them, and Dynamo does not look into them. Without:
+    ``Tensor.unflatten`` ends programs under ``torch.set_default_device``, as it calls ``super``."""
+    kept = trace_rules._allowed_callable_ids
+    new = [id(f) for f in functions if id(f) not in kept]
+    for number in new:
+        kept.add(number)
+    try:
+        yield
+    finally:
+        for number in new:
+            kept.remove(number)
+
+
+def watching_compiler() -> Any:
+    """What Dynamo compiles with whatever is called now; None where it is off. Without: checkpoints
+    in code that runs uncompiled."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() or None
+
+
+def replace_checkpoint(around: Callable[..., Any]) -> None:
+    """Where no program holds it, ``checkpoint(...)`` is ``around(usual, ...)`` from now on.
+
+    It is decorated so that what it runs is not compiled, and keeps that in an attribute. Without:
+    checkpoints in code that runs uncompiled are whole on every rank.
+    """
+    plain: Any = inspect.unwrap(torch.utils.checkpoint.checkpoint)
+    usual = torch._dynamo.disable(plain)
+    setattr(plain, "__dynamo_disable", functools.partial(around, usual))
 
 
 def stance() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["format_bytes", "format_ms", "index_set"]
+__all__ = ["format_bytes", "format_ms", "format_tokens", "index_set"]
 
 
 def format_bytes(count: float) -> str:
@@ -34,6 +34,18 @@ def format_ms(value: float) -> str:
     if value < 999.5:
         return f"{_three_digits(value)} ms"
     return f"{_three_digits(value / 1000)} s"
+
+
+def format_tokens(count: int) -> str:
+    """A number of tokens as it is given and spoken: k and M are 1024 and 1024^2.
+
+    >>> format_tokens(131072), format_tokens(2**20), format_tokens(1000)
+    ('128k', '1M', '1,000')
+    """
+    for size, unit in ((2**20, "M"), (2**10, "k")):
+        if count and count % size == 0:
+            return f"{count // size:,}{unit}"
+    return f"{count:,}"
 
 
 def _three_digits(value: float) -> str:

@@ -28,6 +28,9 @@ BYTE_UNITS: Mapping[str, int] = {
     "tib": 2**40,
 }
 
+_SIZES = 'Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
+_COUNTS = 'Do: give one such as 4096, "128k" or "1M".'
+
 _NUMBER_AND_UNIT = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
@@ -44,9 +47,9 @@ def parse_bytes(size: int | str) -> int:
     """
     count = _bytes(size)
     if count <= 0:
-        raise InvalidArgument(f"a memory size must be positive; got {size!r}.")
+        raise InvalidArgument(f"a memory size must be positive; got {_brief(size)}. {_SIZES}")
     if count > MOST_BYTES:
-        raise InvalidArgument(f"a memory size is at most 2**60 bytes; got {_brief(size)}.")
+        raise InvalidArgument(f"a memory size is at most 2**60 bytes; got {_brief(size)}. {_SIZES}")
     return count
 
 
@@ -55,10 +58,7 @@ def _bytes(size: int | str) -> int:
         return size
     match = _NUMBER_AND_UNIT.fullmatch(size) if isinstance(size, str) else None
     if match is None or match[2].lower() not in BYTE_UNITS or len(match[1]) > MOST_DIGITS:
-        raise InvalidArgument(
-            f"{_brief(size)} is not a memory size."
-            ' Do: give bytes as an integer, or a text such as "80GiB", "512 MiB" or "80GB".'
-        )
+        raise InvalidArgument(f"{_brief(size)} is not a memory size. {_SIZES}")
     return round(float(match[1].replace("_", "")) * BYTE_UNITS[match[2].lower()])
 
 
@@ -98,18 +98,20 @@ def parse_tokens(count: int | str) -> int:
     """
     tokens = count if isinstance(count, int) else _tokens(count)
     if tokens <= 0:
-        raise InvalidArgument(f"a number of tokens must be positive; got {count!r}.")
+        raise InvalidArgument(
+            f"a number of tokens must be positive; got {_brief(count)}. {_COUNTS}"
+        )
     if tokens > MOST_TOKENS:
-        raise InvalidArgument(f"a number of tokens is at most 2**40; got {_brief(count)}.")
+        raise InvalidArgument(
+            f"a number of tokens is at most 2**40; got {_brief(count)}. {_COUNTS}"
+        )
     return tokens
 
 
 def _tokens(text: str) -> int:
     match = re.fullmatch(r"\s*(\d[\d_,]*)\s*([kKmM]?)\s*", text)
     if match is None or len(match[1]) > MOST_DIGITS:
-        raise InvalidArgument(
-            f'{_brief(text)} is not a number of tokens. Do: give one such as 4096, "128k" or "1M".'
-        )
+        raise InvalidArgument(f"{_brief(text)} is not a number of tokens. {_COUNTS}")
     digits = match[1].replace(",", "").replace("_", "")
     return int(digits) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
 

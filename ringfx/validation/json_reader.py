@@ -31,12 +31,12 @@ class Source:
     damaged: str
     """Begins an error about a value: ``profile mine.json is damaged``."""
     error: type[RingfxError]
-    remedy: str = ""
+    remedy: str
     """What to do, ending every error."""
 
     def refuse(self, problem: str, *, damaged: bool = True) -> NoReturn:
         head = self.damaged if damaged else self.where
-        raise self.error(f"{head}: {problem}." + (f" Do: {self.remedy}." if self.remedy else ""))
+        raise self.error(f"{head}: {problem}. Do: {self.remedy}.")
 
 
 def parse_json(text: str, source: Source) -> Any:

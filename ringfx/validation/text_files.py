@@ -18,6 +18,8 @@ LARGEST = 2**28
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 """First bytes of compressed files."""
 
+_PLAIN_PATH = "Do: give a path without control characters."
+
 
 def is_there(path: Path) -> bool:
     """Whether there is such a file or folder; no name is too long to ask."""
@@ -45,11 +47,17 @@ def read_text(path: Path, error: type[RingfxError] = InvalidArgument, what: str 
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
     except OSError as problem:
-        raise error(f"{name} cannot be read: {_reason(problem)}.") from problem
+        raise error(
+            f"{name} cannot be read: {_reason(problem)}. Do: name a file that is there and that "
+            "you may read; a relative path starts in the current folder."
+        ) from problem
     except ValueError as problem:  # a NUL in the path
-        raise error(f"{name!r} cannot be read: {problem}.") from problem
+        raise error(f"{name!r} cannot be read: {problem}. {_PLAIN_PATH}") from problem
     if len(content) > LARGEST:
-        raise error(f"{name} has more than {LARGEST:,} bytes: no file of ringfx is so large.")
+        raise error(
+            f"{name} has more than {LARGEST:,} bytes: no file of ringfx is so large. Do: name a "
+            "plan, a profile, records or a config.json."
+        )
     for magic, packed in MAGIC.items():
         if content.startswith(magic):
             raise error(f"{name} is compressed ({packed}). Do: unpack it first.")
@@ -135,7 +143,7 @@ def _blaming(path: Path, error: type[RingfxError]) -> Iterator[None]:
             " may write."
         ) from problem
     except ValueError as problem:  # a NUL in the path
-        raise error(f"{str(path)!r} cannot be written: {problem}.") from problem
+        raise error(f"{str(path)!r} cannot be written: {problem}. {_PLAIN_PATH}") from problem
 
 
 def _reason(problem: OSError) -> str:

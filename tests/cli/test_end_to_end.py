@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from ringfx.cli.main import app
 from ringfx.ir.plan import Plan
+from ringfx.watch import stages
 
 LLAMA = {
     "model_type": "llama",
@@ -30,9 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "plain.py").write_text(
         "from torch import nn\n"
         "def make(): return nn.Linear(4, 4), ()\n"
-        "def no_attention(seq_len):\n"
+        "def no_tokens(seq_len):\n"
         "    import torch\n"
-        "    return nn.Linear(4, 4), (torch.zeros(1, seq_len, 4),)\n"
+        "    return nn.Linear(4, 4), (torch.zeros(4),)\n"
     )
     return folder
 
@@ -79,8 +86,41 @@ def test_the_same_plan_comes_from_every_run(folder: Path, planned: str) -> None:
     assert _ringfx(folder, *LLAMA_WORDS).stdout == planned
 
 
-def test_a_model_without_attention_is_one_line_and_exit_code_2(folder: Path) -> None:
-    done = _ringfx(folder, "plain:no_attention", "--seq-len", "64", "--world-size", "2")
+def test_a_model_without_tokens_is_one_line_and_exit_code_2(folder: Path) -> None:
+    done = _ringfx(folder, "plain:no_tokens", "--seq-len", "64", "--world-size", "2")
     assert done.returncode == 2
     assert done.stderr.startswith("ringfx: ")
     assert "Traceback" not in done.stderr
+
+
+def test_what_would_fit_is_said_in_options(folder: Path) -> None:
+    target = str(folder / "config.json")
+    words = ["plan", target, "--seq-len", "64", "--world-size", "2", "--gpu-memory", "100KB"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "Do: pass --shard-states on " in result.stderr
+    assert "shard_states" not in result.stderr
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_stages_with_seconds_are_shown_while_it_works_on_a_terminal(
+    folder: Path,
+    is_terminal: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=is_terminal, width=200)
+    monkeypatch.setattr(stages, "Console", lambda stderr: shown)
+    caplog.set_level(logging.INFO, "ringfx")
+    target = str(folder / "config.json")
+    result = CliRunner().invoke(app, ["plan", target, "--seq-len", "64", "--world-size", "2"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("ringfx plan for 2 ranks")
+    (line,) = [text for text in caplog.messages if text.startswith(f"planning {target}: ")]
+    assert re.findall(r"(\w+) \d+\.\d s", line) == [
+        "imported", "built", "traced", "captured", "detected", "placed", "chosen", "rewritten",
+        "predicted",
+    ]  # fmt: skip
+    assert isinstance(shown.file, io.StringIO)
+    assert ("captured" in shown.file.getvalue()) == is_terminal
+    assert "captured" not in result.output

@@ -22,6 +22,8 @@ from ringfx.errors import AttentionNotFound
 from ringfx.ir.plan import Plan
 from tests.cost_model.sites import causal_site, shipped
 
+IS_THERE = "Do: name one that is there; a relative path starts where the command runs."
+
 FACTORIES = """
 import torch
 from torch import nn
@@ -63,7 +65,9 @@ class Planner:
 
     def plan(self, model: nn.Module, args: Any, kwargs: Any, **options: Any) -> Plan:
         grad = torch.is_grad_enabled()
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         self.asked = {"model": model, "args": args, "kwargs": kwargs, "grad": grad, **options}
+        self.asked["autocast"] = autocast
         if self.error is not None:
             raise self.error
         profile = shipped("h100-sxm-published")
@@ -174,9 +178,21 @@ def test_rules_for_globs_keep_their_order(planner: Planner, factories: Path) -> 
     assert list(planner.asked["strategy"].items()) == [("*", "collective"), ("*.0.*", "ulysses")]
 
 
+def test_dimensions_of_tokens_reach_the_planner(planner: Planner, factories: Path) -> None:
+    _run("factories:make", "--token-dim", "x=2", "--token-dim", "batch.y=-1")
+    assert planner.asked["token_dims"] == {"x": 2, "batch.y": -1}
+
+
 def test_dtype_converts_the_parameters(planner: Planner, factories: Path) -> None:
     assert _run("factories:make", "--dtype", "bfloat16").exit_code == 0
     assert planner.asked["model"].embed.weight.dtype == torch.bfloat16
+
+
+def test_a_plan_is_made_under_autocast(planner: Planner, factories: Path) -> None:
+    for words, dtype in (([], None), (["--autocast", "float16"], torch.float16)):
+        assert _run("factories:make", *words).exit_code == 0
+        assert planner.asked["autocast"] is dtype
+        assert planner.asked["model"].embed.weight.dtype == torch.float32
 
 
 def test_json_is_the_plan_itself(planner: Planner, factories: Path) -> None:
@@ -190,6 +206,18 @@ def test_sequence_lengths_are_read_as_they_are_spoken(planner: Planner, factorie
     )
     assert result.exit_code == 0
     assert planner.asked["kwargs"]["input_ids"].shape == (1, 2**20)
+
+
+def test_inputs_of_the_factory_need_no_length(planner: Planner, factories: Path) -> None:
+    words = ["plan", "factories:pair", "--world-size", "8"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "--seq-len was not used" not in result.stdout
+    assert planner.asked["args"][0].shape == (1, 5)
+    for factory, text in (("make", "has no inputs of its own"), ("sized", "takes seq_len")):
+        refused = CliRunner().invoke(app, ["plan", f"factories:{factory}", "--world-size", "8"])
+        assert refused.exit_code == 2
+        assert f"factories:{factory} {text}. Do: give --seq-len" in refused.stderr
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
@@ -251,7 +279,8 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:number"],
-            "ringfx: factories:number is a int, not a function that makes the model.",
+            "ringfx: factories:number is a int, not a function that makes the model. Do: name a"
+            " function, a class or a module, such as mymodel:make.",
         ),
         (
             ["factories:nothing"],
@@ -266,7 +295,8 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         (
             ["factories:few"],
             "ringfx: factories:few: its inputs do not fit Dense.forward:"
-            " missing a required argument: 'y'.",
+            " missing a required argument: 'y'. Do: return inputs that model(*args, **kwargs)"
+            " takes: forward(x, y).",
         ),
         (
             ["factories:dense"],
@@ -276,8 +306,8 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:make", "--strategy", "simple", "--strategy", "*=ulysses"],
-            "ringfx: --strategy 'simple': several rules need the form GLOB=NAME,"
-            ' such as "model.layers.0.*=collective".',
+            "ringfx: --strategy 'simple' is not GLOB=NAME, which each of several must be. Do: give"
+            ' each like --strategy "model.layers.0.*=collective".',
         ),
         (
             ["factories:make", "--gpu-memory", "lots"],
@@ -286,10 +316,15 @@ def test_a_factory_may_give_a_hugging_face_config(planner: Planner, factories: P
         ),
         (
             ["factories:make", "--dtype", "int8"],
-            "ringfx: 'int8' is not a floating dtype. Choices: float32, bfloat16, float16, float64.",
+            "ringfx: 'int8' is not a floating dtype. Do: give float32, bfloat16, float16 or"
+            " float64.",
         ),
-        (["absent.py:make"], "ringfx: there is no file absent.py."),
-        (["absent.json"], "ringfx: there is no file absent.json."),
+        (
+            ["factories:make", "--autocast", "int8"],
+            "ringfx: --autocast 'int8' is unknown. Do: use bfloat16 or float16.",
+        ),
+        (["absent.py:make"], f"ringfx: there is no file absent.py. {IS_THERE}"),
+        (["absent.json"], f"ringfx: there is no file absent.json. {IS_THERE}"),
         (
             ["LammaConfig", "--hf"],
             "ringfx: transformers has no configuration class 'LammaConfig'."
@@ -316,6 +351,7 @@ def test_a_module_that_imports_something_missing_names_that(
     (factories / "needy.py").write_text("import not_installed_anywhere\n")
     assert _fails("needy:make") == (
         "ringfx: importing needy needs the module 'not_installed_anywhere', which is not installed."
+        " Do: install what holds it, or run from the folder that does."
     )
 
 
@@ -323,7 +359,8 @@ def test_an_error_in_the_users_code_names_its_line(planner: Planner, factories: 
     (factories / "wrong.py").write_text("x = 1\ny = x / 0\n")
     assert _fails("wrong:make") == (
         "ringfx: importing wrong failed with ZeroDivisionError: division by zero"
-        f" ({factories / 'wrong.py'}:2)"
+        f" ({factories / 'wrong.py'}:2). Do: mend it there; a plan builds models on the meta"
+        " device, without values."
     )
     assert _fails("factories:broken").startswith("ringfx: factories:broken failed with TypeError:")
 
@@ -335,6 +372,7 @@ def test_a_config_file_that_is_none_says_why(planner: Planner, tmp_path: Path) -
     file.write_text("{}")
     assert _fails(str(file)) == (
         f'ringfx: {file} is not a Hugging Face configuration: it has no "model_type".'
+        " Do: give the config.json of a transformers model, or a factory, MODULE:FACTORY."
     )
 
 

@@ -17,6 +17,7 @@ from ringfx.cli.main import app
 GOOD = {
     "plan": ["mini:make", "--seq-len", "64", "--world-size", "2"],
     "explain": ["mini:make", "--seq-len", "64"],
+    "verify": ["mini:make", "--seq-len", "64"],
     "calibrate": ["--quick"],
     "bench": ["--tokens", "64"],
 }
@@ -47,6 +48,9 @@ FREE: dict[str, tuple[str, ...]] = {
     "plan --optimizer": tuple(w for w in WORDS if w != "0"),
     "plan --what-if": (*WORDS, *CHANGES),
     "plan --sweep": (*WORDS, *CHANGES, "seq-len=8k..4k", f"seq-len=1..{HUGE}"),
+    "verify --gpu-memory": tuple(
+        w for w in WORDS if w != "2.5"
+    ),  # which nothing fits, as ranks say
     "calibrate --out": NO_FILES,
     "calibrate --records": NO_FILES,
     "calibrate --name": ("", "\0", "/", "..", "a/b", "9" * 400),
@@ -85,7 +89,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.chdir(folder)
         patch.setattr(sys, "path", [str(folder), *sys.path])
         patch.setenv("RINGFX_PROFILES", str(folder / "profiles"))
-        for command in ("cli.bench.bench", "cli.calibrate.calibrate"):
+        for command in ("cli.bench.bench", "cli.calibrate.calibrate", "comparison.run._copied"):
             patch.setattr(f"ringfx.{command}", _measures)
         yield
 

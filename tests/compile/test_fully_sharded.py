@@ -1,4 +1,4 @@
-"""fully_shard before and after optimize; tensor parallelism is refused by name."""
+"""fully_shard before and after optimize; tensor parallelism over the same ranks is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tensor_parallel() -> None:
     optimize(model)(tokens(LENGTH))
 
 
-def test_parallelize_module_is_refused_by_name(ranks2: RankPool) -> None:
+def test_parallelize_module_over_the_sequences_ranks_is_refused(ranks2: RankPool) -> None:
     for text in raises(ranks2, tensor_parallel):
         assert text.startswith("InvalidArgument: blocks.0.mlp.1.weight (96, 48) is a DTensor")
-        assert "fully_shard (FSDP2) works" in text
+        assert "mesh['cp'] to ringfx.optimize" in text

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from ringfx.comparison.results import tensors
 from tests.corpus.row import Row, Variant
 
 __all__ = ["build", "has_experts", "hidden_size", "total"]
@@ -85,24 +86,6 @@ def total(output: Any) -> torch.Tensor:
         weights = torch.arange(x.numel(), dtype=x.dtype).view(x.shape).cos()
         loss = loss + (x * weights).square().mean() + (x * weights).mean()
     return loss
-
-
-def tensors(value: Any, path: str = "output") -> dict[str, torch.Tensor]:
-    """Every tensor of an output, through mappings, sequences, caches and plain objects."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    if isinstance(value, Mapping):
-        items = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(i), v) for i, v in enumerate(value)]
-    elif type(value).__module__.startswith("transformers.cache_utils"):
-        items = [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
-    else:
-        return {}
-    found: dict[str, torch.Tensor] = {}
-    for key, item in items:
-        found |= tensors(item, f"{path}.{key}")
-    return found
 
 
 def hidden_size(row: Row) -> int:

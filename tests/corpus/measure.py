@@ -1,7 +1,7 @@
 """What happens to one variant: its sites, and how far split results are from unsplit ones.
 
-The oracle is the stock model in eager mode on the same rank; ``tests/corpus/compare.py`` says when
-results count as equal.
+The oracle is the stock model in eager mode on the same rank; ``ringfx/comparison/agreement.py``
+says when results count as equal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,20 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 import ringfx
+from ringfx.comparison.agreement import (
+    TOLERANCE,
+    Exact,
+    Results,
+    disagreements,
+    excesses,
+    excused,
+    none_for_zeros,
+)
+from ringfx.comparison.results import tensors
 from ringfx.errors import VerificationError
 from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import Plan
-from tests.corpus.build import build, has_experts, hidden_size, tensors, total
-from tests.corpus.compare import TOLERANCE, Exact, Results, disagreements, excesses, excused
+from tests.corpus.build import build, has_experts, hidden_size, total
 from tests.corpus.row import Variant
 from tests.corpus.table import VARIANTS
 
@@ -201,7 +210,7 @@ def _differences(ours: Results, model: nn.Module, variant: Variant, setup: Setup
     dtype, steps = variant.dtype, setup.steps
     stock = _trained(steps, variant, copy.deepcopy(model), getattr(torch, dtype))
     if setup.compiler != "eager":
-        ours = _none_for_zeros(ours, stock)
+        ours = none_for_zeros(ours, stock)
     if variant.autocast:
         exact = _exact(variant, model, steps)
         return _worst_of_each(ours, stock, excesses(ours, stock, exact), set())
@@ -211,16 +220,6 @@ def _differences(ours: Results, model: nn.Module, variant: Variant, setup: Setup
     if far:
         rounded = excused(far, ours, stock, _exact(variant, model, steps), dtype)
     return _worst_of_each(ours, stock, found, rounded)
-
-
-def _none_for_zeros(ours: Results, stock: Results) -> Results:
-    """A parameter that leads to an unused result has no gradient in eager mode, and zeros in what
-    AOTAutograd compiled, with or without ringfx."""
-    kept = {
-        name: None if x is not None and stock.tensors.get(name) is None and not x.any() else x
-        for name, x in ours.tensors.items()
-    }
-    return replace(ours, tensors=kept)
 
 
 def _worst_of_each(

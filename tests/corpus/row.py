@@ -69,7 +69,7 @@ class Variant:
 
     @property
     def precision(self) -> str:
-        """What results are held against, see ``compare.py``."""
+        """What results are held against, see ``ringfx/comparison/agreement.py``."""
         return "autocast" if self.autocast else self.dtype
 
     @property

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import ringfx
+from ringfx.comparison.agreement import Exact, Results, disagreements, excesses, excused
 from ringfx.errors import CaptureRefused, VerificationError
-from tests.corpus.compare import Exact, Results, disagreements, excesses, excused
 from tests.corpus.levers import LEVERS
 from tests.corpus.measure import Outcome, Setup, measure
-from tests.corpus.report import RESULTS, TABLE, Record
+from tests.corpus.report import RESULTS, TABLES, Record
 from tests.corpus.row import Variant
 from tests.corpus.table import ROWS, VARIANTS
 from tests.support.harness import RankPool
@@ -88,7 +88,7 @@ def test_a_defect_that_names_itself_is_no_refusal(
 
 
 def test_what_is_committed_names_no_folder_of_a_machine() -> None:
-    assert "site-packages" not in RESULTS.read_text() + TABLE.read_text()
+    assert not any("site-packages" in file.read_text() for file in (RESULTS, *TABLES))
 
 
 def results(**gradients: torch.Tensor | None) -> Results:

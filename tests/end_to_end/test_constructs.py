@@ -165,7 +165,7 @@ def test_every_construct_is_right_on_three_ranks(ranks3: RankPool) -> None:
             options={"compiler": "eager"},
             label=name,
         )
-        for name in one_in(3, CONSTRUCTS)
+        for name in one_in(5, CONSTRUCTS)
     ]
     for found in compare_all(ranks3, cases):
         found.check()

@@ -95,7 +95,7 @@ def case(mask: str, strategy: str) -> Case:
 
 
 def check(pool: RankPool, *strategies: str) -> None:
-    for found in compare_all(pool, one_in(3, [case(m, s) for m in MASKS for s in strategies])):
+    for found in compare_all(pool, one_in(5, [case(m, s) for m in MASKS for s in strategies])):
         found.check()
         assert len(found.strategies) == 2
 

@@ -83,6 +83,7 @@ def test_on_four_ranks(ranks4: RankPool) -> None:
     check(ranks4, [case(s, llama(), tokens_and_labels(61), "S=61") for s in STRATEGIES])
 
 
+@pytest.mark.slow  # tests/ops and test_plain.py exchange them too
 def test_heads_are_exchanged_where_they_divide(ranks2: RankPool, ranks3: RankPool) -> None:
     inputs = tokens_and_labels(251, 2)
     check(ranks2, [case("ulysses", llama(), inputs, "4 heads, 2 ranks")])

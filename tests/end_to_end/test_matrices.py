@@ -49,6 +49,7 @@ def cycled(seq_len: int, first: int) -> list[Case]:
     return [case(k, seq_len, STRATEGIES[(first + i) % 3]) for i, k in enumerate(kinds)]
 
 
+@pytest.mark.slow  # on three ranks below
 def test_outputs_and_gradients_are_right_on_two_ranks(ranks2: RankPool) -> None:
     check(ranks2, one_in(2, cycled(13, 0)))
 

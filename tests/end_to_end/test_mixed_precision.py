@@ -139,7 +139,7 @@ def test_each_model_is_as_near_as_the_unsplit_on_three_ranks(ranks3: RankPool, c
 
 
 def test_a_split_model_is_as_near_as_the_unsplit_on_three_ranks(ranks3: RankPool) -> None:
-    check(ranks3, [found for cases in KINDS for found in one_in(36, cases()[1:])])
+    check(ranks3, [found for cases in KINDS for found in one_in(72, cases()[1:])])
 
 
 def test_a_plan_under_autocast_has_the_type_that_is_computed_in() -> None:
@@ -148,7 +148,7 @@ def test_a_plan_under_autocast_has_the_type_that_is_computed_in() -> None:
     with torch.autocast("cpu", BF16):
         plan = ringfx.plan(model, kwargs=dict(inputs()()), world_size=2)
     assert {layer.site.dtype for layer in plan.layers} == {"bfloat16"}
-    assert "of 8, bfloat16" in str(plan)
+    assert "of 8, bfloat16" in " ".join(str(plan).split())
 
 
 class TwoTypes(nn.Module):

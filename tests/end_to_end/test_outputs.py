@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import ringfx
@@ -85,6 +86,7 @@ def ways_to_read(seq_len: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_gathered_output_is_read_like_any_tensor(ranks3: RankPool) -> None:
     for read in ranks3.run(ways_to_read, 25):
@@ -170,6 +172,65 @@ def test_gradients_flow_through_what_is_read(ranks3: RankPool) -> None:
     assert max(ranks3.run(gradients_through_reads, 25)) < 1e-5
 
 
+def _log_probabilities(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    found = x[:, :-1].log_softmax(-1).gather(-1, y[:, 1:, None]).squeeze(-1)
+    return -found.sum(-1).mean()
+
+
+LOSSES: dict[str, Any] = {
+    "shifted": shifted_loss,
+    "labels shifted": lambda x, y: F.cross_entropy(
+        x.float().view(-1, x.shape[-1]), F.pad(y[:, 1:], (0, 1), value=-100).view(-1)
+    ),
+    "of each token": lambda x, y: (
+        F.cross_entropy(
+            x[..., :-1, :].contiguous().view(-1, x.shape[-1]), y[:, 1:].reshape(-1),
+            reduction="none", label_smoothing=0.1,
+        ).view(2, -1) * torch.arange(1, y.shape[1])
+    ).mean(),
+    "classes second": lambda x, y: F.cross_entropy(x[:, :-1].transpose(1, 2), y[:, 1:]),
+    "log probabilities": _log_probabilities,
+    "without a prompt": lambda x, y: F.cross_entropy(
+        x[:, 4:-1].flatten(0, 1), y[:, 5:].flatten(), ignore_index=7
+    ),
+    "gathered": lambda x, y: x.sort(1).values[:, -1].square().mean(),
+}  # fmt: skip
+
+
+def losses_outside(seq_len: int) -> dict[str, tuple[float, float, int, str]]:
+    """How far losses and gradients are from the stock model's; what the plan lists as gathered, in
+    bytes, and where."""
+    drawn = tokens(seq_len, 2)
+    stock, source = plain()().double(), plain()().double()
+    model: Any = ringfx.optimize(source, compiler="eager")
+    found = {}
+    for name, loss_of in LOSSES.items():
+        stock.zero_grad()
+        source.zero_grad()
+        expected, loss = loss_of(stock(drawn), drawn), loss_of(model(drawn), drawn)
+        expected.backward()
+        loss.backward()
+        ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (source, stock))
+        gathers = [m for m in model.plan.collectives if m.node == "python"]
+        worst = max(gradient_differences(ours, theirs).values())
+        moved, where = sum(m.bytes_moved for m in gathers), "".join(m.reason for m in gathers)
+        found[name] = (abs(loss.item() - expected.item()), worst, moved, where)
+    return found
+
+
+def test_a_loss_outside_the_model_stays_split_or_is_listed(
+    ranks2: RankPool, ranks3: RankPool
+) -> None:
+    for ranks, length in ((ranks2, 19), (ranks3, 24)):
+        for found in ranks.run(losses_outside, length):
+            logits = 2 * length * 96 * 8
+            for name, (loss, worst, moved, where) in found.items():
+                assert loss < 1e-5, name
+                assert worst < 1e-5, name
+                assert moved == logits if name == "gathered" else moved < logits / 50, (name, where)
+            assert "test_outputs.py" in found["gathered"][3]
+
+
 def local_output(seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's tokens, and the stock model's whole output."""
     model = ringfx.optimize(plain()(), compiler="eager", outputs="local")
@@ -242,4 +303,4 @@ def test_a_split_output_touched_by_one_rank_is_an_error_and_no_hang(
     assert text.startswith("AgreementError: ")
     assert "lm_head" in text
     assert f"ranks [{1 - rank}] did not use it within 4 s, the group's timeout" in text
-    assert "outputs='local'" in text
+    assert 'outputs="local"' in text

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import ringfx
+from ringfx.ir.values import CommKind
 from tests.end_to_end.test_constructs import HIDDEN, Around, mean_square, only_tokens
+from tests.models.gradient_hooks import Hooked
+from tests.models.shapes import HIDDEN as WIDE
 from tests.support.harness import Case, RankPool, compare_all
 
 
@@ -71,6 +74,7 @@ SPLIT: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
             g @ torch.outer(w, w), (rows(x).t() @ rows(g)) @ w + (rows(g).t() @ rows(x)) @ w
         ),
     ),
+    "a gradient turned round": (lambda x, w: x.view_as(x), lambda g, x, w: (-g, None)),
     "no gradient of the weight": (product, lambda g, x, w: (g.sign() * w, None)),
 }  # fmt: skip
 WHOLE: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -82,8 +86,17 @@ WHOLE: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sums that are multiplied": (product, lambda g, x, w: (g, total(g) * total(x * g))),
     "what a neighbour has": (lambda x, w: x.flip(1) * w, lambda g, x, w: (g.flip(1), total(g))),
     "a softmax over tokens": (lambda x, w: x.softmax(1) * w, lambda g, x, w: (g, total(g))),
+    "a shape and a type of the gradient": (
+        product,
+        lambda g, x, w: (x.view_as(g).type_as(g), total(g * x)),
+    ),
     "a sum of saved values": (product, lambda g, x, w: (g * x.sum(1, keepdim=True), total(g))),
 }
+TURNED = (
+    "clipped after the sum", "a mean of gradients", "sums that are multiplied",
+    "a softmax over tokens", "a sum of saved values",
+)  # fmt: skip
+"""Of these each rank computes whole rows of fewer channels: no value is whole."""
 APPLIED = {name: function(*bodies) for name, bodies in {**SPLIT, **WHOLE}.items()}
 
 
@@ -108,13 +121,21 @@ def case(name: str) -> Case:
 
 
 def test_gradients_are_those_of_the_backward_that_is_its_own(ranks3: RankPool) -> None:
-    names = [*SPLIT, "clipped after the sum", "a penalty in the gradient"]
+    names = [*SPLIT, *TURNED[:3], "a penalty in the gradient"]
     for found in compare_all(ranks3, [case(name) for name in names]):
         found.check()
+
+
+@pytest.mark.parametrize("name", ["a gradient hook", "a gradient hook that reads a parameter"])
+def test_a_hook_on_hidden_states_runs_on_each_ranks_tokens(name: str) -> None:
+    plan = ringfx.plan(Hooked(name), (torch.randn(2, 13, WIDE).requires_grad_(),), world_size=3)
+    assert not [m for m in plan.collectives if "own_backward" in m.reason]
 
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_it_runs_split_where_both_bodies_prove_it(name: str) -> None:
     plan = ringfx.plan(Between(name), tuple(only_tokens().values()), world_size=3)
     gathered = [m for m in plan.collectives if "own_backward" in m.reason]
-    assert bool(gathered) == (name in WHOLE), gathered
+    turned = [m for m in plan.collectives if m.kind is CommKind.ALL_TO_ALL]
+    assert bool(gathered) == (name in WHOLE and name not in TURNED), gathered
+    assert bool(turned) == (name in TURNED), turned

@@ -17,6 +17,7 @@ from ringfx.ir.plan import Plan
 from tests.end_to_end.test_chunks import inputs, loss_of
 from tests.models.wide import Block, WideModel
 from tests.support.harness import Case, RankPool, compare_all
+from tests.support.sampling import one_in
 
 
 def case(seq_len: int, compiler: str = "aot_eager", **options: Any) -> Case:
@@ -38,9 +39,10 @@ EVERY: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seq_len", [24, 61])
+@pytest.mark.parametrize("seq_len", one_in(2, [61, 24]))
 def test_every_lever_beside_it_is_right_on_two_ranks(ranks2: RankPool, seq_len: int) -> None:
-    for found in compare_all(ranks2, [case(seq_len, **options) for options in EVERY]):
+    some = one_in(2, EVERY if seq_len == 24 else EVERY[1:])
+    for found in compare_all(ranks2, [case(seq_len, **options) for options in some]):
         found.check()
 
 

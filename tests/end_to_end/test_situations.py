@@ -63,7 +63,6 @@ ENDS = [
 
 OFTEN = {
     ("before optimize", situations.raises),
-    ("a worker of the loader", situations.raises),
     ("before a barrier", situations.is_killed),
 }
 """A kind each; the rest is as slow, and run by ``make test-all``."""

@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.slow  # tests/integrations train with it too
 def test_losses_are_those_of_the_same_recipe_on_one_process(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "tests.end_to_end.trainers"]

@@ -18,6 +18,7 @@ from ringfx.compile.settings import Compiler
 from ringfx.errors import VerificationError
 from tests.end_to_end.models import plain, tokens
 from tests.support.harness import Case, RankPool, compare_all, raises
+from tests.support.sampling import one_in
 
 
 def twice(compiler: Compiler) -> None:
@@ -28,7 +29,7 @@ def twice(compiler: Compiler) -> None:
     sum(g.square().sum() for g in first).backward()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", one_in(2, ["eager", "aot_eager"]))
 def test_second_derivatives_are_refused_by_name(ranks2: RankPool, compiler: Compiler) -> None:
     for text in raises(ranks2, twice, compiler):
         assert text.startswith("RingfxError: second derivatives are not supported")
@@ -45,7 +46,7 @@ def recorded_but_not_used(compiler: Compiler) -> float:
     return max(float((a.grad - b.grad).abs().max()) for a, b in pairs)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", one_in(2, ["eager", "aot_eager"]))
 def test_first_derivatives_may_be_recorded(ranks2: RankPool, compiler: Compiler) -> None:
     assert max(ranks2.run(recorded_but_not_used, compiler)) < 1e-5
 

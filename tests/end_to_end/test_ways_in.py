@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import ringfx
 from ringfx.comm.world import World
-from ringfx.errors import InvalidArgument
+from ringfx.errors import InvalidArgument, ProfileError
 from ringfx.split_tensor.tensor import SplitTensor
 from tests.end_to_end.models import PlainTransformer, llama, plain, shifted_loss, tokens
 from tests.support.harness import RankPool, gradient_differences, raises
@@ -238,8 +239,8 @@ def a_part_without_attention() -> tuple[str, float]:
     return type(out).__name__, _worst(out, stock.stem(tokens(LENGTH)))
 
 
-def test_a_part_without_attention_runs_as_it_is(ranks2: RankPool) -> None:
-    assert ranks2.run(a_part_without_attention) == [("Tensor", 0.0)] * 2
+def test_a_part_without_attention_is_split_too(ranks2: RankPool) -> None:
+    assert ranks2.run(a_part_without_attention) == [("SplitTensor", 0.0)] * 2
 
 
 def under_a_checkpoint(reentrant: bool) -> tuple[str, float]:
@@ -324,7 +325,40 @@ def test_several_processes_without_a_group_are_an_error(
     assert World.of(None) == World(1)
 
 
+def test_an_unknown_profile_is_an_error_at_once_where_all_ranks_see_the_same_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    optimize(plain()(), profile="nope")  # rank 0's machine may have it: found at the first call
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ProfileError, match="there is no profile 'nope'"):
+        optimize(plain()(), profile="nope")
+
+
 # --- torch.compile(backend="ringfx") ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strateg": "simple"}, "unknown option 'strateg'. Do: use one of mesh, strategy"),
+        ({"check_inputs": "no"}, 'check_inputs="no". Do: pass True, False'),
+        ({"shard_states": True}, "backend='ringfx') cannot shard states"),
+    ],
+)
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_an_error_of_the_backend_is_what_the_user_gets(
+    options: dict[str, Any], words: str, suppressed: bool
+) -> None:
+    """Not inside one of Dynamo's, and not left out for an unsplit run."""
+    torch._dynamo.reset()
+    model = torch.compile(plain()(), backend="ringfx", options=options)
+    with (
+        torch._dynamo.config.patch(suppress_errors=suppressed),
+        pytest.raises(InvalidArgument, match=re.escape(words)),
+    ):
+        model(tokens(LENGTH))
 
 
 def many_lengths() -> list[str]:

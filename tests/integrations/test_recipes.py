@@ -18,7 +18,8 @@ from tests.integrations.recipes import RECIPES
 
 pytestmark = pytest.mark.ranks
 
-SOME = ("plain", "by_device", "evaluated", "resumed_with_sharded_states", "accelerated")
+FEW = ("plain",)
+SOME = ("evaluated", "by_device", "resumed_with_sharded_states", "accelerated")
 """Recipes that several groups change."""
 
 
@@ -41,7 +42,12 @@ def seen(processes: int, shared: int, names: Sequence[str]) -> list[Mapping[str,
 
 @pytest.mark.parametrize(
     ("processes", "shared", "names"),
-    [(2, 2, tuple(RECIPES)), (3, 3, ("plain", "accelerated")), (4, 2, SOME)],
+    [
+        (2, 2, tuple(RECIPES)),
+        (4, 2, FEW),
+        pytest.param(3, 3, ("plain", "accelerated"), marks=pytest.mark.slow),
+        pytest.param(4, 2, SOME, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_trained_is_what_one_process_for_each_group_trains(
     processes: int, shared: int, names: Sequence[str]

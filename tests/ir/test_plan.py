@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from ringfx.errors import InvalidArgument
+from ringfx.ir.folding import fold
 from ringfx.ir.memory_plan import MemoryPart, MemoryPlan
 from ringfx.ir.note import Note, NoteKind
-from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, Plan
-from ringfx.ir.plan_text import fold
+from ringfx.ir.plan import SCHEMA_VERSION, LayerPlan, Plan, joined
+from ringfx.ir.step_time import StepPart, StepTime
 from ringfx.ir.values import Collective, CommKind, Declined, TokenAxis
+from ringfx.report.plan_html import to_html
 from ringfx.units.format import format_bytes, index_set
 from tests.cost_model.sites import causal_site
 
@@ -187,9 +189,11 @@ def test_the_digest_sees_all_that_changes_a_message(change: dict[str, Any]) -> N
 
 def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
     text = str(_plan())
-    row = next(line for line in text.split("\n") if "self_attn" in line)
-    assert " ".join(row.split()) == (
-        "model.layers.{0..3}.self_attn 4 x production 12.0 ms 3.00 ms 2.00 ms 14.0 ms 10.0 MiB"
+    lines = text.split("\n")
+    name = lines.index("model.layers.{0..3}.self_attn")
+    assert " ".join(lines[name - 2].split()) == "attention compute comm exposed total saved"
+    assert " ".join(lines[name + 1].split()) == (
+        "4 x production 12.0 ms 3.00 ms 2.00 ms 14.0 ms 10.0 MiB"
     )
     for words in (
         "ringfx plan for 8 ranks on cuda, forward and backward",
@@ -216,10 +220,91 @@ def test_gathers_come_before_other_moves() -> None:
     assert text.index("gather, 1.00 MiB") < text.index("all_reduce, 4.00 KiB")
 
 
-def test_text_is_plain_and_no_wider_than_a_page() -> None:
-    lines = str(_plan()).split("\n")
-    assert max(map(len, lines)) <= 120
+def test_text_is_plain_and_fits_a_terminal() -> None:
+    path = "/".join(["a_long_folder"] * 12) + "/model.py:3"
+    near = Declined(node="d", name="deep." * 30 + "pool", source=path, reason="why " * 40)
+    lines = str(_plan(declined=(near,), missed=(near,), notes=(Note(text=path),))).split("\n")
+    assert max(map(len, lines)) <= 80
     assert not any("\x1b" in line for line in lines)
+
+
+def test_the_first_screen_says_whether_it_fits_how_long_a_step_takes_and_why() -> None:
+    layers = [_layer(i, strategy="production" if i % 3 else "ulysses") for i in range(32)]
+    causes = ("parameters", "optimiser state", "logits", "temporaries", "gradient buckets")
+    parts = tuple(
+        MemoryPart(cause=cause, bytes=(9 - i) * 2**30, kind="split")
+        for i, cause in enumerate(causes)
+    )
+    names = ("products", "reads", "other operators", "optimizer", "norms")
+    step = StepTime(
+        parts=tuple(
+            StepPart(cause=n, forward_ms=50.0 - i, backward_ms=0.0, tokens=1, is_split=True)
+            for i, n in enumerate(names)
+        ),
+        tokens=8192,
+        peak_gflops=1e6,
+    )
+    text = str(_plan(*layers, memory=MemoryPlan(parts=parts), step=step, optimizer="adamw"))
+    screen = [" ".join(line.split()) for line in text.split("\n")[:24]]
+    for words in (
+        "fits 80.0 GiB: 35.0 GiB of memory at the peak, with adamw",
+        "9.00 GiB 26% ████▏ parameters",
+        "11.0 GiB 31% 2 more, listed below",
+        "688 ms a step, 11,907 tokens a second, 0% of the device's peak",
+        "384 ms 56% ████████▉ attention",
+        "attention: 32/32 found; 21 x production, 11 x ulysses",
+        "production (overlapped ring): fastest of 4; next ulysses, 12% slower",
+    ):
+        assert words in screen, "\n".join(screen)
+    assert "5.00 GiB 14% gradient buckets" not in screen
+    assert "5.00 GiB   14%  gradient buckets" in text
+
+
+def test_programs_that_fit_alone_and_not_together_are_said_not_to_fit() -> None:
+    def program(index: int) -> Plan:
+        parts = (MemoryPart(cause="parameters", bytes=50 * 2**30, kind="whole"),)
+        ms = StepPart(
+            cause="matrix products", forward_ms=10.0, backward_ms=30.0, tokens=1, is_split=True
+        )
+        step = StepTime(parts=(ms,), tokens=8192, attention_gflops=1e3, peak_gflops=1e6)
+        return _plan(_layer(index), memory=MemoryPlan(parts=parts), step=step)
+
+    whole = joined([program(0), program(1)])
+    assert whole.step_ms == 2 * 40.0 + 2 * 14.0
+    assert "\n  DOES NOT FIT 80.0 GiB: 100 GiB of memory at the peak" in str(whole)
+    assert "75,852 tokens a second" in str(whole)
+    page = " ".join(to_html(whole).split())
+    assert '<span class="verdict bad">Does not fit</span>' in page
+    assert joined([program(0), dataclasses.replace(program(1), step=None)]).step is None
+
+
+def test_messages_of_equal_layers_are_one_line() -> None:
+    def of(name: str, size: int, more: str = "") -> Collective:
+        return Collective(
+            node=name, name=name, source="", kind=CommKind.ALL_REDUCE, bytes_moved=size,
+            reason=f"completes its gradient{more}", in_backward=True,
+        )  # fmt: skip
+
+    weights = [of(f"layers.{i}.{w}.weight", 2**20) for i in range(32) for w in ("q", "k", "mlp.up")]
+    weights += [of(f"layers.{i}.norm.weight", 2**10 * (1 + i), ", with 6 more") for i in range(4)]
+    gathers = [
+        dataclasses.replace(
+            of(f"layers.{i}.mix", 2**22), kind=CommKind.ALL_GATHER, in_backward=False,
+            source="a/m.py:3", reason=why,
+        )
+        for i in range(32) for why in ("sorts all tokens", "no axis rule")
+    ]  # fmt: skip
+    text = str(_plan(collectives=(*weights, of("head.weight", 2**24), *gathers)))
+    told = " ".join(text[text.index("outside attention:") : text.index("memory of one")].split())
+    assert "outside attention: 165 collectives a step, 368 MiB" in told
+    assert (
+        "101 x all_reduce in backward, 112 MiB in all at layers.{0..31}, head.weight: completes its"
+        " gradient"
+    ) in told
+    for why in ("sorts all tokens", "no axis rule"):
+        assert f"32 x all_gather, 4.00 MiB each at layers.{{0..31}}.mix (a/m.py:3): {why}" in told
+    assert text.count("all_reduce") == 1
+    assert text.count("all_gather") == 2
 
 
 def test_a_plan_without_layers_or_budget_still_prints() -> None:
@@ -287,7 +372,8 @@ def test_a_layer_is_found_by_its_path() -> None:
     with pytest.raises(InvalidArgument) as caught:
         _plan(*map(_layer, range(10))).layer("model.layers.77")
     assert str(caught.value).startswith(
-        "the plan has no attention named 'model.layers.77'. It has 10: model.layers.0.self_attn,"
+        "the plan has no attention named 'model.layers.77'. Do: name one of its 10: "
+        "model.layers.0.self_attn,"
     )
 
 

@@ -24,6 +24,7 @@ BITS = frozenset({"bitand", "bitor", "bitxor"})
 COMPARED = frozenset({"le", "lt", "ge", "gt", "eq", "ne"})
 LOGIC = frozenset({"and", "or", "xor", "not"})
 FLOATS = frozenset({"float", "double", "half", "bfloat16"})
+CLAMPS = frozenset({"clamp_min", "clamp_max"})
 DIVISIONS = frozenset({"floordiv", "truncdiv", "mod", "fmod"})
 
 TABLES: dict[str, tuple[Collection[str], Collection[str]]] = {
@@ -37,25 +38,26 @@ TABLES: dict[str, tuple[Collection[str], Collection[str]]] = {
     ),
     "pull": (
         [name for name, op in TILE_OPS.items() if op.pull is not None],
-        STEPS | BITS | COMPARED | LOGIC | DIVISIONS | {"pow", "min", "max", "int", "bool"},
+        BITS | COMPARED | LOGIC | DIVISIONS | {"isinf", "isnan", "int", "bool"},
     ),
     "infix": (
         [name for name, op in TILE_OPS.items() if op.infix is not None],
         FUNCTIONS | STEPS | BITS | FLOATS
-        | {"truncdiv", "fmod", "neg", "abs", "pow", "min", "max", "not", "where", "int", "bool"},
+        | {"truncdiv", "fmod", "neg", "abs", "pow", "min", "max", "not", "where", "int", "bool"}
+        | CLAMPS,
     ),
     "exprs/simplify.py": (
         NORMAL_FORMS,
         FUNCTIONS | STEPS | BITS | DIVISIONS
-        | {"div", "neg", "abs", "pow", "xor", "half", "bfloat16"},
+        | {"div", "neg", "abs", "pow", "xor", "half", "bfloat16"} | CLAMPS,
     ),
     "exprs/ranged.py": (
         RANGE_RULES,
         FUNCTIONS | STEPS | BITS | COMPARED | LOGIC | FLOATS
-        | {"add", "sub", "mul", "div", "fmod", "neg", "pow", "where", "int", "bool"},
+        | {"add", "sub", "mul", "div", "fmod", "neg", "pow", "where", "int", "bool"} | CLAMPS,
     ),
     "masks/read_scores.py": (
-        SCORE_RULES.keys() - {"kept", "clamp", "lift"},  # operators of scores only
+        SCORE_RULES.keys() - {"kept", "lift"},  # operators of scores only
         (FUNCTIONS - {"tanh"}) | STEPS | BITS | COMPARED | LOGIC | DIVISIONS
         | {"abs", "pow", "int", "bool"},
     ),

@@ -368,12 +368,76 @@ class Detached(Around):
         return x + (x.square().detach() - x.square()) + x.data.tanh()
 
 
+class CheckpointedInALoop(Around):
+    """A number is read in the loop, so that Dynamo gives the frame up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.first, self.second):
+            x = checkpoint(lambda y, run=block: run(y, is_causal=True), x, use_reentrant=False)
+            if float(x.detach().sum()) > 1e9:
+                x = -x
+        return x
+
+
+class CheckpointedUnderHooks(Around):
+    """Hooks on saved tensors end a program, and the frame runs uncompiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
+            x = checkpoint(self.first, x, is_causal=True, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu():
+            result: Tensor = checkpoint(self.last, x, use_reentrant=True)
+        return result
+
+
+class Coupled(torch.autograd.Function):
+    """A reversible block: what it was given is computed again from what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, f: Any, g: Any, *weights: Tensor) -> Any:
+        ctx.blocks, ctx.weights = (f, g), weights
+        with torch.no_grad():
+            x = x + f(y)
+            y = y + g(x)
+        ctx.save_for_backward(x, y)
+        return x, y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        dx, dy = grads
+        f, g = ctx.blocks
+        y, gx, of_g = _undone(g, x, y, dy, ctx.weights)
+        x, gy, of_f = _undone(f, y, x, dx + gx, ctx.weights)
+        of_weights = [a if b is None else b if a is None else a + b for a, b in zip(of_f, of_g)]  # noqa: B905
+        return dx + gx, dy + gy, None, None, *of_weights
+
+
+def _undone(f: Any, x: Tensor, y: Tensor, dy: Tensor, weights: tuple[Tensor, ...]) -> Any:
+    """y before f(x) was added to it, and the gradients of x and of the weights."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        added = f(x)
+        dx, *rest = torch.autograd.grad(added, (x, *weights), dy, allow_unused=True)
+    return y - added.detach(), dx, rest
+
+
+class Reversible(Around):
+    def between(self, x: Tensor) -> Tensor:
+        weights = [*self.first.parameters(), *self.second.parameters()]
+        x, y = Coupled.apply(x, x.tanh(), self.first, self.second, *weights)  # type: ignore[no-untyped-call]
+        result: Tensor = x * y
+        return result
+
+
 CHECKPOINTS: Mapping[str, Callable[[], nn.Module]] = {
     "checkpoint": Checkpointed,
     "nested checkpoints": Nested,
     "reentrant checkpoint": Reentrant,
     "selective checkpointing": Selective,
     "selective checkpointing with a state": Asks,
+    "checkpoints in a frame that is not compiled": CheckpointedInALoop,
+    "checkpoints under hooks on saved tensors": CheckpointedUnderHooks,
 }
 
 GRADIENTS: Mapping[str, Callable[[], nn.Module]] = {
@@ -384,6 +448,7 @@ GRADIENTS: Mapping[str, Callable[[], nn.Module]] = {
     "an autograd.Function": OwnBackward,
     "autograd.Functions with several operands and results": OwnBackwards,
     "an autograd.Function with mark_dirty (breaks the graph)": MarksDirty,
+    "a reversible block, an autograd.Function that computes again (breaks the graph)": Reversible,
     "a straight-through autograd.Function, also in a checkpoint": StraightThrough,
 }
 

@@ -26,6 +26,28 @@ class Items(Around):
         return x * 2 if float(x.sum()) > 1e9 else x * 3
 
 
+class Numbers(Around):
+    """Numbers that are read of values whose tokens are split."""
+
+    def between(self, x: Tensor) -> Tensor:
+        scale, first = x.square().mean().item(), x[0, 3, 2].item()
+        count, most = int((x > 0).sum()), x.detach().amax((0, 1)).tolist()
+        return x * scale + first / (1 + count) + x * most[1]
+
+
+class Recorded(Around):
+    """The state of the generator is taken, and set again: as reversible layers do."""
+
+    def between(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        x = nn.functional.dropout(x, 0.3, training=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            x = nn.functional.dropout(x, 0.3, training=True)
+        return nn.functional.dropout(x, 0.3, training=True)
+
+
 class Draws(Around):
     def between(self, x: Tensor) -> Tensor:
         torch.manual_seed(5)  # both the model and its oracle draw the same
@@ -51,6 +73,7 @@ RANDOM: Mapping[str, Callable[[], nn.Module]] = {
     "dropout": SeededDropout,
     "rand, randn_like": Draws,
     "uniform_, bernoulli_": DrawsInPlace,
+    "states of a generator that are recorded and set": Recorded,
 }
 
 
@@ -83,6 +106,7 @@ CONTROL: Mapping[str, Callable[[], nn.Module]] = {
     "a graph break": Broken,
     "a log line": Logs,
     "a number from a tensor": Items,
+    "numbers from tensors that are factors (item, tolist)": Numbers,
     "a size that depends on data": Chosen,
     "a repeated region": Region,
 }

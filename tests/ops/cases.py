@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
 
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import LayoutKind
-from ringfx.ir.tiles import CAUSAL, B, Expr, H, K, Q, conjunction
+from ringfx.ir.tiles import CAUSAL, SCORE, B, Expr, H, K, Q, conjunction
 from tests.ops.oracle import Example
 
 STRATEGIES = ("simple", "collective", "production", "ulysses")
@@ -25,6 +26,11 @@ PREFIX: Expr = ("or", CAUSAL, ("lt", K, ("const", 4)))
 ALIBI: Expr = ("mul", ("at", 0, H), ("sub", K, Q))
 RELATIVE: Expr = ("at", 0, ("add", ("sub", K, Q), ("const", 30)), H)
 MATRIX: Expr = ("at", 0, H, Q, K)
+MAPPED: Expr = (
+    "add",
+    ("mul", ("at", 0, H), ("tanh", ("div", SCORE, ("at", 0, H)))),
+    ("mul", ("mul", ("at", 1), ("abs", ("sub", Q, K))), ("sigmoid", SCORE)),
+)
 
 
 def document_ids() -> Sequence[torch.Tensor]:
@@ -71,6 +77,35 @@ def spec(q_len: int = LENGTH, kv_len: int | None = None, **fields: Any) -> Atten
     return AttentionSpec(scale=0.3, q_len=q_len, kv_len=kv_len or q_len, **fields)
 
 
+def seed() -> Sequence[torch.Tensor]:
+    return (torch.tensor([987_654_321]),)
+
+
+def dropping() -> Iterator[tuple[str, Example]]:
+    """Dropout beside every other kind: what it drops must not depend on the split or the mask."""
+    for name, label in {
+        "full": "alone", "causal": "causal", "window": "window", "documents": "documents",
+        "padding": "padding", "padding, mean of v": "rows without keys",
+        "relative bias, trained": "trained bias", "soft cap": "soft cap", "score map": "score map",
+        "sinks, trained": "sinks", "cross": "cross", "one token": "one token",
+        "grouped heads, smaller v": "grouped heads", "divisible": "divisible",
+    }.items():  # fmt: skip
+        base = PLAIN[name]
+        make = partial(with_seed, base.make_inputs)
+        yield label, replace(base, spec=replace(base.spec, dropout=0.3), make_inputs=make)
+    moved = spec(keep=("ge", K, ("const", 3)), dropout=0.3, counts_from=(3, 3))
+    yield "of a window", Example(spec=moved, make_inputs=seed)
+
+
+def with_seed(make_inputs: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+    return (*make_inputs(), *seed())
+
+
+def cap_of_heads() -> Sequence[torch.Tensor]:
+    """One a head, and a number for all."""
+    return (torch.rand(HEADS, dtype=torch.float64) + 0.5, torch.tensor(0.8, dtype=torch.float64))
+
+
 def table_and_padding() -> Sequence[torch.Tensor]:
     return (*relative_table(), *key_padding())
 
@@ -114,7 +149,7 @@ def lost_rows() -> Iterator[tuple[str, str, Example]]:
 LOST: Mapping[str, Example] = {
     f"rows without keys: {kind}, {meaning}": example for kind, meaning, example in lost_rows()
 }
-KINDS: Mapping[str, Example] = {
+PLAIN: Mapping[str, Example] = {
     "full": Example(spec=spec()),
     "causal": Example(spec=spec(keep=CAUSAL)),
     "causal, 3 tokens": Example(spec=spec(3, keep=CAUSAL)),
@@ -139,6 +174,20 @@ KINDS: Mapping[str, Example] = {
         spec=spec(bias=RELATIVE), make_inputs=relative_table, trains_inputs=True
     ),
     "bias matrix a head": Example(spec=spec(bias=MATRIX), make_inputs=matrix),
+    "score map": Example(spec=spec(score_map=MAPPED), make_inputs=cap_of_heads, trains_inputs=True),
+    "score map and soft cap, window": Example(
+        spec=spec(keep=conjunction(CAUSAL, WINDOW), score_map=MAPPED, soft_cap=2.0),
+        make_inputs=cap_of_heads,
+        trains_inputs=True,
+        kv_heads=2,
+    ),
+    "score map, rows without keys": Example(
+        spec=spec(
+            keep=("and", CAUSAL, ("gt", K, ("const", 6))), score_map=MAPPED, fully_masked="absorbed"
+        ),
+        make_inputs=cap_of_heads,
+        trains_inputs=True,
+    ),
     "soft cap": Example(spec=spec(keep=CAUSAL, soft_cap=2.0)),
     "soft cap and trained bias": Example(
         spec=spec(bias=RELATIVE, soft_cap=2.0), make_inputs=relative_table, trains_inputs=True
@@ -159,6 +208,8 @@ KINDS: Mapping[str, Example] = {
     "one key head, larger v": Example(spec=spec(keep=CAUSAL), kv_heads=1, v_head_dim=11),
     "divisible": Example(spec=spec(24, keep=CAUSAL)),
 }
+DROPPING = {f"dropout, {label}": example for label, example in dropping()}
+KINDS: Mapping[str, Example] = {**PLAIN, **DROPPING}
 
 
 def examples(world_size: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Example]:
@@ -168,7 +219,8 @@ def examples(world_size: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[E
             if strategy == "ulysses" and HEADS % world_size:
                 continue
             for layout in get_args(LayoutKind):
-                if label in LOST and layout == "contiguous" and strategy != "production":
+                both = strategy == "production" or label not in {*LOST, *DROPPING}
+                if layout == "contiguous" and not both:
                     continue  # layouts matter where a ring may end early
                 yield replace(
                     KINDS[label],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
@@ -17,6 +17,7 @@ from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ir.tiles import TileIndex, evaluate
 from ringfx.ops import attention
+from ringfx.ops.kernels.dropout import kept, key_numbers, row_numbers
 from ringfx.ops.tiling import head_groups as heads
 from ringfx.strategies import collective, ulysses
 
@@ -118,6 +119,8 @@ def reference(example: Example) -> Result:
         q=torch.arange(spec.q_len),
         k=torch.arange(spec.kv_len),
     )
+    if spec.score_map is not None:
+        s = evaluate(spec.score_map, replace(index, score=s), inputs)
     if spec.bias is not None:
         s = s + evaluate(spec.bias, index, inputs)
     keep = torch.ones((), dtype=torch.bool)
@@ -127,6 +130,7 @@ def reference(example: Example) -> Result:
         times = times_kept(spec, example.heads)
         s, keep = s + times.clamp(min=1).log(), keep & (times > 0)
     keep = keep.expand(s.shape)
+    *inputs, seed = inputs if spec.dropout else [*inputs, torch.tensor(0)]
     if spec.sinks:
         s = s.masked_fill(~keep, -math.inf)
         s = torch.cat([s, inputs[-1][None, :, None, None].expand(*s.shape[:3], 1)], -1)
@@ -137,12 +141,25 @@ def reference(example: Example) -> Result:
     p = torch.softmax(s, -1)[..., : spec.kv_len]
     if spec.fully_masked == "zero":
         p = p.masked_fill(~keep.any(-1, keepdim=True), 0.0)
+    if spec.dropout:  # of rows without keys the mean of all values stays
+        dropped = p * kept_weights(example, seed) / (1 - spec.dropout)
+        p = torch.where(keep.any(-1, keepdim=True), dropped, p)
     out = p @ v.repeat_interleave(groups, 1)
     leaves = {"q": q, "k": k, "v": v}
     leaves |= {f"inputs[{i}]": x for i, x in enumerate(inputs) if x.requires_grad}
     grads = torch.autograd.grad(out, list(leaves.values()), found.dout.double())
     named = dict(zip(leaves, grads, strict=True))
     return Result(out=out.detach(), grads=named, largest_lse=largest_lse)
+
+
+def kept_weights(example: Example, seed: Tensor) -> Tensor:
+    """Which weights dropout keeps, [B, H, Q, K], numbered from where the spec says."""
+    spec = example.spec
+    b, h = torch.arange(example.batch), torch.arange(example.heads)
+    first_q, first_k = spec.counts_from
+    m, r = row_numbers(seed.reshape(()), b, h, torch.arange(spec.q_len) - first_q)
+    c = key_numbers(seed.reshape(()), b, h, torch.arange(spec.kv_len) - first_k)
+    return kept(m, r, c, spec.dropout) != 0
 
 
 def times_kept(spec: AttentionSpec, heads: int) -> Tensor:

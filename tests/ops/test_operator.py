@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringfx import ops
-from ringfx.errors import InvalidArgument, RingfxError, StrategyRefused
+from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.layout import Layout
 from ringfx.ir.tiles import CAUSAL
@@ -39,7 +39,7 @@ def test_opcheck(example: Any) -> None:
     inputs = [
         x.requires_grad_(example.trains_inputs and x.is_floating_point()) for x in found.inputs
     ]
-    settings = (example.spec.to_json(), example.strategy, example.layout, "", "layer", "")
+    settings = (example.spec.to_json(), example.strategy, example.layout, "", "layer", "", [])
     torch.library.opcheck(torch.ops.ringfx.attention.default, (q, k, v, inputs, *settings))
 
 
@@ -75,7 +75,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, q_len: int, **settings: Any) 
 
 def _model(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = ops.ring_attention(q, k, v, causal=True, window=3, sinks=sinks)
+    out = ops.ring_attention(
+        q, k, v, causal=True, window=3, sinks=sinks, dropout=0.3, seed=11
+    )  # fmt: skip
     return (out.transpose(1, 2).flatten(2) * 2).sin()
 
 
@@ -98,13 +100,18 @@ def test_compiled_without_graph_breaks(backend: str) -> None:
     torch.testing.assert_close(_gradients(compiled), _gradients(_model), rtol=1e-5, atol=1e-5)
 
 
+def _tokens() -> Tensor:
+    return torch.randn(2, 4, 13, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def _compiled_on_ranks() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(2, 4, 13, 8, dtype=torch.float64)
+    x, seed = _tokens(), torch.tensor(11)
 
     def model(x: Tensor) -> Tensor:
         local = ops.shard(x, 2, layout="zigzag")
-        out = ops.ring_attention(local, local, local, causal=True, layout="zigzag", length=13)
+        out = ops.ring_attention(
+            local, local, local, causal=True, layout="zigzag", length=13, dropout=0.3, seed=seed
+        )
         return ops.gather(out, 2, layout="zigzag", length=13)
 
     return torch.compile(model, backend="aot_eager")(x), model(x)
@@ -112,8 +119,11 @@ def _compiled_on_ranks() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.ranks
 def test_compiled_on_ranks(ranks2: RankPool) -> None:
+    x = _tokens()
+    alone = ops.ring_attention(x, x, x, causal=True, dropout=0.3, seed=11)
     for compiled, eager in ranks2.run(_compiled_on_ranks):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+        torch.testing.assert_close(eager, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_autocast_gives_what_sdpa_gives() -> None:
@@ -151,8 +161,8 @@ def test_no_score_matrix_is_stored_for_a_causal_sequence() -> None:
         ({"group": "none such"}, InvalidArgument, "no process group is named 'none such'"),
         (
             {"spec": spec(9, dropout=0.1).to_json()},
-            StrategyRefused,
-            "layers.3: attention dropout of 0.1 in training: its random mask",
+            InvalidArgument,
+            "layers.3: dropout 0.1 with no tensor as its seed. Do: pass one int64 as the last",
         ),
         (
             {"spec": spec(9, sinks=True).to_json()},
@@ -205,9 +215,9 @@ def test_what_only_the_mask_reads_gets_no_gradient_as_comparisons_have_none() ->
 def test_a_gradient_through_an_unknown_operator_is_refused_not_lost() -> None:
     q = torch.randn(2, 4, 9, 8, requires_grad=True)
     slope = torch.ones(4, requires_grad=True)
-    bias = ("pow", ("at", 0, ("h",)), ("const", 2))
+    bias = ("fmod", ("at", 0, ("h",)), ("const", 2))
     out = ops.ring_attention(q, q, q, bias=bias, inputs=[slope])
-    with pytest.raises(InvalidArgument, match='captured tensor through "pow"'):
+    with pytest.raises(InvalidArgument, match='captured tensor through "fmod"'):
         out.sum().backward()
 
 

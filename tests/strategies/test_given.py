@@ -130,8 +130,7 @@ def test_a_saved_plan_asks_for_its_strategies_again() -> None:
     assert str(caught.value) == (
         "plan.json: layers[0] has the strategy 'free', and given are simple, "
         "collective, production, ulysses. Do: a plan holds the names of strategies, so give one "
-        'of your own again, as strategies=ringfx.STRATEGIES | {"free": ...} or --strategies '
-        "MODULE:NAME."
+        'of your own again, as strategies=ringfx.STRATEGIES | {"free": ...}.'
     )
 
 
@@ -202,7 +201,7 @@ SWISH = torch.ops.examples.swish
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategies": ["free"]}, "strategies is a list. Do: give a mapping, strategies=ringfx."),
+        ({"strategies": ["free"]}, "strategies is a list. Do: give a mapping, ringfx."),
         ({"strategies": {}}, "strategies is empty. Do: give a mapping"),
         ({"strategies": {"free": _free}}, "strategies['free'] is a function, not a ringfx.Strat"),
         ({"strategies": {"mine": FREE}}, "strategies['mine'] is named 'free'. Do: give it under"),
@@ -214,7 +213,7 @@ SWISH = torch.ops.examples.swish
             {"strategies": {"free": dataclasses.replace(FREE, time=3)}},
             "strategies['free'].time is a int. Do: give a function",
         ),
-        ({"rules": [SWISH]}, "rules is a list. Do: give a mapping, rules=ringfx.RULES | "),
+        ({"rules": [SWISH]}, "rules is a list. Do: give a mapping, ringfx.RULES | "),
         (
             {"rules": {SWISH: own_rule.RULES[SWISH.default]}},
             "rules: examples.swish has overloads, and each has a row of its own. Do: use "

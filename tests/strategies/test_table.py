@@ -53,16 +53,9 @@ def test_no_strategy_is_special_cased_outside_its_own_file() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_plain_attention_is_admitted(name: str) -> None:
-    assert STRATEGIES[name].admits(_site(heads=8), 4) is None
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_dropout_is_refused_with_its_reason(name: str) -> None:
-    refusal = STRATEGIES[name].admits(_site(heads=8, dropout=0.1), 4)
-    assert refusal is not None
-    assert refusal.reason.startswith("attention dropout of 0.1 in training: its random mask")
-    assert refusal.remedy == "set the model's attention dropout to 0, or call model.eval()"
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_plain_attention_is_admitted(name: str, dropout: float) -> None:
+    assert STRATEGIES[name].admits(_site(heads=8, dropout=dropout), 4) is None
 
 
 def test_ulysses_says_which_ranks_divide_the_heads() -> None:

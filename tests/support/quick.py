@@ -19,7 +19,7 @@ DOORS = (
     "ringfx.optimize", "ringfx.plan", "ringfx.api", "ringfx.compile", "ringfx.passes.capture",
     "ringfx.report.detection_report", "ringfx.cli",                       # they capture a model
     "torch.compile", "torch._dynamo", "torch._inductor", "transformers", "accelerate",
-    "subprocess", "multiprocessing", "RankPool()", "LocalRanks()",          # further processes
+    "subprocess", "multiprocessing", "RankPool()", "LocalRanks()", "webdriver",  # more processes
 )  # fmt: skip
 """Names that compile a model or start a process, with all that is below them."""
 

@@ -104,6 +104,8 @@ BAD: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any], Mapping[str, tupl
             "inputs": (3, "x", [3], q),
             "soft_cap": ("big", 0.0, -1.0, float("nan"), True),
             "sinks": (3, "s", [1.0], torch.ones(3), torch.ones(2, dtype=torch.long)),
+            "dropout": ("0.1", 0.1, 1.0, -0.5, True, None),
+            "seed": ("1", 2.5, -1, True, torch.ones(1), torch.ones(2, dtype=torch.long)),
             "fully_masked": (*NAMES, None),
             "group": (3, "world", [0]),
             "name": (3, None, ["a"]),

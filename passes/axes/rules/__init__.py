@@ -21,6 +21,7 @@ from ringfx.passes.axes.rules import (
     indexing,
     losses,
     normalization,
+    parallel,
     pointwise,
     reduction,
     transforms,
@@ -43,6 +44,7 @@ RULES: MappingProxyType[object, AxisRule] = MappingProxyType(
     | losses.RULES
     | transforms.RULES
     | gathered.RULES
+    | parallel.RULES
 )
 
 
@@ -69,7 +71,7 @@ def checked_rules(given: object) -> AxisRules:
     InvalidArgument
         It is no mapping from operators to functions.
     """
-    table = "rules=ringfx.RULES | {torch.ops.my.op.default: rule}"
+    table = "ringfx.RULES | {torch.ops.my.op.default: rule}"
     if not isinstance(given, Mapping):
         raise InvalidArgument(f"rules is a {type(given).__name__}. Do: give a mapping, {table}.")
     for op, rule in given.items():

@@ -42,7 +42,7 @@ def _captured(call: Call) -> Iterator[Labels | None]:
     An input of the program is replicated as it is.
     """
     spec = AttentionSpec.from_json(call["spec"])
-    rows = tiles.rows_read(spec.keep, spec.bias)
+    rows = tiles.rows_read(*spec.functions)
     for i, value in enumerate(call.operands[3:]):
         shape = value.meta["val"].shape
         if i not in rows or given_input(value) or shape[rows[i]] != spec.q_len:

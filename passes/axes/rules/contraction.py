@@ -237,6 +237,11 @@ def grouped_product(call: Call) -> OpAxes:
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 """Products of rows that are sorted by group, by name: not all are torch's own."""
 
+CONVOLUTIONS = frozenset({
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding,
+})  # fmt: skip
+
 RULES: dict[object, AxisRule] = {
     halo.convolution: near_convolution,
     **dict.fromkeys(GROUPED, grouped_product),
@@ -252,17 +257,7 @@ RULES: dict[object, AxisRule] = {
         axes(batch1="b r m", batch2="b m c", out="b r c", needs_all="m"), "b r c"
     ),
     aten.einsum.default: einsum,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-            aten.convolution.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-        ),
-        convolution,
-    ),
+    **dict.fromkeys(CONVOLUTIONS, convolution),
     aten.im2col.default: columns,
     **dict.fromkeys(
         (aten._cdist_forward.default, aten._euclidean_dist.default),

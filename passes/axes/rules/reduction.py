@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ringfx.passes.axes import how
@@ -16,9 +18,16 @@ aten = torch.ops.aten
 
 
 def reduce(
-    *, partial: bool = False, mean: bool = False, reason: str = "it reduces the axis"
+    *,
+    partial: bool = False,
+    mean: bool = False,
+    of_parts: bool = False,
+    reason: str = "it reduces the axis",
 ) -> AxisRule:
-    """A reduction over ``dim`` (all dimensions when None); only sums leave a partial result."""
+    """A reduction over ``dim`` (all dimensions when None); only sums leave a partial result.
+
+    ``of_parts``: it is that of the results of parts.
+    """
 
     def rule(call: Call) -> OpAxes:
         shape = call.shapes[0]
@@ -35,11 +44,17 @@ def reduce(
             operands=(labels,) + (None,) * (len(call.operands) - 1),
             results=(out,) * len(call.result_shapes),
             share=shares(sum=names) if partial else shares(needs_all=names),
-            how=how.Sum(fill={0: 0}, mean=mean) if partial else None,
+            how=_how(reduced, partial, mean, of_parts),
             reason=reason,
         )
 
     return rule
+
+
+def _how(dims: frozenset[int], partial: bool, mean: bool, of_parts: bool) -> how.How | None:
+    if of_parts:
+        return how.Reduce(dims=dims)
+    return how.Sum(fill={0: 0}, mean=mean) if partial else None
 
 
 def _dims(value: object, rank: int) -> frozenset[int]:
@@ -62,26 +77,6 @@ def diff(call: Call) -> OpAxes:
         results=(tuple(out),),
         share=shares(needs_all=[f"d{at}", "diff"]),
         reason="it compares neighbours along the axis",
-    )
-
-
-def transform(call: Call) -> OpAxes:
-    """A Fourier transform along ``dim``; some change the length."""
-    shape, result = call.shapes[0], call.result_shape
-    labels, out = numbered(shape), list(numbered(result))
-    dims = call.get("dim")
-    lengths = call.get("s")
-    if dims is None and lengths is not None:
-        dims = list(range(-len(lengths), 0))
-    at = _dims(dims, len(shape))
-    for i in at:
-        if result[i] != shape[i]:
-            out[i] = (f"f{i}",) if result[i] != 1 else ()
-    return OpAxes(
-        operands=(labels,),
-        results=(tuple(out),),
-        share=shares(needs_all=[name for i in at for name in (f"d{i}", f"f{i}")]),
-        reason="it transforms along the axis",
     )
 
 
@@ -143,9 +138,18 @@ def renormed(call: Call) -> OpAxes:
     )
 
 
+def scan(call: Call) -> OpAxes:
+    axes = along("dim", reason="it scans along the axis")(call)
+    return replace(axes, how=how.Scan(dim=call.dim("dim", len(call.shapes[0]))))
+
+
+def softmax(call: Call) -> OpAxes:
+    axes = along("dim", reason="it normalises along the axis")(call)
+    return replace(axes, how=how.Normalise(dim=call.dim("dim", len(call.shapes[0]))))
+
+
 _NEEDS_ALL = reduce()
-_SCAN = along("dim", reason="it scans along the axis")
-_SOFTMAX = along("dim", reason="it normalises along the axis")
+_OF_PARTS = reduce(of_parts=True)
 
 RULES: dict[OpOverload, AxisRule] = {
     aten.sum.default: reduce(partial=True),
@@ -158,27 +162,33 @@ RULES: dict[OpOverload, AxisRule] = {
     **dict.fromkeys(
         (
             aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.max.dim,
-            aten.min.dim, aten.prod.default, aten.prod.dim_int, aten.any.default, aten.any.dim,
-            aten.all.default, aten.all.dim, aten.argmax.default, aten.argmin.default,
+            aten.min.dim, aten.any.default, aten.any.dim, aten.any.dims, aten.all.default,
+            aten.all.dim, aten.all.dims, aten.logsumexp.default,
+        ),
+        _OF_PARTS,
+    ),
+    **dict.fromkeys(
+        (
+            aten.prod.default, aten.prod.dim_int, aten.argmax.default, aten.argmin.default,
             aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction, aten.std.dim,
-            aten.var_mean.correction, aten.logsumexp.default, aten.linalg_vector_norm.default,
+            aten.var_mean.correction, aten.linalg_vector_norm.default,
             aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.median.default, aten.median.dim,
             aten.nanmedian.default, aten.nanmedian.dim, aten.kthvalue.default, aten.mode.default,
-            aten.all.dims, aten.any.dims, aten.aminmax.default, aten.std_mean.correction,
+            aten.aminmax.default, aten.std_mean.correction,
             aten.norm.ScalarOpt_dtype, aten.norm.ScalarOpt_dim_dtype,
         ),
         _NEEDS_ALL,
     ),
-    aten.softmax.int: _SOFTMAX,
-    aten._softmax.default: _SOFTMAX,
-    aten._safe_softmax.default: _SOFTMAX,
-    aten.log_softmax.int: _SOFTMAX,
-    aten._log_softmax.default: _SOFTMAX,
-    aten.cumsum.default: _SCAN,
-    aten.cumprod.default: _SCAN,
-    aten.logcumsumexp.default: _SCAN,
-    aten.cummax.default: _SCAN,
-    aten.cummin.default: _SCAN,
+    aten.softmax.int: softmax,
+    aten._softmax.default: softmax,
+    aten._safe_softmax.default: softmax,
+    aten.log_softmax.int: softmax,
+    aten._log_softmax.default: softmax,
+    aten.cumsum.default: scan,
+    aten.cumprod.default: scan,
+    aten.logcumsumexp.default: scan,
+    aten.cummax.default: scan,
+    aten.cummin.default: scan,
     aten.sort.default: ordered,
     aten.sort.stable: ordered,
     aten.argsort.default: ordered,
@@ -188,14 +198,4 @@ RULES: dict[OpOverload, AxisRule] = {
     aten.topk.default: topk,
     aten.renorm.default: renormed,
     aten.diff.default: diff,
-    aten.fft_fft.default: transform,
-    aten.fft_ifft.default: transform,
-    aten.fft_rfft.default: transform,
-    aten.fft_irfft.default: transform,
-    aten.fft_fft2.default: transform,
-    aten.fft_ifft2.default: transform,
-    aten.fft_fftn.default: transform,
-    aten.fft_ifftn.default: transform,
-    aten.fft_rfftn.default: transform,
-    aten.fft_irfftn.default: transform,
 }  # fmt: skip

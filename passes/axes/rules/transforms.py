@@ -13,7 +13,7 @@ from ringfx.passes.axes.rules.pattern import shares
 from ringfx.passes.axes.rules.views import numbered
 from ringfx.torch_compat.operators import OpOverload
 
-__all__ = ["RULES"]
+__all__ = ["ALONG_A_SEQUENCE", "RULES"]
 
 aten = torch.ops.aten
 
@@ -98,3 +98,6 @@ RULES: dict[OpOverload, AxisRule] = {
         _ALL,
     ),
 }  # fmt: skip
+
+ALONG_A_SEQUENCE = frozenset(RULES) - {aten.glu.default}
+"""What is taken along time or space, and hardly ever along features."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ringfx.comm import redistribute
+from ringfx.comm import redistribute, turn
 from ringfx.ir import markers
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, AxisSharing, Call, Labels, OpAxes, Window
@@ -38,9 +38,10 @@ def every_token(call: Call) -> OpAxes:
     dims: Any = call.node.args[1]
     parted = {name for d in dims for name in labels[d]}
     made = tuple(tuple(f"all {x}" if x in parted else x for x in names) for names in labels)
+    every = {f"all {x}" for x in parted} | parted
     return OpAxes(
-        operands=(labels,), results=(made,), share=shares(needs_all=parted),
-        reason="it is read with every row of a mask or bias",
+        operands=(labels,), results=(made,), share=shares(needs_all=every),
+        reason="every row of scores, a mask or a bias reads all of it",
     )  # fmt: skip
 
 
@@ -367,6 +368,13 @@ def roll(call: Call) -> OpAxes:
     return replace(axes, how=how.Roll(dim=dims[0], shift=call["shifts"][0]))
 
 
+def flip(call: Call) -> OpAxes:
+    """The same axis in the reverse order."""
+    rank = len(call.shapes[0])
+    axes = along("dims", reason="it reverses the axis")(call)
+    return replace(axes, how=how.Flip(dims=frozenset(d % rank for d in call["dims"])))
+
+
 def triangle(call: Call) -> OpAxes:
     labels = numbered(call.shapes[0])
     needed = [label for dim in labels[-2:] for label in dim]
@@ -398,11 +406,37 @@ def resharded(call: Call) -> OpAxes:
     results = (*labels[:at], ("moved",), *labels[at + 1 :])
     return OpAxes(
         operands=(tuple(labels),), results=(results,), how=how.Reshard(),
+        reason="what reads it needs all of it",
+    )  # fmt: skip
+
+
+def turned(call: Call) -> OpAxes:
+    """``ringfx.comm.turn.turn``: from one dimension to another."""
+    labels = list(numbered(call.shapes[0]))
+    ends, starts = call.node.args[1:]
+    results = tuple(
+        ("ended",) if i == ends else ("started",) if i == starts else label
+        for i, label in enumerate(labels)
+    )
+    return OpAxes(
+        operands=(tuple(labels),), results=(results,), how=how.Reshard(),
+        reason="its result is not sharded",
+    )  # fmt: skip
+
+
+def apart(call: Call) -> OpAxes:
+    """``ringfx.comm.turn.apart``: every dimension is new."""
+    labels = numbered(call.shapes[0])
+    results = tuple(tuple(f"new {x}" for x in label) for label in labels)
+    return OpAxes(
+        operands=(labels,), results=(results,), how=how.Reshard(),
         reason="its result is not sharded",
     )  # fmt: skip
 
 
 RULES: dict[object, AxisRule] = {
+    turn.turn: turned,
+    turn.apart: apart,
     markers.every_token: every_token,
     redistribute.reshard: resharded,
     aten.view_as_complex.default: pairs,
@@ -446,7 +480,7 @@ RULES: dict[object, AxisRule] = {
     aten.stack.default: stack,
     aten.pad.default: pad,
     aten.constant_pad_nd.default: pad,
-    aten.flip.default: along("dims", reason="it reverses the axis"),
+    aten.flip.default: flip,
     aten.roll.default: roll,
     aten.unfold.default: unfold,
     aten.tril.default: triangle,

@@ -9,6 +9,7 @@ import torch
 
 from ringfx.ir.tiles import Expr, const
 from ringfx.passes.axes.call import Call
+from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.exprs.elements.rule import ElementRule, Index, Rules, rows, typed
 from ringfx.passes.exprs.simplify import is_choice, leaves, on_leaves
 
@@ -119,9 +120,11 @@ def masked_fill(lifter: Lifter, call: Call, index: Index) -> Expr:
 
 
 def clamp(lifter: Lifter, call: Call, index: Index) -> Expr:
-    found = lifter.aligned(call["self"], index)
+    """A clamp that trains is told from a maximum: of two equal numbers, that one halves."""
+    found, trains = lifter.aligned(call["self"], index), needs_grad(call.node)
     for name, head in (("min", "max"), ("max", "min")):
         if call.get(name) is not None:
+            head = f"clamp_{name}" if trains else head
             found = lifter.make(head, found, lifter.aligned(call[name], index))
     return narrowed(found, call.node.meta["val"].dtype)
 
@@ -137,6 +140,12 @@ def divide(lifter: Lifter, call: Call, index: Index) -> Expr | None:
     operands = (lifter.aligned(call[n], index) for n in ("self", "other"))
     found = lifter.make(heads[call.get("rounding_mode")], *operands)
     return narrowed(found, call.node.meta["val"].dtype)
+
+
+def softplus(lifter: Lifter, call: Call, index: Index) -> Expr | None:
+    if (call["beta"], call["threshold"]) != (1, 20):
+        return None
+    return pointwise("softplus", "self")(lifter, call, index)
 
 
 def square(lifter: Lifter, call: Call, index: Index) -> Expr:
@@ -226,5 +235,6 @@ RULES: Rules = {
         aten.clip.default, aten.clip.Tensor,
     ),
     aten.square.default: square,
+    aten.softplus.default: softplus,
     aten.nan_to_num.default: nan_to_num,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from ringfx.ir.tiles.evaluation import TileIndex, evaluate
 from ringfx.ir.tiles.expr import (
     CAUSAL,
     FALSE,
+    SCORE,
     TRUE,
     B,
     Expr,
@@ -33,9 +34,9 @@ from ringfx.ir.tiles.ranges import Box, Kind, bounds, classify
 from ringfx.ir.tiles.words import describe
 
 __all__ = [
-    "CAUSAL", "FALSE", "TILE_OPS", "TRUE", "B", "Box", "Expr", "H", "K", "Kind", "Q", "TileIndex",
-    "TileOp", "bounds", "children", "classify", "conjunction", "const", "density", "depth",
-    "describe", "dumps", "evaluate", "indices_used", "inputs_used", "is_balanced", "loads",
+    "CAUSAL", "FALSE", "SCORE", "TILE_OPS", "TRUE", "B", "Box", "Expr", "H", "K", "Kind", "Q",
+    "TileIndex", "TileOp", "bounds", "children", "classify", "conjunction", "const", "density",
+    "depth", "describe", "dumps", "evaluate", "indices_used", "inputs_used", "is_balanced", "loads",
     "map_children", "matrices", "matrix_rows", "of_own_rows", "own_rows", "reads", "rows_read",
     "terms", "walk",
 ]  # fmt: skip

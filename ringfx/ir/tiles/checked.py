@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ringfx.ir.tiles.evaluation import TileIndex, evaluate
-from ringfx.ir.tiles.expr import INDICES, Expr, inputs_used, terms, walk
+from ringfx.ir.tiles.expr import INDICES, SCORE, Expr, inputs_used, terms, walk
 from ringfx.ir.tiles.operators import TILE_OPS
 from ringfx.ir.tiles.ranges import Box, bounds
 
-__all__ = ["MAX_DEPTH", "checked_expr", "undefined"]
+__all__ = ["MAX_DEPTH", "checked_expr", "checked_score_map", "undefined"]
 
 MAX_DEPTH = 150
 """Levels of the deepest expression; those of real models have 30. Walks are recursive."""
@@ -32,6 +32,14 @@ def checked_expr(value: object) -> Expr:
     ValueError
         An operator is unknown, has too few or too many operands, or the nesting is too deep.
     """
+    found = checked_score_map(value)
+    if any(part == SCORE for part in walk(found)):
+        raise ValueError("a mask or bias of an attention cannot read its scores")
+    return found
+
+
+def checked_score_map(value: object) -> Expr:
+    """The same of a score map, which may read scores."""
     budget = [MAX_PARTS]
     return _checked(value, 0, budget)
 
@@ -45,7 +53,7 @@ def _checked(value: object, depth: int, budget: list[int]) -> Expr:
             f"a tile function must be a list that begins with a name; got {value!r:.60}"
         )
     head, args = value[0], value[1:]
-    if head in INDICES:
+    if head in (*INDICES, "score"):
         return _of_length(head, args, 0)
     if head == "const":
         return _constant(_of_length(head, args, 1))
@@ -86,7 +94,7 @@ def _input(args: Any) -> int:
 
 
 def _bounded_power(expr: Expr) -> Expr:
-    if any(part[0] == "at" or part[0] in INDICES for part in walk(expr)):
+    if any(part[0] in ("at", "score", *INDICES) for part in walk(expr)):
         return expr
     power = expr[2][1] if expr[2][0] == "const" else math.inf
     if expr[1][0] != "const" or abs(power) > MAX_POWER:

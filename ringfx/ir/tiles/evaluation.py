@@ -24,6 +24,8 @@ class TileIndex:
     k: torch.Tensor
     row: torch.Tensor | None = None
     """Places of the queries among this rank's own; None where they are not known."""
+    score: torch.Tensor | None = None
+    """[B, H, Q, K]: what a score map is a function of."""
 
     def broadcast(self, name: str) -> torch.Tensor:
         """The named vector shaped to broadcast over [B, H, Q, K]."""
@@ -44,6 +46,9 @@ def _evaluate(expr: Expr, index: TileIndex, inputs: Sequence[torch.Tensor]) -> A
     head, *args = expr
     if head in INDICES:
         return index.broadcast(head)
+    if head == "score":
+        assert index.score is not None, "only a score map reads scores"
+        return index.score
     if head == "const":
         return args[0]
     if head == "at":

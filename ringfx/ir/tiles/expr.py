@@ -8,6 +8,7 @@ printed, written as JSON and sent as the argument of an operator:
 
     ("b",) ("h",) ("q",) ("k",)      index of batch, head, query token, key token
     ("row",)                         place of the query among this rank's own
+    ("score",)                       scale * q k^T, in a score map alone
     ("const", 3)                     a number
     ("at", i, e0, e1, ...)           inputs[i][e0, e1, ...]
     (name, e0, ...)                  a row of TILE_OPS
@@ -26,9 +27,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 __all__ = [
-    "CAUSAL", "FALSE", "INDICES", "TRUE", "B", "Expr", "H", "K", "Q", "children", "conjunction",
-    "const", "depth", "dumps", "indices_used", "inputs_used", "loads", "map_children",
-    "of_own_rows", "own_rows", "reads", "rows_read", "terms", "walk",
+    "CAUSAL", "FALSE", "INDICES", "SCORE", "TRUE", "B", "Expr", "H", "K", "Q", "children",
+    "conjunction", "const", "depth", "dumps", "indices_used", "inputs_used", "loads",
+    "map_children", "of_own_rows", "own_rows", "reads", "rows_read", "terms", "walk",
 ]  # fmt: skip
 
 Expr: TypeAlias = tuple[Any, ...]
@@ -39,6 +40,7 @@ H: Expr = ("h",)
 Q: Expr = ("q",)
 K: Expr = ("k",)
 ROW: Expr = ("row",)
+SCORE: Expr = ("score",)
 CAUSAL: Expr = ("le", K, Q)
 TRUE: Expr = ("const", True)
 FALSE: Expr = ("const", False)

@@ -19,8 +19,9 @@ import torch
 
 from ringfx.ir.tiles import intervals
 from ringfx.ir.tiles.intervals import Interval
+from ringfx.torch_compat.releases import clamp_tie
 
-__all__ = ["COMPARISONS", "TILE_OPS", "Pull", "TileOp", "as_tensor"]
+__all__ = ["COMPARISONS", "TILE_OPS", "UNTRAINED", "Pull", "TileOp", "as_tensor"]
 
 Tensor = torch.Tensor
 Pull: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
@@ -99,6 +100,23 @@ def _cast(
     return TileOp(arity=1, evaluate=to_dtype, fold=fold, bounds=bounds, pull=pull)
 
 
+def _pull_power(g: Tensor, r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+    """As torch: x**0 is flat, and 0**y where it is a number."""
+    of_base = torch.where(b == 0, 0.0, g * b * a ** torch.where(b == 0, 1, b - 1))
+    nothing = (a == 0) & (b >= 0)
+    of_power = torch.where(nothing, 0.0, g * r * torch.log(torch.where(nothing, 1, a)))
+    return of_base, of_power
+
+
+def _larger(a: Tensor, b: Tensor, tie: float) -> Tensor:
+    """1 where a is the larger one, 0 where b is, ``tie`` where they are equal."""
+    return torch.where(a == b, tie, torch.where(a > b, 1.0, 0.0))
+
+
+def _flat(g: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor | None, ...]:
+    return (torch.zeros_like(a),)
+
+
 _COMPARISONS: Mapping[str, TileOp] = {
     "le": _comparison(operator.le, intervals.le, "<="),
     "lt": _comparison(operator.lt, intervals.lt, "<"),
@@ -125,9 +143,15 @@ TILE_OPS: Mapping[str, TileOp] = {
     "mod": TileOp(arity=2, evaluate=operator.mod, fold=operator.mod, bounds=intervals.mod,
                   infix="%"),
     "fmod": TileOp(arity=2, evaluate=lambda a, b: torch.fmod(as_tensor(a), b)),
-    "pow": TileOp(arity=2, evaluate=operator.pow),
-    "min": TileOp(arity=2, evaluate=_minimum, fold=min, bounds=intervals.minimum),
-    "max": TileOp(arity=2, evaluate=_maximum, fold=max, bounds=intervals.maximum),
+    "pow": TileOp(arity=2, evaluate=operator.pow, pull=_pull_power),
+    "min": TileOp(arity=2, evaluate=_minimum, fold=min, bounds=intervals.minimum,
+                  pull=lambda g, r, a, b: (g * _larger(b, a, 0.5), g * _larger(a, b, 0.5))),
+    "max": TileOp(arity=2, evaluate=_maximum, fold=max, bounds=intervals.maximum,
+                  pull=lambda g, r, a, b: (g * _larger(a, b, 0.5), g * _larger(b, a, 0.5))),
+    "clamp_min": TileOp(arity=2, evaluate=_maximum, fold=max, bounds=intervals.maximum,
+                        pull=lambda g, r, a, b: (g * _larger(a, b, clamp_tie()), g * (a < b))),
+    "clamp_max": TileOp(arity=2, evaluate=_minimum, fold=min, bounds=intervals.minimum,
+                        pull=lambda g, r, a, b: (g * _larger(b, a, clamp_tie()), g * (a > b))),
     "neg": TileOp(arity=1, evaluate=operator.neg, fold=operator.neg, bounds=intervals.neg,
                   pull=lambda g, r, a: (-g,)),
     "abs": TileOp(arity=1, evaluate=abs, fold=abs, bounds=intervals.absolute,
@@ -160,11 +184,11 @@ TILE_OPS: Mapping[str, TileOp] = {
     "relu": _function(torch.relu, lambda g, r, a: (g * (a > 0),)),
     "sin": _function(torch.sin, lambda g, r, a: (g * torch.cos(a),)),
     "cos": _function(torch.cos, lambda g, r, a: (-g * torch.sin(a),)),
-    "sign": _function(torch.sign),
-    "floor": _function(torch.floor),
-    "ceil": _function(torch.ceil),
-    "round": _function(torch.round),
-    "trunc": _function(torch.trunc),
+    "sign": _function(torch.sign, _flat),
+    "floor": _function(torch.floor, _flat),
+    "ceil": _function(torch.ceil, _flat),
+    "round": _function(torch.round, _flat),
+    "trunc": _function(torch.trunc, _flat),
     "isinf": _function(torch.isinf),
     "isnan": _function(torch.isnan),
     "int": _cast(torch.int64, int, intervals.integer),
@@ -174,3 +198,5 @@ TILE_OPS: Mapping[str, TileOp] = {
     "bfloat16": _cast(torch.bfloat16),
     "bool": _cast(torch.bool, bool, intervals.truth),
 }  # fmt: skip
+UNTRAINED = COMPARISONS | {"and", "or", "xor", "not", "bool", "int", "isinf", "isnan"}
+"""Truth values and integers: no gradient flows through them, in torch neither."""

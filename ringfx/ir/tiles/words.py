@@ -13,7 +13,7 @@ WHOLE_MASK = "a mask or bias"
 _ORDERED = frozenset({"le", "lt", "ge", "gt"})
 
 
-def describe(keep: Expr | None, bias: Expr | None = None) -> str:
+def describe(keep: Expr | None, bias: Expr | None = None, score_map: Expr | None = None) -> str:
     """Words such as ``causal, window 4096, packed documents, ALiBi bias``; ``full`` for no mask.
 
     >>> describe(("and", ("le", ("k",), ("q",)),
@@ -25,6 +25,8 @@ def describe(keep: Expr | None, bias: Expr | None = None) -> str:
         words = ["full"]
     if bias is not None:
         words.append(_bias_words(bias))
+    if score_map is not None:
+        words.append("score map")
     return ", ".join(dict.fromkeys(words))
 
 

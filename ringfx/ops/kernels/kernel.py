@@ -18,11 +18,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.nn import functional as F
 
+from ringfx.ops.kernels.dropout import drop_
 from ringfx.ops.kernels.logsumexp import is_deep, stepped
 from ringfx.torch_compat.processor import multiplies_bfloat16_avx512, multiplies_matrices
 
@@ -30,6 +31,7 @@ __all__ = [
     "CPU_FLASH",
     "MATH",
     "Kernel",
+    "ScoreMap",
     "Scores",
     "accumulation_dtype",
     "available",
@@ -50,9 +52,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class ScoreMap(Protocol):
+    """A function of each score of a tile by itself."""
+
+    def values(self, s_BHQK: Tensor) -> Tensor: ...
+
+    def pulled(self, ds_BHQK: Tensor, s_BHQK: Tensor) -> Tensor:
+        """The gradient of the scores, given that of the values."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How a tile's products become scores: cap(scale * q k^T) + bias."""
+    """How a tile's products become scores, map(cap(scale * q k^T)) + bias, and these weights."""
 
     scale: float
     causal: bool = False
@@ -60,8 +72,14 @@ class Scores:
     bias_BHQK: Tensor | None = None
     """Added to the scores, in the accumulation dtype, broadcastable; -inf where not attended."""
     soft_cap: float | None = None
+    map: ScoreMap | None = None
+    """For MATH alone."""
     slope_BHQK: Tensor | None = None
     """Shares of their gradient that scores get; those of none count as 0. For MATH alone."""
+    kept_BHQK: Tensor | None = None
+    """int32: 0 for weights that are 0 after the softmax, -1 for others. For MATH alone."""
+    share_kept: float = 1.0
+    """Divides the others: how many are kept on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +109,8 @@ def choose(
 
     Parameters
     ----------
+    soft_cap
+        Or any other function of single scores.
     all_keys
         One call meets all keys, as in the collective strategy.
     head_dim
@@ -140,8 +160,11 @@ def _grouped(x_BHQD: Tensor, groups: int) -> Tensor:
     return x_BHQD.reshape(B, groups, H // groups * Q, D)
 
 
-def _math_scores(q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, H, Q, K] in the accumulation dtype, and tanh(score / cap) where there is a cap."""
+def _math_scores(
+    q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores [B, H, Q, K] in the accumulation dtype; with a cap tanh(score / cap), with a map what
+    it was given."""
     B, H, Q, _ = q_BHQD.shape
     K = k_BGKD.shape[2]
     kept_in = accumulation_dtype(q_BHQD.dtype)
@@ -151,6 +174,9 @@ def _math_scores(q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores) -> tuple[Tensor
     if scores.soft_cap is not None:
         tanh_BHQK = (s_BHQK / scores.soft_cap).tanh_()
         s_BHQK = tanh_BHQK * scores.soft_cap
+    given_BHQK = None
+    if scores.map is not None:
+        given_BHQK, s_BHQK = s_BHQK, scores.map.values(s_BHQK)
     if scores.slope_BHQK is not None:
         s_BHQK = s_BHQK.masked_fill(scores.slope_BHQK == 0, 0.0)
     if scores.bias_BHQK is not None:
@@ -158,21 +184,26 @@ def _math_scores(q_BHQD: Tensor, k_BGKD: Tensor, scores: Scores) -> tuple[Tensor
     if scores.causal:
         later = torch.ones(Q, K, dtype=torch.bool, device=s_BHQK.device).triu_(1)
         s_BHQK = s_BHQK.masked_fill_(later, -math.inf)
-    return s_BHQK, tanh_BHQK
+    return s_BHQK, tanh_BHQK, given_BHQK
 
 
 def _math_forward(
     q_BHQD: Tensor, k_BGKD: Tensor, v_BGKE: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    s_BHQK, _ = _math_scores(q_BHQD, k_BGKD, scores)
+    s_BHQK, *_ = _math_scores(q_BHQD, k_BGKD, scores)
     # Relative to the row's maximum, not to its logsumexp: a large logsumexp has lost digits.
     top_BHQ = finite(s_BHQK.amax(-1))
     p_BHQK = s_BHQK.sub_(top_BHQ[..., None]).exp_()
     sum_BHQ = p_BHQK.sum(-1)
+    if scores.kept_BHQK is not None:
+        p_BHQK = drop_(p_BHQK, scores.kept_BHQK)
     p_BGRK = _grouped(p_BHQK, v_BGKE.shape[1])
     out_BHQE = (p_BGRK @ v_BGKE.to(p_BGRK.dtype)).view(*q_BHQD.shape[:3], v_BGKE.shape[-1])
     empty_BHQ = sum_BHQ == 0
-    out_BHQE = out_BHQE.div_(sum_BHQ.masked_fill(empty_BHQ, 1.0)[..., None])
+    divisor_BHQ = sum_BHQ.masked_fill(empty_BHQ, 1.0)
+    if scores.kept_BHQK is not None:
+        divisor_BHQ = divisor_BHQ.mul_(scores.share_kept)
+    out_BHQE = out_BHQE.div_(divisor_BHQ[..., None])
     if scores.bias_BHQK is not None:
         top_BHQ = stepped(top_BHQ)
     return out_BHQE, top_BHQ + sum_BHQ.log()
@@ -210,20 +241,28 @@ def math_backward(
     ``weights_BHQ`` stands for the weight of every key of a row, whatever the scores say.
     """
     G = k_BGKD.shape[1]
-    s_BHQK, tanh_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
+    s_BHQK, tanh_BHQK, given_BHQK = _math_scores(q_BHQD, k_BGKD, scores)
     kept_in = s_BHQK.dtype
     if weights_BHQ is None:
         p_BHQK = _weights(s_BHQK, finite(lse_BHQ))
     else:
         p_BHQK = weights_BHQ.to(kept_in)[..., None].expand_as(s_BHQK).contiguous()
     dout_BGRE = _grouped(dout_BHQE.to(kept_in), G)
-    dv_BGKE = _grouped(p_BHQK, G).transpose(-1, -2) @ dout_BGRE
     delta_BHQ = (dout_BHQE.to(kept_in) * out_BHQE.to(kept_in)).sum(-1)
+    if scores.kept_BHQK is not None:
+        dout_BGRE = dout_BGRE / scores.share_kept
     dp_BHQK = (dout_BGRE @ v_BGKE.to(kept_in).transpose(-1, -2)).view_as(p_BHQK)
+    if scores.kept_BHQK is not None:
+        dp_BHQK = drop_(dp_BHQK, scores.kept_BHQK)
     ds_BHQK = dp_BHQK.sub_(delta_BHQ[..., None]).mul_(p_BHQK)
+    if scores.kept_BHQK is not None:
+        p_BHQK = drop_(p_BHQK, scores.kept_BHQK)
+    dv_BGKE = _grouped(p_BHQK, G).transpose(-1, -2) @ dout_BGRE
     dbias_BHQK = ds_BHQK.clone() if wants_bias else None
     if scores.slope_BHQK is not None:
         ds_BHQK = ds_BHQK.mul_(scores.slope_BHQK)
+    if scores.map is not None and given_BHQK is not None:
+        ds_BHQK = scores.map.pulled(ds_BHQK, given_BHQK)
     if tanh_BHQK is not None:
         ds_BHQK = ds_BHQK.mul_(1 - tanh_BHQK.square())
     ds_BGRK = _grouped(ds_BHQK.mul_(scores.scale), G)

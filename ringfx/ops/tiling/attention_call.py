@@ -11,7 +11,7 @@ from ringfx.comm.process_group import Ranks
 from ringfx.comm.stats import LayerStats
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.dilation import AnyLayout, KeptRows, layout_of
-from ringfx.ir.layout import LayoutKind
+from ringfx.ir.layout import Layout, LayoutKind
 from ringfx.ops.kernels.kernel import Kernel
 from ringfx.ops.kernels.logsumexp import logsumexp_dtype
 from ringfx.ops.tiling.head_groups import HeadGroup
@@ -26,12 +26,15 @@ class Problem:
 
     spec: AttentionSpec
     inputs: Sequence[torch.Tensor]
-    """Tensors that the tile functions read, whole; without the sinks."""
+    """Tensors that the tile functions read, whole; without the sinks and the seed."""
     ranks: Ranks
     layout: LayoutKind
     kernel: Kernel
     tiling: Tiling
     stats: LayerStats
+    seed: torch.Tensor | None = None
+    """int64 [1] that decides what dropout drops, or [1 + B] with the numbers that the entries of
+    the batch have among all; None where nothing is dropped."""
     bias_grads: tuple[int, ...] = ()
     """Positions of the inputs whose gradient the backward must give."""
     first_head: int = 0
@@ -40,9 +43,13 @@ class Problem:
     """Groups of heads that the strategy was asked for; 0: as many as it takes by itself."""
     rows: KeptRows | None = None
     """The queries and keys are these rows of a longer sequence, which is what lies on the ranks."""
+    whole_queries: bool = False
+    """Every rank has all queries, and gives the output and the gradient of all of them."""
 
     @property
     def q_layout(self) -> AnyLayout:
+        if self.whole_queries:
+            return Layout("contiguous", self.spec.q_len, 1)
         return self._layout_of(self.spec.q_len)
 
     @property
@@ -57,7 +64,13 @@ class Problem:
         return logsumexp_dtype(dtype, has_bias=self.spec.bias is not None)
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
-        return runs_of(self.q_layout, rank)
+        return runs_of(self.q_layout, 0 if self.whole_queries else rank)
+
+    def is_query(self, device: torch.device) -> torch.Tensor:
+        """bool [local queries]: which are no padding."""
+        layout = self.q_layout
+        rank = 0 if self.whole_queries else self.ranks.rank
+        return layout.positions(rank, device) < layout.length
 
     def k_runs(self, rank: int) -> tuple[Run, ...]:
         return runs_of(self.kv_layout, rank)

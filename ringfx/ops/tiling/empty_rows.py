@@ -52,9 +52,7 @@ def sink_gradient(dout_BHQE: Tensor, out_BHQE: Tensor, lse_BHQ: Tensor, sinks_H:
 
 def _without_keys(problem: Problem, lse_BHQ: Tensor) -> Tensor:
     """Rows of real queries (not padding) that no key was kept for."""
-    layout = problem.q_layout
-    real_Q = layout.positions(problem.ranks.rank, lse_BHQ.device) < layout.length
-    return (lse_BHQ == -math.inf) & real_Q
+    return (lse_BHQ == -math.inf) & problem.is_query(lse_BHQ.device)
 
 
 def _real_keys(problem: Problem, device: torch.device) -> Tensor:
@@ -78,7 +76,8 @@ def mean_gradient(problem: Problem, dv_BGKE: Tensor, dout_BHQE: Tensor, lse_BHQ:
     rows_BHQ = _without_keys(problem, lse_BHQ)
     sum_BHE = (dout_BHQE.to(dv_BGKE.dtype) * rows_BHQ[..., None]).sum(2)
     sum_BGE = sum_BHE.view(*dv_BGKE.shape[:2], -1, dv_BGKE.shape[3]).sum(2)
-    sum_BGE = problem.ranks.all_reduce("backward: mean of v", sum_BGE)
+    if not problem.whole_queries:
+        sum_BGE = problem.ranks.all_reduce("backward: mean of v", sum_BGE)
     real_K = _real_keys(problem, dv_BGKE.device)
     dv_BGKE.add_((sum_BGE / problem.spec.kv_len)[:, :, None] * real_K[None, None, :, None])
 

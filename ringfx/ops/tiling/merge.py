@@ -24,10 +24,12 @@ from ringfx.ops.kernels.kernel import MATH, Scores, accumulation_dtype, math_bac
 from ringfx.ops.kernels.logsumexp import hides_rows, hides_rows_wholly, is_deep
 from ringfx.ops.tiling import bias_gradients
 from ringfx.ops.tiling.attention_call import Problem
+from ringfx.ops.tiling.drops import Drops
 from ringfx.ops.tiling.flops import flops_per_pair
 from ringfx.ops.tiling.head_groups import HeadGroup
 from ringfx.ops.tiling.oom_retry import smaller, tried
 from ringfx.ops.tiling.pieces import Piece, Run, Tiling, pieces
+from ringfx.ops.tiling.score_maps import TileMap
 
 __all__ = ["Gradients", "Output", "Sum", "Sums", "attend", "attend_backward", "merge_into"]
 
@@ -240,10 +242,9 @@ def _index(problem: Problem, piece: Piece, q_BHQD: Tensor) -> TileIndex:
 
 def _scores(problem: Problem, piece: Piece, q_BHQD: Tensor) -> Scores:
     """The piece's scale, cap and additive mask, evaluated on this piece only."""
-    spec = problem.spec
-    plain = Scores(scale=spec.scale, causal=piece.causal, soft_cap=spec.soft_cap)
+    spec, plain = problem.spec, _unmasked_scores(problem, piece, q_BHQD)
     if piece.keep is None and spec.bias is None:
-        return plain
+        return replace(plain, causal=piece.causal)
     index = _index(problem, piece, q_BHQD)
     kept_in = accumulation_dtype(q_BHQD.dtype)
     bias_BHQK = torch.zeros(1, 1, 1, 1, dtype=kept_in, device=q_BHQD.device)
@@ -258,9 +259,22 @@ def _scores(problem: Problem, piece: Piece, q_BHQD: Tensor) -> Scores:
     slope_BHQK: Tensor | None = None
     if spec.slope is not None and hides_rows_wholly(bias_BHQK):
         slope_BHQK = evaluate(spec.slope, index, problem.inputs).to(kept_in)
-    return Scores(
-        scale=spec.scale, bias_BHQK=bias_BHQK, soft_cap=spec.soft_cap, slope_BHQK=slope_BHQK
-    )
+    return replace(plain, bias_BHQK=bias_BHQK, slope_BHQK=slope_BHQK)
+
+
+def _unmasked_scores(problem: Problem, piece: Piece, q_BHQD: Tensor) -> Scores:
+    """The piece's scale, cap and map."""
+    spec, mapped = problem.spec, None
+    if spec.score_map is not None:
+        mapped = TileMap(spec.score_map, _index(problem, piece, q_BHQD), problem.inputs)
+    return Scores(scale=spec.scale, soft_cap=spec.soft_cap, map=mapped)
+
+
+def _with_drops(drops: Drops | None, piece: Piece, scores: Scores) -> Scores:
+    """The scores, and which of the piece's weights are kept after their softmax."""
+    if drops is None:
+        return scores
+    return replace(scores, kept_BHQK=drops.kept(piece), share_kept=1 - drops.p)
 
 
 def _rows(x: Tensor, run: Run) -> Tensor:
@@ -277,9 +291,10 @@ def attend(
     k_runs: Sequence[Run],
 ) -> None:
     """Merges the attention of the queries in ``q_runs`` over the keys in ``k_runs``."""
+    drops = Drops.of(problem, q_BHQD, q_runs, k_runs)
 
     def work(piece: Piece) -> bool:
-        scores = _scores(problem, piece, q_BHQD)
+        scores = _with_drops(drops, piece, _scores(problem, piece, q_BHQD))
         hides = scores.slope_BHQK is not None or hides_rows(scores.bias_BHQK)
         kernel = MATH if hides else problem.kernel
         out_BHQE, lse_BHQ = kernel.forward(
@@ -308,9 +323,11 @@ def attend_backward(
     """Adds the gradients of the pieces; ``out`` and ``lse`` are those of the whole rows."""
 
     kept_in = accumulation_dtype(q_BHQD.dtype)
+    drops = Drops.of(problem, q_BHQD, q_runs, k_runs)
 
     def work(piece: Piece) -> bool:
-        scores, lse = _scores(problem, piece, q_BHQD), _rows(lse_BHQ, piece.q)
+        scores = _with_drops(drops, piece, _scores(problem, piece, q_BHQD))
+        lse = _rows(lse_BHQ, piece.q)
         rows = (
             _rows(dout_BHQE, piece.q),
             _rows(q_BHQD, piece.q),
@@ -319,9 +336,9 @@ def attend_backward(
             _rows(out_BHQE, piece.q),
         )
         if problem.bias_grads:
-            dq, dk, dv, dbias_BHQK = math_backward(*rows, lse, scores, wants_bias=True)
-            assert dbias_BHQK is not None, "it was asked for"
-            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
+            dq, dk, dv, dscores_BHQK = math_backward(*rows, lse, scores, wants_bias=True)
+            assert dscores_BHQK is not None, "it was asked for"
+            _add_captured(problem, piece, q_BHQD, dscores_BHQK, scores, sums)
         elif scores.slope_BHQK is not None or (
             scores.bias_BHQK is not None and is_deep(lse, kept_in)
         ):
@@ -358,14 +375,14 @@ def _absorbed_backward(
         if not bool(weights.any()):
             return True
         wants = bool(problem.bias_grads)
-        scores = Scores(scale=problem.spec.scale, soft_cap=problem.spec.soft_cap)
-        dq, dk, dv, dbias_BHQK = math_backward(
+        scores = _unmasked_scores(problem, piece, q_BHQD)
+        dq, dk, dv, dscores_BHQK = math_backward(
             _rows(dout_BHQE, piece.q), _rows(q_BHQD, piece.q), _rows(k_BGKD, piece.k),
             _rows(v_BGKE, piece.k), _rows(out_BHQE, piece.q), _rows(lse_BHQ, piece.q), scores,
             wants_bias=wants, weights_BHQ=weights,
         )  # fmt: skip
-        if dbias_BHQK is not None:
-            _add_bias_gradients(problem, piece, q_BHQD, dbias_BHQK, sums)
+        if dscores_BHQK is not None:
+            _add_captured(problem, piece, q_BHQD, dscores_BHQK, scores, sums)
         sums.dq.add(piece.q, dq)
         sums.dk.add(piece.k, dk)
         sums.dv.add(piece.k, dv)
@@ -376,9 +393,17 @@ def _absorbed_backward(
     _fitting(open_to_all, q_BHQD, q_runs, k_runs, bounded, per_pair, work)
 
 
-def _add_bias_gradients(
-    problem: Problem, piece: Piece, q_BHQD: Tensor, dbias_BHQK: Tensor, sums: Sums
+def _add_captured(
+    problem: Problem,
+    piece: Piece,
+    q_BHQD: Tensor,
+    dscores_BHQK: Tensor,
+    scores: Scores,
+    sums: Sums,
 ) -> None:
-    bias, index = problem.spec.bias, _index(problem, piece, q_BHQD)
-    assert bias is not None, "checked before"
-    bias_gradients.add(bias, dbias_BHQK, index, problem.inputs, sums.inputs)
+    """Adds the gradients of what bias and score map read."""
+    if problem.spec.bias is not None:
+        index = _index(problem, piece, q_BHQD)
+        bias_gradients.add(problem.spec.bias, dscores_BHQK, index, problem.inputs, sums.inputs)
+    if isinstance(scores.map, TileMap):
+        scores.map.add_captured(sums.inputs)

@@ -62,8 +62,11 @@ def test_the_command_measures_every_strategy_that_can_run() -> None:
     ("words", "message"),
     [
         (["--heads", "3", "--kv-heads", "2"], "3 query heads for 2 key/value heads. Do: use a"),
-        (["--dtype", "int3"], "'int3' is not a floating dtype. Choices: float32,"),
-        (["--device", "abacus"], "unknown device 'abacus'. Choices: cpu, cuda."),
+        (["--dtype", "int3"], "'int3' is not a floating dtype. Do: give float32,"),
+        (
+            ["--device", "abacus"],
+            "unknown device 'abacus'. Do: give --device cpu or --device cuda.",
+        ),
         (["--tokens", "none"], "'none' is not a number of tokens."),
         (["--profile", "absent"], "there is no profile 'absent'."),
     ],

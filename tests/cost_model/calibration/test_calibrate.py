@@ -24,7 +24,10 @@ from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow
 from ringfx.errors import CommunicationError, ProfileError
 from tests.cost_model.sites import causal_site, predicted, shipped
 
-HARDLY = Effort(seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14)
+HARDLY = Effort(
+    seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14,
+    operator_tokens=256,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,8 @@ def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurem
             assert predicted(site, strategy, 2, profile).total_ms > 0
     assert profile.memory_gbytes_per_s is not None
     assert profile.memory_gbytes_per_s > 0
-    assert profile.mask_ns_per_pair > 0
+    # Differences of two measured times: on a noisy machine they may come out as nothing.
+    assert profile.mask_ns_per_pair >= 0
     assert profile.contention_ns_per_byte >= 0
     assert profile.noise >= 1
 
@@ -114,7 +118,9 @@ def test_a_rank_that_fails_is_an_error_with_its_traceback() -> None:
 def test_an_unknown_device_is_refused() -> None:
     result = CliRunner().invoke(app, ["calibrate", "--device", "abacus"])
     assert result.exit_code == 2
-    assert result.stderr.strip() == "ringfx: unknown device 'abacus'. Choices: cpu, cuda."
+    assert result.stderr.strip() == (
+        "ringfx: unknown device 'abacus'. Do: give --device cpu or --device cuda."
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,6 +196,7 @@ def test_what_surrounds_calls_is_found_again_in_layers_that_it_made() -> None:
     assert quality.median_error < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_under_torchrun_its_ranks_measure_and_the_first_one_writes(tmp_path: Path) -> None:
     profile, records = tmp_path / "profile.json", tmp_path / "records.jsonl"

@@ -91,7 +91,10 @@ def test_a_damaged_csv_names_the_row() -> None:
     good = _csv(_attention(kernel=""), _attention())
     with pytest.raises(ProfileError) as caught:
         read_records(good.rstrip() + ",1,2\n", "mine.csv")
-    assert str(caught.value) == "mine.csv, row 2: more cells than the header has names."
+    assert str(caught.value) == (
+        "mine.csv, row 2: more cells than the header has names. Do: name every column, and put text"
+        " with commas in quotes."
+    )
     with pytest.raises(
         ProfileError, match=r"mine\.csv, row 2: heads must be an integer; got 'many'"
     ):
@@ -140,13 +143,13 @@ def test_a_time_that_is_no_number_is_refused(number: str) -> None:
             " 'all_reduce'; got 'broadcast'.",
         ),
         ({**MESSAGE, "min_ms": 3}, "min_ms is above median_ms."),
-        ({**MESSAGE, "kind": "song"}, "kind 'song' is not one of attention, message."),
+        ({**MESSAGE, "kind": "song"}, "a record of the kind 'song'."),
     ],
 )
 def test_a_row_that_cannot_be_is_refused_by_its_number(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError) as caught:
         _read(MESSAGE, row)
-    assert str(caught.value) == f"mine.jsonl, row 2: {message}"
+    assert str(caught.value).startswith(f"mine.jsonl, row 2: {message} Do: ")
 
 
 def test_missing_and_unknown_fields_are_named_with_the_schema() -> None:

@@ -145,7 +145,8 @@ def test_the_last_glob_that_matches_wins_and_the_rest_stays_free() -> None:
 
 
 def test_an_unknown_strategy_lists_the_choices() -> None:
-    message = "unknown strategy 'fastest'. Choices: auto, simple, collective, production, ulysses."
+    names = "auto, simple, collective, production, ulysses"
+    message = f"unknown strategy 'fastest'. Do: use one of {names}."
     for strategy in ("fastest", {"*": "fastest"}):
         with pytest.raises(InvalidArgument) as caught:
             _choose(causal_site(), strategy=strategy)
@@ -159,6 +160,7 @@ def test_a_glob_that_matches_nothing_lists_the_layers() -> None:
         "strategy: the glob 'decoder.*' matches no attention layer."
         " Layers: model.layers.0.self_attn, model.layers.1.self_attn,"
         " model.layers.2.self_attn, model.layers.3.self_attn, ... (6 in all)."
+        " Do: give a glob that matches one of them; `ringfx explain MODEL` lists all."
     )
 
 
@@ -226,3 +228,10 @@ def test_when_parameters_alone_are_too_large_nothing_is_promised() -> None:
     assert str(caught.value).endswith(
         "  Do: give more memory: outside attention alone take 2.00 GiB."
     )
+
+
+def test_a_budget_of_a_few_bytes_is_asked_for_its_unit() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r'80 B \(a number without a unit is bytes; write "80GB"\)'
+    ):
+        _choose(causal_site(), gpu_memory=80)

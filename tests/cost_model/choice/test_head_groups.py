@@ -50,7 +50,7 @@ def test_where_it_fits_the_strategy_takes_its_own_number() -> None:
 
 @pytest.mark.parametrize("value", [0, 9, True, "many", 2.0])
 def test_what_is_no_number_of_groups_is_refused(value: object) -> None:
-    with pytest.raises(InvalidArgument, match="neither 'auto' nor a number of groups"):
+    with pytest.raises(InvalidArgument, match="use auto, or a number of groups"):
         Settings.of({"head_groups": value})
 
 

@@ -12,6 +12,7 @@ import ringfx
 from ringfx.api import offline
 from ringfx.cost_model.choice.whatif import Change, longest_sequence, replan
 from ringfx.errors import InvalidArgument, OutOfMemory
+from ringfx.ir.memory_timeline import REUSE, ROWS
 from ringfx.ir.plan import Plan
 from tests.cost_model.peak_memory.test_peak import Small
 from tests.cost_model.sites import shipped
@@ -46,6 +47,30 @@ def test_hidden_states_and_outputs_wait_there_and_are_back_when_they_are_read() 
     assert moved.offload_ms == pytest.approx(2 * sum(x.host_bytes for x in moved.layers) / 10e6)
     assert kept.step_ms is not None
     assert moved.step_ms == pytest.approx(kept.step_ms + moved.offload_ms)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "none", "chunks": "auto"},
+        {"recompute": "layers", "offload": "none", "optimizer": "adamw"},
+        {"recompute": "attention", "offload": "none", "shard_states": True},
+        {"recompute": "layers", "offload": "all", "ranks": 1},
+        {"recompute": "attention", "offload": "all", "chunks": "all"},
+        {"gpu_memory": "30MiB"},
+    ],
+    ids=str,
+)
+def test_the_parts_add_up_to_the_peak(options: dict[str, Any]) -> None:
+    """By cause, by block of the model and over the program."""
+    plan = planned(**options)
+    memory = plan.memory
+    assert max(memory.over_program) == memory.peak_bytes
+    of_no_block = memory.of_kind("whole") + sum(
+        part.bytes for part in memory.parts if part.cause.startswith((REUSE, ROWS))
+    )
+    blocks = sum(size for _, size in memory.by_block)
+    assert blocks + of_no_block == pytest.approx(memory.peak_bytes, rel=1e-4)
 
 
 def test_a_budget_takes_the_cheaper_of_the_host_and_attention_again() -> None:
@@ -117,5 +142,7 @@ def test_ranks_agree_on_what_is_offloaded() -> None:
 
 
 def test_what_is_no_choice_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="offload='some' is not one of 'auto', 'none'"):
+    with pytest.raises(
+        InvalidArgument, match=r'offload="some" is unknown\. Do: use one of auto, none'
+    ):
         planned(offload="some")

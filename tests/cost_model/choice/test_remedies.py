@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from ringfx.cost_model.choice import infeasible
 from ringfx.errors import OutOfMemory
 from ringfx.units.parse import parse_bytes
 from tests.cost_model.choice.test_layers_again import again, planned
@@ -51,6 +53,14 @@ def test_layers_computed_again() -> None:
         assert planned(gpu_memory=budget, **NOTHING, **enough).memory.peak_bytes <= budget
     for short in ({"ranks": ranks - 1}, {"tokens": tokens + 64}):
         refused(budget, **NOTHING, **short)
+
+
+def test_what_would_fit_is_looked_for_once() -> None:
+    """Though regions are planned at once and in chunks."""
+    with mock.patch.object(infeasible, "remedies", wraps=infeasible.remedies) as looked_for:
+        lines = refused(parse_bytes("6MiB"), optimizer="adamw")
+    assert looked_for.call_count == 1
+    assert "ranks or more" in lines[0]
 
 
 STATES: dict[str, Any] = {"tokens": 1024, "chunks": "none", "optimizer": 64}

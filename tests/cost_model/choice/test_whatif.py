@@ -118,7 +118,7 @@ def test_the_longest_sequence_needs_a_budget() -> None:
     with pytest.raises(InvalidArgument) as caught:
         longest_sequence(_plan(), H100)
     assert str(caught.value) == (
-        "the longest sequence needs a budget. Do: give --gpu-memory, such as 80GiB."
+        'the longest sequence needs a budget. Do: plan with one, such as gpu_memory="80GiB".'
     )
 
 
@@ -127,7 +127,13 @@ def test_a_sweep_reports_what_does_not_fit_beside_what_does() -> None:
     _, changes = parse_sweep("seq-len=64k..4M")
     results = sweep(plan, changes, H100)
     assert isinstance(results[0], Plan)
-    assert isinstance(results[-1], OutOfMemory)
+    refused = results[-1]
+    assert isinstance(refused, OutOfMemory)
+    # A row of many has room for what is needed; what would fit takes longer to find.
+    assert "ranks need at least" in str(refused)
+    assert "Do" not in str(refused)
+    with pytest.raises(OutOfMemory, match=r"(?s)ranks need at least.*\n  Do"):
+        replan(plan, changes[-1], H100)
 
 
 def test_changes_are_read_from_pairs() -> None:
@@ -151,7 +157,11 @@ def test_changes_are_read_from_pairs() -> None:
             "'world-size' is not a change. Do: give pairs such as world-size=16,link=50GB/s;"
             " names: world-size, seq-len, gpu-memory, link, latency-us.",
         ),
-        ("world-size=none", "'none' is not an integer from 1 to 1,073,741,824."),
+        (
+            "world-size=none",
+            "'none' is not an integer from 1 to 1,073,741,824. Do: give one, such as"
+            " world-size=16.",
+        ),
         ("link=fast", '\'fast\' is not a speed. Do: give one such as "50GB/s" or "100Mbit/s".'),
     ],
 )
@@ -183,7 +193,7 @@ def test_a_budget_above_the_devices_memory_is_said() -> None:
     )
     profile = shipped("h100-sxm-published")
     assert said(plan) == [
-        "gpu_memory is 186 GiB, but a device of profile h100-sxm-published has 74.5 GiB: what is "
+        "the budget is 186 GiB, but a device of profile h100-sxm-published has 74.5 GiB: what is "
         "planned may not fit it"
     ]
     assert not said(replan(plan, Change(gpu_memory=80 * 10**9), profile))

@@ -292,7 +292,7 @@ def test_bytes_of_state_for_each_parameter_may_be_given() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adan", -1, True])
 def test_an_unknown_optimiser_lists_the_choices(optimizer: Any) -> None:
-    with pytest.raises(InvalidArgument, match=r"Choices: adam, adamw, .*bytes of state"):
+    with pytest.raises(InvalidArgument, match=r"Do: use one of adam, adamw, .*bytes of state"):
         _plan(optimizer=optimizer)
 
 

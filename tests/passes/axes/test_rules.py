@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from ringfx.comm import halo, redistribute
+from ringfx.comm import halo, redistribute, turn
 from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisSharing
-from ringfx.passes.axes.rules import RULES
+from ringfx.passes.axes.rules import RULES, parallel
 from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
 from tests.passes.axes.rule_samples import samples
@@ -35,6 +35,11 @@ NOT_SAMPLED = {
     every_token: "all of an axis, another one from there on: tests/end_to_end/test_matrices.py",
     halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
     redistribute.reshard: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
+    turn.turn: "moves tokens between ranks: tests/end_to_end/test_without_attention.py",
+    turn.apart: "ends axes: tests/end_to_end/test_without_attention.py",
+    **dict.fromkeys(
+        parallel.RULES, "messages to other ranks: tests/compile/test_tensor_parallel.py"
+    ),
     **dict.fromkeys(GROUPED, "whole along rows, except among a rank's own: tests/end_to_end"),
     aten.scaled_dot_product_attention.default: "whole along tokens; see the test of its heads",
     **dict.fromkeys(KERNELS, "whole: left as they stand only where detection declined them"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.models import constructs, control, torch_layers
+from tests.models import constructs, control, gradient_hooks, torch_layers
 from tests.models.shapes import HIDDEN
 from tests.models.transforms import FLEX, TRANSFORMS, Flex, Transformed
 from tests.models.writes import BUFFERS, WRITES, Writes, WritesBuffers
@@ -53,7 +53,8 @@ HOW = {
     "activation checkpointing": "the body is run in place; its calls are tagged for AOTAutograd's "
     "partitioner, which recomputes them in backward, as a policy of selective checkpointing says",
     "gradients": "regions keep their mode; a torch.autograd.Function stays one call with its own "
-    "backward; it is split if both bodies prove it, else it runs on gathered values, announced",
+    "backward; it is split if both bodies prove it, else it runs on gathered values, announced; a "
+    "hook on a gradient is the own backward of an identity",
     "writes in place": "every write is a value; views are put back into their base and made again",
     "buffers and inputs written": "new values are results of the program, copied into the user's "
     "tensors after the run, equally on all ranks",
@@ -74,6 +75,13 @@ def rows() -> Iterator[Row]:
         yield Row(group="activation checkpointing", name=name, model=model)
     for name, model in constructs.GRADIENTS.items():
         yield Row(group="gradients", name=name, model=model)
+    for name, model in gradient_hooks.models().items():
+        yield Row(group="gradients", name=name, model=model)
+    yield Row(
+        group="gradients", name="a gradient hook that reads what its tensor's uses make",
+        model=make(gradient_hooks.Hooked, "too late"), refused="gradient hook reads a value",
+        why="the hook stands before the first use"
+    )  # fmt: skip
     yield Row(
         group="gradients",
         name="an autograd.Function that writes into its input without mark_dirty",

@@ -90,6 +90,18 @@ DEFINED: Mapping[Any, Mapping[str, Arguments]] = {
     aten.expand_as.default: {"": lambda x: (x.view(6, 1, 8), torch.zeros(6, 3, 8))},
     aten.type_as.default: {"": lambda x: (x, torch.zeros(1))},
     aten.to.other: {"": lambda x: (x, torch.zeros(1))},
+    **{
+        op: {"": lambda x: (x.view(2, 3, 8), None, [2.0])}
+        for op in (aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec)
+    },
+    **{
+        op: {"": lambda x: (x.view(2, 3, 2, 4), None, [2.0, 3.0])}
+        for op in (aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec)
+    },
+    **{
+        op: {"": lambda x: (x.view(2, 3, 2, 2, 2), [4, 4, 2], None)}
+        for op in (aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec)
+    },
     getattr(aten.random_, "from"): {"": lambda x: (x * 1, -2, 9)},
 }
 """Operator -> its calls, each made of 48 numbers."""

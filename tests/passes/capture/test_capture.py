@@ -89,12 +89,11 @@ def test_a_policy_says_which_calls_are_saved() -> None:
     assert wishes[aten.gelu.default] == {CheckpointPolicy.PREFER_RECOMPUTE}
 
 
-def test_a_function_whose_backward_does_more_than_sum_is_whole_and_announced() -> None:
+def test_a_function_whose_backward_does_more_than_sum_has_whole_rows_of_tokens() -> None:
     program = lowered(constructs.OwnBackwards(), *x())
-    (move,) = [m for m in program.plan.collectives if "own_backward" in m.reason]
-    assert move.kind == "all_gather"
-    assert "a backward of its own" in move.reason
-    assert " at 0x" not in move.reason  # ranks compare plans
+    kinds = [m.kind for m in program.plan.collectives if not m.in_backward]
+    assert set(kinds) == {"all_to_all"}
+    assert not any(" at 0x" in m.reason for m in program.plan.collectives)  # ranks compare plans
 
 
 def test_a_checkpointed_body_is_recomputed_but_attention_is_not_lost() -> None:

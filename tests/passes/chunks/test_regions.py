@@ -73,7 +73,7 @@ def test_logits_that_are_returned_are_deferred() -> None:
     assert isinstance(logits, DeferredOutput)
     assert logits.shape == (2, 22, 257)
     assert made.plan.chunks[2].deferred == 1
-    assert "computed when it is touched" in str(made.plan)
+    assert "computed when it is touched" in " ".join(str(made.plan).split())
 
 
 def test_logits_of_one_rank_are_returned_as_they_are() -> None:

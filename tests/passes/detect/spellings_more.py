@@ -403,13 +403,18 @@ def favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ (k.mT @ v)) / (q @ k.sum(-2)[..., None])
 
 
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def none_of(w: Weights, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    q, k, v = qkv(w, x)
+    return attend(q[:, :0], k[:, :0], v[:, :0])
+
+
 MORE_DECOYS: Mapping[str, Callable[..., Any]] = {
-    "filled weakly, then padding": scored(
-        lambda w, s: torch.where(causal(), s, -2.0) + torch.where(torch.arange(S) > 1, 0.0, MIN)
-    ),
-    "multiplied with a mask, then another": scored(
-        lambda w, s: s * causal().to(s.dtype) + torch.where(torch.arange(S) > 1, 0.0, MIN)
-    ),
+    "no heads": lambda w, x: w.o(x) + none_of(w, x, F.scaled_dot_product_attention).sum(),
+    "no heads, spelled": lambda w, x: w.o(x) + none_of(w, x, plain).sum(),
     "relu weights": weighed(lambda s: s.relu() / S),
     "squared relu": weighed(lambda s: s.relu() ** 2),
     "dual softmax": weighed(dual), "sparsemax": weighed(sparsemax),
@@ -418,9 +423,6 @@ MORE_DECOYS: Mapping[str, Callable[..., Any]] = {
         lambda s: F.softplus(s) / F.softplus(s).sum(-1, keepdim=True)
     ),
     "an epsilon beside a maximum": weighed(stable_with_epsilon),
-    "scaled by position and key": weighed(
-        lambda s: (s + 0.1 * torch.arange(S * S).view(S, S).sin().cumsum(-1) * s).softmax(-1)
-    ),
     "exponentials weighed": weighed(unequal),
     "by deviation": weighed(lambda s: (s / s.std(-1, keepdim=True)).softmax(-1)),
     "renormalised over queries": weighed(

@@ -146,7 +146,7 @@ def test_strict_mode_names_every_place() -> None:
         "replicated on every rank:\n"
         "  layers.1 (model.py:17), softmax_3\n"
         "  layers.2 (model.py:17), softmax_3\n"
-        "Do: call torch.nn.functional.scaled_dot_product_attention there, or drop strict; "
+        "Do: call torch.nn.functional.scaled_dot_product_attention there, or leave strict out; "
         "`ringfx explain` lists every attention that was found and every "
         "rejected one."
     )

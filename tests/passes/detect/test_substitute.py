@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ringfx
-from ringfx.errors import AttentionNotFound
+from ringfx.ir.note import texts_of
 from ringfx.passes.detect import detect
 from ringfx.passes.detect.kernel_calls import flash, packed_flash
 from ringfx.passes.detect.substitute import adapted, keep_substituting
@@ -59,6 +59,7 @@ def test_the_string_backend_sees_the_spelling_too() -> None:
     assert RAN == []
 
 
+@pytest.mark.slow
 def test_an_ordinary_compilation_is_what_it_was() -> None:
     keep_substituting()
     before = operators(Around(causal_flash))
@@ -98,9 +99,9 @@ def test_a_bias_without_a_spelling_leaves_the_call_to_the_package() -> None:
     def core(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend_by_xformers(q, k, v, bias=attn_bias.BlockDiagonalPaddedKeysMask)
 
-    model = ringfx.optimize(Around(core), compiler="eager")
-    with pytest.raises(AttentionNotFound, match="with BlockDiagonalPaddedKeysMask: the package's"):
-        model(*embedded())
+    model: Any = ringfx.optimize(Around(core), compiler="eager")
+    model(*embedded())
+    assert "with BlockDiagonalPaddedKeysMask: the package's" in " ".join(texts_of(model.plan.notes))
     assert RAN == ["memory_efficient_attention"]
 
 

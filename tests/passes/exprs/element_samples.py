@@ -104,6 +104,7 @@ def _binary() -> Iterator[Sample]:
     yield Sample("pow of tensors", torch.pow, (integers(Q, K, low=0), integers(K, low=0, high=3)))
     yield Sample("pow of a number", lambda: 2.0 ** -distance())
     yield Sample("square", lambda: torch.square(distance()))
+    yield Sample("softplus", lambda: torch.nn.functional.softplus(distance() * 0.5))
     yield Sample("aten square", lambda: aten.square.default(distance()))
 
 

@@ -134,6 +134,9 @@ class _Here(Ranks):
     def all_reduce(self, operation: str, partial: Tensor) -> Tensor:
         return partial.copy_(_total(self._meet(operation, partial.clone())))
 
+    def largest(self, operation: str, x: Tensor) -> Tensor:
+        return x.copy_(functools.reduce(torch.maximum, self._meet(operation, x.clone())))
+
     def reduce_scatter(self, operation: str, parts: Tensor) -> Tensor:
         return _total([p[self.rank] for p in self._meet(operation, parts.clone())])
 
@@ -162,6 +165,8 @@ class _Work:
 
 
 def _named(group: str, layer: str) -> Ranks:
+    if not group:  # what is replicated runs on each rank alone
+        return Ranks(0, 1, None, layer)
     return _Here(_HERE.rank, _HERE.room.size, _HERE.room, layer)
 
 

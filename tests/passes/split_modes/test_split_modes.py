@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ringfx.comm import conjugate, halo, random_draws, redistribute, token_lookup
+from ringfx.comm import conjugate, halo, random_draws, redistribute, token_lookup, turn
 from ringfx.compile.pipeline import Lowered
 from ringfx.passes.split_modes import Placement, SplitMode
+from ringfx.passes.split_modes.along_tokens import Flip, Reduction, Scan, Softmax
+from ringfx.passes.split_modes.attention import OwnKeys
 from ringfx.passes.split_modes.concat import Concat
 from ringfx.passes.split_modes.halo_convolution import HaloConvolution
 from ringfx.passes.split_modes.labelled import Creation, Labelled
+from ringfx.passes.split_modes.local_attention import LocalAttention
 from ringfx.passes.split_modes.local_sort import GroupedProduct, InverseOrder, LocalSort
 from ringfx.passes.split_modes.lookup import LookUp, TakeRange, TokensByNumber
 from ringfx.passes.split_modes.partial_sum import PartialSum
@@ -72,6 +75,9 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], type[SplitMode], tuple[Placem
         lambda x: x[:, torch.tensor([3, 4])].sum(1, keepdim=True), LookUp, (S, G),
         token_lookup.mask_rows,
     ),
+    "turn": (
+        lambda x: torch.fft.fft(x, dim=1).real, Reshard, (S,), turn.turn_tokens,
+    ),
     "dropout": (lambda x: F.dropout(x, 0.5), RandomDraw, (S,), random_draws.dropout),
 }  # fmt: skip
 """The operator, its mode, the placements of its operands, and a call that one rank makes."""
@@ -88,6 +94,12 @@ CONSTRUCTS: dict[str, tuple[str, type[SplitMode], tuple[Placement, ...], Any]] =
 ELSEWHERE = {
     SplitMode: "the base",
     TokensByNumber: "the base of TakeRange and LookUp",
+    Scan: "tests/end_to_end/test_along_tokens.py",
+    Flip: "tests/end_to_end/test_along_tokens.py",
+    Softmax: "tests/end_to_end/test_along_tokens.py",
+    Reduction: "tests/end_to_end/test_along_tokens.py",
+    OwnKeys: "tests/end_to_end/test_few_queries.py",
+    LocalAttention: "tests/end_to_end/test_grids.py",
     Arrived: "an input of a later program: tests/end_to_end/test_split_across_breaks.py",
 }
 

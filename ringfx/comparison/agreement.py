@@ -1,6 +1,6 @@
 """When split results count as equal: the one rule, for the loss, every output and every gradient.
 
-A tensor t agrees with the stock model's t*, run in the variant's own type, if
+A tensor t agrees with the stock model's t*, run in the same type, if
 
     max|t - t*|  <=  tolerance * max(max|t*|, floor)                                   (plain)
 
@@ -36,17 +36,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["TOLERANCE", "Exact", "Results", "disagreements", "excesses", "excused"]
+from ringfx.torch_compat.autograd import backward_in
+
+__all__ = [
+    "TOLERANCE", "Exact", "Results", "disagreements", "excesses", "excused", "none_for_zeros",
+]  # fmt: skip
 
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float64": 1e-10, "autocast": 1.0}
 ROUNDING = 2**-9
 GRADIENT_FLOOR = 1e-4
+BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 LARGEST_ROUNDING = 1e-5
 """Some hundred units in the last place of float32; a token at another expert is off by far more."""
 
@@ -73,6 +78,9 @@ class Exact(TorchFunctionMode):
             # The numbers that the stock model draws: the generator gives others in float64.
             return func(*args, **(kwargs or {}), dtype=torch.float32).double()
         given = {k: _wide(v) for k, v in (kwargs or {}).items()}
+        if func in BACKWARD:  # the mode is off in here, where checkpoints compute again
+            with backward_in(self):
+                return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             return args[0].double()
         return func(*map(_wide, args), **given)
@@ -80,6 +88,16 @@ class Exact(TorchFunctionMode):
 
 def _wide(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+def none_for_zeros(ours: Results, stock: Results) -> Results:
+    """A parameter that leads to an unused result has no gradient in eager mode, and zeros in what
+    AOTAutograd compiled, with or without ringfx."""
+    kept = {
+        name: None if x is not None and stock.tensors.get(name) is None and not x.any() else x
+        for name, x in ours.tensors.items()
+    }
+    return replace(ours, tensors=kept)
 
 
 def disagreements(ours: Results, stock: Results) -> dict[str, float]:

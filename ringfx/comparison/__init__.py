@@ -1,0 +1,1 @@
+"""A model split over ranks of this machine, compared with itself unsplit: ``ringfx.verify``."""
