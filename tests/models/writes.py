@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.models.constructs import Around
 from tests.models.shapes import HIDDEN
 
-__all__ = ["BUFFERS", "WRITES", "Writes", "WritesBuffers"]
+__all__ = ["BUFFERS", "REFUSED_WRITES", "WRITES", "RefusedWrites", "Writes", "WritesBuffers"]
 
 Tensor = torch.Tensor
 
@@ -247,6 +247,52 @@ WRITES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tril_ of scores": triangle,
     "&= and |=": logical,
 }  # fmt: skip
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    y = x * 2
+    with torch.no_grad():
+        y.mul_(3)
+    return y
+
+
+def through_detach(x: Tensor) -> Tensor:
+    y = x * 2
+    y.detach().mul_(3)
+    return y
+
+
+def through_unfold(x: Tensor) -> Tensor:
+    y = x.detach() * 2
+    y.unfold(1, 2, 2).mul_(3)
+    return y + x
+
+
+WRITES_REFUSED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "without a gradient, into a value that has one": without_gradient,
+    "through detach, into a value that has a gradient": through_detach,
+    "through unfold": through_unfold,
+}
+
+REFUSED_WRITES: Mapping[str, tuple[str, str]] = {
+    "without a gradient, into a value that has one": (
+        "writes without gradients into a value that has a gradient",
+        "later uses would pass on the gradient of the overwritten value",
+    ),
+    "through detach, into a value that has a gradient": (
+        "through a detached view", "the same"
+    ),
+    "through unfold": ("aten.unfold.default, which has no inverse", "a view without an inverse"),
+}  # fmt: skip
+
+
+class RefusedWrites(Around):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def between(self, x: Tensor) -> Tensor:
+        return WRITES_REFUSED[self.name](x)
 
 
 class WritesBuffers(Around):

@@ -85,7 +85,7 @@ DIFFERENCES = (
         last=UNTIL_2_12, why="DTensor has another opinion on stack (2.11), none on rrelu (2.12)",
     ),
     Difference(
-        tests="tests/end_to_end/test_ways_in.py::test_code_that_dynamo_gives_up_*",
+        tests="tests/end_to_end/test_said_unsplit.py::test_code_that_dynamo_gives_up_*",
         first=SINCE_2_15, why="Dynamo breaks the graph at an LSTM, and what follows is split",
     ),
     Difference(

@@ -19,7 +19,14 @@ from torch import nn
 from tests.models import constructs, control, gradient_hooks, torch_layers
 from tests.models.shapes import HIDDEN
 from tests.models.transforms import FLEX, TRANSFORMS, Flex, Transformed
-from tests.models.writes import BUFFERS, WRITES, Writes, WritesBuffers
+from tests.models.writes import (
+    BUFFERS,
+    REFUSED_WRITES,
+    WRITES,
+    RefusedWrites,
+    Writes,
+    WritesBuffers,
+)
 
 __all__ = ["PAGE", "ROWS", "Row", "page", "sequence"]
 
@@ -90,9 +97,9 @@ def rows() -> Iterator[Row]:
     )  # fmt: skip
     for name in WRITES:
         yield Row(group="writes in place", name=name, model=make(Writes, name))
-    for name, (words, why) in constructs.REFUSED_WRITES.items():
+    for name, (words, why) in REFUSED_WRITES.items():
         yield Row(
-            group="writes in place", name=name, model=make(constructs.RefusedWrites, name),
+            group="writes in place", name=name, model=make(RefusedWrites, name),
             refused=words, why=why,
         )  # fmt: skip
     for name in BUFFERS:
