@@ -99,6 +99,9 @@ def run(request: Request, view: View) -> None:
         Whatever is wrong with the request, the model or the profile.
     """
     _check(request, view)
+    if view == View(max_seq_len=True) and _saved(request) is None:
+        print(_longest_text(request))  # the length that was given need not fit
+        return
     try:
         plan = _planned(request, view)
     except OutOfMemory as error:
@@ -318,6 +321,9 @@ def token_dims_of(words: Sequence[str]) -> Mapping[str, int]:
     return found
 
 
+ROUNDS = 4
+"""Plans at most, to find the longest sequence of a model."""
+
 # --- showing ----------------------------------------------------------------------------------
 
 
@@ -373,17 +379,44 @@ def _views(plan: Plan, request: Request, view: View) -> list[str]:
         results = sweep(plan, changes, _profile(plan, request), chosen, request.strategies)
         texts.append(sweep_text(name, changes, results))
         if name == "seq-len" and plan.gpu_memory is not None:
-            texts.append(_longest_text(plan, request, chosen))
+            texts.append(_longest_text(request))
     if view.max_seq_len:
-        texts.append(_longest_text(plan, request, chosen))
+        texts.append(_longest_text(request))
     if view.diff is not None:
         texts.append(diff_text(_read(view.diff, request), plan))
     return texts
 
 
-def _longest_text(plan: Plan, request: Request, chosen: StrategyChoice) -> str:
-    longest = longest_sequence(plan, _profile(plan, request), chosen, strategies=request.strategies)
+def _longest_text(request: Request) -> str:
+    """A saved plan has the chunks that it was made with; of a model all are tried."""
+    plan = _saved(request)
+    longest = _longest_of_a_model(request) if plan is None else _longest(plan, request)
     return f"longest sequence that fits: {longest:,} tokens"
+
+
+def _longest_of_a_model(request: Request) -> int:
+    """Planned again at each length that is found, until it is the length that was planned: a plan
+    knows its own chunks only, which much fewer tokens would not need."""
+    chunks = "all" if request.chunks == "auto" else request.chunks
+    freely = replace(request, gpu_memory=None, chunks=chunks)
+    budget = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
+    longest = 0
+    for _ in range(ROUNDS):
+        plan = replace(_made(freely), gpu_memory=budget)
+        at, longest = tokens(plan), _longest(plan, request)
+        if request.seq_len is None:  # the model has inputs of its own
+            break
+        if abs(longest - at) <= at // 500:
+            return min(longest, at)
+        freely = replace(freely, seq_len=str(max(longest, at // 8, 1)))
+    return longest
+
+
+def _longest(plan: Plan, request: Request) -> int:
+    return longest_sequence(
+        plan, _profile(plan, request), strategy_choice(request.strategy),
+        strategies=request.strategies,
+    )  # fmt: skip
 
 
 def write_html(plan: Plan, path: Path, request: Request) -> None:

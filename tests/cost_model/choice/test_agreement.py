@@ -99,3 +99,18 @@ def test_fresh_changed_swept_and_saved_plans_agree(
     assert replan(long, Change(seq_len=longest), CPU).memory.peak_bytes <= budget
     with pytest.raises(OutOfMemory):
         replan(long, Change(seq_len=longest + 64), CPU)
+
+
+def test_the_longest_sequence_of_a_model_is_a_fresh_plans(tmp_path: Path) -> None:
+    """From a length that does not fit, with chunks that this length alone would not have."""
+    config = hf.LlamaConfig(**SIZES, num_key_value_heads=2)
+    config.architectures = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    asked = [str(tmp_path / "config.json"), "--world-size", "2", "--gpu-memory", "24MiB"]
+    found = CliRunner().invoke(app, ["plan", *asked, "--seq-len", "64k", "--max-seq-len"])
+    assert found.exit_code == 0, found.output
+    longest = int(found.stdout.split()[-2].replace(",", ""))
+    assert 1_000 < longest < 65_536
+    for length, fits in ((longest, True), (longest + longest // 100, False)):
+        planned = CliRunner().invoke(app, ["plan", *asked, "--seq-len", str(length)])
+        assert (planned.exit_code == 0) == fits, planned.output
