@@ -54,7 +54,7 @@ from ringfx.passes.verify.check import line_inputs
 from ringfx.split_tensor.handoff import ProgramHandoff, global_example, is_split, local_example
 from ringfx.torch_compat.autograd import without_saved_tensor_hooks
 from ringfx.torch_compat.dynamo import TorchDynamoException
-from ringfx.units.argument import Argument
+from ringfx.units.argument import Argument, Code
 from ringfx.units.format import format_bytes
 from ringfx.watch.stages import preparing, stage_done
 
@@ -399,11 +399,14 @@ def no_attention_text(plans: Sequence[Plan]) -> str:
         + (
             "Ringfx recognises scaled_dot_product_attention and its kernels, "
             "nn.MultiheadAttention, flex_attention, flash-attn, xformers, and softmax(q k^T) v "
-            "over tokens in any form. A model without attention, of one program, is split along an "
-            "axis of its inputs that convolutions, pools, scans or Fourier transforms run along, "
-            "or that is neither the batch nor the features: no input has such an axis of at least "
-            "4 elements and one a rank. Do: run `ringfx explain MODEL` to see which operators were "
-            "examined and why they were rejected, or run the model without ringfx."
+            "over tokens in any form. A model without attention is split along an axis of its "
+            "inputs that convolutions, pools, scans or Fourier transforms run along, or that is "
+            "neither the batch nor the features: no input has such an axis of at least 4 elements "
+            "and one a rank, or it is an input of a program that ends in a graph break. Do: say "
+            "which dimension of an input holds the tokens, "
+            f"{Argument('token_dims', Code(str({'x': 1}), 'x=1'))}, run `ringfx explain MODEL` to "
+            "see which operators were examined and why they were rejected, or run the model "
+            "without ringfx."
         )
     )
 

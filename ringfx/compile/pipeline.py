@@ -117,7 +117,9 @@ def _lowered(
     axes, lines = find_tokens(
         graph, sites.found, world.size, split, rules=settings.rules,
         held=[given[i] for i in captured.held], is_whole=is_whole,
-        token_dims=given_dims(captured, settings.token_dims, sites, world.size) if is_whole else {},
+        token_dims={} if split else given_dims(
+            captured, settings.token_dims, sites, world.size, is_whole=is_whole
+        ),
     )  # fmt: skip
     after("axes-and-normalize", graph, lambda n: _tokens_note(lines, n))
     unknown = _refuse_unknown(axes, lines, settings, world)

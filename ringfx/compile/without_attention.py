@@ -19,9 +19,17 @@ __all__ = ["given_dims", "notes_without_attention"]
 
 
 def given_dims(
-    captured: Captured, token_dims: Mapping[str, int], sites: Sites, world_size: int
+    captured: Captured,
+    token_dims: Mapping[str, int],
+    sites: Sites,
+    world_size: int,
+    *,
+    is_whole: bool,
 ) -> Mapping[Node, int]:
     """The inputs that ``token_dims`` names, and their dimension of tokens.
+
+    Where the program is not the whole model, those of them that it has: others belong to another
+    program, and attention in this one says what its tokens are.
 
     Raises
     ------
@@ -32,6 +40,8 @@ def given_dims(
         return {}
     words = " ".join(f"{name}={dim}" for name, dim in token_dims.items())
     asked = Argument("token_dims", Code(str(dict(token_dims)), words))
+    if sites.found and not is_whole:
+        return {}
     if sites.found:
         first = sites.found[0]
         raise InvalidArgument(
@@ -46,6 +56,8 @@ def given_dims(
     }
     found: dict[Node, int] = {}
     for name, dim in token_dims.items():
+        if name not in inputs and not is_whole:
+            continue
         if name not in inputs:
             listed = ", ".join(f"{k} {list(n.meta['val'].shape)}" for k, n in inputs.items())
             raise InvalidArgument(

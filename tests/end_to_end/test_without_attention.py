@@ -213,3 +213,33 @@ def test_models_without_attention_on_real_ranks(ranks3: RankPool) -> None:
     ]  # fmt: skip
     for comparison in compare_all(ranks3, cases):
         comparison.check()
+
+
+class Broken(nn.Module):
+    """A graph break between two convolutions; what comes behind it is called x, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
+        self.last = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=2, dilation=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.last(x).sin()
+
+
+def broken_inputs() -> tuple[torch.Tensor]:
+    return (drawn(2, HIDDEN, 29),)
+
+
+def test_with_token_dims_a_broken_model_is_split_from_the_start(ranks2: RankPool) -> None:
+    for given in ({"x": 2}, {}):
+        case = Case(
+            model=Broken, inputs=broken_inputs, loss=weighed, dtype=torch.float64, label="broken",
+            options={"compiler": "eager", "token_dims": given},
+        )  # fmt: skip
+        (found,) = compare_all(ranks2, [case])
+        found.check()
+        assert ("all_gather" in found.ranks[0].plan) == (not given), "of the first half"
