@@ -53,6 +53,8 @@ class Effort:
     max_message_bytes: int = 16 * 2**20
     operator_tokens: int = 4096
     """The most of matrix products and of whole steps."""
+    compiled: bool = True
+    """Whole steps are timed as Inductor compiles them, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class StepTimes:
     tokens: tuple[int, ...]
     eager_ms: tuple[float, ...]
     fused_ms: tuple[float, ...] | None
-    """None: Inductor cannot compile here."""
+    """None: Inductor cannot compile here, or it was not asked."""
     optimizer_gbytes_per_s: float
     """What a step of AdamW reads and writes, behind a backward."""
 
@@ -94,7 +94,7 @@ def step_times(device: str, effort: Effort) -> StepTimes:
     model = _Model(device).to(device)
     tokens = (effort.operator_tokens // 4, effort.operator_tokens)
     eager = [_steps(model, model, n, device, effort) for n in tokens]
-    fused = _fused(model, tokens, device, effort)
+    fused = _fused(model, tokens, device, effort) if effort.compiled else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     took_ms = statistics.median(ms for _, ms in eager)
     return StepTimes(

@@ -10,7 +10,7 @@ from ringfx.cost_model.calibration.measure import Effort
 
 HARDLY = Effort(
     seconds_per_case=0.0, min_repeats=2, max_tokens=128, max_message_bytes=2**12,
-    operator_tokens=256,
+    operator_tokens=256, compiled=False,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ringfx.cost_model.calibration.calibrate import Measurements, calibrate, mak
 from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
 from ringfx.cost_model.calibration.layers import fit_layers, layer_records, layer_sites
 from ringfx.cost_model.calibration.measure import Effort, kernel_cases, spread
+from ringfx.cost_model.calibration.measure_step import step_times
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
 from ringfx.cost_model.prediction.profile import own_profiles, profile_json, read_profile
 from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow
@@ -26,7 +27,7 @@ from tests.cost_model.sites import causal_site, predicted, shipped
 
 HARDLY = Effort(
     seconds_per_case=0.0, min_repeats=2, max_tokens=256, max_message_bytes=2**14,
-    operator_tokens=256,
+    operator_tokens=256, compiled=False,
 )  # fmt: skip
 
 
@@ -60,6 +61,18 @@ def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurem
     assert profile.mask_ns_per_pair >= 0
     assert profile.contention_ns_per_byte >= 0
     assert profile.noise >= 1
+
+
+@pytest.mark.ranks
+@pytest.mark.inductor
+def test_steps_are_timed_as_inductor_compiles_them_too(measured: Measurements) -> None:
+    found = step_times("cpu", replace(HARDLY, compiled=True, operator_tokens=32))
+    assert found.fused_ms is not None
+    compiled = replace(
+        measured, steps=replace(found, fused_ms=tuple(9 * x for x in found.eager_ms))
+    )
+    factors = make_profile(compiled).step_factor, make_profile(compiled).fused_step_factor
+    assert 2 * factors[0] < factors[1], "not the factor of eager steps"
 
 
 @pytest.mark.ranks
