@@ -151,6 +151,13 @@ def test_in_zigzag_each_block_is_one_call(size: int, keep: Expr | None, length: 
         (None, ("at", 0, ("h",), ("sub", K, Q)), "full, relative bias"),
         (None, ("at", 0, ("h",), Q, K), "full, bias given as input"),
         (("le", ("abs", ("sub", Q, K)), ("const", 4)), None, "within 4 tokens"),
+        (
+            ("not", ("or", ("gt", K, Q), ("ge", ("sub", Q, K), ("const", 24)))),
+            None,
+            "causal, window 24",
+        ),
+        (("not", ("and", ("gt", K, Q), ("ge", K, ("const", 9)))), None, "causal or first 9 keys"),
+        (("and", CAUSAL, ("not", ("at", 1, B, K))), None, "causal, key padding"),
     ],
 )
 def test_masks_in_words(keep: Expr | None, bias: Expr | None, words: str) -> None:

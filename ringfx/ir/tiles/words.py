@@ -11,6 +11,7 @@ __all__ = ["WHOLE_MASK", "describe", "whole_text"]
 WHOLE_MASK = "a mask or bias"
 """What every text about a mask with an entry for each query and key begins with."""
 _ORDERED = frozenset({"le", "lt", "ge", "gt"})
+_OPPOSITE = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}
 
 
 def describe(keep: Expr | None, bias: Expr | None = None, score_map: Expr | None = None) -> str:
@@ -20,7 +21,7 @@ def describe(keep: Expr | None, bias: Expr | None = None, score_map: Expr | None
     ...           ("gt", ("k",), ("sub", ("q",), ("const", 4096)))))
     'causal, window 4096'
     """
-    words = [_term_words(term) for term in terms(keep)]
+    words = [_term_words(term) for term in terms(_not_inside(keep))]
     if not words:
         words = ["full"]
     if bias is not None:
@@ -56,6 +57,24 @@ def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int | None = No
     if size > taken:
         text += f"{';' if taken else ':'} {format_bytes(size - taken)} on every rank, not split"
     return text
+
+
+def _not_inside(term: Expr | None, negated: bool = False) -> Expr | None:
+    """The same mask with each ``not`` at a comparison, which then turns round.
+
+    A mask is often written as what it hides: ``(distance < 0) | (distance >= 64)``.
+    """
+    if term is None:
+        return None
+    head, *args = term
+    if head == "not":
+        return _not_inside(args[0], not negated)
+    if head in ("and", "or"):
+        joined = head if not negated else {"and": "or", "or": "and"}[head]
+        return (joined, *(_not_inside(arg, negated) for arg in args))
+    if not negated:
+        return term
+    return (_OPPOSITE[head], *args) if head in _OPPOSITE else ("not", term)
 
 
 def _at_least_zero(term: Expr) -> tuple[int, int, int] | None:
