@@ -76,18 +76,19 @@ class ProgramHandoff:
         where, in_backward = users_frame(), kind is CommKind.ALL_GATHER_GRADIENT
         if not self.running and (caller := outside_of_libraries()):
             where += f" (called from {caller})"
-        reason = (
-            f"{where}, {'whose backward' if in_backward else 'which'} runs outside the compiled "
-            "programs"
-        )
+        outside = "runs outside the compiled programs"
         self.moved.append(
             Collective(
                 node="python", name=name, source=where, kind=kind, bytes_moved=num_bytes,
-                reason=reason, in_backward=in_backward,
+                reason=f"its backward {outside}" if in_backward else f"it {outside}",
+                in_backward=in_backward,
             )
         )  # fmt: skip
         size = format_bytes(num_bytes)
-        self._announce(f"{name}: gathers {size} on every rank for {reason}")
+        self._announce(
+            f"{name}: gathers {size} on every rank for {where}, "
+            f"{'whose backward' if in_backward else 'which'} {outside}"
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
