@@ -34,6 +34,7 @@ from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.torch_compat.dynamo import OptimizedModule
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
+from ringfx.validation.names import named_arguments
 from ringfx.watch.stages import stage_done
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = ["Optimized", "offline", "optimize", "plan", "stats"]
 M = TypeVar("M", bound=torch.nn.Module)
 
 
+@named_arguments
 def optimize(
     model: M,
     *,
@@ -208,6 +210,7 @@ def _refuse_nested(model: torch.nn.Module) -> None:
             )
 
 
+@named_arguments
 def stats(model: torch.nn.Module) -> Stats:
     """What each attention of an optimized model has done on this rank so far, by module path.
 
@@ -231,6 +234,7 @@ def stats(model: torch.nn.Module) -> Stats:
     return Stats.of(names)
 
 
+@named_arguments
 def plan(
     model: torch.nn.Module,
     args: tuple[Any, ...] = (),

@@ -26,6 +26,7 @@ from torch import nn
 from ringfx.errors import InvalidArgument
 from ringfx.validation.fields import STRICT, Name
 from ringfx.validation.json_reader import Source, parse_json, validated
+from ringfx.validation.names import nearest
 from ringfx.validation.text_files import is_there, read_text
 
 __all__ = ["Inputs", "Target", "build", "find_table", "find_target", "floating_dtype"]
@@ -39,6 +40,8 @@ class Inputs:
 
     seq_len: int | None
     """None where nobody says: then the factory must have inputs of its own."""
+    is_asked: bool = True
+    """Someone asked for this length; else a factory's own default goes before it."""
     batch_size: int = 1
     labels: bool = True
     """Give labels too where ``forward`` takes them."""
@@ -150,7 +153,7 @@ def _attribute(where: str, attribute: str, remedy: str) -> Any:
         if not hasattr(found, part):
             raise InvalidArgument(
                 f"module {where!r} has no attribute {attribute!r}."
-                f"{_suggestion(part, found)} Do: {remedy}."
+                f"{nearest(part, dir(found))} Do: {remedy}."
             )
         found = getattr(found, part)
     return found
@@ -194,13 +197,6 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _suggestion(name: str, owner: Any) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, dir(owner), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 @contextmanager
 def _blame(name: str, passing: type[Exception] = InvalidArgument) -> Iterator[None]:
     """Turn an error in the user's code into one line that says what and where."""
@@ -235,7 +231,7 @@ def _hf_class_config(name: str) -> Any:
     config_class = getattr(transformers, name, None)
     if not (isinstance(config_class, type) and hasattr(config_class, "model_type")):
         raise InvalidArgument(
-            f"transformers has no configuration class {name!r}.{_suggestion(name, transformers)}"
+            f"transformers has no configuration class {name!r}.{nearest(name, dir(transformers))}"
             " Do: name one such as LlamaConfig, or give a config.json."
         )
     return config_class()
@@ -353,6 +349,9 @@ def _accepted(factory: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
     """The sizes that the factory has parameters for."""
     offered = {"seq_len": inputs.seq_len, "batch_size": inputs.batch_size}
     known = _parameters(factory)
+    if "seq_len" in known and not inputs.is_asked:
+        own = known["seq_len"].default
+        offered["seq_len"] = inputs.seq_len if own in (inspect.Parameter.empty, None) else None
     return {name: value for name, value in offered.items() if name in known and value is not None}
 
 

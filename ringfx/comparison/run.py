@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ringfx.errors import InvalidArgument
 from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes
 from ringfx.validation.arguments import whole_number
+from ringfx.validation.names import named_arguments, unknown_option
 
 __all__ = ["refuse_too_large", "verify"]
 
@@ -40,6 +42,7 @@ SEARCHES_FROM = 1e-9
 """A value within the model that differs by less than this of its size was only rounded."""
 
 
+@named_arguments
 def verify(
     model: nn.Module,
     *args: Any,
@@ -207,6 +210,11 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {"compiler": "aot_eager", **options}
     if "mesh" in given:
         raise InvalidArgument("verify starts its own ranks. Do: pass world_size in place of mesh.")
+    own = inspect.signature(verify).parameters.values()
+    known = [p.name for p in own if p.kind is p.KEYWORD_ONLY] + [f.name for f in fields(Settings)]
+    for name in given:
+        if name not in known:
+            raise unknown_option(name, known)
     Settings.of(given)
     if given.get("outputs", "global") != "global":
         raise InvalidArgument(

@@ -22,6 +22,7 @@ from ringfx.passes.chunks.sizes import Chunks
 from ringfx.strategies import STRATEGIES, Strategy, planned_with
 from ringfx.strategies.given import checked_strategies
 from ringfx.units.argument import Argument, Code
+from ringfx.validation.names import unknown_option
 
 __all__ = ["Compiler", "OnUnsupported", "Outputs", "Settings"]
 
@@ -89,9 +90,7 @@ class Settings:
         known = [f.name for f in fields(Settings)]
         for name in options:
             if name not in known:
-                raise InvalidArgument(
-                    f"unknown option {name!r}. Do: use one of mesh, {', '.join(known)}."
-                )
+                raise unknown_option(name, ("mesh", *known))
         given = dict(options)
         for name, checked in (("strategies", checked_strategies), ("rules", checked_rules)):
             if name in given:

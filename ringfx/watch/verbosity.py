@@ -6,6 +6,7 @@ import logging
 import sys
 
 from ringfx.errors import InvalidArgument
+from ringfx.validation.names import named_arguments
 
 __all__ = ["set_verbosity"]
 
@@ -18,6 +19,7 @@ LEVELS = {
 }
 
 
+@named_arguments
 def set_verbosity(level: str) -> None:
     """Let the logger ``ringfx`` write so much, and on stderr if nothing else listens to it.
 
