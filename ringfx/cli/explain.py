@@ -13,11 +13,14 @@ from ringfx.report.detection_report import report_detection
 
 __all__ = ["run"]
 
+TOKENS = "4k"
+"""Where neither the command nor the factory says: what is found does not depend on it."""
+
 
 def run(
     target: str,
     *,
-    seq_len: str,
+    seq_len: str | None,
     batch_size: int,
     train: bool,
     dtype: str | None,
@@ -33,7 +36,10 @@ def run(
     RingfxError
         Whatever is wrong with the request or the model; with ``strict``, a missed attention.
     """
-    inputs = Inputs(seq_len=parse_tokens(seq_len), batch_size=batch_size, labels=train)
+    inputs = Inputs(
+        seq_len=parse_tokens(TOKENS if seq_len is None else seq_len), is_asked=seq_len is not None,
+        batch_size=batch_size, labels=train,
+    )  # fmt: skip
     with Console(stderr=True).status(f"reading {target}"):
         factory = find_target(target, hf=hf, dtype=dtype)
         with api.offline():

@@ -101,7 +101,7 @@ def plan(
 @app.command()
 def explain(
     target: o.Target,
-    seq_len: o.SeqLen = "4k",
+    seq_len: o.SeqLen = None,
     batch_size: o.Sequences = 1,
     train: o.Train = True,
     dtype: o.Dtype = None,
@@ -117,7 +117,6 @@ def explain(
     with _one_line_errors():
         from ringfx.cli.explain import run
 
-        assert seq_len is not None, "it has a default"
         run(
             target, seq_len=seq_len, batch_size=batch_size, train=train, dtype=dtype, hf=hf,
             strict=strict, as_json=as_json, rules=rules,

@@ -79,7 +79,13 @@ Target = Annotated[
         " configuration class, or (plan only) a plan saved with --json.",
     ),
 ]
-SeqLen = Annotated[str | None, _model(help="Tokens of one sequence: 4096, 128k, 1M.")]
+SeqLen = Annotated[
+    str | None,
+    _model(
+        help="Tokens of one sequence: 4096, 128k, 1M. Default: what the factory makes by itself;"
+        " explain takes 4k where that needs a length, verify always 250."
+    ),
+]
 Sequences = Annotated[int, _model(help="Sequences in the batch.", min=1, max=MOST_ROWS)]
 Train = Annotated[
     bool, _model("--train/--infer", help="Forward and backward, or forward only in eval mode.")

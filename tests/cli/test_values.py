@@ -74,6 +74,9 @@ class Attend(nn.Module):
 
 def make():
     return Attend()
+
+def of_its_own(seq_len=77):
+    return Attend(), (torch.zeros(1, seq_len, dtype=torch.long),)
 """
 
 
@@ -135,3 +138,17 @@ def test_a_wrong_value_ends_in_one_message(here: None, command: str, parameter: 
     values = FREE.get(f"{command} {parameter.opts[0]}", WORDS)
     found = [_wrong(command, parameter, value) for value in values]
     assert not [text for text in found if text]
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        (["mini:of_its_own"], "77 x 77"),  # the default that the factory has
+        (["mini:of_its_own", "--seq-len", "64"], "64 x 64"),
+        (["mini:make"], "4,096 x 4,096"),
+    ],
+)
+def test_explain_takes_a_factory_at_its_own_length(
+    here: None, words: list[str], tokens: str
+) -> None:
+    assert f"{tokens} tokens" in CliRunner().invoke(app, ["explain", *words]).output
