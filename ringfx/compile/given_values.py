@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ringfx.compile.planned_arrivals import hand_on
+from ringfx.compile.planned_arrivals import hand_on, picked_from
 from ringfx.torch_compat.autograd import storage_id
 from ringfx.torch_compat.dispatch import disable_current_modes
 from ringfx.torch_compat.fake_tensors import (
@@ -32,6 +32,7 @@ from ringfx.torch_compat.fake_tensors import (
 )
 from ringfx.torch_compat.operators import OpOverload, schema_of
 from ringfx.torch_compat.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ringfx.units.format import format_bytes
 
 __all__ = ["GivenMode"]
 
@@ -135,6 +136,8 @@ class GivenMode(FakeTensorMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in PICKS and (source := picked_from(func, args)) is not None:
+            self._say_gathered(source)
         outer, self._picks = self._picks, self._picks or func in PICKS
         try:
             made = super().__torch_dispatch__(func, types, args, kwargs)
@@ -293,6 +296,13 @@ class GivenMode(FakeTensorMode):
         self.notes[
             f"planning assumed {what}: {_users_line()} reads tensor values, which are unknown "
             "while planning"
+        ] = None
+
+    def _say_gathered(self, source: torch.Tensor) -> None:
+        self.notes[
+            f"{_users_line()}: gathers {format_bytes(source.numel() * source.element_size())} on "
+            "every rank: it picks tokens by a mask or by their numbers, outside the compiled "
+            "programs"
         ] = None
 
 

@@ -14,13 +14,13 @@ import torch
 
 from ringfx.ir.values import Arrival
 from ringfx.passes.rewrite import LocalProgram
-from ringfx.split_tensor.local_rules import writes_where_it_is
+from ringfx.split_tensor.local_rules import indexed_dims, writes_where_it_is
 from ringfx.split_tensor.single_op import OperandSpec, single_op_program
 from ringfx.torch_compat.fake_tensors import TracingContext
 from ringfx.torch_compat.operators import schema_of
 from ringfx.torch_compat.pytree import tree_leaves
 
-__all__ = ["arrived", "hand_on", "leave_split", "run_whole"]
+__all__ = ["arrived", "hand_on", "leave_split", "picked_from", "run_whole"]
 
 _MARK = "ringfx_arrival"
 
@@ -74,6 +74,18 @@ def hand_on(func: Any, args: Any, kwargs: Any, made: Any) -> None:
     for result, output in zip(tree_leaves(made), call.outputs, strict=True):
         if output is not None:
             setattr(result, _MARK, output[1])
+
+
+def picked_from(func: Any, args: Any) -> torch.Tensor | None:
+    """The marked tensor of which Python picks tokens by index, which a run gathers for it."""
+    source: torch.Tensor = args[0]
+    arrival = getattr(source, _MARK, None)
+    if arrival is None or _INSIDE.depth or TracingContext.try_get() is not None:
+        return None
+    if func is torch.ops.aten.index.Tensor and arrival.dim not in indexed_dims(args[1]):
+        return None
+    stays = single_op_program(func, args, {}, _given, 0, "ringfx") is not None
+    return None if stays else source
 
 
 def _given(x: torch.Tensor) -> OperandSpec:

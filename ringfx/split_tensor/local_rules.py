@@ -196,7 +196,7 @@ def _indexed(func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split) ->
     local, indices = split(args[0]), args[1]
     if local is None or any(split(i) is not None for i in indices):
         return None
-    at = _indexed_dims(indices)
+    at = indexed_dims(indices)
     if not at or spec.dim in at:
         return None
     width = max(1 if _is_mask(i) else i.dim() for i in indices if i is not None)
@@ -215,7 +215,7 @@ def _indexed(func: Any, spec: SplitSpec, args: tuple[Any, ...], split: Split) ->
     return LocalCall(args=args, dim=spec.dim, outer=spec.outer, inner=spec.inner)
 
 
-def _indexed_dims(indices: Sequence[torch.Tensor | None]) -> list[int]:
+def indexed_dims(indices: Sequence[torch.Tensor | None]) -> list[int]:
     """The dimensions that are indexed; a mask indexes as many as it has."""
     found: list[int] = []
     d = 0

@@ -223,3 +223,36 @@ def test_scores_times_a_buffer_without_values_are_split_and_the_plan_says_so() -
     assert [x.mask for x in plan.layers] == ["full, bias given as input, score map"]
     (note,) = texts_of(plan.notes, NoteKind.NO_VALUES)
     assert "masks read buffers that have no values here: keep" in note
+
+
+class Between(nn.Module):
+    """Between two programs: tokens by a mask, or channels, which each rank picks of its own."""
+
+    def __init__(self, pick: str) -> None:
+        super().__init__()
+        self.first = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.second = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.pick = pick
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.pick == "selected":
+            x = x.masked_select(mask[..., None]).view(1, -1, 16)
+        else:
+            x = x[mask][None] if self.pick == "tokens" else x[:, :, mask]
+        made: Tensor = self.second(x)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("pick", "shape", "gathers"),
+    [("tokens", (1, 64), True), ("selected", (1, 64), True), ("channels", (16,), False)],
+)
+def test_a_plan_says_what_picking_tokens_gathers(
+    pick: str, shape: tuple[int, ...], gathers: bool
+) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    plan = ringfx.plan(Between(pick), (torch.randn(1, 64, 16), mask), world_size=2)
+    said = [note for note in texts_of(plan.notes) if "gathers 4.00 KiB on every rank" in note]
+    assert len(said) == int(gathers), plan.notes
+    assert all("it picks tokens by a mask" in note for note in said)
