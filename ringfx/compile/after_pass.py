@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringfx.comm.world import World
+from ringfx.errors import InvalidArgument
 from ringfx.passes.capture.origin import target_name
 from ringfx.watch.stages import stage_done
 
@@ -47,10 +48,17 @@ class AfterPass:
             stage_done(stage)
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         place = f"program{self._program}-rank{self._rank}-{next(self._passes):02d}-{name}.txt"
         title = f"# rank {self._rank}, program {self._program}, after {name}\n"
-        (self._folder / place).write_text(title + program_text(graph, note, self.input_names))
+        text = title + program_text(graph, note, self.input_names)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / place).write_text(text)
+        except OSError as problem:
+            raise InvalidArgument(
+                f"{VARIABLE}={self._folder}: programs cannot be written there: {problem.strerror}. "
+                "Do: name a folder that you may write; it is made if it is not there."
+            ) from problem
 
 
 def program_text(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ringfx
+from ringfx.errors import InvalidArgument
 from tests.comparison.models import Decoder, ids
 
 
@@ -28,6 +29,15 @@ def test_every_pass_leaves_its_program(tmp_path: Path, monkeypatch: pytest.Monke
     assert "tokens in dim 1" in next(x for x in axes.splitlines() if "aten.gelu" in x)
     assert " sharded " in next(x for x in placed.splitlines() if "aten.gelu" in x)
     assert "slice_tokens(" in local
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RINGFX_DUMP", str(tmp_path / "file"))
+    with pytest.raises(InvalidArgument, match=r"RINGFX_DUMP=.*file: programs cannot be written"):
+        ringfx.plan(Decoder(layers=1), (ids(),), world_size=2)
 
 
 def test_nothing_is_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
