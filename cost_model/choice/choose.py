@@ -34,7 +34,7 @@ from ringfx.ir.plan import LOCAL, REPLICATED, LayerPlan
 from ringfx.ir.values import AttentionSite
 from ringfx.ops.tiling.head_groups import MOST_GROUPS
 from ringfx.strategies import DEFAULT, SPLIT_KV, STRATEGIES, Strategy
-from ringfx.units.format import format_bytes, format_ms
+from ringfx.units.format import format_budget, format_bytes, format_ms
 
 __all__ = ["choose", "longest_fitting"]
 
@@ -346,7 +346,7 @@ def _reason_of_strategy(
         return f"{fastest}; next {best.strategy_words}, {_percent(best, chosen)} slower{tie}"
     assert gpu_memory is not None, "without a budget the fastest is chosen"
     return (
-        f"fastest that fits {format_bytes(gpu_memory)}; {best.strategy_words} would be"
+        f"fastest that fits {format_budget(gpu_memory)}; {best.strategy_words} would be"
         f" {_percent(chosen, best)} faster with {_more_memory(best, chosen)} more"
     )
 

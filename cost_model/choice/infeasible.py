@@ -13,7 +13,7 @@ from ringfx.cost_model.peak_memory.optimizers import state_bytes
 from ringfx.errors import OutOfMemory, Shortfall
 from ringfx.ir.memory_timeline import Peak, never_below, outside_peak, whole_bytes
 from ringfx.units.argument import Argument
-from ringfx.units.format import format_bytes
+from ringfx.units.format import format_budget, format_bytes
 
 __all__ = ["infeasible", "refuse_hopeless", "refuse_parameters"]
 
@@ -121,7 +121,7 @@ def _infeasible(problem: Problem, found: Peak, what: str = "", *, advise: bool) 
 def _budget(budget: int) -> str:
     """A budget of a few bytes is a number whose unit was forgotten."""
     unit = f' (a number without a unit is bytes; write "{budget}GB")' if budget < 10_000 else ""
-    return f"{format_bytes(budget)}{unit}"
+    return f"{format_budget(budget)}{unit}"
 
 
 def _do(changes: Sequence[str]) -> str:

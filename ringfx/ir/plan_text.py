@@ -34,7 +34,7 @@ from ringfx.ir.plan_words import (
     totals_line,
 )
 from ringfx.units.columns import WIDTH, bar, table_lines, wrapped
-from ringfx.units.format import format_bytes, format_ms
+from ringfx.units.format import format_budget, format_bytes, format_ms
 
 __all__ = ["render", "to_text"]
 
@@ -183,7 +183,7 @@ def _memory_title(plan: Plan) -> str:
     heading = f"memory of one rank: {format_bytes(peak)} at the peak"
     if budget is None:
         return f"{heading} (no budget given)"
-    return f"{heading}, {100 * peak / budget:.0f}% of {format_bytes(budget)}"
+    return f"{heading}, {100 * peak / budget:.0f}% of {format_budget(budget)}"
 
 
 def _memory_lines(plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.step_time import AGAIN
 from ringfx.ir.values import Declined, InChunks
 from ringfx.units.age import age_words
-from ringfx.units.format import format_bytes, format_ms
+from ringfx.units.format import format_budget, format_bytes, format_ms
 
 __all__ = [
     "Part", "Words", "axis_lines", "choice_lines", "chunk_lines", "fit_words", "fits_budget",
@@ -67,7 +67,7 @@ def fit_words(plan: Plan) -> str:
     words = f"{format_bytes(peak)} of memory at the peak{optimizer_words(plan)}"
     if budget is None:
         return words
-    return f"{'fits' if fits_budget(plan) else 'DOES NOT FIT'} {format_bytes(budget)}: {words}"
+    return f"{'fits' if fits_budget(plan) else 'DOES NOT FIT'} {format_budget(budget)}: {words}"
 
 
 def fits_budget(plan: Plan) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["format_bytes", "format_ms", "format_tokens", "index_set"]
+__all__ = ["format_budget", "format_bytes", "format_ms", "format_tokens", "index_set"]
 
 
 def format_bytes(count: float) -> str:
@@ -19,6 +19,16 @@ def format_bytes(count: float) -> str:
             break
         size /= 1024
     return f"{size:.0f} B" if unit == "B" else f"{_three_digits(size)} {unit}"
+
+
+def format_budget(count: int) -> str:
+    """Memory that someone named, in their unit too: "80GB" is no round number of GiB.
+
+    >>> format_budget(80 * 10**9), format_budget(80 * 2**30)
+    ('80 GB (74.5 GiB)', '80.0 GiB')
+    """
+    binary = format_bytes(count)
+    return binary if count % 10**9 else f"{count // 10**9:,} GB ({binary})"
 
 
 def format_ms(value: float) -> str:
