@@ -34,7 +34,7 @@ from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.torch_compat.dynamo import OptimizedModule
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
-from ringfx.validation.names import named_arguments
+from ringfx.validation.names import misfit, named_arguments
 from ringfx.watch.stages import stage_done
 
 if TYPE_CHECKING:
@@ -330,7 +330,8 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
     Raises
     ------
     InvalidArgument
-        If it is not a module, a tuple of arguments and a mapping of keywords.
+        If it is not a module, a tuple of arguments and a mapping of keywords, or if they are not
+        those of ``forward``.
     """
     if not isinstance(model, torch.nn.Module):
         raise InvalidArgument(
@@ -349,6 +350,11 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
         raise InvalidArgument(
             f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
             "arguments as keys."
+        )
+    if not model._forward_pre_hooks and (reason := misfit(model.forward, args, kwargs or {})):
+        raise InvalidArgument(
+            f"{where}: {type(model).__name__}.forward: {reason}. Do: give the inputs of one call, "
+            f"as {type(model).__name__} takes them."
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from ringfx.errors import InvalidArgument
 
-__all__ = ["named_arguments", "nearest", "unknown_option"]
+__all__ = ["misfit", "named_arguments", "nearest", "unknown_option"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,25 @@ def unknown_option(name: str, known: Iterable[str]) -> InvalidArgument:
     )
 
 
+def misfit(
+    function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> str:
+    """Why a function cannot be called so, in Python's words; empty if it can.
+
+    >>> misfit(nearest, ["a"], {})
+    "missing a required argument: 'known'"
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it has none that Python knows
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with calls that do not fit its arguments refused as every other mistake is.
 
@@ -49,13 +68,11 @@ def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if not takes_any and name not in signature.parameters:
                 raise unknown_option(name, by_name)
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
+        if reason := misfit(function, args, kwargs):
             raise InvalidArgument(
-                f"{function.__name__}: {error}. Do: call ringfx.{function.__name__}"
+                f"{function.__name__}: {reason}. Do: call ringfx.{function.__name__}"
                 f"({_shown(signature)})."
-            ) from None
+            )
         return function(*args, **kwargs)
 
     return checked

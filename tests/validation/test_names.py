@@ -34,6 +34,14 @@ VERIFY: Any = ringfx.verify
             lambda: OPTIMIZE(LAYER, "ulysses"),
             "optimize: too many positional arguments. Do: call ringfx.optimize(model, OPTION=...)",
         ),
+        (
+            lambda: PLAN(LAYER, world_size=2),
+            "plan: TransformerEncoderLayer.forward: missing a required argument: 'src'. Do: give",
+        ),
+        (
+            lambda: VERIFY(LAYER, X, kwargs={"y": X}),
+            "verify: TransformerEncoderLayer.forward: got an unexpected keyword argument 'y'",
+        ),
         (lambda: OPTIMIZE(), "optimize: missing a required argument: 'model'. Do: call"),
         (lambda: ringfx.set_verbosity(), "set_verbosity: missing a required argument: 'level'"),  # type: ignore[call-arg]
     ],
