@@ -20,7 +20,7 @@ from ringfx.ir.plan import Plan
 from ringfx.ir.plan_words import Part
 from ringfx.report.charts import Chart, Value, chart
 from ringfx.report.plan_views import memory_bytes, strategy_mix
-from ringfx.units.format import format_bytes, format_ms, format_tokens
+from ringfx.units.format import format_budget, format_bytes, format_ms, format_tokens
 
 __all__ = ["Curve", "refused_html", "to_html"]
 
@@ -235,7 +235,7 @@ def _sweep(title: str, unit: str, curve: Curve, plan: Plan) -> Sweep | None:
     times = [_value(n, unit, found, plan, _time(found, is_whole)) for n, found in curve]
     sizes = [_value(n, unit, found, plan, _size(found)) for n, found in curve]
     budget = plan.gpu_memory
-    words = f"budget {format_bytes(budget)}" if budget else ""
+    words = f"budget {format_budget(budget)}" if budget else ""
     return Sweep(
         title=title,
         unit=unit,

@@ -14,7 +14,7 @@ from ringfx.ir.folding import FoldedLayers, fold
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.strategies import SPLIT_KV, STRATEGIES, Strategy
 from ringfx.units.columns import WIDTH, bar, table_lines, wrapped
-from ringfx.units.format import format_bytes, format_ms
+from ringfx.units.format import format_budget, format_bytes, format_ms
 
 __all__ = ["diff_text", "strategy_options_text", "sweep_text"]
 
@@ -127,7 +127,7 @@ def _setting_changes(before: Plan, after: Plan) -> Iterator[str]:
 
 
 def _budget(plan: Plan) -> str:
-    return "none" if plan.gpu_memory is None else format_bytes(plan.gpu_memory)
+    return "none" if plan.gpu_memory is None else format_budget(plan.gpu_memory)
 
 
 def _layer_changes(before: Plan, after: Plan) -> Iterator[str]:
@@ -230,7 +230,7 @@ def change_words(change: Change) -> str:
     if change.seq_len is not None:
         return f"{change.seq_len:,}"
     if change.gpu_memory is not None:
-        return format_bytes(change.gpu_memory)
+        return format_budget(change.gpu_memory)
     if change.link_bytes_per_s is not None:
         return f"{change.link_bytes_per_s / 1e9:g} GB/s"
     return str(change.world_size or change.latency_us)
