@@ -26,7 +26,10 @@ optimize = functools.partial(ringfx.optimize, compiler="eager")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"strateg": "simple"}, "unknown option 'strateg'. Do: use one of mesh, strategy"),
+        (
+            {"strateg": "simple"},
+            "unknown option 'strateg'. Did you mean 'strategy'? Do: use one of mesh, ",
+        ),
         ({"check_inputs": "no"}, 'check_inputs="no". Do: pass True, False'),
         ({"shard_states": True}, "backend='ringfx') cannot shard states"),
     ],
