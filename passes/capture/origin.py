@@ -21,6 +21,8 @@ _ARGUMENT = re.compile(r"^L\['args'\]\[(\d+)\]")
 _MODULE_ARGUMENT = re.compile(rf"{_ARGUMENT.pattern}(?=\.\w+\b(?!\())")
 """The module itself, of a forward that was wrapped in ``def wrapper(*args)``; a size of a tensor is
 a call."""
+_ARRAY = re.compile(r"^___from_numpy\((.*)\)$")
+"""An array of numpy, which Dynamo makes a tensor of."""
 _LEFT = re.compile(r"___stack(\d+)")
 _ENTRY = re.compile(r"\['?([^'\]]*)'?\]")
 _TORCH = os.path.dirname(torch.__file__)
@@ -70,7 +72,10 @@ def input_names(sources: Sequence[str], parameters: Sequence[str]) -> tuple[str,
     ('layers.1', 'x', 'argument 1')
     >>> input_names(["L['args'][0].size()[1]", "L['args'][0]"], ["x"])
     ('x.size().1', 'x')
+    >>> input_names(["___from_numpy(L['ids'])"], [])
+    ('ids',)
     """
+    sources = [_ARRAY.sub(r"\1", text) for text in sources]
     first = int(any(_MODULE_ARGUMENT.match(text) for text in sources))
 
     def named(text: str) -> str:
