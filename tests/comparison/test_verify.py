@@ -44,6 +44,31 @@ def test_a_right_split_agrees_and_bfloat16_is_as_far_as_unsplit(
     assert all(p.grad is None for p in model.parameters())
 
 
+class Dropping(nn.Module):
+    """One attention that drops weights, and a loss in float32 whatever the model's type is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.qkv = nn.Embedding(32, 16), nn.Linear(16, 48)
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.words(ids)).chunk(3, -1)
+        dropout = 0.1 if self.training else 0.0
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        logits = self.head(x)[:, :-1].float().flatten(0, 1)
+        return nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+
+
+@inherits
+@pytest.mark.ranks
+def test_a_loss_in_float32_is_no_difference_with_dropout_either() -> None:
+    words = torch.randint(32, (2, 193), generator=torch.Generator().manual_seed(0))
+    found = ringfx.verify(Dropping(), words, narrow=None)
+    assert found.ok, found
+    assert any("drops weights" in note for note in found.notes)
+
+
 class _Halved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
