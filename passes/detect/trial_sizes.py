@@ -1,8 +1,9 @@
 """Sizes of a proof's axes, and tile functions as they read over axes of these sizes.
 
-Every axis gets a size of its own, all different, so that no coincidence of sizes hides a swap. A
-mask of images reads ``q // 14``, the row of a token in an image 14 wide: where the proof gives such
-a row 5 tokens, it reads ``q // 5``.
+Every axis gets a size of its own, all different, so that no coincidence of sizes hides a swap; of
+very many some get the same, as a proof is to be small: a swap of these shows in the values. A mask
+of images reads ``q // 14``, the row of a token in an image 14 wide: where the proof gives such a
+row 5 tokens, it reads ``q // 5``.
 """
 
 from __future__ import annotations
@@ -19,19 +20,26 @@ __all__ = ["Resized", "small_sizes"]
 DIVISIONS = frozenset({"floordiv", "truncdiv", "mod"})
 """Of positions, which are not negative."""
 SIZES = (2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
+LARGEST = 2**22
+"""Elements that a value of a proof has at most, as far as axes of two or three elements allow."""
 
 
 def small_sizes(candidate: Candidate, region: Region) -> dict[int, int]:
     q, k = candidate.q[0].arrangement.wanted, candidate.k[0].arrangement.wanted
-    order = [*q[0], *q[1], *q[2], *k[2], *q[3], *candidate.v.arrangement.wanted[3]]
+    scores = [*q[0], *q[1], *q[2], *k[2]]
+    order = [*scores, *q[3], *candidate.v.arrangement.wanted[3]]
     every = [
-        *(d for values in region.dims.values() for dims in values for d in dims),
-        *(d for pair in region.factors for f in pair for dims in f.dims.values() for d in dims),
-        *(d for dims in candidate.entering.values() for d in dims),
+        *(dims for values in region.dims.values() for dims in values),
+        *(dims for pair in region.factors for f in pair for dims in f.dims.values()),
+        *candidate.entering.values(),
     ]
-    atoms = list(dict.fromkeys([*order, *(a for dim in every for a in dim)]))
-    sizes = {a: SIZES[i % len(SIZES)] for i, a in enumerate(atoms)}
-    (keys,) = (math.prod(sizes[a] for a in k[2]),)
+    atoms = list(dict.fromkeys([*order, *(a for dims in every for dim in dims for a in dim)]))
+    values = {frozenset(a for dim in dims for a in dim) for dims in every} | {frozenset(scores)}
+    for different in range(len(SIZES), 1, -1):
+        sizes = {a: SIZES[i % different] for i, a in enumerate(atoms)}
+        if max(math.prod(sizes[a] for a in value) for value in values) <= LARGEST:
+            break
+    keys = math.prod(sizes[a] for a in k[2])
     return sizes | dict.fromkeys(region.joined, keys + 1)
 
 
