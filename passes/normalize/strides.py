@@ -51,7 +51,8 @@ def pool(s: GraphEditor, node: Node) -> Node | None:
         _tuple(given, rank) for given in (kernel, stride, call["padding"], call.get("dilation", 1))
     )
     dims = range(len(shape) - rank, len(shape))
-    if not any(s.touches(x, d) for d in dims) or set(dilation) != {1} or call["ceil_mode"]:
+    touched = any(s.touches(x, d) or s.touches(node, d) for d in dims)
+    if not touched or set(dilation) != {1} or call["ceil_mode"]:
         return None
     is_max = len(call.result_shapes) > 1
     if stride == kernel and not any(pads):
