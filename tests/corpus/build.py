@@ -13,7 +13,7 @@ from torch import nn
 from ringfx.comparison.results import tensors
 from tests.corpus.row import Row, Variant
 
-__all__ = ["build", "has_experts", "hidden_size", "total"]
+__all__ = ["build", "draw", "has_experts", "hidden_size", "total"]
 
 _DROPOUTS = ("dropout", "pdrop", "drop_rate", "drop_path", "layerdrop", "dropout_prob", "attn_drop")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -34,7 +34,7 @@ def build(variant: Variant) -> nn.Module:
     if variant.dtype == "float64" and row.experts is None and has_experts(model):
         model.set_experts_implementation("eager")  # grouped products know no float64
     model = model.to(getattr(torch, variant.dtype))
-    _draw(model)
+    draw(model)
     return model.train(row.train)
 
 
@@ -58,7 +58,7 @@ def _without_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
 
 
-def _draw(model: nn.Module) -> None:
+def draw(model: nn.Module) -> None:
     """Weights of unit gain, biases and scales away from 0 and 1.
 
     The usual 0.02 makes attention so uniform that a wrong mask or scale hides in the rounding, and

@@ -55,10 +55,17 @@ class SplitHere:
         return [m.reason for m in found if m.kind.gathers and not m.in_backward]
 
 
-def split_here(model: nn.Module, args: Sequence[Tensor], ranks: int, **options: Any) -> SplitHere:
-    """In float64. ``model`` gives a tensor or several; every floating argument has a gradient."""
-    model = model.double()
-    given = [x.double() if x.is_floating_point() else x for x in args]
+def split_here(
+    model: nn.Module,
+    args: Sequence[Tensor],
+    ranks: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> SplitHere:
+    """``model`` gives a tensor or several; every floating argument has a gradient."""
+    model = model.to(dtype)
+    given = [x.to(dtype) if x.is_floating_point() else x for x in args]
     values = [*(p.detach().clone() for p in model.parameters()), *given]
 
     def call(*values: Tensor) -> list[Tensor]:
