@@ -131,7 +131,7 @@ def _is_pairs(lines: Lines, value: Value, row: int) -> bool:
     if row not in tokens or len(tokens) < 2:
         return False
     place = lines.in_dim(dims[row], row)
-    return place is not None and place.outer * place.inner == 1
+    return place is not None and place.outer == 1
 
 
 def _has_few(lines: Lines, rows: Mapping[Value, int]) -> bool:

@@ -24,14 +24,19 @@ __all__ = ["axes_of_row_maps", "columns_of_rows", "is_product", "weighings"]
 def axes_of_row_maps(graph: Graph, axes: AxisMap, attended: Collection[Dim]) -> list[Dim]:
     """Axes of both rows and columns of scores: made by one product and used up by another.
 
-    None that is a part of a longer axis (a chunk of a recurrence), and none that lies beside an
-    attended axis in some value: its values are split along that one.
+    None that is a part of a longer axis whose other parts the scores have too (a chunk of a
+    recurrence, but not the patches of an image), and none that lies beside an attended axis in some
+    value: its values are split along that one.
     """
-    found = dict.fromkeys(_paired(graph, axes))
-    found |= dict.fromkeys(_separated(graph, axes))
+    found: dict[Dim, set[Node]] = {}
+    for axis, value in (*_paired(graph, axes), *_separated(graph, axes)):
+        found.setdefault(axis, set()).add(value)
     taken = {atom for axis in attended for atom in axis}
     beside = _beside(axes, taken)
-    return [x for x in found if _is_complete(axes, x) and not (taken | beside) & set(x)]
+    return [
+        x for x, where in found.items()
+        if not (taken | beside) & set(x) and not any(_is_chunk(axes, x, n) for n in where)
+    ]  # fmt: skip
 
 
 def is_product(axes: AxisMap, node: Node) -> bool:
@@ -43,11 +48,12 @@ def is_product(axes: AxisMap, node: Node) -> bool:
     return len(named.call.operands) > 1 and AxisSharing.PARTIAL_SUM in shares
 
 
-def _paired(graph: Graph, axes: AxisMap) -> Iterator[Dim]:
+def _paired(graph: Graph, axes: AxisMap) -> Iterator[tuple[Dim, Node]]:
+    """With the scores that have it twice."""
     sources = _sources(axes)
-    made = {x for n in _computed(graph) for x in _meeting(axes, n, sources)}
+    made = [(x, n) for n in _computed(graph) for x in _meeting(axes, n, sources)]
     used = {x for n in axes.ops if is_product(axes, n) for x in _weighed(axes, n, sources)}
-    yield from (axis for axis in made if axis in used)
+    yield from ((axis, scores) for axis, scores in made if axis in used)
 
 
 Sources: TypeAlias = Mapping[Dim, Collection[Dim]]
@@ -123,7 +129,7 @@ def weighings(graph: Graph, lines: Lines) -> Iterator[tuple[Node, Node]]:
     axes, sources = lines.axes, _sources(lines.axes)
     columns = columns_of_rows(graph, axes)
     whole = [line for line in lines.lines if line.layout.world_size == 1]
-    paired = {x for x in _paired(graph, axes) if any(line.member(x) for line in whole)}
+    paired = {x for x, _ in _paired(graph, axes) if any(line.member(x) for line in whole)}
     for node in graph.nodes:
         if not is_product(axes, node):
             continue
@@ -138,12 +144,12 @@ def weighings(graph: Graph, lines: Lines) -> Iterator[tuple[Node, Node]]:
                 break
 
 
-def _separated(graph: Graph, axes: AxisMap) -> Iterator[Dim]:
-    """Axes of which every token is read by each row already."""
+def _separated(graph: Graph, axes: AxisMap) -> Iterator[tuple[Dim, Node]]:
+    """Axes of which every token is read by each row already, and in which value."""
     for node in graph.find_nodes(op="call_function", target=every_token):
         source = node.args[0]
         assert isinstance(source, Node)
-        yield from _parted(axes, node, source)
+        yield from ((axis, source) for axis in _parted(axes, node, source))
 
 
 def _parted(axes: AxisMap, node: Node, value: Node) -> Iterator[Dim]:
@@ -153,11 +159,12 @@ def _parted(axes: AxisMap, node: Node, value: Node) -> Iterator[Dim]:
     yield from (x for d in dims if isinstance(d, int) and (x := axes.dims(value)[d]))
 
 
-def _is_complete(axes: AxisMap, axis: Dim) -> bool:
-    """Whether its atoms are all of every axis that they were cut from."""
+def _is_chunk(axes: AxisMap, axis: Dim, value: Node) -> bool:
+    """Whether it was cut from a longer axis whose other atoms the value has too."""
     cut_from = axes.space.ancestors()
     longer = {x for atom in axis for x in cut_from.get(atom, ())}
-    return all(set(axes.space.resolve((x,))) <= set(axis) for x in longer)
+    others = {atom for x in longer for atom in axes.space.resolve((x,))} - set(axis)
+    return not others.isdisjoint(atom for dim in axes.dims(value) for atom in dim)
 
 
 def _beside(axes: AxisMap, taken: Collection[int]) -> set[int]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 import ringfx
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import CommKind
-from tests.models.row_maps import COLUMNS, HIDDEN, ROWS, Across, RowMap
+from tests.models.row_maps import COLUMNS, HIDDEN, ROWS, Across, Patches, RowMap
 from tests.support.harness import Case, RankPool, compare_all
 from tests.support.sampling import one_in
 from tests.support.split_here import SplitHere, split_here
@@ -60,6 +60,17 @@ def test_a_map_of_rows_is_equal_and_gathers_keys_and_values_alone(name: str) -> 
     assert abs(scattered - gathered / found.ranks) < 8, "each rank has its part of their gradients"
     assert found.program.plan.by_rows
     assert found.program.plan.declined == found.program.plan.missed == ()
+
+
+@pytest.mark.parametrize("name", ["talking_heads", "top_k", "convit", "sigmoid"])
+def test_a_map_of_rows_of_patches_is_split_at_rows_of_patches(name: str) -> None:
+    for high, ranks, before in ((16, 2, "full"), (12, 2, ""), (24, 3, "")):
+        image = torch.randn(2, 3, high, 8, generator=torch.Generator().manual_seed(high))
+        found = split_here(Patches(name, before), [image], ranks)
+        assert found.worst < 1e-9, (high, ranks)
+        assert found.program.plan.by_rows
+        assert found.whole == []
+        assert set(found.gathered) == {EVERY}
 
 
 @pytest.mark.parametrize("name", COLUMNS)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["COLUMNS", "HIDDEN", "ROWS", "Across", "RowMap"]
+__all__ = ["COLUMNS", "HIDDEN", "ROWS", "Across", "Patches", "RowMap"]
 
 Tensor = torch.Tensor
 HIDDEN, HEADS, LONGEST = 16, 2, 48
@@ -63,6 +63,17 @@ class Across(RowMap):
         mixed, *further = found if isinstance(found, tuple) else (found,)
         result = x + self.out(self.joined(mixed))
         return (result, *further) if further else result
+
+
+class Patches(RowMap):
+    """Tokens are the patches of an image, row by row."""
+
+    def __init__(self, name: str, before: str = "") -> None:
+        super().__init__(name, before)
+        self.cut = nn.Conv2d(3, HIDDEN, 4, stride=4)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return super().forward(self.cut(image).flatten(2).transpose(1, 2))
 
 
 Found = Tensor | tuple[Tensor, ...]
