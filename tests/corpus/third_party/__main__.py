@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.failing:
         before = load(options.output)
         chosen = [
-            r for r in chosen if r.label not in before or before[r.label]["verdict"] != "split"
+            r
+            for r in chosen
+            if r.label not in before or before[r.label]["verdict"] not in ("split", "rows")
         ]
     missing = {p for p in {r.package for r in chosen} if not _is_installed(p)}
     chosen = [r for r in chosen if r.package not in missing]

@@ -36,6 +36,7 @@ MOST = {torch.float64: 1e-8, torch.float32: 2e-4}
 """Relative difference up to which results are equal."""
 WIDE = 0.25
 """What is at least so much of an ordinary split value is no count or mask."""
+EVERY = "ringfx.every_token: every row of scores"
 LITTLE = 0.05
 """Of all bytes that the forward computes so many may be on every rank without a word."""
 
@@ -45,7 +46,7 @@ class Outcome:
     """What was seen of one model."""
 
     verdict: str
-    """``split``, ``gathers``, ``whole``, ``refused``, ``WRONG``, ``SILENT`` or ``error``."""
+    """``split``, ``rows``, ``gathers``, ``whole``, ``refused``, ``error``, ``SILENT``, ``WRONG``."""
     by: str = "threads"
     """``threads`` of one process, or ``ranks``, processes that compile."""
     dtype: str = "float64"
@@ -195,12 +196,16 @@ def failed(error: Exception, by: str, dtype: torch.dtype) -> Outcome:
 def judged(
     plan: Plan, seen: Seen, worst: float, by: str, dtype: torch.dtype, allowed: float = 0.0
 ) -> Outcome:
-    announced = [*gathered(plan, seen), *texts_of(plan.notes, NoteKind.WHOLE)]
+    gathers = gathered(plan, seen)
+    announced = [*gathers, *texts_of(plan.notes, NoteKind.WHOLE)]
+    announced += [x for x in texts_of(plan.notes, NoteKind.NOTE) if " ranks computes " in x]
     announced += [f"{x.name}: replicated: {x.reason}" for x in plan.replicated_layers]
     announced += [] if plan.is_split else [plan.unsplit_words]
     silent = seen.largest if seen.share > LITTLE else []
     if not worst <= max(MOST[dtype], allowed):
         verdict = "WRONG"
+    elif plan.by_rows and announced and all(EVERY in x for x in announced):
+        verdict = "rows"
     elif not announced:
         verdict = "SILENT" if silent else "split"
     else:
@@ -229,5 +234,5 @@ def name_of(dtype: torch.dtype) -> str:
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     """The worst rank's."""
-    order = ("error", "WRONG", "refused", "SILENT", "whole", "gathers", "split")
+    order = ("error", "WRONG", "refused", "SILENT", "whole", "gathers", "rows", "split")
     return min(outcomes, key=lambda x: (order.index(x.verdict), -x.worst))
