@@ -281,7 +281,8 @@ def _columns(s: GraphEditor, node: Node) -> Node | None:
     call = Call(node)
     x, kernel = call.operands[0], list(call["kernel_size"])
     given = x.meta["val"]
-    if given.dim() != 4 or not given.is_floating_point() or not any(s.along(x, d) for d in (2, 3)):
+    touched = any(s.along(x, d) for d in (2, 3)) or s.touches(node, 2)
+    if given.dim() != 4 or not given.is_floating_point() or not touched:
         return None
     seen, channels = _product(kernel), int(given.shape[1])
     one = s.make(node, aten.eye.default, seen, dtype=given.dtype, device=given.device)

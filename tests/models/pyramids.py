@@ -54,10 +54,18 @@ def beside_a_shortcut(m: Pyramid, x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2) + F.avg_pool2d(m.over(x), 2)
 
 
+def unfolded(m: Pyramid, x: Tensor) -> Tensor:
+    """Overlapping windows whose elements are weighed, as a convolution does."""
+    high, wide = x.shape[-2] // 2, x.shape[-1] // 2
+    windows = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2) @ m.over.weight.flatten(1).mT
+    return windows.transpose(1, 2).unflatten(2, (high, wide))
+
+
 def overlapping(m: Pyramid, x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1)
 
 
 POOLED: Mapping[str, Pool] = {
-    f.__name__: f for f in (means, maxima, means_of_rows, twice, beside_a_shortcut, overlapping)
+    f.__name__: f
+    for f in (means, maxima, means_of_rows, twice, beside_a_shortcut, unfolded, overlapping)
 }
