@@ -46,7 +46,8 @@ class Outcome:
     """What was seen of one model."""
 
     verdict: str
-    """``split``, ``rows``, ``gathers``, ``whole``, ``refused``, ``error``, ``SILENT``, ``WRONG``."""
+    """``split``, ``rows``, ``gathers``, ``whole``, ``refused``, ``error``, ``SILENT`` or ``WRONG``;
+    see ``page.py``."""
     by: str = "threads"
     """``threads`` of one process, or ``ranks``, processes that compile."""
     dtype: str = "float64"
@@ -196,9 +197,10 @@ def failed(error: Exception, by: str, dtype: torch.dtype) -> Outcome:
 def judged(
     plan: Plan, seen: Seen, worst: float, by: str, dtype: torch.dtype, allowed: float = 0.0
 ) -> Outcome:
-    gathers = gathered(plan, seen)
-    announced = [*gathers, *texts_of(plan.notes, NoteKind.WHOLE)]
-    announced += [x for x in texts_of(plan.notes, NoteKind.NOTE) if " ranks computes " in x]
+    announced = gathered(plan, seen)
+    if seen.share > LITTLE:
+        announced += texts_of(plan.notes, NoteKind.WHOLE)
+        announced += [x for x in texts_of(plan.notes, NoteKind.NOTE) if " ranks computes " in x]
     announced += [f"{x.name}: replicated: {x.reason}" for x in plan.replicated_layers]
     announced += [] if plan.is_split else [plan.unsplit_words]
     silent = seen.largest if seen.share > LITTLE else []

@@ -79,12 +79,13 @@ with itself unsplit: every output, and the gradient of every parameter and float
 - {dates}, torch {torch}; {versions}.
 
 *Split*: no hidden state is gathered, and none is computed whole: at most 5% of all bytes that the
-forward computes are on every rank (heads, what few queries give). *Split by rows of scores*: only
-keys and values are gathered, for attention that reads whole rows of its scores. *Gathers*: equal, but
-some are, as the plan announces. *Whole*: more than half of all bytes that the forward computes are on every
-rank; the plan says so. *Difference*: the worst relative one, in float64 (*float32* where the model
-itself knows no float64). *On every rank*: the share of those bytes. *By*: ranks as threads of one
-process, on the program that `make_fx` traces; *ranks*: as processes that compile with Dynamo.
+forward computes are on every rank (heads, what few queries give). *Split by rows of scores*:
+only keys and values are gathered, for attention that reads whole rows of its scores. *Gathers*:
+equal, but some are, as the plan announces. *Whole*: more than half of all bytes that the forward
+computes are on every rank; the plan says so. *Difference*: the worst relative one, in float64
+(*float32* where the model itself knows no float64). *On every rank*: the share of those bytes.
+*By*: ranks as threads of one process, on the program that `make_fx` traces; *ranks*: as processes
+that compile with Dynamo.
 
 | model | result | difference | on every rank | by | gathered, computed whole or refused, and why |
 |---|---|---|---|---|---|
