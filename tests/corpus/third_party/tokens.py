@@ -143,7 +143,7 @@ VIT_PYTORCH = (
         depth=(1, 1, 1, 1), global_window_size=(4, 2, 1, 1), local_window_size=(4, 4, 2, 1),
         cross_embed_kernel_sizes=((4, 8), (2, 4), (2, 4), (2, 4)),
         cross_embed_strides=(4, 2, 2, 2)),
-    vit("sep-vit", "sep_vit:SepViT", image(56), num_classes=5, dim=32, dim_head=16, depth=(1, 1),
+    vit("sep-vit", "sep_vit:SepViT", image(112), num_classes=5, dim=32, dim_head=16, depth=(1, 1),
         heads=(1, 2)),
     vit("max-vit", "max_vit:MaxViT", image(64), num_classes=5, dim=32, dim_head=16, depth=(1, 1),
         window_size=4, dim_conv_stem=16),
