@@ -1,7 +1,7 @@
 """One model, unsplit and split, in float64 where it knows that: how far apart, what is whole.
 
-Ranks are threads of one process, on the program that ``make_fx`` traces; where it can trace none,
-they are processes that compile with Dynamo.
+Ranks are processes that compile with Dynamo (``compared``), or threads of one process on what
+``make_fx`` traces (``measure``): quicker, and without lines of source in what the plan says.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import nn
 
 import ringfx
 from ringfx.comparison.agreement import Exact
-from ringfx.compile import computed_whole, pipeline
+from ringfx.compile import computed_whole
 from ringfx.errors import AttentionNotFound, VerificationError
 from ringfx.ir.note import NoteKind, texts_of
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import CommKind
+from ringfx.passes.tensor_parallel import capture_parts
 from tests.corpus.build import draw, total
 from tests.corpus.third_party.row import Row
 from tests.support.harness import Case, Comparison, compare_here
@@ -31,6 +32,7 @@ from tests.support.split_here import split_here
 
 __all__ = ["Outcome", "compared", "is_double", "measure"]
 
+PIPELINE = "ringfx.compile.pipeline"
 OPTIONS = {"compiler": "eager", "on_unsupported": "gather"}
 MOST = {torch.float64: 1e-8, torch.float32: 2e-4}
 """Relative difference up to which results are equal."""
@@ -89,7 +91,7 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Counts what programs compute, whatever the plan says of it."""
-    seen, original = Seen(), pipeline.notes_of_whole
+    seen, original = Seen(), computed_whole.notes_of_whole
 
     def spy(captured: Any, placement: Any, world_size: int) -> Any:
         for x in computed_whole.computed(captured, placement):
@@ -102,7 +104,7 @@ def watched() -> Iterator[Seen]:
                 seen.whole.append((x.bytes, f"{x.node.target} ({where})"))
         return original(captured, placement, world_size)
 
-    with mock.patch.object(pipeline, "notes_of_whole", spy):
+    with mock.patch(f"{PIPELINE}.notes_of_whole", spy):
         yield seen
 
 
@@ -131,13 +133,13 @@ def measure(row: Row, ranks: int) -> Outcome | None:
     """On ranks that are threads; None where the program cannot be traced so."""
     dtype = torch.float64 if is_double(row) else torch.float32
     reached: list[bool] = []
-    original = pipeline.capture_parts
+    original = capture_parts
 
     def noted(*args: Any) -> Any:
         reached.append(True)
         return original(*args)
 
-    with watched() as seen, mock.patch.object(pipeline, "capture_parts", noted):
+    with watched() as seen, mock.patch(f"{PIPELINE}.capture_parts", noted):
         try:
             found = split_here(model_of(row), inputs_of(row, dtype), ranks, dtype=dtype, **OPTIONS)
         except Exception as error:

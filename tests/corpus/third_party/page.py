@@ -20,8 +20,8 @@ __all__ = ["RESULTS", "load", "save", "write_page"]
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[3] / "docs/coverage/third-party.md"
 WORDS = {
-    "split": "split", "rows": "split by rows of scores", "gathers": "gathers",
-    "whole": "whole, announced", "refused": "refused", "error": "internal error",
+    "split": "split", "rows": "split by rows of scores", "gathers": "gathering",
+    "whole": "whole and announced", "refused": "refused", "error": "internal error",
     "SILENT": "whole without a word", "WRONG": "wrong",
 }  # fmt: skip
 Result = Mapping[str, Any]
@@ -59,6 +59,7 @@ def write_page(place: Path) -> None:
             packages=len({k.split("/")[0] for k in found}),
             summary=summary,
             percent=f"{counts['split'] / max(len(found), 1):.0%}",
+            most=f"{(counts['split'] + counts['rows']) / max(len(found), 1):.0%}",
             versions=", ".join(versions),
             torch=", ".join(sorted({x["torch"] for x in found.values()})),
             dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
@@ -75,12 +76,13 @@ edit. Each model is a tiny random one, a row of the tables in
 [tests/corpus/third_party](../../tests/corpus/third_party/table.py), split over 2 ranks and compared
 with itself unsplit: every output, and the gradient of every parameter and floating input.
 
-- {number} models of {packages} packages: {summary}. Fully split: {percent}.
+- {number} models of {packages} packages: {summary}.
+- Fully split: {percent}; with those by rows of scores {most}.
 - {dates}, torch {torch}; {versions}.
 
 *Split*: no hidden state is gathered, and none is computed whole: at most 5% of all bytes that the
 forward computes are on every rank (heads, what few queries give). *Split by rows of scores*:
-only keys and values are gathered, for attention that reads whole rows of its scores. *Gathers*:
+only keys and values are gathered, for attention that reads whole rows of its scores. *Gathering*:
 equal, but some are, as the plan announces. *Whole*: more than half of all bytes that the forward
 computes are on every rank; the plan says so. *Difference*: the worst relative one, in float64
 (*float32* where the model itself knows no float64). *On every rank*: the share of those bytes.

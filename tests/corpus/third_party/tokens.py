@@ -90,8 +90,10 @@ X_TRANSFORMERS = (
     Row(package="x-transformers", name="vit", make=x_image, inputs=image(32)),
 )  # fmt: skip
 
-SMALL = {"image_size": 32, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 2,
-         "mlp_dim": 64}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "image_size": 32, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 2,
+    "mlp_dim": 64,
+}  # fmt: skip
 
 
 def vit(name: str, path: str, inputs: Any = None, call: Call = plainly, **config: Any) -> Row:
