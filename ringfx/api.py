@@ -32,6 +32,7 @@ from ringfx.passes.capture.trace import name_arguments
 from ringfx.passes.chunks.sizes import Chunks
 from ringfx.strategies import STRATEGIES, Strategy
 from ringfx.torch_compat.dynamo import OptimizedModule
+from ringfx.torch_compat.graphs import has_hooks
 from ringfx.units.parse import MOST_RANKS
 from ringfx.validation.arguments import whole_number
 from ringfx.validation.names import misfit, named_arguments
@@ -351,7 +352,7 @@ def check_call(where: str, model: object, args: object, kwargs: object) -> None:
             f"kwargs has the key {wrong[0]!r}, which is not a string. Do: use the names of "
             "arguments as keys."
         )
-    if not model._forward_pre_hooks and (reason := misfit(model.forward, args, kwargs or {})):
+    if not has_hooks(model) and (reason := misfit(model.forward, args, kwargs or {})):
         raise InvalidArgument(
             f"{where}: {type(model).__name__}.forward: {reason}. Do: give the inputs of one call, "
             f"as {type(model).__name__} takes them."

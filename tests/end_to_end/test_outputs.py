@@ -213,7 +213,7 @@ def losses_outside(seq_len: int) -> dict[str, tuple[float, float, int, str]]:
         ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (source, stock))
         gathers = [m for m in model.plan.collectives if m.node == "python"]
         worst = max(gradient_differences(ours, theirs).values())
-        moved, where = sum(m.bytes_moved for m in gathers), "".join(m.reason for m in gathers)
+        moved, where = sum(m.bytes_moved for m in gathers), "".join(m.source for m in gathers)
         found[name] = (abs(loss.item() - expected.item()), worst, moved, where)
     return found
 

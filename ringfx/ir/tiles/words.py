@@ -60,7 +60,7 @@ def whole_text(given: int, made: int = 0, taken: int = 0, ranks: int | None = No
 
 
 def _not_inside(term: Expr | None, negated: bool = False) -> Expr | None:
-    """The same mask with each ``not`` at a comparison, which then turns round.
+    """The same mask as terms that must all hold, none of them a ``not`` of a comparison.
 
     A mask is often written as what it hides: ``(distance < 0) | (distance >= 64)``.
     """
@@ -69,11 +69,13 @@ def _not_inside(term: Expr | None, negated: bool = False) -> Expr | None:
     head, *args = term
     if head == "not":
         return _not_inside(args[0], not negated)
-    if head in ("and", "or"):
-        joined = head if not negated else {"and": "or", "or": "and"}[head]
-        return (joined, *(_not_inside(arg, negated) for arg in args))
+    if head == ("or" if negated else "and"):
+        return ("and", *(_not_inside(arg, negated) for arg in args))
     if not negated:
         return term
+    if head == "and":
+        parts = [_not_inside(arg, negated) for arg in args]
+        return ("not", term) if any(x is None or x[0] == "not" for x in parts) else ("or", *parts)
     return (_OPPOSITE[head], *args) if head in _OPPOSITE else ("not", term)
 
 
