@@ -56,8 +56,10 @@ MOST_GROWTH = 1.3
 """Seconds a layer of the largest model over those of the smallest that is not dominated by what
 does not depend on layers at all."""
 PASSES = {
-    "capture": "capture", "detect": "detect", "recover": "masks", "missed": "estimate",
-    "name_axes": "axes", "find_lines": "lines", "normalize": "normalize", "place": "place",
+    "capture_parts": "capture", "detect": "detect", "recover": "masks", "missed": "estimate",
+    "name_axes": "axes", "find_lines": "lines", "normalize": "normalize",
+    "end_landmarks": "normalize", "separate_columns": "normalize", "insert_turns": "normalize",
+    "insert_reshards": "normalize", "told_as_written": "by rows", "place": "place",
     "choose": "choose", "step_in_chunks": "memory", "alive_over": "memory",
     "rewrite": "rewrite", "verify": "verify",
     "find_regions": "regions", "all_sized": "sizes", "run_in_chunks": "chunks", "_digest": "digest",

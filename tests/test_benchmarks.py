@@ -1,4 +1,4 @@
-"""A benchmark compares only with peers that are right."""
+"""Benchmarks compare only with peers that are right, and time passes that exist."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.passes import PASSES
 from benchmarks.peers import PEERS
+from ringfx.compile import pipeline
 from ringfx.ir.layout import Layout, LayoutKind
+from ringfx.passes import steps
 from tests.support.ranks import RankPool
 
 LENGTH, HEADS, HEAD_DIM = 48, 4, 16
@@ -49,3 +52,8 @@ def test_peers_give_the_output_and_gradients_of_unsplit_attention(
         for i, exact in enumerate(oracle):
             joined = torch.cat([found[name][i] for found in by_rank], 2)[:, :, layout.order()]
             torch.testing.assert_close(joined, exact, msg=f"{name}, tensor {i}")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_timed_pass_is_a_function_of_the_pipeline(name: str) -> None:
+    assert callable(getattr(pipeline, name, None) or getattr(steps, name, None))
