@@ -67,6 +67,7 @@ def plain_results(results: Any) -> Any:
                 f"output {number} of the program is a DTensor placed as {value.placed}, of which a "
                 "rank has only a part. Do: let its module give plain tensors "
                 "(use_local_output=True, output_layouts=Replicate()), and compute the loss of "
-                "those."
+                "those; where the graph breaks and you call torch.compile(backend='ringfx'), call "
+                "ringfx.optimize(model) instead, which keeps modules and their hooks together."
             )
     return results

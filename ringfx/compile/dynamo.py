@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ringfx.compile.checkpoints import compile_checkpoints
 from ringfx.compile.gc_freeze import gc_frozen
@@ -22,7 +23,7 @@ from ringfx.torch_compat.dynamo import (
     kept_as_calls,
     skips,
 )
-from ringfx.torch_compat.graphs import call_of, has_hooks
+from ringfx.torch_compat.graphs import call_in_frame, call_of, has_hooks
 from ringfx.torch_compat.releases import ISOLATED
 
 __all__ = ["compiled", "compiled_call", "for_ringfx", "prepare_tracing"]
@@ -66,6 +67,7 @@ def compiled_call(
     which would be programs of their own.
     """
     call: Callable[..., Any] = call_of(fn)
+    _keep_hooks_with_modules(fn)
     if skips(fn.forward) or has_hooks(fn):
         call = _framed(fn)
     return compiled(call, backend, dynamic=dynamic)
@@ -86,7 +88,19 @@ def compiled(
     return made
 
 
-def _framed(fn: torch.nn.Module) -> Callable[..., Any]:
+def _keep_hooks_with_modules(model: torch.nn.Module) -> None:
+    """What uncompiled code calls of a model is one program with its hooks, not three.
+
+    Hooks of tensor parallelism make DTensors of what they are given, and plain tensors of what the
+    module gives; a program of ``forward`` alone would end in parts of a value. fully_shard's break
+    the graph, so they stay apart.
+    """
+    for module in model.modules():
+        if module is not model and has_hooks(module) and not isinstance(module, FSDPModule):
+            call_in_frame(module, _framed(call_of(module)))
+
+
+def _framed(fn: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 

@@ -5,12 +5,19 @@ Each name says what it is needed for and, after "Without", what a release that d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["call_of", "children_of", "has_hooks", "is_erased", "position_key"]
+__all__ = [
+    "call_in_frame",
+    "call_of",
+    "children_of",
+    "has_hooks",
+    "is_erased",
+    "position_key",
+]
 
 
 def is_erased(node: torch.fx.Node) -> bool:
@@ -31,6 +38,16 @@ def call_of(module: torch.nn.Module) -> Any:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether something runs before or after its forward. Without: models with hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def call_in_frame(module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    """Let ``module(...)`` be that call, unless the user has compiled the module.
+
+    ``nn.Module.compile`` keeps its program there; copies and pickles are without it. Without:
+    modules with hooks between breaks of the graph.
+    """
+    if module._compiled_call_impl is None:
+        module._compiled_call_impl = call
 
 
 def children_of(module: torch.nn.Module) -> Mapping[str, torch.nn.Module | None]:

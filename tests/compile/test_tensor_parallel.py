@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -70,7 +71,8 @@ class Causal(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         x = self.embed(numbers)
-        x = checkpoint(self.block, x, use_reentrant=False) if self.checkpoints else self.block(x)  # type: ignore[no-untyped-call]
+        for block in (self.block,):  # where the graph breaks in a loop, all around it is uncompiled
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)  # type: ignore[no-untyped-call]
         y: Tensor = self.head(x)
         return y
 
@@ -180,7 +182,7 @@ def differences(
     torch.manual_seed(0)
     stock = Causal(checkpoints=checkpoints).double()
     mesh, source = mesh_of_both(), copy.deepcopy(stock)
-    change(source, mesh["tp"])
+    change(source, mesh)
     model: Any = ringfx.optimize(source, mesh=mesh["cp"], compiler="eager")
     numbers = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
 
@@ -210,7 +212,14 @@ def differences(
 
 
 def parallelized(name: str, model: nn.Module, mesh: DeviceMesh) -> None:
-    parallelize_module(model, mesh, dict(PLANS[name]))
+    parallelize_module(model, mesh["tp"], dict(PLANS[name]))
+
+
+def sharded_too(name: str, model: Any, mesh: DeviceMesh) -> None:
+    """``fully_shard``, whose hooks break the graph: embedding and head are called uncompiled."""
+    parallelized(name, model, mesh)
+    for part in (model.attend, model.mlp, model):
+        fully_shard(part, mesh=mesh["cp"])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +237,13 @@ def test_results_are_those_of_the_unsplit_model(
     for worst, ranks, gathered in ranks4.run(differences, change, length, **options):
         assert worst < 1e-10
         assert (ranks, gathered) == (2, [])
+
+
+@pytest.mark.parametrize("name", ["everything", "inputs cut, features of an embedding"])
+def test_fully_shard_may_shard_the_parts(ranks4: RankPool, name: str) -> None:
+    for worst, ranks, _ in ranks4.run(differences, functools.partial(sharded_too, name)):
+        assert worst < 1e-10
+        assert ranks == 2
 
 
 def heard(change: Callable[[Any, DeviceMesh], None]) -> tuple[float, bool]:
@@ -251,7 +267,7 @@ def test_tokens_that_tensor_parallelism_spreads_too_are_whole_and_said(ranks4: R
 
 
 def by_hand(model: Any, mesh: DeviceMesh) -> None:
-    model.mlp = ByHand(model.mlp, mesh.get_group())
+    model.mlp = ByHand(model.mlp, mesh["tp"].get_group())
 
 
 def test_collectives_in_functions_of_the_users_own_stay(ranks4: RankPool) -> None:
@@ -261,11 +277,11 @@ def test_collectives_in_functions_of_the_users_own_stay(ranks4: RankPool) -> Non
 
 
 def over_the_sequence(model: Any, mesh: DeviceMesh) -> None:
-    model.mlp = ByHand(model.mlp, mesh_of_both()["cp"].get_group())
+    model.mlp = ByHand(model.mlp, mesh["cp"].get_group())
 
 
 def without_plain_results(model: nn.Module, mesh: DeviceMesh) -> None:
-    parallelize_module(model, mesh, {"head": COLUMNS(use_local_output=False)})
+    parallelize_module(model, mesh["tp"], {"head": COLUMNS(use_local_output=False)})
 
 
 def over_all_ranks(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -274,7 +290,7 @@ def over_all_ranks(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def uneven(model: Any, mesh: DeviceMesh) -> None:
     model.mlp = nn.Sequential(nn.Linear(HIDDEN, 33), nn.Linear(33, HIDDEN)).double()
-    parallelize_module(model, mesh, {"mlp.0": COLUMNS(output_layouts=WHOLE)})
+    parallelize_module(model, mesh["tp"], {"mlp.0": COLUMNS(output_layouts=WHOLE)})
 
 
 @pytest.mark.parametrize(
