@@ -1,7 +1,7 @@
 """Peak memory of one training step: ringfx split over ranks against ringfx at one rank.
 
 Each figure is the worst rank's peak resident memory of one step minus its resident memory before
-it, in a warmed-up process with gradients and optimiser state allocated (examples/peak_memory.py),
+it, in a warmed-up process with gradients and optimizer state allocated (examples/peak_memory.py),
 and the median of several runs in fresh processes. The same compiler on both sides, and ringfx on
 both sides: what mask recovery saves is in neither's favour.
 """
@@ -39,7 +39,7 @@ def main() -> int:
     whole = _measure(options, 1, console)
     rows = [_row(options, ranks, whole, console) for ranks in options.ranks]
     result = {
-        "what": "peak memory of one training step beyond parameters, gradients and optimiser state",
+        "what": "peak memory of one training step beyond parameters, gradients and optimizer state",
         "seq_len": options.seq_len,
         "compiler": options.compiler,
         "strategy": options.strategy,

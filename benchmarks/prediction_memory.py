@@ -271,7 +271,7 @@ def _measure_model(
 def _model_row(setting: Setting, world_size: int, measured: int, plan: str) -> dict[str, Any]:
     """Beyond the parameters, which were there before the step."""
     memory = ringfx.Plan.from_json(plan).memory
-    there = sum(p.bytes for p in memory.parts if p.cause in ("parameters", "optimiser state"))
+    there = sum(p.bytes for p in memory.parts if p.cause in ("parameters", "optimizer state"))
     predicted = memory.peak_bytes - there
     return {
         "model": str(setting),

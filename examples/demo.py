@@ -134,7 +134,7 @@ def _summary_table(runs: Sequence[Run]) -> Table:
     table.caption = (
         "s / step: median without the first, which compiles.\n"
         "MiB / rank: peak resident memory of one step beyond what stays\n"
-        "(parameters, gradients, optimiser state), worst rank.\n"
+        "(parameters, gradients, optimizer state), worst rank.\n"
         "worst gradient: relative difference of any parameter on any rank."
     )
     return table

@@ -1,7 +1,7 @@
 """How much memory one training step needs beyond what is already there.
 
 peak resident memory of the step minus resident memory before it. Meant for a warmed-up process in
-which gradients and optimiser state are allocated, so that what remains is what a step itself needs:
+which gradients and optimizer state are allocated, so that what remains is what a step itself needs:
 activations, what is saved for backward, communication buffers and scratch.
 """
 

@@ -35,7 +35,7 @@ def refuse_parameters(
     Raises
     ------
     OutOfMemory
-        The parameters are, or they and their gradients and optimiser state.
+        The parameters are, or they and their gradients and optimizer state.
     """
     if budget is None:
         return
@@ -47,7 +47,7 @@ def refuse_parameters(
         return
     more = _trained_bytes(trained(), optimizer)
     if size + more > budget:
-        state = "" if optimizer in ("none", 0) else " and optimiser state"
+        state = "" if optimizer in ("none", 0) else " and optimizer state"
         raise _hopeless(f"parameters, gradients{state}", size + more, budget, world_size)
 
 
@@ -56,7 +56,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _trained_bytes(tensors: Collection[torch.Tensor], optimizer: str | int) -> int:
-    """Their gradients, all of which are there when the backward ends, and optimiser state."""
+    """Their gradients, all of which are there when the backward ends, and optimizer state."""
     state = (state_bytes(optimizer, x.numel(), x.element_size()) for x in tensors)
     return _bytes(tensors) + sum(state)
 

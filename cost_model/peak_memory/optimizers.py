@@ -1,4 +1,4 @@
-"""What an optimiser keeps for each trained parameter."""
+"""What an optimizer keeps for each trained parameter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIMIZERS: Mapping[str, int] = {
 
 
 MOST_STATE = 2**16
-"""Bytes for each parameter; optimisers keep some dozens."""
+"""Bytes for each parameter; optimizers keep some dozens."""
 
 
 def check_optimizer(name: str | int) -> None:

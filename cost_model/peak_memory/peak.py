@@ -136,10 +136,10 @@ class Step:
             value: torch.Tensor = n.meta["val"]
             if n not in sharded.nodes:
                 size = state_bytes(optimizer, value.numel(), value.element_size())
-                return Held(cause="optimiser state", node=n, bytes=size)
+                return Held(cause="optimizer state", node=n, bytes=size)
             each = state_ranks.bytes_kept(value) // max(value.numel(), 1)
             size = state_bytes(optimizer, value.numel(), each)
-            return sharded.held("optimiser state", n, 0, size)
+            return sharded.held("optimizer state", n, 0, size)
 
         masks = _given_masks(graph, parameters)
         always = [
@@ -163,7 +163,7 @@ class Step:
             self.segments,
             _masks(self.kept.values, self.readers, self.growth),
             world_size=self.world_size,
-            unknown=("optimiser state",) if trained and optimizer == "none" else (),
+            unknown=("optimizer state",) if trained and optimizer == "none" else (),
         )
 
 

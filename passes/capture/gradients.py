@@ -43,7 +43,7 @@ def receives_grad(graph: torch.fx.Graph) -> frozenset[torch.fx.Node]:
     """Values that a gradient of some result can come back to.
 
     A parameter that only an ``argmax`` reads needs a gradient and gets none: its ``grad`` stays
-    None, which an optimiser with weight decay takes for something else than zero.
+    None, which an optimizer with weight decay takes for something else than zero.
     """
     found: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):

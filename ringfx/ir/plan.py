@@ -419,7 +419,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     )
 
 
-KEPT = ("parameter", "optimiser state", "activations saved for backward", "saved by attention")
+KEPT = ("parameter", "optimizer state", "activations saved for backward", "saved by attention")
 """Beginnings of causes that stay from one program's end to its backward, or always."""
 
 

@@ -192,7 +192,7 @@ def test_the_plan_counts_rows(tmp_path: Path) -> None:
         )
         parts = {p.cause: p.bytes for p in plan.memory.parts}
         peaks.append(parts)
-    names = ("parameters", "optimiser state")
+    names = ("parameters", "optimizer state")
     assert sum(peaks[1][f"sharded {n}"] for n in names) <= 1.05 / 4 * sum(
         peaks[0][n] for n in names
     )

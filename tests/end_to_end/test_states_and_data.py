@@ -205,7 +205,7 @@ def test_a_plan_counts_the_ranks_and_types_of_states() -> None:
             mp_policy=MixedPrecisionPolicy(param_dtype=policy) if policy else None,
         )  # fmt: skip
         parts.append({p.cause: p.bytes for p in plan.memory.parts})
-    names = ("sharded parameters", "sharded optimiser state")
+    names = ("sharded parameters", "sharded optimizer state")
     for name in names:
         assert parts[0][name] / parts[1][name] == pytest.approx(4, rel=0.01)
         assert parts[1][name] == parts[2][name]

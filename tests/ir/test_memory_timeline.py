@@ -78,7 +78,7 @@ def test_parameters_and_gradients_are_refused_before_the_model_is_traced(
     monkeypatch.setattr("ringfx.api.trace", None)
     with pytest.raises(OutOfMemory, match=r"parameters, gradients alone take .* on each rank"):
         _fresh(1024, 2, gpu_memory=2 * size - 1)
-    with pytest.raises(OutOfMemory, match=r"gradients and optimiser state alone take"):
+    with pytest.raises(OutOfMemory, match=r"gradients and optimizer state alone take"):
         _fresh(1024, 2, gpu_memory=4 * size - 1, optimizer="adamw")
 
 

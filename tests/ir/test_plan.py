@@ -71,7 +71,7 @@ def _plan(*layers: LayerPlan, **changes: Any) -> Plan:
                 MemoryPart(cause="parameters", bytes=2**34, kind="whole"),
                 MemoryPart(cause="logits", bytes=2**30, kind="split", detail="split"),
             ),
-            unknown=("optimiser state",),
+            unknown=("optimizer state",),
         ),
         "notes": (Note(text="the profile is published, not measured", kind=NoteKind.PROFILE),),
     }
@@ -209,7 +209,7 @@ def test_the_table_folds_equal_layers_and_shows_what_a_person_needs() -> None:
         "pool (model.py:3): a learned query",
         "memory of one rank: 17.0 GiB at the peak, 21% of 80.0 GiB",
         "16.0 GiB   94%  parameters",
-        "not counted: optimiser state",
+        "not counted: optimizer state",
         "the profile is published, not measured",
     ):
         assert words in " ".join(text.split()) or words in text, words
@@ -230,7 +230,7 @@ def test_text_is_plain_and_fits_a_terminal() -> None:
 
 def test_the_first_screen_says_whether_it_fits_how_long_a_step_takes_and_why() -> None:
     layers = [_layer(i, strategy="production" if i % 3 else "ulysses") for i in range(32)]
-    causes = ("parameters", "optimiser state", "logits", "temporaries", "gradient buckets")
+    causes = ("parameters", "optimizer state", "logits", "temporaries", "gradient buckets")
     parts = tuple(
         MemoryPart(cause=cause, bytes=(9 - i) * 2**30, kind="split")
         for i, cause in enumerate(causes)

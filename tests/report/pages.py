@@ -31,7 +31,7 @@ def attention_plan(*, world_size: int = 12) -> Plan:
 def full_plan() -> Plan:
     """As many parts of every kind as a large model has."""
     causes = (
-        "optimiser state", "gradients of activations", "parameters", "held by Inductor for reuse",
+        "optimizer state", "gradients of activations", "parameters", "held by Inductor for reuse",
         "attention's workspace", "recomputed for checkpoints", "parameter gradients", "temporaries",
         "gradient buckets", "saved by attention",
     )  # fmt: skip

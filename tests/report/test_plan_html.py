@@ -96,13 +96,13 @@ def test_the_page_shows_memory_and_escapes_what_a_model_says() -> None:
         memory=MemoryPlan(
             parts=(MemoryPart(cause="parameters", bytes=2**30, kind="whole"),),
             over_program=(2**20, 2**30, 2**25),
-            unknown=("optimiser state",),
+            unknown=("optimizer state",),
         ),
         notes=(Note(text="a <b> & c"),),
     )
     page = to_html(plan, name="<i>model</i>")
     assert "1.00 GiB a rank at the peak" in _Page(page).text
-    assert "not counted: optimiser state" in page
+    assert "not counted: optimizer state" in page
     assert "Memory over the program" in page
     assert page.count("<rect") == 3
     larger = dataclasses.replace(plan.memory, over_program=(2**20, 2**31))

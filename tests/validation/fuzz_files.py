@@ -107,7 +107,7 @@ def _plan() -> Plan:
             ),
             by_block=(("model.layers.0", 2**20), ("model.layers.1", 2**20)),
             over_program=(2**20, 2**30, 2**21),
-            unknown=("optimiser state",),
+            unknown=("optimizer state",),
         ),
         notes=(Note(text="a note"),),
     )

@@ -278,20 +278,20 @@ def test_a_budget_counts_a_checkpointed_region_once() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "tensors"), [("adamw", 2), ("momentum", 1), ("sgd", 0)])
-def test_the_optimisers_state_counts_like_parameters(optimizer: str, tensors: int) -> None:
+def test_the_optimizers_state_counts_like_parameters(optimizer: str, tensors: int) -> None:
     plan, bare = _plan(optimizer=optimizer), _plan()
-    assert _part(plan.memory, "optimiser state") == tensors * _part(bare.memory, "parameters")
+    assert _part(plan.memory, "optimizer state") == tensors * _part(bare.memory, "parameters")
     assert plan.memory.unknown == ()
-    assert bare.memory.unknown == ("optimiser state",)
+    assert bare.memory.unknown == ("optimizer state",)
 
 
 def test_bytes_of_state_for_each_parameter_may_be_given() -> None:
     parameters = _part(_plan().memory, "parameters") // 4
-    assert _part(_plan(optimizer=12).memory, "optimiser state") == 12 * parameters
+    assert _part(_plan(optimizer=12).memory, "optimizer state") == 12 * parameters
 
 
 @pytest.mark.parametrize("optimizer", ["adan", -1, True])
-def test_an_unknown_optimiser_lists_the_choices(optimizer: Any) -> None:
+def test_an_unknown_optimizer_lists_the_choices(optimizer: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"Do: use one of adam, adamw, .*bytes of state"):
         _plan(optimizer=optimizer)
 
