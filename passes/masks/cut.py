@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.fx import Graph, Node
@@ -20,7 +20,7 @@ from ringfx.ir.tiles.linear_forms import ONE, linear
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.exprs.emitter import Emitter
 
-__all__ = ["Cuts", "cut_to_rows"]
+__all__ = ["Cuts", "Rows", "cut_to_rows"]
 
 aten = torch.ops.aten
 FIRST: Expr = const(0)
@@ -39,17 +39,30 @@ Cut: TypeAlias = tuple[_Run | None, ...]
 """What is read of each dimension; None for one that is left as it is."""
 
 
+class Rows(Protocol):
+    """How the queries of a value, in several dimensions, become one."""
+
+    def merged(self, emit: Emitter, node: Node) -> Node: ...
+
+
 class Cuts:
     """What was cut out of the values of one program: once for all attentions that read it."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._made: dict[tuple[Node, Cut], Node] = {}
+        self._made: dict[tuple[Node, Cut | Rows], Node] = {}
 
     def of(self, node: Node, cut: Cut) -> Node:
         if (node, cut) not in self._made:
             self._made[node, cut] = self._make(node, cut)
         return self._made[node, cut]
+
+    def merged(self, node: Node, rows: Rows) -> Node:
+        """The value with its queries in one dimension, as many of them as the attention has."""
+        if (node, rows) not in self._made:
+            emit = Emitter(self._graph, self._after(node))
+            self._made[node, rows] = rows.merged(emit, node)
+        return self._made[node, rows]
 
     def _make(self, node: Node, cut: Cut) -> Node:
         for dim, run in enumerate(cut):
