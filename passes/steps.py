@@ -21,10 +21,11 @@ from ringfx.passes.normalize import (
     normalize,
     separate_columns,
 )
-from ringfx.passes.place import PlacementMap, by_columns, by_rows
+from ringfx.passes.place import PlacementMap, by_channels, by_columns, by_rows
 from ringfx.passes.token_axes import (
     InputAxis,
     Lines,
+    axes_of_channel_maps,
     axes_of_inputs,
     axes_of_row_maps,
     axes_that_are_given,
@@ -47,6 +48,8 @@ class Attentions:
     by_rows: tuple[Declined, ...] = ()
     """Those that are split by rows of scores, and neither declined nor missed therefore."""
     by_columns: tuple[Declined, ...] = ()
+    by_channels: tuple[Declined, ...] = ()
+    """Those of channels, whose scores are sums over the ranks."""
     count: int
 
 
@@ -62,14 +65,17 @@ def told_as_written(attentions: Attentions, graph: Graph, placement: PlacementMa
     sites = attentions.sites
     rows = by_rows(graph, placement, (*sites.declined, *attentions.missed))
     rest = [x for x in (*sites.declined, *attentions.missed) if x.node not in _names(rows)]
+    channels = by_channels(graph, placement, rest)
+    rest = [x for x in rest if x.node not in _names(channels)]
     columns = by_columns(graph, placement, rest)
-    split = _names(rows) | _names(columns)
+    split = _names(rows) | _names(channels) | _names(columns)
     return replace(
         attentions,
         sites=replace(sites, declined=tuple(x for x in sites.declined if x.node not in split)),
         missed=tuple(x for x in attentions.missed if x.node not in split),
         by_rows=rows,
         by_columns=columns,
+        by_channels=channels,
     )
 
 
@@ -106,9 +112,11 @@ def find_tokens(
     inputs: tuple[InputAxis, ...] = ()
     if token_dims:
         inputs = axes_that_are_given(axes, token_dims)
-    elif is_whole and not (sites or split or axes_of_row_maps(graph, axes, ())):
-        inputs = axes_of_inputs(graph, axes, held, world_size)
-    lines = find_lines(graph, axes, sites, world_size, split, inputs)
+    elif is_whole and not (sites or split):
+        summed = axes_of_channel_maps(graph, axes, held)
+        if not axes_of_row_maps(graph, axes, summed):
+            inputs = axes_of_inputs(graph, axes, held, world_size, summed)
+    lines = find_lines(graph, axes, sites, world_size, split, inputs, held)
     # A normalized call may show the next where tokens are.
     for _ in range(LONGEST_CHAIN if normalized and world_size > 1 else 0):
         changed = (
@@ -121,5 +129,5 @@ def find_tokens(
         if not changed:
             break
         axes = name_axes(graph, rules)
-        lines = find_lines(graph, axes, sites, world_size, split, inputs)
+        lines = find_lines(graph, axes, sites, world_size, split, inputs, held)
     return axes, lines

@@ -88,6 +88,8 @@ class Candidate:
     others biases that are made before."""
     in_windows: bool = False
     """Whether its batch was cut from the tokens, so that each window of them attends alone."""
+    over_channels: bool = False
+    """Whether its scores are of channels, and the tokens are what they are summed over."""
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         """[batch, heads, tokens, head dim] of an operand."""

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from ringfx.passes.capture.origin import inlined_call
 from ringfx.passes.detect.candidate import Candidate, NearMiss, Region
+from ringfx.passes.detect.channels import is_over_channels
 from ringfx.passes.detect.names import Factor, Names
 from ringfx.passes.detect.products import Product
 from ringfx.passes.detect.program import Program
@@ -112,6 +113,7 @@ def _candidate(
         dropout=ahead.dropout,
         region=_region(named, ahead),
         in_windows=roles.in_windows,
+        over_channels=is_over_channels(program, named.names, roles),
     )
 
 

@@ -14,6 +14,7 @@ from ringfx.passes.axes.call import Call
 from ringfx.passes.axes.space import AxisClash, Dim
 from ringfx.passes.capture.origin import inlined_call
 from ringfx.passes.detect.candidate import Candidate, NearMiss, score
+from ringfx.passes.detect.channels import is_over_channels
 from ringfx.passes.detect.inline_kernel_calls import KernelCall
 from ringfx.passes.detect.kernel_calls import KERNEL_CALLS, folded, is_plain
 from ringfx.passes.detect.names import Factor, Names
@@ -55,6 +56,7 @@ def scaled_dot_product(node: Node, program: Program) -> Candidate | NearMiss:
         scores=scores,
         values=() if mask is None else (mask,),
         dropout=float(call["dropout_p"]),
+        over_channels=is_over_channels(program, names, roles),
     )
 
 

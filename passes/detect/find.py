@@ -8,6 +8,7 @@ from ringfx.ir.values import Captured
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
 from ringfx.passes.detect.candidate import Candidate, Detected, NearMiss, decline
+from ringfx.passes.detect.channels import CHANNELS, write_out
 from ringfx.passes.detect.combined import distribute
 from ringfx.passes.detect.eager import find_eager
 from ringfx.passes.detect.entry_points import ENTRY_POINTS, other_form
@@ -35,14 +36,15 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
     refused = inline_kernel_calls(graph, other_form)
     part_logsumexps(graph, _parameters(captured))
     program = Program(graph, _parameters(captured), rules)
-    candidates: list[Candidate] = []
+    asked = {node: _ask(node, program) for node in graph.nodes}
+    if write_out([node for node, answer in asked.items() if _is_over_channels(answer)]):
+        program = Program(graph, _parameters(captured), rules)
+        asked = {node: _ask(node, program) for node in graph.nodes}
+    candidates = [x for x in asked.values() if isinstance(x, Candidate)]
     declined = [decline(node, reason) for node, reason in refused.items()]
-    for node in graph.nodes:
-        answer = _ask(node, program)
-        if isinstance(answer, NearMiss):
-            declined.append(decline(node, answer.reason))
-        elif answer is not None:
-            candidates.append(answer)
+    declined += [decline(n, x.reason) for n, x in asked.items() if isinstance(x, NearMiss)]
+    declined += [decline(c.node, CHANNELS) for c in candidates if c.over_channels]
+    candidates = [c for c in candidates if not c.over_channels]
     if written or not all(candidate.in_windows for candidate in candidates):
         declined += [decline(c.node, WINDOWS) for c in candidates if c.in_windows]
         candidates = [c for c in candidates if not c.in_windows]
@@ -51,6 +53,10 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
 
 WINDOWS = "its batch is cut from the tokens (windows): each window attends alone"
 """Beside other attention, such calls are split as they stand, along with its tokens."""
+
+
+def _is_over_channels(answer: Candidate | NearMiss | None) -> bool:
+    return isinstance(answer, Candidate) and answer.over_channels
 
 
 def _ask(node: Node, program: Program) -> Candidate | NearMiss | None:

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ringfx.passes.axes import AxisMap, name_axes
 from ringfx.passes.axes.call import AxisRules
+from ringfx.passes.axes.features import feature_axes, learned_values
 from ringfx.passes.axes.space import Dim
 
 __all__ = ["Program"]
@@ -35,12 +36,12 @@ class Program:
     @cached_property
     def learned(self) -> frozenset[Node]:
         """Values that depend on parameters and on nothing that the user passes."""
-        found: set[Node] = set(self.parameters)
-        for node in self.graph.nodes:
-            inputs = node.all_input_nodes
-            if inputs and all(n in found for n in inputs):
-                found.add(node)
-        return frozenset(found)
+        return learned_values(self.graph, self.parameters)
+
+    @cached_property
+    def feature_axes(self) -> frozenset[int]:
+        """Axes of channels, as products with parameters tell."""
+        return feature_axes(self.axes, self.learned)
 
     @cached_property
     def parameter_axes(self) -> frozenset[int]:

@@ -104,7 +104,8 @@ class _Turned:
         if named.clash or is_routed or isinstance(family, how.Attend | how.Reshard):
             return ()
         labels = dict(zip(operands, named.axes.operands, strict=True))
-        if not all(_needs_all(named, self._tokens(n), labels[n]) for n in entering):
+        size = sum(n.meta["val"].numel() for n in entering)
+        if not all(_needs_all(named, self._tokens(n), labels[n], size) for n in entering):
             return ()
         axes = {self.channels[n] for n in inside}
         if not axes and entering:
@@ -225,8 +226,11 @@ class _Turned:
         return self.axes.space.size(axis)
 
 
-def _needs_all(named: NamedOp, tokens: TokenDim | None, labels: Labels | None) -> bool:
-    """Whether a call cannot run on a part of an operand's tokens, nor exchange a few of them."""
+def _needs_all(named: NamedOp, tokens: TokenDim | None, labels: Labels | None, size: int) -> bool:
+    """Whether a call cannot run on a part of an operand's tokens, nor exchange a few of them.
+
+    ``size``: elements of all operands that would be turned.
+    """
     family = named.axes.how
     is_view = named.call.node.target in VIEWS or bool(named.axes.windows)
     if tokens is None or tokens.member.is_sorted or labels is None or is_view:
@@ -236,8 +240,7 @@ def _needs_all(named: NamedOp, tokens: TokenDim | None, labels: Labels | None) -
     shares = {named.axes.share_of(x) for x in labels[tokens.dim]}
     if shares == {AxisSharing.PARTIAL_SUM}:
         call = named.call
-        largest = max(shape.numel() for shape in call.shapes)
-        return len(call.operands) > 1 and LESS * call.result_shape.numel() > largest
+        return len(call.operands) > 1 and LESS * call.result_shape.numel() > size
     return AxisSharing.NEEDS_ALL in shares
 
 

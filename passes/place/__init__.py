@@ -11,9 +11,17 @@ serves all users. Partial sums are derived, never chosen. An input that an earli
 sharded is sharded, whatever that costs (``ringfx.passes.token_axes.arrivals``).
 """
 
-from ringfx.passes.place.by_rows import by_columns, by_rows
+from ringfx.passes.place.by_rows import by_channels, by_columns, by_rows
 from ringfx.passes.place.local_sites import local_sites
 from ringfx.passes.place.min_cut import PlacementMap, place
 from ringfx.passes.place.why_replicated import why_replicated
 
-__all__ = ["PlacementMap", "by_columns", "by_rows", "local_sites", "place", "why_replicated"]
+__all__ = [
+    "PlacementMap",
+    "by_channels",
+    "by_columns",
+    "by_rows",
+    "local_sites",
+    "place",
+    "why_replicated",
+]

@@ -1,5 +1,5 @@
 """Attention that stays written out, each rank with the rows of its own queries; where queries are
-few and keys many, with the columns of its own keys."""
+few and keys many, with the columns of its own keys; where channels attend, with its own tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ringfx.ir.values import Declined
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import result_values
 from ringfx.passes.detect.candidate import decline
+from ringfx.passes.detect.channels import CHANNELS
 from ringfx.passes.place.min_cut import PlacementMap
 from ringfx.passes.token_axes.row_maps import is_product, weighings
 from ringfx.passes.token_axes.token_line import TokenDim
 from ringfx.units.format import format_bytes
 
-__all__ = ["by_columns", "by_rows"]
+__all__ = ["by_channels", "by_columns", "by_rows"]
 
 NO_SOFTMAX = "its scores reach its values by no softmax of products of queries with keys"
 
@@ -67,6 +68,27 @@ def by_columns(
         for (product, weights), entry in _explained(graph, axes, products, explained).items()
         if _is_summed(placement, product, weights)
     )
+
+
+def by_channels(
+    graph: Graph, placement: PlacementMap, explained: Sequence[Declined]
+) -> tuple[Declined, ...]:
+    """Of what is declined because channels attend, what each rank computes for its own tokens."""
+    nodes, ranks = {n.name: n for n in graph.nodes}, _ranks(placement)
+    found = []
+    for entry in explained:
+        product = nodes.get(entry.node)
+        if (
+            entry.reason != CHANNELS
+            or product is None
+            or not is_product(placement.lines.axes, product)
+        ):
+            continue
+        operands = placement.lines.axes.ops[product].call.operands
+        weights = next((n for n in operands if not placement.is_sharded(n)), None)
+        if ranks > 1 and weights is not None and placement.is_sharded(product):
+            found.append(_said(entry, weights, 1, "all", "and its own tokens of the rest"))
+    return tuple(found)
 
 
 def _ranks(placement: PlacementMap) -> int:

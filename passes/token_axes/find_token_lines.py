@@ -20,6 +20,7 @@ from ringfx.passes.axes.routing import Route, find_routes
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.token_axes.arrivals import Fixed, Laid, arriving, fixed_layouts
 from ringfx.passes.token_axes.axis_on_line import AxisOnLine
+from ringfx.passes.token_axes.channel_maps import axes_of_channel_maps
 from ringfx.passes.token_axes.families import Families, find_families
 from ringfx.passes.token_axes.few_queries import has_few_queries
 from ringfx.passes.token_axes.grain import Run, blocks_beside, in_blocks
@@ -41,10 +42,11 @@ def find_lines(
     world_size: int,
     arrivals: Mapping[Node, Arrival] | None = None,
     inputs: Sequence[InputAxis] = (),
+    held: Collection[Node] = (),
 ) -> Lines:
     """The token axes of all attention and of inputs that arrive split, with windows and layout.
 
-    ``inputs``: what are tokens where there is no attention.
+    ``inputs``: what are tokens where there is no attention. ``held``: inputs that modules hold.
 
     A line is laid out as what arrives split on it; else zigzag when some attention over it keeps
     more keys in late rows than in early ones; contiguous otherwise.
@@ -77,7 +79,10 @@ def find_lines(
     attended = set(unbalanced)
     for given in inputs:
         unbalanced.setdefault(axes.dims(given.node)[given.dim], False)
-    for axis in (*_resharded(graph, axes), *axes_of_row_maps(graph, axes, set(unbalanced))):
+    summed = [] if inputs else axes_of_channel_maps(graph, axes, held)
+    for axis in (*_resharded(graph, axes), *summed):
+        unbalanced.setdefault(axis, False)
+    for axis in axes_of_row_maps(graph, axes, set(unbalanced)):
         unbalanced.setdefault(axis, False)
     builder = _Builder(
         axes=axes, families=find_families(axes), work=_work(axes), uneven=unbalanced, met=met,

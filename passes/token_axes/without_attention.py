@@ -3,7 +3,7 @@
 Attention says which axis is the sequence. Without it, an input's axis may be tokens
 
 - if something runs along it as along a sequence: a convolution, a pool, a scan, a Fourier
-  transform; or
+  transform, channel attention; or
 - if it is neither the batch (the first dimension of an input of several) nor the features (the last
   one of numbers): ids [B, S], states [B, S, C].
 
@@ -62,7 +62,11 @@ class _Candidate:
 
 
 def axes_of_inputs(
-    graph: Graph, axes: AxisMap, held: Collection[Node], world_size: int
+    graph: Graph,
+    axes: AxisMap,
+    held: Collection[Node],
+    world_size: int,
+    summed: Collection[Dim] = (),
 ) -> tuple[InputAxis, ...]:
     """The dimensions of inputs that are tokens, the most used first; none if none can be.
 
@@ -70,9 +74,11 @@ def axes_of_inputs(
     ----------
     held
         Inputs that modules hold: parameters and buffers.
+    summed
+        Axes that channels are weighed over.
     """
     given = [n for n in graph.nodes if n.op == "placeholder" and n not in held and result_values(n)]
-    left = list(_candidates(axes, given, world_size))
+    left = list(_candidates(axes, given, world_size, {x for axis in summed for x in axis}))
     found: list[InputAxis] = []
     while left:
         most = max(c.elements for c in left)
@@ -108,8 +114,11 @@ def axes_that_are_given(axes: AxisMap, given: Mapping[Node, int]) -> tuple[Input
     return tuple(found.values())
 
 
-def _candidates(axes: AxisMap, given: Sequence[Node], world_size: int) -> Iterator[_Candidate]:
+def _candidates(
+    axes: AxisMap, given: Sequence[Node], world_size: int, summed: Collection[int]
+) -> Iterator[_Candidate]:
     run_along = {axis for named in axes.ops.values() for axis in _run_along(axes, named)}
+    run_along |= set(summed)
     batch = {axes.dims(n)[0] for n in given if n.meta["val"].dim() > 1}
     seen: set[Dim] = set()
     for node in given:

@@ -301,6 +301,7 @@ def _plan_of(
         profile=profile.name, profile_origin=profile.origin, profile_date=profile.date,
         layers=layers, declined=sites.declined, missed=attentions.missed,
         by_rows=attentions.by_rows, by_columns=attentions.by_columns,
+        by_channels=attentions.by_channels,
         attentions=attentions.count, axes=token_axes(local), collectives=local.collectives,
         outside_ms=outside_ms(local.collectives, world.size, profile), memory=memory,
         hidden_ms=hidden, optimizer=str(settings.optimizer), recompute=settings.recompute,

@@ -179,6 +179,8 @@ class Plan:
     """Attention that is computed as it is written, each rank with whole rows of its scores."""
     by_columns: tuple[Declined, ...] = ()
     """The same where queries are few: each rank has the columns of its own keys."""
+    by_channels: tuple[Declined, ...] = ()
+    """Attention of channels, whose scores ranks add up over their own tokens."""
     attentions: Count | None = None
     """How many attentions that count and detection see together; None: nobody counted."""
     axes: tuple[TokenAxis, ...] = ()
@@ -221,7 +223,8 @@ class Plan:
     @property
     def has_tokens(self) -> bool:
         """Whether there is a sequence to split: attention over one, or an axis taken for one."""
-        return bool(self.layers or self.by_rows or self.by_columns) or any(
+        written = self.by_rows or self.by_columns or self.by_channels
+        return bool(self.layers or written) or any(
             x.kind is NoteKind.NO_ATTENTION for x in self.notes
         )
 
@@ -259,12 +262,14 @@ class Plan:
     def found_words(self) -> str:
         """``attention: 11/12 found, 1 declined``: detection against the independent count."""
         found = len(self.layers)
-        explained = found + len(self.missed) + len(self.by_rows) + len(self.by_columns)
+        written = (*self.by_rows, *self.by_columns, *self.by_channels)
+        explained = found + len(self.missed) + len(written)
         total = max(found if self.attentions is None else self.attentions, explained)
         declined = total - explained
         words = [f"attention: {found}/{total} found"]
         words += [f"{len(self.by_rows)} by rows of scores"] if self.by_rows else []
         words += [f"{len(self.by_columns)} by columns of scores"] if self.by_columns else []
+        words += [f"{len(self.by_channels)} of channels"] if self.by_channels else []
         words += [f"{declined} declined"] if declined else []
         words += [f"{len(self.missed)} MISSED"] if self.missed else []
         whole = len(self.replicated_layers)
@@ -407,6 +412,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
         missed=tuple(x for p in plans for x in p.missed),
         by_rows=tuple(x for p in plans for x in p.by_rows),
         by_columns=tuple(x for p in plans for x in p.by_columns),
+        by_channels=tuple(x for p in plans for x in p.by_channels),
         attentions=sum(len(p.layers) if p.attentions is None else p.attentions for p in plans),
         axes=max((p.axes for p in plans), key=len),
         collectives=tuple(x for p in plans for x in p.collectives),

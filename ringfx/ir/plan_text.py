@@ -60,6 +60,7 @@ def render(plan: Plan) -> RenderableType:
     parts += _section("in chunks of tokens", chunk_lines(plan.chunks))
     parts += _section("attention by rows of scores", near_lines(plan.by_rows))
     parts += _section("attention by columns of scores", near_lines(plan.by_columns))
+    parts += _section("attention of channels", near_lines(plan.by_channels))
     parts += _section("looks like attention, not recognised", near_lines(plan.missed))
     parts += _section("attention-like regions not parallelized", near_lines(plan.declined))
     if plan.memory.parts:

@@ -151,7 +151,7 @@ VIT_PYTORCH = (
         window_size=4, dim_conv_stem=16),
     vit("nest", "nest:NesT", image_size=32, patch_size=2, dim=32, heads=2, num_hierarchies=2,
         block_repeats=(1, 1), num_classes=5),
-    vit("xcit", "xcit:XCiT", **SMALL, cls_depth=1),
+    vit("xcit", "xcit:XCiT", **SMALL, cls_depth=1, dim_head=16),
 )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ TIMM = (
     timm("beit", "beit:Beit", **VIT, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1),
     timm("eva", "eva:Eva", **VIT, use_rot_pos_emb=True, swiglu_mlp=True, qkv_fused=True),
     timm("cait", "cait:Cait", **VIT, depth_token_only=1),
-    timm("xcit", "xcit:Xcit", **{**VIT, "patch_size": 8}),
+    timm("xcit", "xcit:Xcit", 64, **{**VIT, "img_size": 64, "patch_size": 8}),
     timm("convit", "convit:ConVit", **VIT, local_up_to_layer=1),
     timm("volo", "volo:VOLO", 64, layers=(1, 1), img_size=64, patch_size=8, stem_hidden_dim=16,
          embed_dims=(32, 32), num_heads=(2, 2), downsamples=(True, False),
