@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from ringfx.cost_model.peak_memory.liveness import Values, block_of, op_name
+from ringfx.cost_model.peak_memory.liveness import Values, block_of
 from ringfx.cost_model.peak_memory.segments import Segment, tag
 from ringfx.cost_model.peak_memory.timeline_of import (
     AGAIN,
@@ -29,6 +29,7 @@ from ringfx.cost_model.peak_memory.timeline_of import (
     num_bytes,
     of_attention,
 )
+from ringfx.cost_model.prediction.products import op_name
 from ringfx.ir.attention_spec import AttentionSpec
 from ringfx.ir.memory_peaks import Peaks
 from ringfx.ir.memory_plan import (

@@ -14,18 +14,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringfx.cost_model.prediction.products import op_name
 from ringfx.passes.chunks.outline import ChunkedCall
 from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = [
-    "Values", "block_of", "chunked_call", "is_expensive", "kept_values", "needed_by", "op_name",
+    "Values", "block_of", "chunked_call", "is_expensive", "kept_values", "needed_by",
     "outputs_of", "values_of",
 ]  # fmt: skip
 
@@ -121,19 +122,6 @@ def chunked_call(node: Node) -> ChunkedCall | None:
     """What a region in chunks holds; None for any other call."""
     found: ChunkedCall | None = node.meta.get("ringfx_chunked")
     return found
-
-
-def op_name(node: Node) -> str:
-    """``aten.mul.Tensor`` -> ``mul``."""
-    target = node.target
-    if isinstance(target, OpOverload):
-        return _name_of(target)
-    return getattr(target, "__name__", str(target))
-
-
-@lru_cache(maxsize=4096)
-def _name_of(target: OpOverload) -> str:
-    return str(schema_of(target).name).split("::")[1]
 
 
 def block_of(node: Node) -> str:

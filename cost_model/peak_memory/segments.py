@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx.cost_model.peak_memory.liveness import Values, needed_by, op_name
+from ringfx.cost_model.peak_memory.liveness import Values, needed_by
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
+from ringfx.cost_model.prediction.products import op_name
 from ringfx.ir.markers import OFFLOADED, SENT_AGAIN
 
 __all__ = [

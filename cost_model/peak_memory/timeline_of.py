@@ -27,9 +27,9 @@ from ringfx.cost_model.peak_memory.liveness import (
     chunked_call,
     kept_values,
     needed_by,
-    op_name,
     outputs_of,
 )
+from ringfx.cost_model.prediction.products import op_name
 from ringfx.ir.memory_timeline import (
     AGAIN_FOR_ATTENTION,
     GATHERED,

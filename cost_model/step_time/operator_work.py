@@ -11,19 +11,19 @@ the gradients of what it wrote and what it needs of the forward, and writes thos
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from ringfx.cost_model.peak_memory.liveness import Values, is_expensive, needed_by, op_name
+from ringfx.cost_model.peak_memory.liveness import Values, is_expensive, needed_by
 from ringfx.cost_model.peak_memory.timeline_of import num_bytes
 from ringfx.cost_model.prediction.operators import LARGE, Work
+from ringfx.cost_model.prediction.products import op_name, product_flops
 
-__all__ = ["OperatorWork", "product_flops", "works"]
+__all__ = ["OperatorWork", "works"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,65 +199,3 @@ class _Counting:
 def _dim(node: Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0
-
-
-# --- products by shape ----------------------------------------------------------------------------
-
-
-def product_flops(node: Node) -> float:
-    """Multiplications and additions of a product over whole tensors; 0 for what is none."""
-    result = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(result, torch.Tensor):
-        return 0.0
-    name = op_name(node)
-    if name == "einsum":
-        return 2.0 * _indices(node)
-    if name in CONTRACTED:
-        return 2.0 * result.numel() * CONTRACTED[name](_shapes(node))
-    return 0.0
-
-
-Shapes = Sequence[Sequence[int]]
-
-
-def _shapes(node: Node) -> Shapes:
-    return [n.meta["val"].shape for n in node.all_input_nodes if _dim(n)]
-
-
-def _last(shapes: Shapes) -> int:
-    return shapes[0][-1]
-
-
-def _last_of_second(shapes: Shapes) -> int:
-    return shapes[1][-1]
-
-
-def _window(shapes: Shapes) -> int:
-    """Of a convolution: elements of the kernel that one output reads."""
-    return math.prod(shapes[1][1:])
-
-
-CONTRACTED: Mapping[str, Callable[[Shapes], int]] = {
-    # products that one element of the result is a sum of
-    "linear": _last, "mm": _last, "bmm": _last, "matmul": _last,
-    "grouped_mm": _last, "_grouped_mm": _last,
-    "addmm": _last_of_second, "baddbmm": _last_of_second,
-    "convolution": _window, "conv1d": _window, "conv2d": _window, "conv3d": _window,
-}  # fmt: skip
-
-
-def _indices(node: Node) -> float:
-    """The number of combinations of an einsum's indices."""
-    equation = str(node.args[0]).replace(" ", "").partition("->")[0]
-    sizes: dict[str, int] = {}
-    for letters, shape in zip(equation.split(","), _shapes(node), strict=False):
-        plain = letters.replace("...", "")
-        named = [*plain] if "..." not in letters else _with_rest(letters, len(shape))
-        sizes.update(zip(named, shape, strict=False))
-    return math.prod(sizes.values())
-
-
-def _with_rest(letters: str, dims: int) -> Iterable[str]:
-    before, _, after = letters.partition("...")
-    rest = [f"...{i}" for i in reversed(range(dims - len(before) - len(after)))]
-    return [*before, *rest, *after]

@@ -8,7 +8,7 @@ own, and an all-to-all moves 1/p of the tokens where otherwise every rank would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch.fx import Graph, Node
@@ -18,6 +18,7 @@ from ringfx.comm.redistribute import reshard
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call
 from ringfx.passes.normalize.graph_editor import GraphEditor, bounds, cat_dim
+from ringfx.passes.token_axes.side_streams import side_streams
 from ringfx.passes.token_axes.token_line import Lines, MaybeTokenDim, NotShardable, TokenDim
 
 __all__ = ["insert_reshards"]
@@ -27,11 +28,11 @@ aten = torch.ops.aten
 
 def insert_reshards(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
     """Reshards around the calls that part one split from another; whether there was any."""
-    reshards = _Reshards(GraphEditor(graph, axes, lines))
+    reshards = _Reshards(GraphEditor(graph, axes, lines), side_streams(graph, lines))
     for node in list(graph.nodes):
         reshards.follow(node)
         rule = RULES.get(node.target)
-        if rule is not None and node.meta["val"].is_floating_point():
+        if rule is not None and (node.meta["val"].is_floating_point() or reshards.parts(node)):
             rule(reshards, node)
     return reshards.editor.changed
 
@@ -39,11 +40,17 @@ def insert_reshards(graph: Graph, axes: AxisMap, lines: Lines) -> bool:
 class _Reshards:
     """One reshard a value serves all calls."""
 
-    def __init__(self, editor: GraphEditor) -> None:
+    def __init__(self, editor: GraphEditor, parted: Collection[tuple[Node, Node]]) -> None:
         self.editor = editor
+        self.parted = parted
+        """Calls and operands between which a stream changes to a line of its own, or back."""
         self.made: dict[tuple[Node, int, bool], Node] = {}
         self.made_of_tokens: set[Node] = set()
         """Values computed from some that are on a line, which tables and constants are not."""
+
+    def parts(self, node: Node) -> bool:
+        """Whether a stream changes its line there, whatever the type of its values."""
+        return any((node, n) in self.parted for n in node.all_input_nodes)
 
     def follow(self, node: Node) -> None:
         inputs = node.all_input_nodes
@@ -140,7 +147,7 @@ def _cat(reshards: _Reshards, node: Node) -> None:
     for piece in list(Call(node).operands):
         place = reshards.token_dim(piece)
         along = _alone(place) and place.dim == dim  # type: ignore[union-attr]
-        if along and reshards.apart(place, result, start):
+        if along and ((node, piece) in reshards.parted or reshards.apart(place, result, start)):
             reshards.before(node, piece, dim)
         start += int(piece.meta["val"].shape[dim])
 
@@ -155,7 +162,7 @@ def _slice(reshards: _Reshards, node: Node) -> None:
     if source not in reshards.made_of_tokens:
         return
     start, _ = bounds(call["start"], call["end"], int(call.shapes[0][dim]))
-    apart = reshards.apart(made, given, start)
+    apart = (node, source) in reshards.parted or reshards.apart(made, given, start)
     if _alone(given) and given.dim == dim and given.inner > 1 and apart:  # type: ignore[union-attr]
         reshards.before(node, source, dim)
     elif _alone(made) and made.dim == dim and apart:  # type: ignore[union-attr]

@@ -62,6 +62,17 @@ def _slice(s: GraphEditor, node: Node) -> Node | None:
     return of_streams(s, node, x, dim, start, end)
 
 
+def _narrow(s: GraphEditor, node: Node) -> Node | None:
+    """narrow: the slice that it is."""
+    call = Call(node)
+    x, start = call.operands[0], call["start"]
+    dim = call.dim("dim", len(call.shapes[0]))
+    if not (isinstance(start, int) and s.touches(x, dim)):
+        return None
+    start %= int(call.shapes[0][dim])
+    return s.make(node, aten.slice.Tensor, x, dim, start, start + int(call.result_shape[dim]))
+
+
 def _parts(s: GraphEditor, node: Node) -> Node | None:
     """split, chunk: each part a slice."""
     call = Call(node)
@@ -413,6 +424,7 @@ PARTS = (
 
 RULES: Mapping[object, Callable[[GraphEditor, Node], Node | None]] = {
     aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
     aten.roll.default: _roll,
     aten.select.int: _select,
     aten.slice_scatter.default: _slice_scatter,

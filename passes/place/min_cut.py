@@ -14,23 +14,18 @@ from torch.fx import Node
 
 from ringfx.ops import attention
 from ringfx.passes.axes import how
-from ringfx.passes.axes.call import AxisSharing, result_values
+from ringfx.passes.axes.call import result_values
 from ringfx.passes.axes.space import Dim
 from ringfx.passes.capture.gradients import needs_grad
 from ringfx.passes.place.repeated_layers import alike
 from ringfx.passes.split_modes import CannotSplit, Placement, SplitMode, split_mode
 from ringfx.passes.token_axes.row_maps import columns_of_rows, is_product
 from ringfx.passes.token_axes.token_line import Lines, TokenDim
+from ringfx.passes.token_axes.work import COMMUNICATION, bytes_of, work_of
 
 __all__ = ["PlacementMap", "home_device", "place"]
 
 REPLICATED, SHARDED = "replicated", "sharded"
-COMMUNICATION = 8
-"""Cost of a byte between ranks, in bytes of memory traffic: links are about this much slower than
-memory (NVLink 450 GB/s against HBM 3.3 TB/s on H100, vendor data sheets)."""
-FLOPS_PER_BYTE = 100
-"""Floating-point operations that take as long as a byte of memory traffic (same data sheets)."""
-
 WITHOUT_ATTENTION = 4 * COMMUNICATION
 """How often a byte counts that a rank need not have, where no attention obliges any value to be
 sharded: memory is what the split is for, and a small model would be replicated for its speed."""
@@ -145,7 +140,7 @@ def _cut(on: _OnLine) -> set[Node]:
         for n, m in on.modes.items()
         if isinstance(m, SplitMode)
     }
-    vertex = alike(on.graph, lambda n: (on.modes.get(n), savings.get(n), _bytes(n)))
+    vertex = alike(on.graph, lambda n: (on.modes.get(n), savings.get(n), bytes_of(n)))
     network = nx.DiGraph()
     network.add_nodes_from((REPLICATED, SHARDED))
     connect = _connector(network)
@@ -159,7 +154,7 @@ def _cut(on: _OnLine) -> set[Node]:
         connect(vertex[node], SHARDED, max(savings[node], 0) + 1)
         connect(REPLICATED, vertex[node], max(-savings[node], 0))
         if mode.is_partial_sum:
-            connect(REPLICATED, vertex[node], COMMUNICATION * _bytes(node) + 1)
+            connect(REPLICATED, vertex[node], COMMUNICATION * bytes_of(node) + 1)
     for node in on.graph.nodes:
         _connect_uses(connect, vertex, on, node)
     for together in _tied(on):
@@ -199,9 +194,9 @@ def _savings(on: _OnLine, node: Node) -> int:
     """
     if _is_reshard(on.lines, node):
         backward = 1 if needs_grad(node) else 0
-        return int(COMMUNICATION * _bytes(node) * (backward - (1 + backward) / on.ranks))
+        return int(COMMUNICATION * bytes_of(node) * (backward - (1 + backward) / on.ranks))
     weight = WITHOUT_ATTENTION if on.lines.inputs else 1
-    return int(weight * _work(on.lines, node) * (1 - _stored(on, node) / on.ranks))
+    return int(weight * work_of(on.lines.axes, node) * (1 - _stored(on, node) / on.ranks))
 
 
 Connect = Callable[[str, str, int | None], None]
@@ -234,7 +229,7 @@ def _connect_uses(connect: Connect, names: Mapping[Node, str], on: _OnLine, valu
     vertex = names[maker] if stays or isinstance(made, CannotSplit) else REPLICATED
     gather, cut = f"gather {names[value]}", f"slice {names[value]}"
     fixed = tokens.member.is_sorted
-    moved = COMMUNICATION * _bytes(value)
+    moved = COMMUNICATION * bytes_of(value)
     for user in value.users:
         if user.op == "output" or user.target is operator.getitem:
             continue
@@ -288,19 +283,3 @@ def _stored(on: _OnLine, node: Node) -> float:
     places = [on.lines.token_dim(*value) for value in values]
     lengths = [x.member.length for x in places if isinstance(x, TokenDim) and x.line == on.line]
     return on.lines.lines[on.line].length / max(lengths, default=1)
-
-
-def _bytes(node: Node) -> int:
-    return sum(v.numel() * v.element_size() for v in result_values(node))
-
-
-def _work(lines: Lines, node: Node) -> int:
-    """Bytes written, and operations of contractions as bytes; doubled where a backward runs."""
-    named = lines.axes.ops[node]
-    contracted = 1
-    for label, share in named.axes.share.items():
-        if share is AxisSharing.PARTIAL_SUM and named.axes.results and len(named.call.operands) > 1:
-            contracted *= lines.axes.space.size(lines.axes.label(node, label))
-    elements = sum(v.numel() for v in result_values(node))
-    operations = 2 * elements * contracted if contracted > 1 else 0
-    return (_bytes(node) + operations // FLOPS_PER_BYTE) * (2 if needs_grad(node) else 1)

@@ -13,8 +13,8 @@ from tests.support.harness import Case, RankPool, compare_all
 from tests.support.programs import lowered
 from tests.support.sampling import one_in
 
-ANNOUNCED = frozenset({("experts, order used", 2), ("experts, order used", 8), ("streams", 2)})
-"""Constructs that still gather, and on how many ranks: on two a third of a line saves nothing."""
+ANNOUNCED = frozenset({("experts, order used", 2), ("experts, order used", 8)})
+"""Constructs that still gather, and on how many ranks."""
 FEW_BYTES = 2000
 """A whole sequence of hidden states is 12 KiB here."""
 
