@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ringfx.errors import CaptureRefused
+from ringfx.passes.capture.strided import as_views, refuse_scatter
 from ringfx.torch_compat.operators import OpOverload
 
 __all__ = ["DEFINITIONS"]
@@ -220,4 +221,6 @@ DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {
         nearest,
     ),
     getattr(aten.random_, "from"): drawn_between,
+    aten.as_strided.default: as_views,
+    aten.as_strided_scatter.default: refuse_scatter,
 }

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from ringfx.passes.capture.decomposable import DECOMPOSABLE
+from ringfx.passes.capture.strided import by_index
 from ringfx.torch_compat.dispatch import TorchDispatchMode
 from ringfx.torch_compat.fake_tensors import FakeTensorMode
 from ringfx.torch_compat.operators import DispatchKey, OpOverload, decompositions, schema_of
@@ -76,6 +77,8 @@ def _chosen(op: OpOverload, node: Node, mode: FakeTensorMode) -> Decomposition |
 
 
 def _candidates(op: OpOverload) -> Iterator[Decomposition]:
+    if op is torch.ops.aten.as_strided.default:
+        yield by_index
     if op in DECOMPOSABLE and op in (known := decompositions()):
         yield known[op]
     if op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
