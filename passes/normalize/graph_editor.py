@@ -81,7 +81,9 @@ class GraphEditor:
     def constant(self, before: Node, like: Node, dim: int, length: int, value: float) -> Node:
         fake = like.meta["val"]
         shape = [length if i == dim else int(s) for i, s in enumerate(fake.shape)]
-        return self.make(before, aten.new_full.default, like, shape, value)
+        new = self.make(before, aten.new_full.default, like, shape, value)
+        new.meta["ringfx_needs_grad"] = False
+        return new
 
 
 def cat_dim(node: Node) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch.fx import Graph, Node
 
-from ringfx.comm import halo
+from ringfx.comm import halo, halo_pools
 from ringfx.comm.redistribute import reshard
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call
@@ -187,6 +187,7 @@ RULES: Mapping[object, Callable[[_Reshards, Node], None]] = {
     aten.constant_pad_nd.default: _pad,
     aten.pad.default: _pad,
     halo.convolution: _reshape,
+    halo_pools.pool: _reshape,
     aten.einsum.default: _product,
     aten.matmul.default: _product,
     aten.bmm.default: _product,

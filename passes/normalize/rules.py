@@ -26,7 +26,7 @@ from ringfx.passes.normalize.graph_editor import GraphEditor, bounds, cat_dim
 from ringfx.passes.normalize.masked_scatter import masked_scatter
 from ringfx.passes.normalize.statistics import VARIANCES, group_norm, variance, vector_norm
 from ringfx.passes.normalize.strided_slices import every_nth, of_streams
-from ringfx.passes.normalize.strides import pool, unfold, whole_blocks
+from ringfx.passes.normalize.strides import columns, pool, unfold, whole_blocks
 from ringfx.passes.token_axes.token_line import Lines, NotShardable, TokenDim
 
 __all__ = ["normalize"]
@@ -287,26 +287,6 @@ def _convolution(s: GraphEditor, node: Node) -> Node | None:
     return new
 
 
-def _columns(s: GraphEditor, node: Node) -> Node | None:
-    """im2col over tokens: a convolution whose kernels each choose one of the places it sees."""
-    call = Call(node)
-    x, kernel = call.operands[0], list(call["kernel_size"])
-    given = x.meta["val"]
-    touched = any(s.along(x, d) for d in (2, 3)) or s.touches(node, 2)
-    if given.dim() != 4 or not given.is_floating_point() or not touched:
-        return None
-    seen, channels = _product(kernel), int(given.shape[1])
-    one = s.make(node, aten.eye.default, seen, dtype=given.dtype, device=given.device)
-    each = s.make(node, aten.reshape.default, one, [seen, 1, *kernel])
-    weight = s.make(node, aten.repeat.default, each, [channels, 1, 1, 1])
-    y = s.make(
-        node, halo.convolution, x, weight, stride=tuple(call["stride"]),
-        pads=tuple((n, n) for n in call["padding"]), dilation=tuple(call["dilation"]),
-        groups=channels,
-    )  # fmt: skip
-    return s.make(node, aten.reshape.default, y, [int(n) for n in node.meta["val"].shape])
-
-
 def _cropped(node: Node) -> Node | None:
     """The only user, if it keeps the first outputs along one dimension."""
     users = list(node.users)
@@ -428,7 +408,7 @@ RULES: Mapping[object, Callable[[GraphEditor, Node], Node | None]] = {
     aten.roll.default: _roll,
     aten.select.int: _select,
     aten.slice_scatter.default: _slice_scatter,
-    aten.im2col.default: _columns,
+    aten.im2col.default: columns,
     aten.diff.default: _diff,
     aten.masked_scatter.default: masked_scatter,
     aten.unfold.default: unfold,

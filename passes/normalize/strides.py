@@ -1,8 +1,9 @@
 """Windows of tokens that start at every nth: pools, strided convolutions, ``unfold``.
 
-Windows side by side are a reshape. Others are convolutions: a mean over each, or one that chooses
-each of its places. A convolution whose stride does not divide the tokens is one over whole blocks
-of them, zeros behind the last, of which the first results are taken.
+Windows side by side are a reshape. Others stay pools, with what they reach of neighbouring tokens
+(``ringfx.comm.halo_pools``): as convolutions they would round to TF32, and make infinities NaN. One
+whose stride does not divide the tokens runs over whole blocks of them, with what counts for nothing
+behind the last, and the first results are taken.
 """
 
 from __future__ import annotations
@@ -10,26 +11,35 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ringfx.comm import halo
-from ringfx.passes.axes.call import Call
+from ringfx.comm import halo_pools
+from ringfx.passes.axes.call import Call, result_values
 from ringfx.passes.normalize.graph_editor import GraphEditor, cat_dim
 
-__all__ = ["pool", "unfold", "whole_blocks"]
+__all__ = ["columns", "pool", "unfold", "whole_blocks"]
 
 aten = torch.ops.aten
 
 
 def whole_blocks(
-    s: GraphEditor, node: Node, x: Node, dim: int, stride: int, pads: tuple[int, int], seen: int
+    s: GraphEditor,
+    node: Node,
+    x: Node,
+    dim: int,
+    stride: int,
+    pads: tuple[int, int],
+    seen: int,
+    fill: float = 0.0,
 ) -> tuple[Node, tuple[int, int]] | None:
     """What to convolve instead along ``dim``, and its padding, so that the stride divides it.
 
-    ``seen``: elements that a kernel spans. None where it divides already.
+    ``seen``: elements that a kernel spans; ``fill`` stands behind the last. None where it divides
+    already.
     """
     length = int(x.meta["val"].shape[dim])
     made = (length + sum(pads) - seen) // stride + 1
@@ -37,8 +47,8 @@ def whole_blocks(
         return None
     blocks = max(-(-length // stride), made)
     missing = stride * blocks - length
-    zeros = s.constant(node, x, dim, missing, 0.0) if missing else None
-    return s.cat(node, [x, zeros], dim), (pads[0], seen - stride - pads[0])
+    behind = s.constant(node, x, dim, missing, fill) if missing else None
+    return s.cat(node, [x, behind], dim), (pads[0], seen - stride - pads[0])
 
 
 def pool(s: GraphEditor, node: Node) -> Node | None:
@@ -52,43 +62,73 @@ def pool(s: GraphEditor, node: Node) -> Node | None:
     )
     dims = range(len(shape) - rank, len(shape))
     touched = any(s.touches(x, d) or s.touches(node, d) for d in dims)
-    if not touched or set(dilation) != {1} or call["ceil_mode"]:
+    if not touched:
         return None
-    is_max = len(call.result_shapes) > 1
-    if stride == kernel and not any(pads):
+    is_max, is_plain = len(call.result_shapes) > 1, set(dilation) == {1} and not call["ceil_mode"]
+    if is_plain and stride == kernel and not any(pads):
         return _side_by_side(s, node, x, dims, kernel, is_max)
     counts_padding = call.get("count_include_pad", True) or not any(pads)
-    if is_max or len(shape) != rank + 2 or not counts_padding or call.get("divisor_override"):
+    exact = is_plain and counts_padding and not call.get("divisor_override")
+    if not x.meta["val"].is_floating_point() or not (is_max or exact):
         return None
-    channels, size = shape[1], math.prod(kernel)
-    weight = s.make(node, aten.new_full.default, x, [channels, 1, *kernel], 1.0 / size)
-    return convolved(s, node, x, weight, stride, [(n, n) for n in pads])
+    if is_max and not _only_first_is_read(node):
+        return None
+    windows = _Windows(kernel=kernel, stride=stride, lefts=pads, dilation=dilation)
+    made = [int(n) for n in result_values(node)[0].shape]
+    found = _overlapping(s, node, x, windows, "max" if is_max else "mean", made)
+    if not is_max:
+        return found
+    for first in list(node.users):
+        first.replace_all_uses_with(found)
+        s.changed = True
+    return None
 
 
-def convolved(
-    s: GraphEditor,
-    node: Node,
-    x: Node,
-    weight: Node,
-    stride: Sequence[int],
-    pads: Sequence[tuple[int, int]],
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """Of each of the last dimensions."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    lefts: Sequence[int]
+    """What is padded in front; behind, what the result needs."""
+    dilation: Sequence[int]
+
+
+def _overlapping(
+    s: GraphEditor, node: Node, x: Node, windows: _Windows, kind: str, made: Sequence[int]
 ) -> Node:
-    """A depthwise convolution, over whole blocks along the tokens."""
-    pads, shape = list(pads), [int(n) for n in x.meta["val"].shape]
-    kernel = [int(n) for n in weight.meta["val"].shape[2:]]
-    crops = {}
-    for i, (step, seen) in enumerate(zip(stride, kernel, strict=True)):
-        found = whole_blocks(s, node, x, 2 + i, step, pads[i], seen)
-        if found is not None:
-            crops[2 + i] = (shape[2 + i] + sum(pads[i]) - seen) // step + 1
-            x, pads[i] = found
+    """A pool of [N, C, ...], over whole blocks along the tokens.
+
+    ``made``: the shape of its result, but for the elements of each window.
+    """
+    rank = len(windows.kernel)
+    is_alone = len(made) == rank + 1  # without a batch
+    if is_alone:
+        alone, x, made = x, s.make(node, aten.unsqueeze.default, x, 0), [1, *made]
+        for d in range(rank + 1):
+            s.tokens |= {x: d + 1} if s.along(alone, d) else {}
+    pads, crops = [], {}
+    for i, (step, left) in enumerate(zip(windows.stride, windows.lefts, strict=True)):
+        dim, seen = 2 + i, windows.dilation[i] * (windows.kernel[i] - 1) + 1
+        length = int(x.meta["val"].shape[dim])
+        pair = (left, step * (made[dim] - 1) + seen - length - left)
+        blocks = whole_blocks(s, node, x, dim, step, pair, seen, halo_pools.NOTHING[kind])
+        if blocks is not None:
+            x, pair = blocks
+            crops[dim] = made[dim]
+        pads.append(pair)
     y = s.make(
-        node, halo.convolution, x, weight, stride=tuple(stride), pads=tuple(pads),
-        dilation=(1,) * len(kernel), groups=shape[1],
+        node, halo_pools.pool, x, kind=kind, kernel=tuple(windows.kernel),
+        stride=tuple(windows.stride), pads=tuple(pads), dilation=tuple(windows.dilation),
     )  # fmt: skip
-    for dim, made in crops.items():
-        y = _cut(s, node, y, dim, made)
-    return y
+    for dim, size in crops.items():
+        y = _cut(s, node, y, dim, size)
+    return s.make(node, aten.squeeze.dim, y, 0) if is_alone else y
+
+
+def _only_first_is_read(node: Node) -> bool:
+    return all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
 
 
 def _side_by_side(
@@ -105,7 +145,7 @@ def _side_by_side(
     opened = s.make(node, aten.reshape.default, x, sizes)
     if not is_max:
         return s.make(node, aten.mean.dim, opened, windows)
-    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+    if not _only_first_is_read(node):
         return None
     order = [d for d in range(len(sizes)) if d not in windows] + windows
     turned = s.make(node, aten.permute.default, opened, order)
@@ -143,15 +183,30 @@ def unfold(s: GraphEditor, node: Node) -> Node | None:
     last = s.make(node, aten.movedim.int, x, dim, -1)
     others = [n for d, n in enumerate(shape) if d != dim]
     rows = s.make(node, aten.reshape.default, last, [1, math.prod(others), shape[dim]])
-    given = x.meta["val"]
-    one = s.make(node, aten.eye.default, size, dtype=given.dtype, device=given.device)
-    each = s.make(node, aten.unsqueeze.default, one, 1)
-    weight = s.make(node, aten.repeat.default, each, [math.prod(others), 1, 1])
     s.tokens[rows] = 2
-    y = convolved(s, node, rows, weight, [step], [pads])
-    opened = s.make(node, aten.reshape.default, y, [*others, size, made])
-    windows = s.make(node, aten.movedim.int, opened, -1, dim)
-    return windows
+    windows = _Windows(kernel=[size], stride=[step], lefts=[pads[0]], dilation=[1])
+    y = _overlapping(s, node, rows, windows, "each", [1, math.prod(others), made])
+    opened = s.make(node, aten.reshape.default, y, [*others, made, size])
+    return s.make(node, aten.movedim.int, opened, -2, dim)
+
+
+def columns(s: GraphEditor, node: Node) -> Node | None:
+    """im2col over tokens: the elements of each window as channels."""
+    call = Call(node)
+    x, kernel = call.operands[0], [int(n) for n in call["kernel_size"]]
+    touched = any(s.touches(x, d) for d in (2, 3)) or s.touches(node, 2)
+    if len(call.shapes[0]) != 4 or not x.meta["val"].is_floating_point() or not touched:
+        return None
+    stride, pads, dilation = (list(call[name]) for name in ("stride", "padding", "dilation"))
+    windows = _Windows(kernel=kernel, stride=stride, lefts=pads, dilation=dilation)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    made = [
+        (int(n) + 2 * pad - span) // step + 1
+        for n, pad, span, step in zip(call.shapes[0][2:], pads, spans, stride, strict=True)
+    ]
+    y = _overlapping(s, node, x, windows, "each", [*map(int, call.shapes[0][:2]), *made])
+    turned = s.make(node, aten.permute.default, y, [0, 1, 4, 5, 2, 3])
+    return s.make(node, aten.reshape.default, turned, [int(n) for n in call.result_shape])
 
 
 def _unpadded(s: GraphEditor, x: Node, dim: int) -> tuple[Node, tuple[int, int]]:

@@ -1,24 +1,25 @@
-"""Convolutions along the tokens: each token's outputs read a few tokens before and after it."""
+"""Convolutions and pools along the tokens: a token's outputs read some tokens on both sides."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
-from ringfx.comm import conjugate, halo
+from ringfx.comm import conjugate, halo, halo_pools
 from ringfx.passes.axes import how
 from ringfx.passes.split_modes.local_call import LocalCall
 from ringfx.passes.split_modes.mode import CallOnLine, CannotSplit, SplitMode
 from ringfx.passes.split_modes.placement import Placement
 from ringfx.passes.token_axes.token_line import TokenDim
 
-__all__ = ["HaloConvolution"]
+__all__ = ["HaloConvolution", "HaloPool"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HaloConvolution(SplitMode):
-    """Each run of tokens, with what its neighbours have next to it (``halo.convolve_tokens``)."""
+class Reach:
+    """What the windows of a run of tokens see, as ``halo.convolve_tokens`` is told."""
 
     lead: int
     frames: int
@@ -26,12 +27,37 @@ class HaloConvolution(SplitMode):
     """Tokens of the halo on each side."""
     after: int
 
+    def settings(self, call: LocalCall) -> dict[str, Any]:
+        """Of the call that one rank makes; its messages are reported."""
+        if self.before or self.after:
+            call.report_halo(call.call.operands[0], self.before + self.after)
+        return dict(call.node.kwargs) | {
+            "lead": self.lead,
+            "frames": self.frames,
+            "before": self.before,
+            "after": self.after,
+            "chunks": call.layout(call.source).chunks_per_rank,
+            "group": call.local.group,
+            "dim": call.source.dim,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaloConvolution(SplitMode):
+    """Each run of tokens, with what its neighbours have next to it (``halo.convolve_tokens``)."""
+
+    reach: Reach
+
     @staticmethod
     def match(call: CallOnLine) -> HaloConvolution | CannotSplit | None:
-        family, source = call.axes.how, call.source
-        if not isinstance(family, how.Halo) or not isinstance(source, TokenDim):
+        source = _source(call, halo.convolution)
+        if source is None:
             return None
-        return _mode(call, source) if source.dim in family.dims else None
+        reach = _reach(call, source, int(call.call.shapes[1][source.dim]))
+        if isinstance(reach, CannotSplit):
+            return reach
+        placements = (Placement.SHARDED, *call.rest(Placement.REPLICATED_PARTIAL_GRAD))
+        return HaloConvolution(operands=placements, reach=reach)
 
     def emit(self, call: LocalCall) -> Node:
         source, result = call.source, call.result
@@ -39,19 +65,8 @@ class HaloConvolution(SplitMode):
         if call.has_padding(source):
             where = (0, source.dim, source.outer, source.inner)
             x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), *where)
-        if self.before or self.after:
-            call.report_halo(call.call.operands[0], self.before + self.after)
-        settings = dict(call.node.kwargs) | {
-            "lead": self.lead,
-            "frames": self.frames,
-            "before": self.before,
-            "after": self.after,
-            "chunks": call.layout(source).chunks_per_rank,
-            "group": call.local.group,
-            "dim": source.dim,
-        }
         given = (weight, bias[0] if bias else None)
-        y = call.emit(halo.convolve_tokens, x, *given, **settings)
+        y = call.emit(halo.convolve_tokens, x, *given, **self.reach.settings(call))
         if not call.has_padding(result):
             return y
         place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
@@ -59,7 +74,45 @@ class HaloConvolution(SplitMode):
         return call.emit(halo.fill_convolved, *args, **(dict(call.node.kwargs) | place))
 
 
-def _mode(call: CallOnLine, source: TokenDim) -> HaloConvolution | CannotSplit:
+@dataclass(frozen=True, kw_only=True)
+class HaloPool(SplitMode):
+    """The same for maxima and means of windows (``halo_pools.pool_tokens``)."""
+
+    reach: Reach
+
+    @staticmethod
+    def match(call: CallOnLine) -> HaloPool | CannotSplit | None:
+        source = _source(call, halo_pools.pool)
+        if source is None:
+            return None
+        reach = _reach(call, source, int(call.call["kernel"][source.dim - 2]))
+        if isinstance(reach, CannotSplit):
+            return reach
+        return HaloPool(operands=(Placement.SHARDED,), reach=reach)
+
+    def emit(self, call: LocalCall) -> Node:
+        source, result, (x,) = call.source, call.result, call.operands
+        if call.has_padding(source):
+            nothing = halo_pools.NOTHING[call.call["kind"]]
+            where = (source.dim, source.outer, source.inner)
+            x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), nothing, *where)
+        y = call.emit(halo_pools.pool_tokens, x, **self.reach.settings(call))
+        if not call.has_padding(result):
+            return y
+        place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
+        args = (y, call.operands[0], call.local.valid(result))
+        return call.emit(halo_pools.fill_pooled, *args, **(dict(call.node.kwargs) | place))
+
+
+def _source(call: CallOnLine, target: object) -> TokenDim | None:
+    """Where a call of this kind has tokens that its windows run along."""
+    family, source = call.axes.how, call.source
+    if call.call.node.target is not target or not isinstance(family, how.Halo):
+        return None
+    return source if isinstance(source, TokenDim) and source.dim in family.dims else None
+
+
+def _reach(call: CallOnLine, source: TokenDim, kernel: int) -> Reach | CannotSplit:
     at, result = source.dim - 2, call.results[0]
     stride, (left, _) = call.call["stride"][at], call.call["pads"][at]
     if (
@@ -72,13 +125,10 @@ def _mode(call: CallOnLine, source: TokenDim) -> HaloConvolution | CannotSplit:
         return CannotSplit(call.axes.reason)
     frames = source.inner
     lead = left - frames * (source.member.offset - result.member.offset)
-    seen = call.call["dilation"][at] * (int(call.call.shapes[1][source.dim]) - 1)
+    seen = call.call["dilation"][at] * (kernel - 1)
     last = stride * (result.inner - 1) - lead + seen
     before = -(-max(lead, 0) // frames)
     after = -(-max(last - frames + 1, 0) // frames)
     if max(before, after) > call.chunk_length:
         return CannotSplit("its kernel reaches beyond the neighbouring run of tokens")
-    placements = (Placement.SHARDED, *call.rest(Placement.REPLICATED_PARTIAL_GRAD))
-    return HaloConvolution(
-        operands=placements, lead=lead, frames=frames, before=before, after=after
-    )
+    return Reach(lead=lead, frames=frames, before=before, after=after)

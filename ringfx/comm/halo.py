@@ -21,21 +21,26 @@ from ringfx.comm.conjugate import choose_tokens, identity_grad_all_reduce, sum_p
 from ringfx.comm.process_group import Ranks, Transfer
 from ringfx.comm.token_lookup import take_range
 
-__all__ = ["convolution", "convolve_tokens", "fill_convolved", "roll_tokens", "shift_tokens"]
+__all__ = [
+    "convolution", "convolve_tokens", "fill_convolved", "joined_runs", "roll_tokens", "runs_seen",
+    "shift_tokens",
+]  # fmt: skip
 
 
 @torch.library.custom_op("ringfx::shift_chunks", mutates_args=())
-def _shift_chunks(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
-    """y[c] = x[c - step] over the chunks of all ranks, zero where there is none; step is 1 or -1.
+def _shift_chunks(x: torch.Tensor, step: int, group: str, fill: float = 0.0) -> torch.Tensor:
+    """y[c] = x[c - step] over the chunks of all ranks, or ``fill`` where there is none.
 
     Parameters
     ----------
     x
         [chunks of this rank, ...]: one (contiguous layout) or two (zigzag), equal on all ranks.
+    step
+        1 or -1.
     """
     ranks = Ranks.named(group, "neighbours")
     chunks = x.shape[0]
-    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    result = torch.full_like(x, fill, memory_format=torch.contiguous_format)
     x = x.contiguous()
     operations: list[Transfer] = []
     for slot in range(chunks):
@@ -67,25 +72,35 @@ def _owner(chunk: int, ranks: int) -> tuple[int, int]:
 
 
 @_shift_chunks.register_fake
-def _(x: torch.Tensor, step: int, group: str) -> torch.Tensor:
+def _(x: torch.Tensor, step: int, group: str, fill: float = 0.0) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, ctx.step, ctx.group = inputs
+    _, ctx.step, ctx.group, _ = inputs
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return _shift_chunks(grad, -ctx.step, ctx.group), None, None
+    return _shift_chunks(grad, -ctx.step, ctx.group), None, None, None
 
 
 register_autograd(_shift_chunks, _backward, setup_context=_setup_context)
 
 
 def _extended(
-    x: torch.Tensor, before: int, after: int, chunks: int, group: str, dim: int, outer: int
+    x: torch.Tensor,
+    before: int,
+    after: int,
+    chunks: int,
+    group: str,
+    dim: int,
+    outer: int,
+    fill: float = 0.0,
 ) -> torch.Tensor:
-    """[chunks, leading, before + tokens of a chunk + after, rest]: each run with its neighbours."""
+    """[chunks, leading, before + tokens of a chunk + after, rest]: each run with its neighbours.
+
+    ``fill`` stands beyond the ends of the line.
+    """
     leading = outer * x.shape[:dim].numel()
     tokens = x.shape[dim] // outer
     rest = x.shape[dim + 1 :].numel()
@@ -93,9 +108,9 @@ def _extended(
     parts = [runs]
     if before:
         last = runs[:, :, runs.shape[2] - before :].contiguous()
-        parts.insert(0, _shift_chunks(last, 1, group))
+        parts.insert(0, _shift_chunks(last, 1, group, fill))
     if after:
-        parts.append(_shift_chunks(runs[:, :, :after].contiguous(), -1, group))
+        parts.append(_shift_chunks(runs[:, :, :after].contiguous(), -1, group, fill))
     return torch.cat(parts, 2)
 
 
@@ -277,19 +292,47 @@ def convolve_tokens(
     before, after
         Neighbouring tokens that a run needs on each side.
     """
-    shape = x.shape
-    rest = frames * shape[dim + 1 :].numel()
-    opened = x.reshape(*shape[:dim], shape[dim] // frames, rest)
-    runs = _extended(opened, before, after, chunks, group, dim, 1)
-    length = shape[dim] // chunks
-    runs = runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])
     at = dim - 2
-    outputs = length // stride[at]
-    seen = stride[at] * (outputs - 1) + dilation[at] * (weight.shape[dim] - 1) + 1
-    runs = runs.narrow(dim, before * frames - lead, seen)
+    span = dilation[at] * (weight.shape[dim] - 1) + 1
+    runs = runs_seen(
+        x, 0.0, stride=stride[at], span=span, lead=lead, frames=frames, before=before,
+        after=after, chunks=chunks, group=group, dim=dim,
+    )  # fmt: skip
     inner_pads = [(0, 0) if i == at else pair for i, pair in enumerate(pads)]
     y = convolution(
         runs, weight, bias, stride=stride, pads=inner_pads, dilation=dilation, groups=groups
     )
-    split = y.reshape(chunks, shape[0], *y.shape[1:]).movedim(0, dim)
-    return split.reshape(shape[0], *y.shape[1:dim], chunks * outputs, *y.shape[dim + 1 :])
+    return joined_runs(y, x.shape[0], chunks, dim)
+
+
+def runs_seen(
+    x: torch.Tensor,
+    fill: float,
+    *,
+    stride: int,
+    span: int,
+    lead: int,
+    frames: int,
+    before: int,
+    after: int,
+    chunks: int,
+    group: str,
+    dim: int,
+) -> torch.Tensor:
+    """[chunks * batch, ...]: of each run of tokens what its windows of ``span`` elements see.
+
+    ``fill`` stands beyond the ends of the line. For the other parameters see ``convolve_tokens``.
+    """
+    shape = x.shape
+    rest = frames * shape[dim + 1 :].numel()
+    opened = x.reshape(*shape[:dim], shape[dim] // frames, rest)
+    runs = _extended(opened, before, after, chunks, group, dim, 1, fill)
+    runs = runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])
+    outputs = shape[dim] // chunks // stride
+    return runs.narrow(dim, before * frames - lead, stride * (outputs - 1) + span)
+
+
+def joined_runs(y: torch.Tensor, batch: int, chunks: int, dim: int) -> torch.Tensor:
+    """What windows of each run gave, [chunks * batch, ...], one run after the other."""
+    split = y.reshape(chunks, batch, *y.shape[1:]).movedim(0, dim)
+    return split.reshape(batch, *y.shape[1:dim], chunks * y.shape[dim], *y.shape[dim + 1 :])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import torch
 
-from ringfx.comm import halo
+from ringfx.comm import halo, halo_pools
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, AxisSharing, Call, Labels, OpAxes, Window
 from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
@@ -15,6 +15,7 @@ from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
+NEIGHBOURS = "its kernel sees neighbours along the axis"
 
 
 def matmul(call: Call) -> OpAxes:
@@ -174,25 +175,59 @@ def biased(product: AxisRule, out: str) -> AxisRule:
 
 
 def near_convolution(call: Call) -> OpAxes:
-    """``ringfx.comm.halo.convolution``: tokens stay tokens, and each looks at a few neighbours.
+    """``ringfx.comm.halo.convolution``: tokens stay tokens, and each looks at a few neighbours."""
+    x, w = call.shapes[0], call.shapes[1]
+    near = _near(call, [int(n) for n in w[2:]])
+    kernel = tuple((f"k{i}",) for i in range(len(w) - 2))
+    operands: list[Labels] = [
+        _sized((("n",), ("c",), *near.before), x),
+        _sized((("o",), ("w",), *kernel), w),
+    ]
+    operands += [(("o",),)] if len(call.operands) == 3 else []
+    local = near.local | {"n"} | ({"o"} if call["groups"] == 1 else set())
+    return _of_near(near, operands, _sized((("n",), ("o",), *near.after), call.result_shape), local)
 
-    Stride 1 keeps the axis, or a window of it; a stride that divides the length makes a token of as
-    many elements as it steps over.
-    """
-    x, w, result = call.shapes[0], call.shapes[1], call.result_shape
+
+def near_pool(call: Call) -> OpAxes:
+    """``ringfx.comm.halo_pools.pool``: as a convolution, of each channel by itself; where each
+    element is kept, those of a window are further dimensions."""
+    near = _near(call, call["kernel"])
+    given = _sized((("n",), ("c",), *near.before), call.shapes[0])
+    seen = tuple((f"k{i}",) for i in range(len(call.result_shape) - len(call.shapes[0])))
+    made = _sized((("n",), ("c",), *near.after, *seen), call.result_shape)
+    return _of_near(near, [given], made, near.local | {"n", "c", *(x for (x,) in seen)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Near:
+    """Dimensions along which windows run."""
+
+    before: Labels
+    after: Labels
+    sizes: Mapping[str, int]
+    windows: tuple[Window, ...]
+    dims: frozenset[int]
+    local: frozenset[str]
+    """Labels of dimensions of which each window is one element."""
+
+
+def _near(call: Call, kernel: Sequence[int]) -> _Near:
+    """Stride 1 keeps the axis, or a window of it; a stride that divides the length makes a token of
+    as many elements as it steps over."""
+    x, result = call.shapes[0], call.result_shape
     before: list[tuple[str, ...]] = []
     after: list[tuple[str, ...]] = []
     sizes: dict[str, int] = {}
     windows: list[Window] = []
     near: set[int] = set()
-    local: set[str] = {"n"}
+    local: set[str] = set()
     for i, (stride, pads) in enumerate(zip(call["stride"], call["pads"], strict=True)):
         given, made = int(x[2 + i]), int(result[2 + i])
         token, source, out = f"t{i}", f"in{i}", f"out{i}"
         if stride == 1 and made == given:
             before.append((token,))
             after.append((token,))
-            local |= {token} if w[2 + i] == 1 and tuple(pads) == (0, 0) else set()
+            local |= {token} if kernel[i] == 1 and tuple(pads) == (0, 0) else set()
         elif stride == 1:
             before.append((source,))
             after.append((out,))
@@ -207,19 +242,17 @@ def near_convolution(call: Call) -> OpAxes:
             after.append((out,))
             continue
         near.add(2 + i)
-    kernel = tuple((f"k{i}",) for i in range(len(before)))
-    operands: list[Labels] = [
-        _sized((("n",), ("c",), *before), x),
-        _sized((("o",), ("w",), *kernel), w),
-    ]
-    operands += [(("o",),)] if len(call.operands) == 3 else []
-    local |= {"o"} if call["groups"] == 1 else set()
-    results = (_sized((("n",), ("o",), *after), result),)
-    every = {name for labels in (*operands, *results) for dim in labels for name in dim}
+    return _Near(
+        before=tuple(before), after=tuple(after), sizes=sizes, windows=tuple(windows),
+        dims=frozenset(near), local=frozenset(local),
+    )  # fmt: skip
+
+
+def _of_near(near: _Near, operands: Sequence[Labels], result: Labels, local: Set[str]) -> OpAxes:
+    every = {name for labels in (*operands, result) for dim in labels for name in dim}
     return OpAxes(
-        operands=tuple(operands), results=results, share=shares(needs_all=every - local),
-        sizes=sizes, windows=tuple(windows), how=how.Halo(dims=frozenset(near)),
-        reason="its kernel sees neighbours along the axis",
+        operands=tuple(operands), results=(result,), share=shares(needs_all=every - local),
+        sizes=near.sizes, windows=near.windows, how=how.Halo(dims=near.dims), reason=NEIGHBOURS,
     )  # fmt: skip
 
 
@@ -244,6 +277,7 @@ CONVOLUTIONS = frozenset({
 
 RULES: dict[object, AxisRule] = {
     halo.convolution: near_convolution,
+    halo_pools.pool: near_pool,
     **dict.fromkeys(GROUPED, grouped_product),
     aten.linear.default: linear,
     aten.matmul.default: matmul,

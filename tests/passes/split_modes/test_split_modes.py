@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ringfx.comm import conjugate, halo, random_draws, redistribute, token_lookup, turn
+from ringfx.comm import conjugate, halo, halo_pools, random_draws, redistribute, token_lookup, turn
 from ringfx.compile.pipeline import Lowered
 from ringfx.passes.split_modes import Placement, SplitMode
 from ringfx.passes.split_modes.along_tokens import Flip, Reduction, Scan, Softmax
 from ringfx.passes.split_modes.attention import OwnKeys
 from ringfx.passes.split_modes.concat import Concat
-from ringfx.passes.split_modes.halo_convolution import HaloConvolution
+from ringfx.passes.split_modes.halo_convolution import HaloConvolution, HaloPool
 from ringfx.passes.split_modes.labelled import Creation, Labelled
 from ringfx.passes.split_modes.local_attention import LocalAttention
 from ringfx.passes.split_modes.local_sort import GroupedProduct, InverseOrder, LocalSort
@@ -59,6 +59,10 @@ def convolved(x: Tensor) -> Tensor:
     return F.conv1d(x.transpose(1, 2), kernel, padding=1, groups=shapes.HIDDEN).transpose(1, 2)
 
 
+def pooled(x: Tensor) -> Tensor:
+    return F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2)
+
+
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], type[SplitMode], tuple[Placement, ...], Any]] = {
     "elementwise": (lambda x: x.tanh(), Labelled, (S,), aten.tanh.default),
     "sizes": (lambda x: x[:, :, :1].expand(2, TOKENS, 24), Labelled, (S,), aten.expand.default),
@@ -68,6 +72,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], type[SplitMode], tuple[Placem
     "reshape": (lambda x: x.unflatten(2, (3, 8)).cos().flatten(2), Reshape, (S,), aten.cos.default),
     "roll": (lambda x: x.roll(1, 1), Roll, (S,), halo.roll_tokens),
     "convolution": (convolved, HaloConvolution, (S, G), halo.convolve_tokens),
+    "pool": (pooled, HaloPool, (S,), halo_pools.pool_tokens),
     "shift": (lambda x: F.pad(x, (0, 0, 1, -1)), Concat, (G, S), token_lookup.join_pieces),
     "window": (lambda x: F.pad(x[:, 1:].cos(), (0, 0, 0, 1)), Window, (S,), aten.cos.default),
     "last token": (lambda x: x[:, -1:], TakeRange, (S,), token_lookup.take_range),
