@@ -67,9 +67,8 @@ def pool(s: GraphEditor, node: Node) -> Node | None:
     is_max, is_plain = len(call.result_shapes) > 1, set(dilation) == {1} and not call["ceil_mode"]
     if is_plain and stride == kernel and not any(pads):
         return _side_by_side(s, node, x, dims, kernel, is_max)
-    counts_padding = call.get("count_include_pad", True) or not any(pads)
-    exact = is_plain and counts_padding and not call.get("divisor_override")
-    if not x.meta["val"].is_floating_point() or not (is_max or exact):
+    is_mean = not is_max and is_plain and not call.get("divisor_override")
+    if not x.meta["val"].is_floating_point() or not (is_max or is_mean):
         return None
     if is_max and not _only_first_is_read(node):
         return None
@@ -77,11 +76,28 @@ def pool(s: GraphEditor, node: Node) -> Node | None:
     made = [int(n) for n in result_values(node)[0].shape]
     found = _overlapping(s, node, x, windows, "max" if is_max else "mean", made)
     if not is_max:
-        return found
+        counts_padding = call["count_include_pad"] or not any(pads)
+        return found if counts_padding else _of_those_inside(s, node, found, windows, made)
     for first in list(node.users):
         first.replace_all_uses_with(found)
         s.changed = True
     return None
+
+
+def _of_those_inside(
+    s: GraphEditor, node: Node, mean: Node, windows: _Windows, made: Sequence[int]
+) -> Node:
+    """A mean that counts zeros around its windows, as one that does not: over the share inside."""
+    x, rank = Call(node).operands[0], len(windows.kernel)
+    space = [int(n) for n in x.meta["val"].shape[-rank:]]
+    ones = s.make(node, aten.new_full.default, x, [1, 1, *space], 1.0)
+    ones.meta["ringfx_needs_grad"] = False
+    for d in range(rank):
+        s.tokens |= {ones: 2 + d} if s.along(x, len(x.meta["val"].shape) - rank + d) else {}
+    share = _overlapping(s, node, ones, windows, "mean", [1, 1, *made[-rank:]])
+    if len(made) == rank + 1:
+        share = s.make(node, aten.squeeze.dim, share, 0)
+    return s.make(node, aten.div.Tensor, mean, share)
 
 
 @dataclass(frozen=True, kw_only=True)

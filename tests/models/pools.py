@@ -126,12 +126,22 @@ def mean_without_padding(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, (3, 1), 1)
 
 
+def mean_of_those_inside(x: Tensor) -> Tensor:
+    """At the edges of fewer elements."""
+    return F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+
+
+def mean_of_those_around(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x
+
+
 OVER_IMAGES: Mapping[str, Callable[[Tensor], Tensor]] = {
     f.__name__: f
     for f in (
         smaller, as_large, without_padding, large, apart, dilated, rounded_up, uneven,
         with_unread_indices, one_by_one, of_volumes, stacked, smallest, opened, of_ties,
         of_infinities, each_patch, each_dilated_patch, mean, mean_as_large, mean_without_padding,
+        mean_of_those_inside, mean_of_those_around,
     )
 }  # fmt: skip
 
@@ -181,11 +191,6 @@ def indices(x: Tensor) -> Tensor:
     return found + where * 0.01
 
 
-def weighed_by_count(x: Tensor) -> Tensor:
-    """At the edges the mean is of fewer elements."""
-    return F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
-
-
 def to_a_size(x: Tensor) -> Tensor:
     return F.adaptive_max_pool2d(x, (5, 2))
 
@@ -198,5 +203,5 @@ def of_other_channels(x: Tensor) -> Tensor:
 
 
 DECOYS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    f.__name__: f for f in (indices, weighed_by_count, to_a_size, of_other_channels)
+    f.__name__: f for f in (indices, to_a_size, of_other_channels)
 }
