@@ -7,6 +7,7 @@ from torch.fx import Node
 from ringfx.ir.values import Captured
 from ringfx.passes.axes.call import AxisRules
 from ringfx.passes.axes.rules import RULES
+from ringfx.passes.detect.added_slices import add_slices
 from ringfx.passes.detect.candidate import Candidate, Detected, NearMiss, decline
 from ringfx.passes.detect.channels import CHANNELS, write_out
 from ringfx.passes.detect.combined import distribute
@@ -32,6 +33,7 @@ def detect(captured: Captured, rules: AxisRules = RULES) -> Detected:
     written = written_calls(graph)
     merge_exponentials(graph)
     contract_in_pairs(graph)
+    add_slices(graph)
     distribute(graph)
     refused = inline_kernel_calls(graph, other_form)
     part_logsumexps(graph, _parameters(captured))

@@ -23,7 +23,7 @@ from ringfx.passes.detect.names import BROADCASTS, VIEWS
 from ringfx.passes.detect.softmax import ROOTS
 from ringfx.passes.detect.walk import is_elementwise
 
-__all__ = ["contract_in_pairs"]
+__all__ = ["contract_in_pairs", "leads_to_softmax"]
 
 aten = torch.ops.aten
 SOFTMAXES = frozenset({
@@ -38,8 +38,8 @@ def contract_in_pairs(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.einsum.default or not _is_plain(node):
             continue
-        if _leads_to_softmax(node, lambda n: iter(n.users)) or any(
-            _leads_to_softmax(n, lambda n: iter(n.all_input_nodes)) for n in node.all_input_nodes
+        if leads_to_softmax(node, lambda n: iter(n.users)) or any(
+            leads_to_softmax(n, lambda n: iter(n.all_input_nodes)) for n in node.all_input_nodes
         ):
             equation, operands = Call(node)["equation"], Call(node)["tensors"]
             given: dict[str, Any] = {f"x{i}": x for i, x in enumerate(operands)}
@@ -54,7 +54,8 @@ def _is_plain(node: Node) -> bool:
     return len(terms) > 2 and "->" in equation and "." not in equation and not repeated
 
 
-def _leads_to_softmax(start: Node, step: Callable[[Node], Iterator[Node]]) -> bool:
+def leads_to_softmax(start: Node, step: Callable[[Node], Iterator[Node]]) -> bool:
+    """Whether one is a few elementwise calls and views away."""
     queue, seen = deque([start]), set[Node]()
     while queue and len(seen) < NEAR:
         node = queue.popleft()
