@@ -8,15 +8,16 @@ of the grid reads none of them: in its place stands a row of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.fx import Node
 
 from ringfx.ir import tiles
 from ringfx.ir.tiles import Expr, Q, map_children
-from ringfx.ir.tiles.expr import indices_used
+from ringfx.ir.tiles.expr import children, indices_used
 from ringfx.ir.tiles.linear_forms import ONE, linear
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.exprs.emitter import Emitter
@@ -85,15 +86,55 @@ class _Grid:
 
 def _grid_of(i: int, exprs: Sequence[Expr | None], node: Node, q_len: int) -> _Grid | None:
     """The grid at which every read of a computed value has its queries."""
-    reads = [read[2:] for read in tiles.reads(*exprs) if read[1] == i]
+    reads = {x for e in exprs if e is not None for x in _guarded(e, i, (0, q_len))}
     if not reads or given_input(node) is not None:
         return None
     shape = tuple(int(n) for n in node.meta["val"].shape)
-    grids = {_grid(read, shape, q_len) for read in reads}
+    grids = {_grid(read, shape, q_len, queries) for read, queries in reads}
     return grids.pop() if len(grids) == 1 else None
 
 
-def _grid(places: Sequence[Expr], shape: Sequence[int], q_len: int) -> _Grid | None:
+Range: TypeAlias = tuple[int, int]
+"""Queries from the first to before the second."""
+
+
+def _guarded(expr: Expr, i: int, queries: Range) -> Iterator[tuple[tuple[Expr, ...], Range]]:
+    """The places at which a value is read, and of which queries that is what is chosen."""
+    if expr[0] == "at" and expr[1] == i:
+        yield expr[2:], queries
+    if expr[0] == "where":
+        yield from _guarded(expr[1], i, queries)
+        yield from _guarded(expr[2], i, _where(expr[1], queries))
+        yield from _guarded(expr[3], i, queries)
+        return
+    for part in children(expr):
+        yield from _guarded(part, i, queries)
+
+
+def _where(condition: Expr, queries: Range) -> Range:
+    """The queries for which a condition may hold."""
+    first, end = queries
+    for term in tiles.terms(condition):
+        if term[0] not in ("ge", "gt", "le", "lt"):
+            continue
+        left, right = term[1:] if term[0] in ("ge", "gt") else term[:0:-1]
+        parts = dict(linear(("sub", left, right)))  # at least 0, or more
+        least = (1 if term[0] in ("gt", "lt") else 0) - parts.pop(ONE, 0)
+        if parts == {Q: 1}:
+            first = max(first, least)
+        elif parts == {Q: -1}:
+            end = min(end, 1 - least)
+    return first, end
+
+
+def _unclamped(base: Expr) -> Expr:
+    """``max(base, 0)`` and ``min(base, last)`` are the base where that is inside."""
+    while base[0] in ("max", "min") and base[2][0] == "const":
+        base = base[1]
+    return base
+
+
+def _grid(places: Sequence[Expr], shape: Sequence[int], q_len: int, queries: Range) -> _Grid | None:
     found: list[tuple[int, int]] = []
     bases: set[Expr] = set()
     for d, place in enumerate(places):
@@ -108,11 +149,15 @@ def _grid(places: Sequence[Expr], shape: Sequence[int], q_len: int) -> _Grid | N
         if own != step:
             return None
         step *= shape[d]
-    parts = dict(linear(bases.pop()))
+    base = bases.pop()
+    parts = dict(linear(_unclamped(base)))
     before = -parts.pop(ONE, 0)
     after = q_len - before - step
     if parts != {Q: 1} or before < 0 or after < 0:
         return None
+    first, end = queries
+    if base != _unclamped(base) and not (before <= first and end <= before + step):
+        return None  # another query reads what is nearest
     return _Grid(tuple(d for _, d in sorted(found, reverse=True)), before, after)
 
 

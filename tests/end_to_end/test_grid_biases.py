@@ -16,8 +16,6 @@ from tests.support.split_here import split_here
 Tensor = torch.Tensor
 WAYS = [(6, 4, 2), (5, 4, 2), (6, 4, 3), (7, 4, 3)]
 """Rows and columns of the grid, and ranks."""
-BEHIND = ("with_a_token", "with_a_token_joined")
-"""A token in front: the grid's queries are another line, or are gathered to it."""
 
 
 def image(high: int, wide: int = 4) -> tuple[Tensor]:
@@ -25,7 +23,7 @@ def image(high: int, wide: int = 4) -> tuple[Tensor]:
     return (torch.randn(2, high, wide, HIDDEN, generator=made),)
 
 
-@pytest.mark.parametrize("name", [x for x in SPELLINGS if x not in BEHIND])
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_a_bias_of_each_query_is_made_by_the_rank_that_has_it(name: str) -> None:
     for high, wide, ranks in WAYS:
         found = split_here(Grid(name), image(high, wide), ranks)
@@ -36,7 +34,7 @@ def test_a_bias_of_each_query_is_made_by_the_rank_that_has_it(name: str) -> None
         assert not layer.is_replicated
 
 
-@pytest.mark.parametrize("name", [*BEHIND, *DECOYS])
+@pytest.mark.parametrize("name", DECOYS)
 def test_what_is_no_row_of_its_own_query_is_equal(name: str) -> None:
     for high, wide, ranks in WAYS:
         found = split_here(Grid(name), image(high, wide), ranks)

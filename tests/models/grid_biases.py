@@ -36,7 +36,7 @@ class Grid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, high, wide, _ = x.shape
         x = self.inp(x).flatten(1, 2)
-        if self.attend in (with_a_token, with_a_token_joined):
+        if self.attend in (with_a_token, with_a_token_joined, as_the_nearest, as_the_nearest_two):
             x = torch.cat([self.token.expand(batch, -1, -1), x], 1)
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.out(self.attend(self, q, k, v, (high, wide)).transpose(1, 2).flatten(2))
@@ -221,6 +221,43 @@ def turned(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     return (q @ k.mT + bias.flatten(3)).softmax(-1) @ v
 
 
+def as_the_nearest(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """The token in front has the bias of the grid's first query."""
+    high, wide = terms(m, q[:, :, 1:], sizes, sizes)
+    bias = (high.unsqueeze(-1) + wide.unsqueeze(-2)).flatten(2, 3).flatten(3)
+    nearest = (torch.arange(q.shape[2]) - 1).clamp(0)
+    bias = F.pad(bias[:, :, nearest], (1, 0))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def as_the_nearest_two(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """The same by putting the first row in front."""
+    high, wide = terms(m, q[:, :, 1:], sizes, sizes)
+    bias = (high.unsqueeze(-1) + wide.unsqueeze(-2)).flatten(2, 3).flatten(3)
+    bias = F.pad(torch.cat([bias[:, :, :1], bias], 2), (1, 0))
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+def doubled_slice(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """What is written into a slice of the scores is no sum with that slice."""
+    high, _ = terms(m, q, sizes, sizes)
+    scores = q @ k.mT
+    scores[:, :, 1:] = scores[:, :, 1:] * 2 + scores[:, :, :-1].detach() * 0.1
+    return (scores + high.flatten(2, 3).mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+def added_elsewhere(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """The slice that is added to is another than the one that is written."""
+    high, _ = terms(m, q, sizes, sizes)
+    scores = q @ k.mT
+    scores[:, :, 1:] = scores[:, :, :-1] + high.flatten(2, 3)[:, :, 1:].mean(-1, keepdim=True)
+    return scores.softmax(-1) @ v
+
+
 DECOYS: Mapping[str, Callable[[Grid, Tensor, Tensor, Tensor, Sizes], Tensor]] = {
-    f.__name__: f for f in (of_keys, of_the_next_row, turned)
-}
+    f.__name__: f
+    for f in (
+        of_keys, of_the_next_row, turned, as_the_nearest, as_the_nearest_two, doubled_slice,
+        added_elsewhere,
+    )
+}  # fmt: skip
