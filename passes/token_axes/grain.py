@@ -85,14 +85,16 @@ def in_blocks(
     beside = blocks_beside(lines.axes, runs)
     if len(axes) < 2 and not beside and not any(len(axis) > 1 for axis in axes):
         return lines
-    for group in _groups(lines.axes, axes, beside):
+    for group in _groups(lines, axes, beside):
         best, improved = _gain(lines, runs, group), True
         while improved:
             tried = [
                 (build(blocks), blocks)
                 for axis in group.axes
                 if axis not in chosen
-                for option in group.options(axis, cut=_is_cut(lines, axis, group.values))
+                for option in group.options(
+                    axis, cut=_is_cut(lines, group.owned[axis], group.values)
+                )
                 if (blocks := {**chosen, **option})
             ]
             fitting = [
@@ -113,6 +115,8 @@ class _Group:
 
     axes: Sequence[Dim]
     values: Sequence[Value]
+    owned: Mapping[Dim, Collection[int]]
+    """The atoms of each, and of what is stored along it alone."""
     meets: Mapping[Dim, Collection[Dim]]
     """Axes that some tensor has beside each."""
     beside: Mapping[Dim, Collection[Dim]]
@@ -140,12 +144,13 @@ class _Group:
 
 
 def _groups(
-    axes: AxisMap, lines: Collection[Dim], beside: Mapping[Dim, Collection[Dim]]
+    found_lines: Lines, lines: Collection[Dim], beside: Mapping[Dim, Collection[Dim]]
 ) -> Iterator[_Group]:
     """Axes that tensors have together, of which there are several, or parts of one."""
+    axes, owned = found_lines.axes, _owned(found_lines, lines)
     owners: dict[int, list[Dim]] = {}
     for axis in lines:
-        for atom in axis:
+        for atom in owned[axis]:
             owners.setdefault(atom, []).append(axis)
     graph = nx.Graph()
     graph.add_nodes_from(lines)
@@ -161,9 +166,22 @@ def _groups(
             yield _Group(
                 axes=[a for a in lines if a in group],
                 values=[v for axis, v in found if axis in group],
+                owned=owned,
                 meets={a: [other for other in lines if graph.has_edge(a, other)] for a in group},
                 beside=beside,
             )
+
+
+def _owned(lines: Lines, axes: Collection[Dim]) -> Mapping[Dim, Collection[int]]:
+    """For each axis its atoms, and those of its windows that no other axis has: frames behind a
+    class token are tokens beside the places of each frame, as frames alone are."""
+    own = {axis: dict.fromkeys(axis) for axis in axes}
+    known = {atom for axis in axes for atom in axis}
+    for line in lines.lines:
+        first, *windows = line.members
+        if first.axis in own:
+            own[first.axis] |= {x: None for m in windows for x in m.axis if x not in known}
+    return own
 
 
 def _shared(axis: Dim, blocks: Dim) -> Dim:
@@ -191,9 +209,9 @@ def blocks_beside(axes: AxisMap, runs: Sequence[Run]) -> Mapping[Dim, Collection
     return found
 
 
-def _is_cut(lines: Lines, axis: Dim, values: Sequence[Value]) -> bool:
-    """Whether some tensor has tokens of the axis in a way that cannot be split."""
-    atoms = set(axis)
+def _is_cut(lines: Lines, owned: Collection[int], values: Sequence[Value]) -> bool:
+    """Whether some tensor has tokens of an axis in a way that cannot be split."""
+    atoms = set(owned)
     return any(
         isinstance(lines.token_dim(*value), NotShardable)
         and any(atoms & set(dim) for dim in lines.axes.dims(*value))
