@@ -90,10 +90,10 @@ class _Reshards:
             self.made[key] = self._make(value, dim, *([True] if ends else []))
         node.replace_input_with(value, self.made[key])
 
-    def after(self, node: Node, dim: int) -> None:
+    def after(self, node: Node, dim: int, *ends: bool) -> None:
         """All that read the call read its result resharded."""
         if not all(user.target is reshard for user in node.users):
-            new = self._make(node, dim)
+            new = self._make(node, dim, *ends)
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _make(self, value: Node, dim: int, *ends: bool) -> Node:
@@ -119,19 +119,24 @@ def _reshape(reshards: _Reshards, node: Node) -> None:
 
 
 def _product(reshards: _Reshards, node: Node) -> None:
-    """Few tokens of one line with many of another: the few are gathered, the many stay sharded."""
+    """Few tokens of one line with many of another: the few are gathered, the many stay sharded. Few
+    that are made of many by weights (keys of Linformer) are a sum over the ranks."""
     operands = Call(node).operands
     values = {n: reshards.token_dim(n) for n in (*operands, node)}
     if not any(isinstance(place, NotShardable) for place in values.values()):
         return
-    for value in dict.fromkeys(operands):
+    for value in dict.fromkeys((*operands, node)):
         place, size = values[value], value.meta["val"].numel()
         larger = [
             other
             for n, other in values.items()
             if isinstance(other, TokenDim) and n.meta["val"].numel() >= 2 * size
         ]
-        if _alone(place) and any(other.line != place.line for other in larger):  # type: ignore[union-attr]
+        if not _alone(place) or all(other.line == place.line for other in larger):  # type: ignore[union-attr]
+            continue
+        if value is node:
+            reshards.after(node, place.dim, True)  # type: ignore[union-attr]
+        else:
             reshards.end(node, value, place.dim)  # type: ignore[union-attr]
 
 
@@ -190,6 +195,7 @@ RULES: Mapping[object, Callable[[_Reshards, Node], None]] = {
     halo_pools.pool: _reshape,
     aten.einsum.default: _product,
     aten.matmul.default: _product,
+    aten.linear.default: _product,
     aten.bmm.default: _product,
     **dict.fromkeys(
         (

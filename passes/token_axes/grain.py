@@ -242,7 +242,8 @@ def _gain(lines: Lines, runs: Sequence[Run], group: _Group) -> _Gain:
             held = lines.lines[tokens.line].length
             length = min(length or held, held)
         elif tokens.dim > 1 or tokens != keys:
-            continue  # it cannot be split
+            saved -= ATTENTION * run.size  # it cannot be split: gathered, and computed whole
+            continue
         for operand in (run.queries, run.keys):
             saved += ATTENTION * _saved(lines, operand, 0)
     return _Gain(saved, length)
