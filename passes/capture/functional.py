@@ -288,6 +288,9 @@ class _Functionalizer:
         old = self.aliases[source]
         if old.made_by.op == "placeholder":
             self._refuse("it changes the shape of an input")
+        lies, lay = (n.meta["val"].stride() for n in (old.current, source))
+        if op is aten.as_strided.default and lies != lay:  # torch's pools call it on what they made
+            self._refuse(f"its strides are of memory that it does not have: {lay}, now {lies}")
         names = [n for n, a in self.aliases.items() if a is old]
         node.target = op  # the old program is not used again
         self._keep(node, False)

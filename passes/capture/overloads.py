@@ -60,7 +60,7 @@ def functional_overload(op: OpOverload) -> OpOverload | None:
     return None
 
 
-_NO_VALUE = frozenset({"set_", "resize_", "resize_as_", "as_strided_"})
+_NO_VALUE = frozenset({"set_", "resize_", "resize_as_"})
 """Change what memory a tensor is, not what it holds."""
 _RENAMED = {"normal_": "normal_functional"}
 

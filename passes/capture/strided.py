@@ -17,7 +17,7 @@ import torch
 
 from ringfx.errors import CaptureRefused
 
-__all__ = ["as_views", "by_index", "refuse_scatter"]
+__all__ = ["as_read", "as_views", "by_index", "refuse_scatter"]
 
 Tensor = torch.Tensor
 
@@ -39,6 +39,14 @@ def as_views(
     if storage_offset is None and x.dim() == 1:
         return NotImplemented  # as a view, through which a write is refused; later by_index
     return _row(x)[offset:].as_strided(size, stride)
+
+
+def as_read(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Any:
+    """``aten.as_strided`` where nothing is written: as views, else by an index."""
+    found = as_views(x, size, stride, storage_offset)
+    return by_index(x, size, stride, storage_offset) if found is NotImplemented else found
 
 
 def by_index(

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from ringfx.passes.capture.decomposable import DECOMPOSABLE
-from ringfx.passes.capture.strided import by_index
+from ringfx.passes.capture.strided import as_read
 from ringfx.torch_compat.dispatch import TorchDispatchMode
 from ringfx.torch_compat.fake_tensors import FakeTensorMode
 from ringfx.torch_compat.operators import DispatchKey, OpOverload, decompositions, schema_of
@@ -78,7 +78,7 @@ def _chosen(op: OpOverload, node: Node, mode: FakeTensorMode) -> Decomposition |
 
 def _candidates(op: OpOverload) -> Iterator[Decomposition]:
     if op is torch.ops.aten.as_strided.default:
-        yield by_index
+        yield as_read
     if op in DECOMPOSABLE and op in (known := decompositions()):
         yield known[op]
     if op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
