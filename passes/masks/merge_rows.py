@@ -17,13 +17,13 @@ from torch.fx import Node
 
 from ringfx.ir import tiles
 from ringfx.ir.tiles import Expr, Q, map_children
-from ringfx.ir.tiles.expr import children, indices_used
+from ringfx.ir.tiles.expr import B, H, children, indices_used
 from ringfx.ir.tiles.linear_forms import ONE, linear
 from ringfx.passes.axes.call import given_input
 from ringfx.passes.exprs.emitter import Emitter
 from ringfx.passes.masks.cut import Cuts
 
-__all__ = ["merge_rows"]
+__all__ = ["merge_rows", "split_heads"]
 
 aten = torch.ops.aten
 
@@ -46,6 +46,51 @@ def merge_rows(
 
     values = [cuts.merged(n, grids[i]) if i in grids else n for i, n in enumerate(captured)]
     return tuple(None if e is None else rewritten(e) for e in exprs), values
+
+
+def split_heads(
+    cuts: Cuts, exprs: Sequence[Expr | None], captured: Sequence[Node], *, heads: int
+) -> tuple[tuple[Expr | None, ...], list[Node]]:
+    """The expressions with each entry of the batch and its heads in two dimensions of what they
+    read: of windows in the batch, each rank has the entries of its own."""
+    found = {i: _heads_of(i, exprs, node, heads) for i, node in enumerate(captured)}
+    apart = {i: x for i, x in found.items() if x is not None}
+
+    def rewritten(expr: Expr) -> Expr:
+        if expr[0] == "at" and expr[1] in apart:
+            dim, read = apart[expr[1]].dim, expr[2:]
+            expr = (*expr[:2], *read[:dim], B, H, *read[dim + 1 :])
+        return map_children(rewritten, expr)
+
+    values = [cuts.merged(n, apart[i]) if i in apart else n for i, n in enumerate(captured)]
+    return tuple(None if e is None else rewritten(e) for e in exprs), values
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """A dimension of a value that is batch and heads."""
+
+    dim: int
+    heads: int
+
+    def merged(self, emit: Emitter, node: Node) -> Node:
+        shape = [int(n) for n in node.meta["val"].shape]
+        shape[self.dim : self.dim + 1] = [shape[self.dim] // self.heads, self.heads]
+        return emit.call(aten.reshape.default, node, shape)
+
+
+def _heads_of(i: int, exprs: Sequence[Expr | None], node: Node, heads: int) -> _Heads | None:
+    """Where every read of a computed value has batch and heads in one dimension."""
+    both: Expr = ("add", ("mul", B, ("const", heads)), H)
+    dims = {
+        read[2:].index(both) if both in read[2:] else None
+        for read in tiles.reads(*exprs)
+        if read[1] == i
+    }
+    dim = dims.pop() if len(dims) == 1 else None
+    if dim is None or heads == 1 or given_input(node) is not None:
+        return None
+    return _Heads(dim, heads) if int(node.meta["val"].shape[dim]) % heads == 0 else None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ringfx.passes.exprs.structure import first_of_equals
 from ringfx.passes.masks.cut import Cuts, cut_to_rows
 from ringfx.passes.masks.decompose import CanonicalScores, decompose
 from ringfx.passes.masks.factors import has_threshold
-from ringfx.passes.masks.merge_rows import merge_rows
+from ringfx.passes.masks.merge_rows import merge_rows, split_heads
 from ringfx.passes.masks.score_terms import Unrepresentable
 from ringfx.strategies import DEFAULT
 
@@ -134,6 +134,7 @@ def _recover(candidate: Candidate, lifter: Lifter, proofs: Proofs, cuts: Cuts) -
     _prove(candidate, scores, lifter, proofs)
     lifted_exprs = (scores.keep, scores.bias, scores.score_map, scores.slope)
     exprs, captured = renumbered(lifted_exprs, lifter.captured)
+    exprs, captured = split_heads(cuts, exprs, captured, heads=_heads(candidate))
     exprs, captured = merge_rows(cuts, exprs, captured, q_len=q_len)
     exprs, captured = cut_to_rows(cuts, exprs, captured, q_len=q_len, kv_len=kv_len)
     keep, bias, score_map, slope = exprs

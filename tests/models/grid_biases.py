@@ -69,6 +69,19 @@ def as_a_mask(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).unflatten(0, (batch, HEADS))
 
 
+def of_joined_heads(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """Made with heads in the batch, read with heads beside it; in windows of one row each."""
+    of_window = (1, sizes[1])
+    q, k, v = (t.unflatten(2, sizes).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    r = q.reshape(-1, *of_window, DIM)
+    high = torch.einsum("bhwc,hkc->bhwk", r, table(m.high, 1, 1))
+    wide = torch.einsum("bhwc,wkc->bhwk", r, table(m.wide, sizes[1], sizes[1]))
+    bias = high[..., :, None] + wide[..., None, :]
+    bias = bias.reshape(len(q), HEADS, sizes[1], sizes[1])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return y.unflatten(0, (-1, sizes[0])).transpose(1, 2).flatten(2, 3)
+
+
 def in_a_view(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     """The scores as [.., high, wide, high, wide]."""
     batch, _, length, _ = q.shape
@@ -194,7 +207,8 @@ def columns_first(m: Grid, q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Ten
 SPELLINGS: Mapping[str, Callable[[Grid, Tensor, Tensor, Tensor, Sizes], Tensor]] = {
     f.__name__: f
     for f in (
-        as_a_mask, in_a_view, written_in, with_a_token, with_a_token_joined, by_products, by_sums,
+        as_a_mask, of_joined_heads, in_a_view,
+        written_in, with_a_token, with_a_token_joined, by_products, by_sums,
         of_places, shifted, of_pooled_keys, in_space_and_time, softly, columns_first,
     )
 }  # fmt: skip
