@@ -18,7 +18,8 @@ WITHOUT_GRADIENT = {
 
 
 def test_every_definition_has_a_call() -> None:
-    assert set(DEFINED) == set(DEFINITIONS)
+    refused = {torch.ops.aten.as_strided_scatter.default}
+    assert set(DEFINED) == set(DEFINITIONS) - refused
 
 
 def results(function: Callable[..., Any], op: Any, call: str, numbers: torch.Tensor) -> list[Any]:
