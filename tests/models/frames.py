@@ -36,7 +36,7 @@ class Frames(nn.Module):
         found: Tensor = self.attend(self.far, self.norms[2], x)
         return found[:, 0] + found[:, 1:].mean(1)
 
-    def attend(self, weights: nn.Linear, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    def attend(self, weights: nn.Linear, norm: nn.Module, x: Tensor) -> Tensor:
         """x [N, S, width]: SDPA over S, and an MLP."""
         q, k, v = (
             y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in weights(norm(x)).chunk(3, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,16 +47,17 @@ class Streams(nn.Module):
         self.extra = nn.Parameter(torch.randn(1, 3, WIDE))
 
     def forward(self, few: Tensor, many: Tensor) -> tuple[Tensor, ...]:
-        for one, other in zip(self.few, self.many, strict=True):
+        layers: Any = zip(self.few, self.many, strict=True)
+        for one, other in layers:
             few, many = self.meet(self, one, other, few, many)
         return few, many.square()
 
 
-Way = Callable[[Streams, Layer, Layer, Tensor, Tensor], tuple[Tensor, Tensor]]
+Way = Callable[[Streams, Layer, Layer, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2)
 
 
 def in_front(m: Streams, one: Layer, other: Layer, few: Tensor, many: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +87,8 @@ def masked(m: Streams, one: Layer, other: Layer, few: Tensor, many: Tensor) -> t
     n, places = few.shape[1], torch.arange(few.shape[1] + many.shape[1])
     shown = (places < n - 2) | (places >= n)
     joined = [torch.cat(x, 2) for x in zip(one.qkv_of(few), other.qkv_of(many), strict=True)]
-    mixed = attend(*joined, attn_mask=shown[None, None, None])
+    q, k, v = joined
+    mixed = attend(q, k, v, shown[None, None, None])
     return one.rest(few, mixed[:, :n]), other.rest(many, mixed[:, n:])
 
 
@@ -128,9 +131,9 @@ def registers(
 JOINED: Mapping[str, Way] = {
     "in front": in_front, "behind": behind, "between": between, "masked": masked,
     "numbered": numbered, "with more": with_more, "once": once,
-}  # type: ignore[dict-item]  # fmt: skip
+}  # fmt: skip
 """The few are a line of their own."""
-IN_LINE: Mapping[str, Way] = {"registers": registers}  # type: ignore[dict-item]
+IN_LINE: Mapping[str, Way] = {"registers": registers}
 """The few are stored along the many."""
-WAYS = JOINED | IN_LINE
+WAYS: Mapping[str, Way] = {**JOINED, **IN_LINE}
 FEW = 6
