@@ -32,6 +32,7 @@ from ringfx.cost_model.peak_memory.liveness import (
 from ringfx.cost_model.prediction.products import op_name
 from ringfx.ir.memory_timeline import (
     AGAIN_FOR_ATTENTION,
+    CHUNK,
     GATHERED,
     KEPT,
     KEPT_BY_ATTENTION,
@@ -103,7 +104,7 @@ def of_activations(values: Values, *, everything: bool, in_place: bool) -> Itera
     the order that it runs."""
     last_use = _last_uses(values)
     if not values.has_grad:
-        yield from _chunks(values, 0)
+        yield from _chunks(values, 0, in_place)
         yield from _forward(values, last_use)
         return
     kept = _needed(values) if everything else kept_values(values)
@@ -112,7 +113,7 @@ def of_activations(values: Values, *, everything: bool, in_place: bool) -> Itera
     fused = _fused_losses(values) if in_place else frozenset()
     yield from _kept(values, kept, end, fused)
     yield from _again(values)
-    yield from _chunks(values, end)
+    yield from _chunks(values, end, in_place)
     handed_over = outputs_of(values) & values.has_grad
     for i, node in enumerate(values.nodes):
         if node not in values.has_grad or node.op != "call_function":
@@ -126,13 +127,14 @@ def of_activations(values: Values, *, everything: bool, in_place: bool) -> Itera
             yield _value("gradients of activations", node, node, values, i + 1, last)
 
 
-def _chunks(values: Values, end: int) -> Iterator[Held]:
+def _chunks(values: Values, end: int, in_place: bool) -> Iterator[Held]:
     """What regions in chunks hold: one chunk, and a loss the gradients that it is left with."""
     for i, node in enumerate(values.nodes):
         chunked = chunked_call(node)
         if chunked is None:
             continue
-        yield Held(cause="temporaries", node=node, bytes=chunked.bytes, first=i, last=i)
+        size = chunked.bytes(in_place=in_place)
+        yield Held(cause=CHUNK, node=node, bytes=size, first=i, last=i)
         if chunked.is_loss:
             for of in _owners(node.all_input_nodes, values):
                 if of in values.has_grad:

@@ -21,10 +21,19 @@ __all__ = ["ChunkedCall", "Outlined", "outlined", "region_in_chunks"]
 class ChunkedCall:
     """What a region in chunks holds while it runs, and for its backward."""
 
-    bytes: int
-    """Of one chunk: wide values, their gradients, a chunk's part of gradients that are sums."""
+    wide: int
+    """Bytes of one chunk's wide values."""
+    trains: bool
+    """Whether their gradients, as wide, are computed too."""
+    sums: int
+    """Bytes of a chunk's part of gradients that are sums."""
     is_loss: bool
     """Whether its gradients are computed with it, and kept in place of its operands."""
+
+    def bytes(self, *, in_place: bool) -> int:
+        """Of one chunk. ``in_place``: Inductor writes a loss's gradient over its wide values."""
+        gradients = self.trains and not (in_place and self.is_loss)
+        return self.wide * (2 if gradients else 1) + self.sums
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,5 +127,7 @@ def _held(found: Sized) -> ChunkedCall:
     region = found.region
     shared = [n for n in region.entering if needs_grad(n) and n.op == "placeholder"]
     sums = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in shared)
-    wide = found.wide_bytes * (2 if region.trains else 1)
-    return ChunkedCall(bytes=wide + (sums if region.trains else 0), is_loss=region.is_loss)
+    return ChunkedCall(
+        wide=found.wide_bytes, trains=region.trains, sums=sums if region.trains else 0,
+        is_loss=region.is_loss,
+    )  # fmt: skip

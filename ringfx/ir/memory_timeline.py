@@ -34,10 +34,10 @@ from ringfx.ir.memory_plan import (
 from ringfx.ir.values import AttentionSite
 
 __all__ = [
-    "AGAIN_FOR_ATTENTION", "CAUSES", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION", "MESSAGES",
-    "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "FixedParts", "Held", "Peak", "SegmentBytes",
-    "fixed_parts", "flat", "in_order", "least_peak", "memory_parts", "never_below", "outside_peak",
-    "peak", "pruned", "segment_bytes", "whole_bytes",
+    "AGAIN_FOR_ATTENTION", "CAUSES", "CHUNK", "GATHERED", "GIVEN", "KEPT", "KEPT_BY_ATTENTION",
+    "MESSAGES", "ONLY_OF_SEVERAL", "REUSE", "ROWS", "WORKSPACE", "FixedParts", "Held", "Peak",
+    "SegmentBytes", "fixed_parts", "flat", "in_order", "least_peak", "memory_parts", "never_below",
+    "outside_peak", "peak", "pruned", "segment_bytes", "whole_bytes",
 ]  # fmt: skip
 
 GIVEN = "dense input masks"
@@ -51,6 +51,7 @@ GATHERED = "gathered parameters"
 ONLY_OF_SEVERAL = (MESSAGES, GATHERED)
 """Only where there is more than one rank."""
 REUSE = "held by Inductor for reuse"
+CHUNK = "one chunk at a time"
 
 CAUSES: Mapping[str, Kind] = {
     "parameters": "whole",
@@ -69,6 +70,7 @@ CAUSES: Mapping[str, Kind] = {
     AGAIN_FOR_ATTENTION: "attention",
     "gradients of activations": "split",
     "temporaries": "split",
+    CHUNK: "split",
     REUSE: "split",
     WORKSPACE: "attention",
     "outside attention": "split",
@@ -175,7 +177,9 @@ class _Again:
 def memory_parts(found: Peak) -> tuple[MemoryPart, ...]:
     """A peak as a plan prints it."""
     where = found.moment.where
-    details = {"temporaries": f"{found.moment.operator} of {where}", WORKSPACE: where}
+    details = {
+        "temporaries": f"{found.moment.operator} of {where}", CHUNK: where, WORKSPACE: where
+    }  # fmt: skip
     named: Mapping[str, tuple[str, Kind]] = {
         name: (cause, kind)
         for cause, usual in CAUSES.items()
