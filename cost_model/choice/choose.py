@@ -28,7 +28,7 @@ from ringfx.cost_model.choice.problem import Asked, Problem, longest_that_fits
 from ringfx.cost_model.prediction.predict import Prediction
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.errors import StrategyRefused
-from ringfx.ir.memory_plan import MemoryTimeline
+from ringfx.ir.memory_plan import MARGIN, MemoryTimeline
 from ringfx.ir.memory_timeline import flat
 from ringfx.ir.plan import LOCAL, REPLICATED, LayerPlan
 from ringfx.ir.values import AttentionSite
@@ -128,8 +128,6 @@ def _not_as_asked(override: Override | None) -> str:
 
 
 ALONE = "each rank attends to its own part of the batch, without a message"
-MARGIN = 0.03
-"""Of a budget, what predictions of memory may miss (benchmarks/results/budgets.json)."""
 
 
 def _fastest(fitting: Fitting, gpu_memory: int | None) -> Picked | None:

@@ -16,9 +16,12 @@ from ringfx.validation.fields import (
 )
 
 __all__ = [
-    "Kind", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart", "MemoryPlan",
+    "MARGIN", "Kind", "MemoryLayer", "MemoryMask", "MemoryMoment", "MemoryPart", "MemoryPlan",
     "MemorySegment", "MemoryTerm", "MemoryTimeline",
 ]  # fmt: skip
+
+MARGIN = 0.03
+"""Of a budget, what predictions of memory may miss (benchmarks/results/budgets.json)."""
 
 
 Kind: TypeAlias = Literal["whole", "replicated", "split", "attention"]

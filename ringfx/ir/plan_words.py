@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ringfx.ir.folding import FoldedMoves, fold_names
+from ringfx.ir.memory_plan import MARGIN
 from ringfx.ir.plan import LayerPlan, Plan
 from ringfx.ir.step_time import AGAIN
 from ringfx.ir.values import Declined, InChunks
@@ -16,10 +17,10 @@ from ringfx.units.format import format_budget, format_bytes, format_ms
 
 __all__ = [
     "Part", "Words", "axis_lines", "choice_lines", "chunk_lines", "fit_words", "fits_budget",
-    "found_line", "given_up_lines", "memory_parts", "move_line", "near_lines", "optimizer_words",
-    "places_words", "profile_line", "rest_of", "setting_words", "share_of_peak", "short_source",
-    "site_lines", "speed_words", "strategy_lines", "time_parts", "tokens_per_second",
-    "totals_line",
+    "found_line", "given_up_lines", "leaves_no_margin", "memory_parts", "move_line", "near_lines",
+    "optimizer_words", "places_words", "profile_line", "rest_of", "setting_words", "share_of_peak",
+    "short_source", "site_lines", "speed_words", "strategy_lines", "time_parts",
+    "tokens_per_second", "totals_line",
 ]  # fmt: skip
 
 Words: TypeAlias = Callable[[float], str]
@@ -67,12 +68,21 @@ def fit_words(plan: Plan) -> str:
     words = f"{format_bytes(peak)} of memory at the peak{optimizer_words(plan)}"
     if budget is None:
         return words
-    return f"{'fits' if fits_budget(plan) else 'DOES NOT FIT'} {format_budget(budget)}: {words}"
+    if not fits_budget(plan):
+        return f"DOES NOT FIT {format_budget(budget)}: {words}"
+    narrowly = f" narrowly, predictions may miss by {MARGIN:.0%}" * leaves_no_margin(plan)
+    return f"fits {format_budget(budget)}{narrowly}: {words}"
 
 
 def fits_budget(plan: Plan) -> bool:
     """Each program of a plan was made to; what all keep together may be more."""
     return plan.gpu_memory is None or plan.memory.peak_bytes <= plan.gpu_memory
+
+
+def leaves_no_margin(plan: Plan) -> bool:
+    """Whether less of the budget is left than predictions may miss."""
+    budget = plan.gpu_memory
+    return budget is not None and plan.memory.peak_bytes > (1 - MARGIN) * budget
 
 
 def optimizer_words(plan: Plan) -> str:

@@ -228,6 +228,20 @@ def test_text_is_plain_and_fits_a_terminal() -> None:
     assert not any("\x1b" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("peak", "words"),
+    [
+        (70, "fits 80.0 GiB: 70.0 GiB"),
+        (79, "fits 80.0 GiB narrowly, predictions may miss by 3%: 79.0 GiB"),
+        (81, "DOES NOT FIT 80.0 GiB: 81.0 GiB"),
+    ],
+)
+def test_a_plan_says_whether_it_fits_and_whether_that_is_sure(peak: int, words: str) -> None:
+    parts = (MemoryPart(cause="parameters", bytes=peak * 2**30, kind="whole"),)
+    found = " ".join(str(_plan(memory=MemoryPlan(parts=parts))).split())
+    assert words in found
+
+
 def test_the_first_screen_says_whether_it_fits_how_long_a_step_takes_and_why() -> None:
     layers = [_layer(i, strategy="production" if i % 3 else "ulysses") for i in range(32)]
     causes = ("parameters", "optimizer state", "logits", "temporaries", "gradient buckets")
