@@ -195,7 +195,7 @@ def near_pool(call: Call) -> OpAxes:
     given = _sized((("n",), ("c",), *near.before), call.shapes[0])
     seen = tuple((f"k{i}",) for i in range(len(call.result_shape) - len(call.shapes[0])))
     made = _sized((("n",), ("c",), *near.after, *seen), call.result_shape)
-    return _of_near(near, [given], made, near.local | {"n", "c", *(x for (x,) in seen)})
+    return _of_near(near, [given], made, near.local | {"n", "c"})
 
 
 @dataclass(frozen=True, kw_only=True)
