@@ -267,6 +267,8 @@ def _cuts(lines: Lines, named: NamedOp, rows: Mapping[Value, int]) -> Iterator[_
         dims = tuple(d for d in _tokens(lines, value) if d not in kept)
         if dims and len(kept) <= 1:
             yield _Cut(operand, i, dims, node)
+    if isinstance(axes.how, Attend):
+        return  # keys are used up, but what attention gives has rows: those of its queries
     for i, labels in enumerate(axes.results):
         value, here = (node, i), set(_dims_of(label, labels, 1))
         dims = tuple(d for d in _tokens(lines, value) if d not in here)

@@ -65,3 +65,12 @@ def test_windows_attend_where_they_are(name: str) -> None:
     program = lowered(Windows(name), *windows.inputs(name, 6), ranks=2)
     assert all(layer.is_local for layer in program.plan.layers)
     assert not any(m.kind.gathers for m in program.plan.collectives)
+
+
+def test_windows_that_ask_for_few_pooled_queries_stay_where_they_are() -> None:
+    """The queries are few and gathered; what a window gives them is the window's own."""
+    given = windows.inputs("pooled queries", 4)
+    program = lowered(Windows("pooled queries"), *given, ranks=2)
+    assert all(layer.is_local for layer in program.plan.layers)
+    tokens = given[0].numel() * given[0].element_size()
+    assert sum(m.bytes_moved for m in program.plan.collectives if m.kind.gathers) <= tokens / 8

@@ -242,7 +242,18 @@ def by_product(m: Windows, w: Weights, x: Tensor) -> Tensor:
     return joined((q @ k.mT / 3).softmax(-1) @ v, x) + x
 
 
-IMAGES = ("image", "shifted image", "with all", "blocks and grid", "by product")
+def pooled_queries(m: Windows, w: Weights, x: Tensor) -> Tensor:
+    """Every window asks what overlapping pools make of the whole image (GC ViT)."""
+    b, h, wide, _ = x.shape
+    steps = (h // SIZE, wide // SIZE)
+    few = F.max_pool2d(x.permute(0, 3, 1, 2), [n + 1 for n in steps], steps, 1)
+    windows = cut(x)
+    q = w.gate(few.flatten(2).mT).repeat_interleave(len(windows) // b, 0)
+    _, k, v = w.rows(windows).chunk(3, -1)
+    return joined((q @ k.mT / 3).softmax(-1) @ v, x) + x
+
+
+IMAGES = ("image", "shifted image", "with all", "blocks and grid", "by product", "pooled queries")
 WINDOWS: Mapping[str, Callable[..., Tensor]] = {
     "apart": apart,
     "with last": with_last,
@@ -263,6 +274,7 @@ WINDOWS: Mapping[str, Callable[..., Tensor]] = {
     "with all": with_all,
     "blocks and grid": blocks_and_grid,
     "by product": by_product,
+    "pooled queries": pooled_queries,
 }
 
 
