@@ -33,8 +33,9 @@ __all__ = [
 # fmt: off
 EXPENSIVE = frozenset([
     "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "grouped_mm", "_grouped_mm",
-    "convolution", "conv1d", "conv2d", "attention", "scaled_dot_product_attention", "embedding",
-    "cross_entropy_loss", "nll_loss", "sort", "topk", "cumsum", "index_put", "scatter",
+    "convolution", "transposed_convolution", "conv1d", "conv2d", "attention",
+    "scaled_dot_product_attention", "embedding", "cross_entropy_loss", "nll_loss", "sort", "topk",
+    "cumsum", "index_put", "scatter",
     "dropout", "native_dropout", "bernoulli", "rand", "rand_like", "randint", "region_in_chunks",
 ])
 """Operators that are not run twice: products, lookups, orders, draws."""

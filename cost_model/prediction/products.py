@@ -35,6 +35,9 @@ def product_flops(node: Node) -> float:
     name = op_name(node)
     if name == "einsum":
         return 2.0 * _indices(node)
+    if name == "transposed_convolution":
+        given, weight, *_ = _shapes(node)
+        return 2.0 * math.prod(given) * math.prod(weight[1:])
     if name in CONTRACTED:
         return 2.0 * result.numel() * CONTRACTED[name](_shapes(node))
     return 0.0

@@ -50,6 +50,12 @@ class GraphEditor:
         place = self.token_dim(node)
         return isinstance(place, TokenDim) and place.dim == dim and place.outer * place.inner == 1
 
+    def runs_along(self, node: Node, dim: int) -> bool:
+        """Whether a dimension of a value is tokens, or the elements of one after the other's."""
+        place = self.token_dim(node)
+        is_run = isinstance(place, TokenDim) and place.dim == dim and place.outer == 1
+        return is_run or self.along(node, dim)
+
     def touches(self, node: Node, dim: int) -> bool:
         """Whether tokens are a part of a dimension of a value, in whatever way."""
         place = self.token_dim(node)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch.fx import Graph, Node
 
-from ringfx.comm import halo, halo_pools
+from ringfx.comm import halo, halo_pools, halo_transposed
 from ringfx.comm.redistribute import reshard
 from ringfx.passes.axes import AxisMap
 from ringfx.passes.axes.call import Call
@@ -193,6 +193,7 @@ RULES: Mapping[object, Callable[[_Reshards, Node], None]] = {
     aten.pad.default: _pad,
     halo.convolution: _reshape,
     halo_pools.pool: _reshape,
+    halo_transposed.transposed_convolution: _reshape,
     aten.einsum.default: _product,
     aten.matmul.default: _product,
     aten.linear.default: _product,

@@ -27,6 +27,7 @@ from ringfx.passes.normalize.masked_scatter import masked_scatter
 from ringfx.passes.normalize.statistics import VARIANCES, group_norm, variance, vector_norm
 from ringfx.passes.normalize.strided_slices import every_nth, of_streams
 from ringfx.passes.normalize.strides import columns, pool, unfold, whole_blocks
+from ringfx.passes.normalize.transposed import transposed_convolution
 from ringfx.passes.token_axes.token_line import Lines, NotShardable, TokenDim
 
 __all__ = ["normalize"]
@@ -201,7 +202,7 @@ def _read(node: Node) -> _Convolution | None:
     x, weight = call.operands[0], call.operands[1]
     kernel = call.shapes[1][2:]
     rank = len(kernel)
-    if call.get("transposed") or len(call.shapes[0]) != rank + 2:
+    if len(call.shapes[0]) != rank + 2:
         return None
     stride, dilation = _tuple(call["stride"], rank), _tuple(call["dilation"], rank)
     pads = _padding(call["padding"], kernel, dilation)
@@ -245,6 +246,8 @@ def _padding(
 
 def _convolution(s: GraphEditor, node: Node) -> Node | None:
     """A convolution over tokens, with the padding before and the cropping after it."""
+    if Call(node).get("transposed"):
+        return transposed_convolution(s, node)
     found = _read(node)
     if found is None:
         return None
@@ -254,7 +257,7 @@ def _convolution(s: GraphEditor, node: Node) -> Node | None:
         return patches
     crop = _cropped(node)
     last = crop if crop is not None else node
-    touched = [d for d in spatial if s.along(found.x, d) or s.touches(last, d)]
+    touched = [d for d in spatial if s.runs_along(found.x, d) or s.touches(last, d)]
     seen = any(
         int(found.weight.meta["val"].shape[d]) > 1 or found.stride[d - 2] > 1 for d in touched
     )

@@ -10,7 +10,17 @@ from types import FunctionType
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringfx.comm import conjugate, halo, halo_pools, mirror, redistribute, reductions, scans, turn
+from ringfx.comm import (
+    conjugate,
+    halo,
+    halo_pools,
+    halo_transposed,
+    mirror,
+    redistribute,
+    reductions,
+    scans,
+    turn,
+)
 from ringfx.ir.markers import SENT_AGAIN
 from ringfx.ir.values import CommKind
 from ringfx.ops import attention
@@ -28,7 +38,7 @@ _SENDS = frozenset(
         attention, conjugate.all_gather_grad_reduce_scatter, conjugate.all_gather_grad_slice,
         conjugate.sum_partials,
         redistribute.move_tokens, halo.convolve_tokens, halo.roll_tokens, halo.shift_tokens,
-        halo_pools.pool_tokens,
+        halo_pools.pool_tokens, halo_transposed.transposed_tokens,
         mirror.flip_tokens, scans.scan_tokens, scans.scan_with_places, reductions.softmax_tokens,
         reductions.log_softmax_tokens, reductions.logsumexp_of_tokens,
         reductions.extreme_of_tokens, reductions.first_extreme, reductions.truth_of_tokens,

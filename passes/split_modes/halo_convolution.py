@@ -7,14 +7,14 @@ from typing import Any
 
 from torch.fx import Node
 
-from ringfx.comm import conjugate, halo, halo_pools
+from ringfx.comm import conjugate, halo, halo_pools, halo_transposed
 from ringfx.passes.axes import how
 from ringfx.passes.split_modes.local_call import LocalCall
 from ringfx.passes.split_modes.mode import CallOnLine, CannotSplit, SplitMode
 from ringfx.passes.split_modes.placement import Placement
 from ringfx.passes.token_axes.token_line import TokenDim
 
-__all__ = ["HaloConvolution", "HaloPool"]
+__all__ = ["HaloConvolution", "HaloPool", "HaloTransposed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,61 @@ class HaloPool(SplitMode):
         place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
         args = (y, call.operands[0], call.local.valid(result))
         return call.emit(halo_pools.fill_pooled, *args, **(dict(call.node.kwargs) | place))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaloTransposed(SplitMode):
+    """The same for transposed convolutions (``halo_transposed.transposed_tokens``)."""
+
+    frames: int
+    before: int
+    after: int
+
+    @staticmethod
+    def match(call: CallOnLine) -> HaloTransposed | CannotSplit | None:
+        source = _source(call, halo_transposed.transposed_convolution)
+        if source is None:
+            return None
+        at, result = source.dim - 2, call.results[0]
+        stride, (left, _) = call.call["stride"][at], call.call["crops"][at]
+        if (
+            not call.on_line(source)
+            or not call.on_line(result)
+            or result.dim != source.dim
+            or source.outer * result.outer != 1
+            or result.inner != stride * source.inner
+            or source.member.offset != result.member.offset
+        ):
+            return CannotSplit(call.axes.reason)
+        reach = call.call["dilation"][at] * (int(call.call.shapes[1][source.dim]) - 1)
+        earlier = max((reach - left) // stride, 0)
+        later = max(-(-left // stride), -(-(left - reach - 1) // stride) + 1)
+        before, after = -(-earlier // source.inner), -(-later // source.inner)
+        if max(before, after) > call.chunk_length:
+            return CannotSplit("its kernel reaches beyond the neighbouring run of tokens")
+        placements = (Placement.SHARDED, *call.rest(Placement.REPLICATED_PARTIAL_GRAD))
+        return HaloTransposed(operands=placements, frames=source.inner, before=before, after=after)
+
+    def emit(self, call: LocalCall) -> Node:
+        source, result = call.source, call.result
+        x, weight, *bias = call.operands
+        if call.has_padding(source):
+            where = (0, source.dim, source.outer, source.inner)
+            x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), *where)
+        given = (weight, bias[0] if bias else None)
+        if self.before or self.after:
+            call.report_halo(call.call.operands[0], self.before + self.after)
+        settings = dict(call.node.kwargs)
+        y = call.emit(
+            halo_transposed.transposed_tokens, x, *given, **settings, frames=self.frames,
+            before=self.before, after=self.after, chunks=call.layout(source).chunks_per_rank,
+            group=call.local.group, dim=source.dim,
+        )  # fmt: skip
+        if not call.has_padding(result):
+            return y
+        place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
+        args = (y, call.operands[0], *given, call.local.valid(result))
+        return call.emit(halo_transposed.fill_transposed, *args, **(settings | place))
 
 
 def _source(call: CallOnLine, target: object) -> TokenDim | None:

@@ -9,7 +9,7 @@ from torch.fx import Node
 from ringfx.passes.split_modes.along_tokens import Flip, Reduction, Scan, Softmax
 from ringfx.passes.split_modes.attention import match_attention
 from ringfx.passes.split_modes.concat import Concat
-from ringfx.passes.split_modes.halo_convolution import HaloConvolution, HaloPool
+from ringfx.passes.split_modes.halo_convolution import HaloConvolution, HaloPool, HaloTransposed
 from ringfx.passes.split_modes.labelled import Creation, Labelled
 from ringfx.passes.split_modes.local_sort import LocalSort, match_sorted_rows
 from ringfx.passes.split_modes.lookup import LookUp, TakeRange
@@ -49,6 +49,7 @@ MODES: tuple[Match, ...] = (
     Creation.match,
     HaloConvolution.match,
     HaloPool.match,
+    HaloTransposed.match,
     Roll.match,
     Scan.match,
     Softmax.match,

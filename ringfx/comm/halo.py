@@ -22,8 +22,8 @@ from ringfx.comm.process_group import Ranks, Transfer
 from ringfx.comm.token_lookup import take_range
 
 __all__ = [
-    "convolution", "convolve_tokens", "fill_convolved", "joined_runs", "roll_tokens", "runs_seen",
-    "shift_tokens",
+    "convolution", "convolve_tokens", "fill_convolved", "joined_runs", "roll_tokens",
+    "runs_between", "runs_seen", "shift_tokens",
 ]  # fmt: skip
 
 
@@ -323,13 +323,30 @@ def runs_seen(
 
     ``fill`` stands beyond the ends of the line. For the other parameters see ``convolve_tokens``.
     """
+    runs = runs_between(
+        x, fill, frames=frames, before=before, after=after, chunks=chunks, group=group, dim=dim
+    )
+    outputs = x.shape[dim] // chunks // stride
+    return runs.narrow(dim, before * frames - lead, stride * (outputs - 1) + span)
+
+
+def runs_between(
+    x: torch.Tensor,
+    fill: float,
+    *,
+    frames: int,
+    before: int,
+    after: int,
+    chunks: int,
+    group: str,
+    dim: int,
+) -> torch.Tensor:
+    """[chunks * batch, ...]: each run of tokens with those next to it."""
     shape = x.shape
     rest = frames * shape[dim + 1 :].numel()
     opened = x.reshape(*shape[:dim], shape[dim] // frames, rest)
     runs = _extended(opened, before, after, chunks, group, dim, 1, fill)
-    runs = runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])
-    outputs = shape[dim] // chunks // stride
-    return runs.narrow(dim, before * frames - lead, stride * (outputs - 1) + span)
+    return runs.reshape(chunks * shape[0], *shape[1:dim], runs.shape[2] * frames, *shape[dim + 1 :])
 
 
 def joined_runs(y: torch.Tensor, batch: int, chunks: int, dim: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ringfx.comm import halo, halo_pools
+from ringfx.comm import halo, halo_pools, halo_transposed
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisRule, AxisSharing, Call, Labels, OpAxes, Window
 from ringfx.passes.axes.rules.pattern import axes, labels_like, leading, shares
@@ -198,6 +198,38 @@ def near_pool(call: Call) -> OpAxes:
     return _of_near(near, [given], made, near.local | {"n", "c"})
 
 
+def near_transposed(call: Call) -> OpAxes:
+    """``halo_transposed.transposed_convolution``: a stride makes each token so many elements."""
+    x, w = call.shapes[0], call.shapes[1]
+    given: list[tuple[str, ...]] = []
+    made: list[tuple[str, ...]] = []
+    sizes: dict[str, int] = {}
+    near: set[int] = set()
+    for i, stride in enumerate(call["stride"]):
+        token, size = f"t{i}", int(x[2 + i])
+        if int(call.result_shape[2 + i]) != stride * size:
+            given.append((f"in{i}",))
+            made.append((f"out{i}",))
+            continue
+        given.append((token,))
+        made.append((token,) if stride == 1 else (token, f"phase{i}"))
+        sizes |= {token: size} | ({f"phase{i}": stride} if stride > 1 else {})
+        near.add(2 + i)
+    few = _Near(
+        before=tuple(given), after=tuple(made), sizes=sizes, windows=(), dims=frozenset(near),
+        local=frozenset(),
+    )  # fmt: skip
+    kernel = tuple((f"k{i}",) for i in range(len(w) - 2))
+    one = "o" if call["groups"] == 1 else "v"
+    operands: list[Labels] = [
+        _sized((("n",), ("c",), *few.before), x),
+        _sized((("w",), (one,), *kernel), w),
+    ]
+    operands += [_sized((("o",),), call.shapes[2])] if len(call.operands) == 3 else []
+    local = {"n"} | ({"o"} if call["groups"] == 1 else set())
+    return _of_near(few, operands, _sized((("n",), ("o",), *few.after), call.result_shape), local)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Near:
     """Dimensions along which windows run."""
@@ -278,6 +310,7 @@ CONVOLUTIONS = frozenset({
 RULES: dict[object, AxisRule] = {
     halo.convolution: near_convolution,
     halo_pools.pool: near_pool,
+    halo_transposed.transposed_convolution: near_transposed,
     **dict.fromkeys(GROUPED, grouped_product),
     aten.linear.default: linear,
     aten.matmul.default: matmul,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringfx.comm import halo, halo_pools, redistribute, turn
+from ringfx.comm import halo, halo_pools, halo_transposed, redistribute, turn
 from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes import how
@@ -35,6 +35,7 @@ NOT_SAMPLED = {
     every_token: "all of an axis, another one from there on: tests/end_to_end/test_matrices.py",
     halo.convolution: "sees neighbours: tests/end_to_end/test_token_axes.py",
     halo_pools.pool: "sees neighbours: tests/end_to_end/test_pools.py",
+    halo_transposed.transposed_convolution: ("sees neighbours: tests/end_to_end/test_upsampled.py"),
     redistribute.reshard: "moves tokens between ranks: tests/end_to_end/test_token_axes.py",
     turn.turn: "moves tokens between ranks: tests/end_to_end/test_without_attention.py",
     turn.apart: "ends axes: tests/end_to_end/test_without_attention.py",

@@ -16,7 +16,7 @@ from ringfx.passes.split_modes import Placement, SplitMode
 from ringfx.passes.split_modes.along_tokens import Flip, Reduction, Scan, Softmax
 from ringfx.passes.split_modes.attention import OwnKeys
 from ringfx.passes.split_modes.concat import Concat
-from ringfx.passes.split_modes.halo_convolution import HaloConvolution, HaloPool
+from ringfx.passes.split_modes.halo_convolution import HaloConvolution, HaloPool, HaloTransposed
 from ringfx.passes.split_modes.labelled import Creation, Labelled
 from ringfx.passes.split_modes.local_attention import LocalAttention
 from ringfx.passes.split_modes.local_sort import GroupedProduct, InverseOrder, LocalSort
@@ -99,6 +99,7 @@ CONSTRUCTS: dict[str, tuple[str, type[SplitMode], tuple[Placement, ...], Any]] =
 ELSEWHERE = {
     SplitMode: "the base",
     TokensByNumber: "the base of TakeRange and LookUp",
+    HaloTransposed: "tests/end_to_end/test_upsampled.py",
     Scan: "tests/end_to_end/test_along_tokens.py",
     Flip: "tests/end_to_end/test_along_tokens.py",
     Softmax: "tests/end_to_end/test_along_tokens.py",
