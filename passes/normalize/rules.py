@@ -129,6 +129,8 @@ def _select(s: GraphEditor, node: Node) -> Node | None:
 def _pad(s: GraphEditor, node: Node) -> Node | None:
     """Constants in front and behind; what a convolution pads, the convolution pads itself."""
     call = Call(node)
+    if call.get("mode", "constant") != "constant":
+        return _pad_with_tokens(s, node)
     x, rank = call.operands[0], len(call.shapes[0])
     amounts = _amounts(call)
     padded = [d for d, pair in amounts.items() if pair != (0, 0)]
@@ -152,10 +154,41 @@ def _pad(s: GraphEditor, node: Node) -> Node | None:
     return s.cat(node, [front, middle, back], dim)
 
 
+def _pad_with_tokens(s: GraphEditor, node: Node) -> Node | None:
+    """Tokens of the ends in front and behind: of the other end, mirrored, or the last one."""
+    call = Call(node)
+    x, mode = call.operands[0], call["mode"]
+    amounts = _pairs(call)
+    along = [d for d, pair in amounts.items() if pair != (0, 0) and s.along(x, d)]
+    if not along or min(min(pair) for pair in amounts.values()) < 0:
+        return None
+    if not x.meta["val"].is_floating_point():
+        return None
+    dim = along[0]
+    left, right = amounts[dim]
+    if any(pair != (0, 0) for d, pair in amounts.items() if d != dim):
+        beside = [n for d, pair in amounts.items() for n in ((0, 0) if d == dim else pair)]
+        x = s.make(node, aten.pad.default, x, beside, mode)
+        s.tokens[x] = dim
+    size = int(x.meta["val"].shape[dim])
+    runs = {
+        "circular": [(size - left, size), (0, right)],
+        "replicate": [(0, 1), (size - 1, size)],
+        "reflect": [(1, 1 + left), (size - 1 - right, size - 1)],
+    }[mode]
+    front, back = (s.make(node, aten.slice.Tensor, x, dim, *run) for run in runs)
+    if mode == "reflect":
+        front, back = (s.make(node, aten.flip.default, run, [dim]) for run in (front, back))
+    times = (left, right) if mode == "replicate" else (min(left, 1), min(right, 1))
+    return s.cat(node, [*[front] * times[0], x, *[back] * times[1]], dim)
+
+
 def _amounts(call: Call) -> dict[int, tuple[int, int]]:
     """Dimension -> elements before and after; only constant padding."""
-    if call.get("mode", "constant") != "constant":
-        return {}
+    return _pairs(call) if call.get("mode", "constant") == "constant" else {}
+
+
+def _pairs(call: Call) -> dict[int, tuple[int, int]]:
     pairs = list(call["pad"])
     rank = len(call.shapes[0])
     return {rank - 1 - i: (pairs[2 * i], pairs[2 * i + 1]) for i in range(len(pairs) // 2)}
