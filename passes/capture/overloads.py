@@ -153,6 +153,15 @@ def _zeroed(f: Program, node: Node) -> Node:
     return f.emit(aten.full_like.default, f.current(node.args[0]), 0)
 
 
+def _on_the_diagonal(f: Program, node: Node) -> Node | None:
+    """x.fill_diagonal_(number) of a matrix: a choice by row and column."""
+    old, wraps = node.args[0].meta["val"], node.args[2:] or node.kwargs  # type: ignore[union-attr]
+    if old.dim() != 2 or wraps:
+        return None
+    here = f.emit(aten.eye.m, *old.shape, dtype=torch.bool, device=old.device)
+    return f.emit(aten.masked_fill.Scalar, f.current(node.args[0]), here, node.args[1])
+
+
 def _chosen(f: Program, node: Node) -> Node | None:
     """x[mask] = value, alike for all that the mask picks, as a choice between two values."""
     base, indices, value, *accumulate = node.args
@@ -192,6 +201,7 @@ CLEARER: Mapping[object, Callable[[Program, Node], Node | None]] = {
     aten.fill_.Tensor: _filled,
     aten.zero_.default: _zeroed,
     aten.index_put_.default: _chosen,
+    aten.fill_diagonal_.default: _on_the_diagonal,
     aten.dropout_.default: _dropped(aten.dropout.default),
     aten.feature_dropout_.default: _dropped(aten.feature_dropout.default),
     aten.alpha_dropout_.default: _dropped(aten.alpha_dropout.default),

@@ -231,6 +231,13 @@ def transform_and_back(m: Along, h: Tensor, x: Tensor) -> Results:
     return m.attend(torch.fft.irfft(f, dim=1)[:, : h.shape[1]])
 
 
+def autocorrelation(m: Along, h: Tensor, x: Tensor) -> Results:
+    """What is sent is conjugated, lazily as torch does it."""
+    turned = torch.complex(h, x).conj()
+    found = torch.fft.fft(turned, dim=1)
+    return m.attend(h + torch.fft.ifft(found * found.conj(), dim=1).conj().real.tanh())
+
+
 def sorted_tokens(m: Along, h: Tensor, x: Tensor) -> Results:
     values, places = h.sort(1)
     return m.attend(values + h) + places.to(h.dtype).sin()
@@ -256,6 +263,6 @@ ALONG: Mapping[str, Body] = {
         maximum_pool_of_pairs, pools_of_rows_and_columns, repeated_tokens,
         windows_that_overlap, windows_side_by_side, vector_where_a_mask_says,
         rows_where_a_mask_says, counts_of_kinds, differences_with_an_end, transform,
-        transform_and_back, sorted_tokens, median_taken_off, overlapping_maxima,
+        transform_and_back, autocorrelation, sorted_tokens, median_taken_off, overlapping_maxima,
     )
 }  # fmt: skip

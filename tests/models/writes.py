@@ -211,6 +211,14 @@ def triangle(x: Tensor) -> Tensor:
     return scores @ x
 
 
+def no_token_itself(x: Tensor) -> Tensor:
+    """The tokens most like each other one."""
+    scores = x[0] @ x[0].mT / x.shape[-1]
+    hidden = torch.zeros_like(scores, dtype=torch.bool).fill_diagonal_(True)
+    weights = scores.clone().fill_diagonal_(0.5).masked_fill(hidden, -9.0).softmax(-1)
+    return x + weights @ x
+
+
 def logical(x: Tensor) -> Tensor:
     keep = x > 0
     keep &= x < 1
@@ -245,6 +253,7 @@ WRITES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "copy_ and fill_ with broadcasting": copy_broadcast,
     "one of two chunks": one_of_two,
     "tril_ of scores": triangle,
+    "all but the diagonal": no_token_itself,
     "&= and |=": logical,
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ _COMPOSITES = (
     aten.full_like.default, aten.empty_like.default, aten.rsub.Scalar, aten.rsub.Tensor,
     aten.square.default, aten.expand_as.default, aten.resolve_conj.default,
     aten.resolve_neg.default, aten.real.default, aten.imag.default, aten.conj.default,
-    aten.nan_to_num.default, aten.copy.default, aten.true_divide.Tensor,
+    aten._conj.default, aten.nan_to_num.default, aten.copy.default, aten.true_divide.Tensor,
     aten.true_divide.Scalar, aten.floor_divide.default,
     aten.floor_divide.Scalar, aten.divide.Tensor, aten.divide.Scalar, aten.multiply.Tensor,
     aten.multiply.Scalar, aten.subtract.Tensor, aten.subtract.Scalar, aten.addcmul.default,

@@ -67,6 +67,7 @@ def _composites(a: int, b: int, c: int) -> list[Sample]:
         *(Sample(op.Scalar, (whole(9, a, b), 3)) for op in (aten.__and__, aten.__or__)),
         Sample(aten.bitwise_and.Tensor, (mask, truth(b, 1))),
         Sample(aten.imag.default, (torch.complex(x, x),)),
+        Sample(aten._conj.default, (torch.complex(x, x),)),
         Sample(aten.complex.default, (x, y.expand(a, b, c))),
         Sample(aten.polar.default, (x.abs(), x)),
         Sample(aten.to.dtype, (x, torch.float32)),
