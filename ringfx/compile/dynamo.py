@@ -48,6 +48,10 @@ REGIONS_KEPT: Mapping[str, object] = {
 """2.13 flattens compiled regions before the backend sees them, and visits every body once for each
 way down to it: 2^n visits for n checkpoints inside each other. Capture flattens in one walk."""
 
+HOOKS_GUARDED: Mapping[str, object] = {"skip_nnmodule_hook_guards": False}
+"""Dynamo looks for hooks when it traces and not again: one that a part is given or loses after the
+first call would change nothing, without a word."""
+
 
 def prepare_tracing() -> None:
     """Before a program is traced: packages replaced by plain torch, log lines deferred."""
@@ -122,7 +126,7 @@ def _unwrapped() -> Iterator[None]:
 
 
 def _keep_compiling() -> None:
-    """Every frame that is compiled for ringfx is compiled under ``NEVER_UNSPLIT``.
+    """Every frame that is compiled for ringfx is compiled under the settings above.
 
     Where the user calls ``torch.compile(model, backend="ringfx")`` no call of ours stands around
     the model's, so it is asked where Dynamo takes the frame.
@@ -136,7 +140,7 @@ def _keep_compiling() -> None:
         if not is_for_ringfx(self):
             return usual(self, *args, **kwargs)
         with (
-            config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT}),
+            config.patch({**NEVER_UNSPLIT, **REGIONS_KEPT, **HOOKS_GUARDED}),
             kept_as_calls(torch.Tensor.unflatten),
             _unwrapped(),
             gc_frozen(),

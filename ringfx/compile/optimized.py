@@ -37,7 +37,7 @@ from ringfx.failures.watchdog import start_watching
 from ringfx.ir.plan import Plan
 from ringfx.split_tensor.sharded_states import read_uncompiled
 from ringfx.torch_compat.autograd import in_transform
-from ringfx.torch_compat.graphs import children_of, has_hooks
+from ringfx.torch_compat.graphs import children_of, has_hooks, hooks_of_all
 from ringfx.torch_compat.operators import read_no_memory
 
 __all__ = ["Optimized", "around", "optimized"]
@@ -317,7 +317,8 @@ def _states(outer: Optimized, backend: Backend) -> Iterator[None]:
 
 
 def _programs(outer: Optimized, backend: Backend) -> Callable[..., Any]:
-    made_for = (backend, has_hooks(outer._ringfx_inner))  # hooks are part of the program
+    # Hooks are part of the program; those of the model's parts are guarded.
+    made_for = (backend, has_hooks(outer._ringfx_inner), hooks_of_all())
     known = outer._ringfx_programs
     if known is None or known[0] != made_for:
         dynamic = backend.settings.dynamic

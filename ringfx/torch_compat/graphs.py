@@ -15,6 +15,7 @@ __all__ = [
     "call_of",
     "children_of",
     "has_hooks",
+    "hooks_of_all",
     "is_erased",
     "position_key",
 ]
@@ -38,6 +39,21 @@ def call_of(module: torch.nn.Module) -> Any:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether something runs before or after its forward. Without: models with hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def hooks_of_all() -> tuple[int, ...]:
+    """What runs at the call of every module of the process, by the numbers of its handles.
+
+    Dynamo traces it, and does not look again whether there is more of it. Without: such hooks.
+    """
+    given = torch.nn.modules.module
+    held = (
+        given._global_forward_pre_hooks,
+        given._global_forward_hooks,
+        given._global_backward_pre_hooks,
+        given._global_backward_hooks,
+    )
+    return tuple(number for hooks in held for number in hooks)
 
 
 def call_in_frame(module: torch.nn.Module, call: Callable[..., Any]) -> None:

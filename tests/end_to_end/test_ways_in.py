@@ -117,6 +117,65 @@ def test_each_way_of_calling_is_split(ranks2: RankPool, way: Any) -> None:
         assert gradient < 1e-4
 
 
+# --- hooks that come and go ---------------------------------------------------------------------
+
+
+def on_output(part: nn.Module) -> Any:
+    return part.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def on_input(part: nn.Module) -> Any:
+    return part.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def on_gradient(part: nn.Module) -> Any:
+    def doubled(module: nn.Module, given: Any, got: Any) -> Any:
+        return (given[0] * 2,)
+
+    return part.register_full_backward_hook(doubled)
+
+
+def on_all(part: nn.Module) -> Any:
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 1.5 if isinstance(module, nn.Linear) else out
+    )
+
+
+def hooked(model: Any, register: Callable[[nn.Module], Any]) -> list[torch.Tensor]:
+    """Outputs and gradients of a call without the hook, one with it, and one without it again."""
+    x, found = tokens(LENGTH), []
+    for with_it in (False, True, False):
+        handle = register(model.blocks[0]) if with_it else None
+        out = model(x)
+        found += [out, *torch.autograd.grad(shifted_loss(out, x), list(model.parameters()))]
+        if handle is not None:
+            handle.remove()
+    return found
+
+
+def hooked_later(register: Callable[[nn.Module], Any], way: Callable[[nn.Module], Any]) -> float:
+    torch._dynamo.reset()
+    ours, theirs = hooked(way(plain()()), register), hooked(plain()(), register)
+    return max(_worst(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
+def by_torch_compile(model: nn.Module) -> Any:
+    return torch.compile(model, backend="ringfx", options={"compiler": "eager"})
+
+
+@pytest.mark.parametrize(
+    ("register", "way"),
+    [
+        (on_output, optimize), (on_input, optimize), (on_gradient, optimize), (on_all, optimize),
+        (on_output, by_torch_compile),
+    ],
+)  # fmt: skip
+def test_a_hook_that_comes_or_goes_after_the_first_call_counts(
+    ranks2: RankPool, register: Any, way: Any
+) -> None:
+    assert max(ranks2.run(hooked_later, register, way)) < 1e-5
+
+
 # --- roots of torch.nn --------------------------------------------------------------------------
 
 
