@@ -238,6 +238,15 @@ def autocorrelation(m: Along, h: Tensor, x: Tensor) -> Results:
     return m.attend(h + torch.fft.ifft(found * found.conj(), dim=1).conj().real.tanh())
 
 
+def sums_of_segments(m: Along, h: Tensor, x: Tensor) -> Results:
+    """Tokens of three kinds, added up by kind in two ways."""
+    kinds = torch.arange(h.shape[1]) * 5 % 3
+    sums = torch.zeros(len(h), 3, HIDDEN, dtype=h.dtype).index_add(1, kinds, m.inp(h))
+    places = kinds[None, :, None].expand_as(h)
+    others = h.new_zeros(len(h), 4, HIDDEN).scatter_add(1, places, m.inp(h).tanh())
+    return m.attend(h + sums.mean(1, keepdim=True) + others[:, :1]), sums
+
+
 def sorted_tokens(m: Along, h: Tensor, x: Tensor) -> Results:
     values, places = h.sort(1)
     return m.attend(values + h) + places.to(h.dtype).sin()
@@ -263,6 +272,7 @@ ALONG: Mapping[str, Body] = {
         maximum_pool_of_pairs, pools_of_rows_and_columns, repeated_tokens,
         windows_that_overlap, windows_side_by_side, vector_where_a_mask_says,
         rows_where_a_mask_says, counts_of_kinds, differences_with_an_end, transform,
-        transform_and_back, autocorrelation, sorted_tokens, median_taken_off, overlapping_maxima,
+        transform_and_back, autocorrelation, sums_of_segments, sorted_tokens, median_taken_off,
+        overlapping_maxima,
     )
 }  # fmt: skip

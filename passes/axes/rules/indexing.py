@@ -150,12 +150,26 @@ def index_rows(call: Call) -> OpAxes:
     rows: Labels = (("rows",) if call.shape("index")[0] != 1 else (),)
     given = {"self": labels, "index": rows, "source": (*labels[:at], *rows, *labels[at + 1 :])}
     by_place = {call.position(n): x for n, x in given.items() if isinstance(call.get(n), Node)}
+    is_sum = _adds_to_zeros(call) and bool(rows[0])
     return OpAxes(
         operands=tuple(by_place.get(i, ()) for i in range(len(call.operands))),
         results=(labels,),
-        share=shares(needs_all=[f"d{at}", "rows"]),
+        share=shares(needs_all=[f"d{at}"], sum=["rows"])
+        if is_sum
+        else shares(needs_all=[f"d{at}", "rows"]),
+        how=how.Sum(fill={call.position("source"): 0}) if is_sum else None,
         reason="it writes rows at indices along the axis",
     )
+
+
+def _adds_to_zeros(call: Call) -> bool:
+    """Whether what is written is added to zeros: each rank adds its own."""
+    zeros = call.operands[0].target
+    return call.node.target in ADDING and zeros in ZEROS
+
+
+ADDING = frozenset({aten.index_add.default, aten.scatter_add.default})
+ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 
 
 def scatter(call: Call) -> OpAxes:
@@ -163,17 +177,23 @@ def scatter(call: Call) -> OpAxes:
     shapes = call.shapes
     at = call.dim("dim", len(shapes[0]))
     alike = [d != at and len({s[d] for s in shapes}) == 1 for d in range(len(shapes[0]))]
+    is_sum = _adds_to_zeros(call) and shapes[1][at] == shapes[2][at] != 1
+
+    def label(n: int, d: int) -> str:
+        if alike[d] or n == 0:
+            return f"d{d}"
+        return "rows" if is_sum and d == at else f"{n}.{d}"
+
     operands = tuple(
-        tuple(
-            ((f"d{d}",) if same or n == 0 else (f"{n}.{d}",)) if shape[d] != 1 else ()
-            for d, same in enumerate(alike)
-        )
+        tuple((label(n, d),) if size != 1 else () for d, size in enumerate(shape))
         for n, shape in enumerate(shapes)
     )
     every = {x for dims in operands for dim in dims for x in dim}
+    local = {f"d{d}" for d, same in enumerate(alike) if same}
     return OpAxes(
         operands=operands, results=(operands[0],),
-        share=shares(needs_all=every - {f"d{d}" for d, same in enumerate(alike) if same}),
+        share=shares(needs_all=every - local - {"rows"}, sum=["rows"] if is_sum else []),
+        how=how.Sum(fill={2: 0}) if is_sum else None,
         reason="it writes at indices along the axis",
     )  # fmt: skip
 
