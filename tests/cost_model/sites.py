@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ringfx.cost_model.choice.choose import MARGIN
 from ringfx.cost_model.prediction.predict import Prediction, predict
 from ringfx.cost_model.prediction.profile import Profile, available_profiles
 from ringfx.ir import tiles
 from ringfx.ir.attention_spec import AttentionSpec
+from ringfx.ir.memory_plan import MARGIN
 from ringfx.ir.values import AttentionSite
 from ringfx.strategies import STRATEGIES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -12,9 +13,10 @@ __all__ = ["HIDDEN", "OF_IMAGES", "OF_TOKENS", "Padded"]
 
 Tensor = torch.Tensor
 HIDDEN = 6
+Mode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-def convolved(mode: str, padding: int) -> Callable[[], nn.Module]:
+def convolved(mode: Mode, padding: int) -> Callable[[], nn.Module]:
     kernel = 2 * padding + 1
     return lambda: nn.Conv1d(HIDDEN, HIDDEN, kernel, padding=padding, padding_mode=mode)
 
@@ -48,7 +50,7 @@ OF_TOKENS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
-def image(*modes: str) -> Callable[[], nn.Module]:
+def image(*modes: Mode) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
         *(nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1, padding_mode=mode) for mode in modes)
     )
