@@ -20,6 +20,7 @@ from ringfx.passes.axes.rules import (
     gathered,
     indexing,
     losses,
+    matrices,
     normalization,
     parallel,
     pointwise,
@@ -39,6 +40,7 @@ RULES: MappingProxyType[object, AxisRule] = MappingProxyType(
     | contraction.RULES
     | reduction.RULES
     | normalization.RULES
+    | matrices.RULES
     | indexing.RULES
     | creation.RULES
     | losses.RULES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.passes.axes.sample import Sample, positive, real, truth, whole
-from tests.passes.axes.value_samples import losses, made, own_derivatives, transforms
+from tests.passes.axes.value_samples import losses, made, matrices, own_derivatives, transforms
 
 __all__ = ["samples"]
 
@@ -28,6 +28,7 @@ def samples(a: int, b: int, c: int, d: int) -> list[Sample]:
         losses(a, b, c),
         transforms(a, b, c),
         own_derivatives(a, b, c, d),
+        matrices(a, b, c),
     )
     return [sample for group in groups for sample in group]
 

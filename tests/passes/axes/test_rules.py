@@ -20,7 +20,7 @@ from ringfx.ir.markers import every_token
 from ringfx.ops import attention
 from ringfx.passes.axes import how
 from ringfx.passes.axes.call import AxisSharing
-from ringfx.passes.axes.rules import RULES, parallel
+from ringfx.passes.axes.rules import RULES, matrices, parallel
 from ringfx.passes.axes.rules.attention import KERNELS
 from ringfx.passes.axes.rules.contraction import GROUPED
 from tests.passes.axes.rule_samples import samples
@@ -239,9 +239,10 @@ def edged(value: Any, numbers: Sequence[float]) -> Any:
 REJECTS_EDGES = {
     aten.bernoulli.default, aten.bernoulli.Tensor, aten.binary_cross_entropy.default,
     aten.multinomial.default, aten.poisson.default, aten.normal.float_Tensor,
-    aten.normal.Tensor_Tensor,
+    aten.normal.Tensor_Tensor, *matrices.RULES,
 }  # fmt: skip
-"""The operator itself raises where numbers are no probabilities, rates or deviations."""
+"""The operator itself raises where numbers are no probabilities, rates, deviations or entries of a
+matrix that it can factor."""
 
 
 @pytest.mark.parametrize("edge", EDGES)

@@ -168,3 +168,35 @@ def own_derivatives(a: int, b: int, c: int, d: int) -> list[Sample]:
         Sample(aten.native_dropout.default, (x, 0.5, True), splits=False),
         Sample(aten.rrelu_with_noise_functional.default, (x, x, 0.1, 0.3, True), splits=False),
     ]
+
+
+def matrices(a: int, b: int, c: int) -> list[Sample]:
+    """Functions of each matrix of a batch, and equations with many right-hand sides."""
+    x = real(a, b, 5, 5)
+    square = x @ x.mT + torch.eye(5, dtype=x.dtype)
+    lower = aten.linalg_cholesky.default(square)
+    of_each = (
+        aten.linalg_inv, aten.linalg_inv_ex, aten.inverse, aten.linalg_pinv, aten.pinverse,
+        aten.linalg_cholesky, aten.linalg_cholesky_ex,
+        aten.cholesky, aten.linalg_eigh, aten._linalg_eigh, aten.linalg_eigvalsh, aten.linalg_det,
+        aten.det, aten.linalg_slogdet, aten.slogdet, aten.logdet,
+    )  # fmt: skip
+    of_any = (aten.linalg_qr, aten.linalg_svd, aten._linalg_svd, aten.linalg_svdvals)
+    more = {aten.linalg_pinv: (1e-9,)}
+    return [
+        *(Sample(op.default, (square, *more.get(op, ()))) for op in of_each),
+        *(Sample(op.default, (real(a, b, 5, 3),)) for op in of_any),
+        Sample(aten.linalg_pinv.atol_rtol_float, (real(a, b, 5, 3),)),
+        Sample(aten.linalg_matrix_power.default, (square, 3)),
+        Sample(aten.matrix_power.default, (square, -2)),
+        Sample(aten.linalg_solve.default, (square, real(a, b, 5, c))),
+        Sample(aten.linalg_solve.default, (square, real(a, b, 5))),
+        Sample(aten.linalg_solve.default, (square, real(a, b, c, 5)), {"left": False}),
+        Sample(aten.linalg_solve_triangular.default, (lower, real(b, 5, c)), {"upper": False}),
+        Sample(
+            aten.linalg_solve_triangular.default,
+            (lower, real(a, 1, c, 5)),
+            {"upper": False, "left": False},
+        ),
+        Sample(aten.cholesky_solve.default, (real(a, b, 5, c), lower)),
+    ]
