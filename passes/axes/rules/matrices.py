@@ -4,12 +4,13 @@ of equations each right-hand side by itself."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ringfx.passes.axes.call import AxisRule, Call, OpAxes
 from ringfx.passes.axes.rules.pattern import axes
-from ringfx.torch_compat.operators import OpOverload
+from ringfx.torch_compat.operators import OpOverload, schema_of
 
 __all__ = ["RULES"]
 
@@ -48,25 +49,28 @@ _MADE: Mapping[OpOverload, tuple[int, ...]] = {
 def _of_each(target: OpOverload, made: tuple[int, ...]) -> AxisRule:
     own = [[f"made{i}.{d}" for d in range(dims)] for i, dims in enumerate(made)]
     every = " ".join(["i", "j", *(name for names in own for name in names)])
-    given = {target._schema.arguments[0].name: "... i j"}
+    given: dict[str, Any] = {schema_of(target).arguments[0].name: "... i j"}
     out = [" ".join(["...", *names]) for names in own]
-    return axes(out=out, needs_all=every, reason=REASON, **given)  # type: ignore[arg-type]
+    return axes(out=out, needs_all=every, reason=REASON, **given)
 
 
-def _solved(call: Call) -> OpAxes:
-    """X of A X = B, or of X A = B where ``left`` is False. B may be a vector for each matrix."""
-    a, b = call.shapes
-    has_vectors = call.node.target is aten.linalg_solve.default and (len(b) == 1 or b == a[:-1])
-    one = "... i" if has_vectors else "... i c" if call["left"] else "... c i"
-    matrix = call.node.target._schema.arguments[0].name  # type: ignore[union-attr]
-    given = {matrix: "... i j", "B": one}
-    return axes(out=one, needs_all="i j", reason=REASON, **given)(call)  # type: ignore[arg-type]
+def _solution(matrix: str, *, of_vectors: bool = False) -> AxisRule:
+    """X of A X = B, or of X A = B where ``left`` is False; B may be a vector for each matrix."""
+
+    def rule(call: Call) -> OpAxes:
+        a, b = call.shape(matrix), call.shape("B")
+        has_vectors = of_vectors and (len(b) == 1 or b == a[:-1])
+        one = "... i" if has_vectors else "... i c" if call["left"] else "... c i"
+        given: dict[str, Any] = {matrix: "... i j", "B": one}
+        return axes(out=one, needs_all="i j", reason=REASON, **given)(call)
+
+    return rule
 
 
 RULES: dict[OpOverload, AxisRule] = {
     **{target: _of_each(target, made) for target, made in _MADE.items()},
-    aten.linalg_solve.default: _solved,
-    aten.linalg_solve_triangular.default: _solved,
+    aten.linalg_solve.default: _solution("A", of_vectors=True),
+    aten.linalg_solve_triangular.default: _solution("self"),
     aten.cholesky_solve.default: axes(
         self="... i c", input2="... i j", out="... i c", needs_all="i j", reason=REASON
     ),
