@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +30,7 @@ class Reach:
 
     def settings(self, call: LocalCall) -> dict[str, Any]:
         """Of the call that one rank makes; its messages are reported."""
-        if self.before or self.after:
-            call.report_halo(call.call.operands[0], self.before + self.after)
-        return dict(call.node.kwargs) | {
-            "lead": self.lead,
-            "frames": self.frames,
-            "before": self.before,
-            "after": self.after,
-            "chunks": call.layout(call.source).chunks_per_rank,
-            "group": call.local.group,
-            "dim": call.source.dim,
-        }
+        return {"lead": self.lead} | _exchanged(call, self.frames, self.before, self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +51,9 @@ class HaloConvolution(SplitMode):
         return HaloConvolution(operands=placements, reach=reach)
 
     def emit(self, call: LocalCall) -> Node:
-        source, result = call.source, call.result
-        x, weight, *bias = call.operands
-        if call.has_padding(source):
-            where = (0, source.dim, source.outer, source.inner)
-            x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), *where)
-        given = (weight, bias[0] if bias else None)
-        y = call.emit(halo.convolve_tokens, x, *given, **self.reach.settings(call))
-        if not call.has_padding(result):
-            return y
-        place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
-        args = (y, call.operands[0], *given, call.local.valid(result))
-        return call.emit(halo.fill_convolved, *args, **(dict(call.node.kwargs) | place))
+        _, weight, *bias = call.operands
+        given, settings = (weight, bias[0] if bias else None), self.reach.settings(call)
+        return _emitted(call, halo.convolve_tokens, halo.fill_convolved, given, settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +73,8 @@ class HaloPool(SplitMode):
         return HaloPool(operands=(Placement.SHARDED,), reach=reach)
 
     def emit(self, call: LocalCall) -> Node:
-        source, result, (x,) = call.source, call.result, call.operands
-        if call.has_padding(source):
-            nothing = halo_pools.NOTHING[call.call["kind"]]
-            where = (source.dim, source.outer, source.inner)
-            x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), nothing, *where)
-        y = call.emit(halo_pools.pool_tokens, x, **self.reach.settings(call))
-        if not call.has_padding(result):
-            return y
-        place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
-        args = (y, call.operands[0], call.local.valid(result))
-        return call.emit(halo_pools.fill_pooled, *args, **(dict(call.node.kwargs) | place))
+        nothing, settings = halo_pools.NOTHING[call.call["kind"]], self.reach.settings(call)
+        return _emitted(call, halo_pools.pool_tokens, halo_pools.fill_pooled, (), settings, nothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,25 +111,47 @@ class HaloTransposed(SplitMode):
         return HaloTransposed(operands=placements, frames=source.inner, before=before, after=after)
 
     def emit(self, call: LocalCall) -> Node:
-        source, result = call.source, call.result
-        x, weight, *bias = call.operands
-        if call.has_padding(source):
-            where = (0, source.dim, source.outer, source.inner)
-            x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), *where)
+        _, weight, *bias = call.operands
         given = (weight, bias[0] if bias else None)
-        if self.before or self.after:
-            call.report_halo(call.call.operands[0], self.before + self.after)
-        settings = dict(call.node.kwargs)
-        y = call.emit(
-            halo_transposed.transposed_tokens, x, *given, **settings, frames=self.frames,
-            before=self.before, after=self.after, chunks=call.layout(source).chunks_per_rank,
-            group=call.local.group, dim=source.dim,
-        )  # fmt: skip
-        if not call.has_padding(result):
-            return y
-        place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
-        args = (y, call.operands[0], *given, call.local.valid(result))
-        return call.emit(halo_transposed.fill_transposed, *args, **(settings | place))
+        settings = _exchanged(call, self.frames, self.before, self.after)
+        tokens, filled = halo_transposed.transposed_tokens, halo_transposed.fill_transposed
+        return _emitted(call, tokens, filled, given, settings)
+
+
+def _exchanged(call: LocalCall, frames: int, before: int, after: int) -> dict[str, Any]:
+    """The user's settings with those of the exchange, which is reported."""
+    if before or after:
+        call.report_halo(call.call.operands[0], before + after)
+    return dict(call.node.kwargs) | {
+        "frames": frames,
+        "before": before,
+        "after": after,
+        "chunks": call.layout(call.source).chunks_per_rank,
+        "group": call.local.group,
+        "dim": call.source.dim,
+    }
+
+
+def _emitted(
+    call: LocalCall,
+    tokens: Callable[..., Any],
+    filled: Callable[..., Any],
+    given: Sequence[Node | None],
+    settings: Mapping[str, Any],
+    nothing: float = 0.0,
+) -> Node:
+    """``tokens`` of this rank's own; padding counts for ``nothing``, and gets numbers of ``filled``
+    that no later operator stumbles over."""
+    source, result, x = call.source, call.result, call.operands[0]
+    if call.has_padding(source):
+        where = (source.dim, source.outer, source.inner)
+        x = call.emit(conjugate.mask_tokens, x, call.local.valid(source), nothing, *where)
+    y = call.emit(tokens, x, *given, **settings)
+    if not call.has_padding(result):
+        return y
+    place = {"dim": result.dim, "outer": result.outer, "inner": result.inner}
+    args = (y, call.operands[0], *given, call.local.valid(result))
+    return call.emit(filled, *args, **(dict(call.node.kwargs) | place))
 
 
 def _source(call: CallOnLine, target: object) -> TokenDim | None:
