@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringfx.ir.values import Captured
 from ringfx.passes.capture.gradients import needs_grad
+from ringfx.passes.chunks.products import SUMMED_IN_PLACE
 from ringfx.passes.chunks.sizes import Sized
 
 __all__ = ["ChunkedCall", "Outlined", "outlined", "region_in_chunks"]
@@ -126,8 +127,13 @@ class _Outliner:
 def _held(found: Sized) -> ChunkedCall:
     region = found.region
     shared = [n for n in region.entering if needs_grad(n) and n.op == "placeholder"]
-    sums = sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in shared)
+    sums = sum(n.meta["val"].nbytes for n in shared if not _summed_in_place(n.meta["val"]))
     return ChunkedCall(
         wide=found.wide_bytes, trains=region.trains, sums=sums if region.trains else 0,
         is_loss=region.is_loss,
     )  # fmt: skip
+
+
+def _summed_in_place(weight: torch.Tensor) -> bool:
+    """Whether its gradient is a product of matrices that is added to the sum over chunks."""
+    return weight.dim() == 2 and weight.dtype in SUMMED_IN_PLACE

@@ -15,7 +15,7 @@ import torch
 from ringfx.comm.autograd_function import Function, register_autograd
 from ringfx.errors import RingfxError
 
-__all__ = ["refuse_double_backward", "refuse_in_compiled"]
+__all__ = ["once_differentiable", "refuse_double_backward", "refuse_in_compiled"]
 
 TEXT = (
     "second derivatives are not supported: the backward of a model that ringfx has split cannot "
@@ -44,6 +44,13 @@ class _Once(Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RingfxError(TEXT)
+
+
+def once_differentiable(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient that plain operators made of saved ones: its backward, if recorded, refuses."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return _Once.apply(gradient.detach().requires_grad_())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def refuse_in_compiled(results: Sequence[Any]) -> None:

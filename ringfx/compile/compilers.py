@@ -14,7 +14,9 @@ from ringfx.compile.inductor_settings import inductor_settings
 from ringfx.compile.offload import has_offloaded, move_offloaded
 from ringfx.compile.prefetch import overlap_states
 from ringfx.ir.token_place import TokenPlace
-from ringfx.ops.chunked import Body, body_of
+from ringfx.ops import chunked
+from ringfx.ops.chunked import Body, Product, body_of
+from ringfx.passes.chunks.products import factors_apart
 from ringfx.torch_compat.dynamo import aot_eager
 from ringfx.torch_compat.fake_tensors import (
     FakeTensor,
@@ -65,7 +67,7 @@ def compile_bodies(bodies: Mapping[str, tuple[str, ...]], compiler: str) -> None
                     body.compiled[what, tokens] = _compiled(body, what, tokens, compiler)
 
 
-def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
+def _compiled(body: Body, what: str, tokens: int, compiler: str) -> chunked.Compiled:
     # A body is shared by equal programs: its own tensors may be of another one's mode.
     mode = detect_fake_mode() or FakeTensorMode()
     with mode, torch.no_grad():
@@ -74,11 +76,34 @@ def _compiled(body: Body, what: str, tokens: int, compiler: str) -> Compiled:
             inputs += _without_values(body.values, body.results, tokens)
         traced: Callable[..., GraphModule] = make_fx(_function(body, what))
         program = traced(*inputs)
+    products = factors_apart(program, _sums(body, what))
     if compiler != "inductor":
-        return program.forward
+        return _with_products(program.forward, products)
     with torch.no_grad():
-        settings = inductor_settings()
-        return cast(Compiled, compiled_by_inductor(program, inputs, settings))
+        compiled = compiled_by_inductor(program, inputs, inductor_settings())
+        return _with_products(cast(Compiled, compiled), products)
+
+
+def _sums(body: Body, what: str) -> list[int]:
+    """The results of a program of the body that are gradients summed over chunks."""
+    first = {"forward": None, "backward": 0, "loss": len(body.results)}[what]
+    if first is None:
+        return []
+    return [first + i for i, wanted in enumerate(body.wanted) if body.operands[wanted] is None]
+
+
+def _with_products(compiled: Compiled, products: Sequence[int]) -> chunked.Compiled:
+    """The program with two results for each of ``products`` read as one."""
+    if not products:
+        return compiled
+
+    def run(*parts: torch.Tensor) -> Sequence[torch.Tensor | Product]:
+        results = list(compiled(*parts))
+        for i in products:
+            results[i : i + 2] = [Product(*results[i : i + 2])]
+        return results
+
+    return run
 
 
 def _without_values(

@@ -8,8 +8,8 @@ backward. Three ``torch.library`` operators:
 - ``ringfx::chunked_loss`` is for a region that ends in one sum over tokens: the gradients of that
   sum are computed with it, chunk by chunk, and nothing again; backward multiplies them.
 
-Gradients of operands that all tokens share (weights) are summed over chunks, in float32 where the
-operand is of 16 bits.
+Gradients of operands that all tokens share (weights) are summed over chunks: products of matrices
+in place, so that a weight's gradient exists once; in float32 where the operand is of 16 bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,24 @@ import torch
 from torch.fx import GraphModule
 
 from ringfx.comm.autograd_function import register_autograd
-from ringfx.comm.double_backward import refuse_double_backward
+from ringfx.comm.double_backward import once_differentiable, refuse_double_backward
 from ringfx.errors import DEFECT, RingfxError
 from ringfx.ir.token_place import TokenPlace
 
-__all__ = ["Body", "body_of", "chunked", "chunked_loss", "registered"]
+__all__ = ["Body", "Compiled", "Product", "body_of", "chunked", "chunked_loss", "registered"]
 
 Tensor = torch.Tensor
-Compiled = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A chunk's part of a sum, by its factors: ``left`` [m, k] @ ``right`` [k, n]."""
+
+    left: Tensor
+    right: Tensor
+
+
+Compiled = Callable[..., Sequence[Tensor | Product]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,7 +96,7 @@ class Body:
             for x, place in zip(operands, self.operands, strict=True)
         ]
 
-    def run(self, what: str, parts: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
+    def run(self, what: str, parts: Sequence[Tensor], tokens: int) -> Sequence[Tensor | Product]:
         compiled = self.compiled.get((what, tokens))
         if compiled is None:
             raise RingfxError(
@@ -188,22 +198,6 @@ def _(operands: list[Tensor], body: str) -> list[Tensor]:
     return [total, *grads]
 
 
-@torch.library.custom_op("ringfx::chunked_loss_backward", mutates_args=())
-def chunked_loss_backward(grad: Tensor, saved: list[Tensor], body: str) -> list[Tensor]:
-    """The saved gradients times the loss's."""
-    region = body_of(body)
-    return [(x * grad).to(region.given[i].dtype) for i, x in zip(region.wanted, saved, strict=True)]
-
-
-@chunked_loss_backward.register_fake
-def _(grad: Tensor, saved: list[Tensor], body: str) -> list[Tensor]:
-    region = body_of(body)
-    return [
-        x.new_empty(x.shape, dtype=region.given[i].dtype)
-        for i, x in zip(region.wanted, saved, strict=True)
-    ]
-
-
 def _plain_arithmetic(x: Tensor) -> torch.autocast:
     """The program says every cast: autocast would add others, in backward too."""
     return torch.autocast(x.device.type, enabled=False)
@@ -216,16 +210,19 @@ class _Totals:
         self._places = places
         self._found: list[Tensor] = []
 
-    def add(self, parts: Sequence[Tensor], start: int, tokens: int) -> None:
+    def add(self, parts: Sequence[Tensor | Product], start: int, tokens: int) -> None:
         """``tokens``: of all chunks."""
         is_first = not self._found
         if is_first:
             self._found = [
-                _first_sum(x) if place is None else place.empty(x, tokens)
+                _first_sum(x) if place is None or isinstance(x, Product) else place.empty(x, tokens)
                 for x, place in zip(parts, self._places, strict=True)
             ]
         for total, x, place in zip(self._found, parts, self._places, strict=True):
-            if place is not None:
+            if isinstance(x, Product):
+                if not is_first:
+                    total.addmm_(x.left, x.right)
+            elif place is not None:
                 place.write(total, start, x)
             elif not is_first:
                 total.add_(x)
@@ -237,7 +234,9 @@ class _Totals:
         ]
 
 
-def _first_sum(x: Tensor) -> Tensor:
+def _first_sum(x: Tensor | Product) -> Tensor:
+    if isinstance(x, Product):
+        return x.left @ x.right
     dtype = _sum_dtype(None, x)
     return x.to(dtype, copy=True) if dtype != x.dtype else x.clone()
 
@@ -278,9 +277,13 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward_of_loss(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, None]:
     grad = grads[0]
     assert grad is not None, "the loss's gradient is what backward begins with"
-    saved = list(ctx.saved_tensors)
-    found = torch.ops.ringfx.chunked_loss_backward(grad, saved, ctx.body)
-    return _at_wanted(body_of(ctx.body), ctx.num_operands, found), None
+    region = body_of(ctx.body)
+    # Plain operators, not one of ours: Inductor writes the results over what was saved.
+    found = [
+        once_differentiable((x * grad).to(region.given[i].dtype))
+        for i, x in zip(region.wanted, ctx.saved_tensors, strict=True)
+    ]
+    return _at_wanted(region, ctx.num_operands, found), None
 
 
 def _at_wanted(body: Body, num: int, found: Sequence[Tensor]) -> list[Tensor | None]:
@@ -293,4 +296,3 @@ def _at_wanted(body: Body, num: int, found: Sequence[Tensor]) -> list[Tensor | N
 register_autograd(chunked, _backward, setup_context=_save)
 register_autograd(chunked_loss, _backward_of_loss, setup_context=_save_loss)
 refuse_double_backward(chunked_backward)
-refuse_double_backward(chunked_loss_backward)
