@@ -81,8 +81,9 @@ def _built(factory: Callable[..., Any], asked: Asked) -> Target:
     """With weights, or on the meta device where a large model is reduced before it gets some."""
     length = LONGEST if asked.seq_len is None else parse_tokens(asked.seq_len)
     inputs = Inputs(
-        seq_len=length, batch_size=asked.batch_size, labels=asked.labels and asked.train
-    )
+        seq_len=length, is_asked=asked.seq_len is not None, batch_size=asked.batch_size,
+        labels=asked.labels and asked.train,
+    )  # fmt: skip
     shape: Target | None = None
     with contextlib.suppress(InvalidArgument), api.offline():  # what needs values has them below
         shape = build(factory, inputs, asked.target)

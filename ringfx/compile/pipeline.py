@@ -354,12 +354,14 @@ def _refuse_unknown(
 
 
 def _given_rules(graph: Graph, rules: AxisRules) -> tuple[str, ...]:
-    """Operators that are split by a rule of the user's."""
-    targets = dict.fromkeys(n.target for n in graph.nodes if n.op == "call_function")
+    """What becomes of the user's own rules."""
+    given = [target for target in rules if rules[target] is not RULES.get(target)]
+    called = {n.target for n in graph.nodes if n.op == "call_function"}
     return tuple(
         f"{target}: split by a rule that was given"
-        for target in targets
-        if rules.get(target) is not RULES.get(target)
+        if target in called
+        else f"{target}: a rule was given, but the captured program has no call of it"
+        for target in given
     )
 
 

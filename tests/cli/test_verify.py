@@ -30,6 +30,7 @@ class Tiny(nn.Module):
 def make(): return Tiny()
 def large(): return Tiny(words=10**8)
 def pair(): return Tiny(), (torch.full((1, 5), 7),)
+def usual(seq_len=77): return Tiny(), (torch.full((1, seq_len), 7),)
 """
 EQUAL = Verification(
     model="Tiny", world_size=2, dtype="float64", compiler="aot_eager", tolerance=1e-10,
@@ -113,6 +114,14 @@ def test_inputs_of_the_factory_are_used(monkeypatch: pytest.MonkeyPatch, file: P
     stands, _ = asked(monkeypatch, EQUAL, f"{file}:pair", "--narrow", "none")
     assert torch.equal(stands.args[0], torch.full((1, 5), 7))
     assert stands.options["narrow"] is None
+
+
+@pytest.mark.parametrize(("words", "tokens"), [((), 77), (("--seq-len", "12"), 12)])
+def test_the_length_is_the_factorys_usual_one_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, file: Path, words: tuple[str, ...], tokens: int
+) -> None:
+    stands, _ = asked(monkeypatch, EQUAL, f"{file}:usual", *words)
+    assert stands.args[0].shape == (1, tokens)
 
 
 def test_a_large_model_is_reduced_before_it_has_weights(

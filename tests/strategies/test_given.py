@@ -22,6 +22,7 @@ from ringfx.cost_model.prediction.predict import predict
 from ringfx.cost_model.prediction.rank_share import Local
 from ringfx.errors import InvalidArgument, NoAxisRule, StrategyRefused
 from ringfx.ir.note import texts_of
+from ringfx.passes.axes.rules.pattern import axes
 from ringfx.strategies import Refusal
 from ringfx.strategies.given import require_strategies
 from ringfx.strategies.keys import key_of, strategy_of
@@ -190,6 +191,13 @@ def test_a_rule_makes_an_operator_split_that_is_an_error_without_it() -> None:
     plan = _ruled_plan(rules=own_rule.RULES)
     assert not any("gather" in move.kind for move in plan.collectives)
     assert "examples.swish.default: split by a rule that was given" in texts_of(plan.notes)
+
+
+def test_a_rule_that_no_call_reads_is_named() -> None:
+    unread = {torch.ops.aten.erfinv.default: axes(self="b s c", out="b s c")}
+    plan = _ruled_plan(rules=own_rule.RULES | unread)
+    told = "aten.erfinv.default: a rule was given, but the captured program has no call of it"
+    assert told in texts_of(plan.notes)
 
 
 # --- bad values -----------------------------------------------------------------------------------
