@@ -18,8 +18,8 @@ from tests.models.channels import (
     Decoy,
     Images,
 )
-from tests.support.harness import Case, RankPool, compare_all
-from tests.support.sampling import one_in
+from tests.support.harness import RankPool, compare_all
+from tests.support.named_cases import Made, named_cases
 from tests.support.split_here import SplitHere, split_here
 
 Tensor = torch.Tensor
@@ -84,31 +84,16 @@ def test_the_plan_says_what_each_rank_has_of_the_scores() -> None:
     assert "attention of channels" in str(plan)
 
 
-def weighed(y: Tensor) -> Tensor:
-    return (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum()
-
-
-def cases(first: int, share: int) -> list[Case]:
-    names = [*OVER_TOKENS][first:]
-    return [
-        Case(
-            model=functools.partial(Channels, name, 2),
-            inputs=functools.partial(tokens, 26 + i % 2),
-            loss=weighed,
-            dtype=torch.float64,
-            options={"compiler": "eager" if i else "aot_eager"},
-            label=name,
-        )
-        for i, name in enumerate(one_in(share, names))
-    ]
+def made(name: str, i: int) -> Made:
+    return functools.partial(Channels, name, 2), functools.partial(tokens, 26 + i % 2)
 
 
 @pytest.mark.slow  # on three ranks below
 def test_channel_attention_is_equal_on_two_ranks(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, cases(0, 4)):
+    for comparison in compare_all(ranks2, named_cases([*OVER_TOKENS], 4, made)):
         comparison.check()
 
 
 def test_channel_attention_is_equal_on_three_ranks(ranks3: RankPool) -> None:
-    for comparison in compare_all(ranks3, cases(1, 9)):
+    for comparison in compare_all(ranks3, named_cases([*OVER_TOKENS][1:], 9, made)):
         comparison.check()

@@ -9,8 +9,8 @@ import torch
 
 from ringfx.ir.note import NoteKind, texts_of
 from tests.models.grid_biases import DECOYS, HIDDEN, SPELLINGS, Grid
-from tests.support.harness import Case, RankPool, compare_all
-from tests.support.sampling import one_in
+from tests.support.harness import RankPool, compare_all
+from tests.support.named_cases import Made, named_cases
 from tests.support.split_here import split_here
 
 Tensor = torch.Tensor
@@ -41,31 +41,16 @@ def test_what_is_no_row_of_its_own_query_is_equal(name: str) -> None:
         assert found.worst < 1e-9, (high, ranks)
 
 
-def weighed(y: Tensor) -> Tensor:
-    return (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum()
-
-
-def cases(first: int, share: int) -> list[Case]:
-    names = [*SPELLINGS][first:]
-    return [
-        Case(
-            model=functools.partial(Grid, name),
-            inputs=functools.partial(image, 6 + i % 2),
-            loss=weighed,
-            dtype=torch.float64,
-            options={"compiler": "eager" if i else "aot_eager"},
-            label=name,
-        )
-        for i, name in enumerate(one_in(share, names))
-    ]
+def made(name: str, i: int) -> Made:
+    return functools.partial(Grid, name), functools.partial(image, 6 + i % 2)
 
 
 @pytest.mark.slow  # on three ranks below
 def test_biases_of_queries_are_equal_on_two_ranks(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, cases(0, 4)):
+    for comparison in compare_all(ranks2, named_cases([*SPELLINGS], 4, made)):
         comparison.check()
 
 
 def test_biases_of_queries_are_equal_on_three_ranks(ranks3: RankPool) -> None:
-    for comparison in compare_all(ranks3, cases(1, 7)):
+    for comparison in compare_all(ranks3, named_cases([*SPELLINGS][1:], 7, made)):
         comparison.check()

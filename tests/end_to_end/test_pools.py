@@ -10,8 +10,8 @@ import torch
 from ringfx.comm import halo, halo_pools
 from ringfx.ir.values import CommKind
 from tests.models.pools import DECOYS, HIDDEN, OVER_IMAGES, OVER_TOKENS, Pooled
-from tests.support.harness import Case, RankPool, compare_all
-from tests.support.sampling import one_in
+from tests.support.harness import RankPool, compare_all
+from tests.support.named_cases import Made, named_cases
 from tests.support.split_here import SplitHere, split_here
 
 Tensor = torch.Tensor
@@ -63,31 +63,17 @@ def test_nothing_beyond_the_ends_counts_on_any_rank() -> None:
     assert all(bool(x.isfinite().all()) for each in found.results for x in each)
 
 
-def weighed(y: Tensor) -> Tensor:
-    return (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum()
-
-
-def cases(first: int, share: int) -> list[Case]:
-    names = [*OVER_IMAGES, *OVER_TOKENS][first:]
-    return [
-        Case(
-            model=functools.partial(Pooled, name),
-            inputs=functools.partial(tokens if name in OVER_TOKENS else image, 18 + i % 2),
-            loss=weighed,
-            dtype=torch.float64,
-            options={"compiler": "eager" if i else "aot_eager"},
-            label=name,
-        )
-        for i, name in enumerate(one_in(share, names))
-    ]
+def made(name: str, i: int) -> Made:
+    given = tokens if name in OVER_TOKENS else image
+    return functools.partial(Pooled, name), functools.partial(given, 18 + i % 2)
 
 
 @pytest.mark.slow  # on three ranks below
 def test_pools_are_equal_on_two_ranks(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, cases(0, 5)):
+    for comparison in compare_all(ranks2, named_cases([*OVER_IMAGES, *OVER_TOKENS], 5, made)):
         comparison.check()
 
 
 def test_pools_are_equal_on_three_ranks(ranks3: RankPool) -> None:
-    for comparison in compare_all(ranks3, cases(1, 11)):
+    for comparison in compare_all(ranks3, named_cases([*OVER_IMAGES, *OVER_TOKENS][1:], 11, made)):
         comparison.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ import ringfx
 from ringfx.ir.plan import Plan
 from ringfx.ir.values import CommKind
 from tests.models.row_maps import COLUMNS, HIDDEN, ROWS, Across, Patches, RowMap
-from tests.support.harness import Case, RankPool, compare_all
+from tests.support.harness import RankPool, compare_all
+from tests.support.named_cases import Made, named_cases
 from tests.support.sampling import one_in
 from tests.support.split_here import SplitHere, split_here
 
@@ -96,36 +96,19 @@ def test_few_rows_are_split_by_columns_which_the_plan_says(name: str) -> None:
     assert "1 by columns of scores" in found.program.plan.found_words
 
 
-def weighed(found: Any) -> Tensor:
-    parts = [found] if isinstance(found, Tensor) else [*found]
-    return torch.stack(
-        [(y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum() for y in parts]
-    ).sum()
-
-
-def cases(first: int, share: int) -> list[Case]:
-    names = [*ROWS, *COLUMNS][first:]
-    return [
-        Case(
-            model=functools.partial(RowMap, name, WAYS[i % len(WAYS)][2]),
-            inputs=functools.partial(inputs, 13 + i % 2),
-            loss=weighed,
-            dtype=torch.float64,
-            options={"compiler": "eager" if i else "aot_eager"},
-            label=name,
-        )
-        for i, name in enumerate(one_in(share, names))
-    ]
+def made(name: str, i: int) -> Made:
+    model = functools.partial(RowMap, name, WAYS[i % len(WAYS)][2])
+    return model, functools.partial(inputs, 13 + i % 2)
 
 
 @pytest.mark.slow  # on three ranks below
 def test_maps_of_rows_are_equal_on_two_ranks(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, cases(0, 4)):
+    for comparison in compare_all(ranks2, named_cases([*ROWS, *COLUMNS], 4, made)):
         comparison.check()
 
 
 def test_maps_of_rows_are_equal_on_three_ranks(ranks3: RankPool) -> None:
-    for comparison in compare_all(ranks3, cases(1, 8)):
+    for comparison in compare_all(ranks3, named_cases([*ROWS, *COLUMNS][1:], 8, made)):
         comparison.check()
 
 

@@ -10,8 +10,8 @@ import torch
 from ringfx.comm import halo_transposed
 from ringfx.ir.values import CommKind
 from tests.models.upsampled import HIDDEN, OF_IMAGES, OF_TOKENS, DownAndUp, Upsampled
-from tests.support.harness import Case, RankPool, compare_all
-from tests.support.sampling import one_in
+from tests.support.harness import RankPool, compare_all
+from tests.support.named_cases import Made, named_cases
 from tests.support.split_here import split_here
 
 Tensor = torch.Tensor
@@ -58,31 +58,16 @@ def test_fewer_tokens_in_the_middle_are_split_with_all_around_them() -> None:
         assert found.gathered == []
 
 
-def weighed(y: Tensor) -> Tensor:
-    return (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum()
-
-
-def cases(first: int, share: int) -> list[Case]:
-    names = [*OF_TOKENS, *OF_IMAGES][first:]
-    return [
-        Case(
-            model=functools.partial(Upsampled, name),
-            inputs=functools.partial(given, name, 18 + i % 2),
-            loss=weighed,
-            dtype=torch.float64,
-            options={"compiler": "eager" if i else "aot_eager"},
-            label=name,
-        )
-        for i, name in enumerate(one_in(share, names))
-    ]
+def made(name: str, i: int) -> Made:
+    return functools.partial(Upsampled, name), functools.partial(given, name, 18 + i % 2)
 
 
 @pytest.mark.slow  # on three ranks below
 def test_they_are_equal_on_two_ranks(ranks2: RankPool) -> None:
-    for comparison in compare_all(ranks2, cases(0, 5)):
+    for comparison in compare_all(ranks2, named_cases([*OF_TOKENS, *OF_IMAGES], 5, made)):
         comparison.check()
 
 
 def test_they_are_equal_on_three_ranks(ranks3: RankPool) -> None:
-    for comparison in compare_all(ranks3, cases(1, 8)):
+    for comparison in compare_all(ranks3, named_cases([*OF_TOKENS, *OF_IMAGES][1:], 8, made)):
         comparison.check()
