@@ -60,9 +60,11 @@ class Ran:
     measured_ms: float
 
 
-def planned(options: Mapping[str, Any], tokens: int, profile: str) -> Plan:
+def planned(
+    options: Mapping[str, Any], tokens: int, profile: str, config: LlamaConfig = CONFIG
+) -> Plan:
     with torch.device("meta"):
-        model = LlamaForCausalLM(CONFIG)
+        model = LlamaForCausalLM(config)
         given = torch.empty(1, tokens, dtype=torch.int64)
     return ringfx.plan(
         model, (), {"input_ids": given, "labels": given, "use_cache": False}, world_size=2,
@@ -80,13 +82,15 @@ def choice_of(plan: Plan) -> str:
     return "; ".join([*layers, *chunks])
 
 
-def measure(options: Mapping[str, Any], tokens: int, profile: str, steps: int) -> Any:
+def measure(
+    options: Mapping[str, Any], tokens: int, profile: str, steps: int, config: LlamaConfig
+) -> Any:
     """On each rank: milliseconds of steps, the peak of another one, and the plan."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(config)
     split = ringfx.optimize(model, profile=profile, optimizer="adamw", **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    given = torch.randint(CONFIG.vocab_size, (1, tokens))
+    given = torch.randint(config.vocab_size, (1, tokens))
 
     def step() -> None:
         split(input_ids=given, labels=given, use_cache=False).loss.backward()
@@ -106,9 +110,12 @@ def measure(options: Mapping[str, Any], tokens: int, profile: str, steps: int) -
     return took[1:], there + peak_bytes(step), getattr(split, "plan").to_json()  # noqa: B009
 
 
-def ran(options: Mapping[str, Any], tokens: int, profile: str, steps: int) -> Ran:
+def ran(
+    options: Mapping[str, Any], tokens: int, profile: str, steps: int,
+    config: LlamaConfig = CONFIG,
+) -> Ran:  # fmt: skip
     with LocalRanks(2) as ranks:
-        found = ranks.run(measure, options, tokens, profile, steps)
+        found = ranks.run(measure, options, tokens, profile, steps, config)
     plan = Plan.from_json(found[0][2])
     slowest = [max(times) for times in zip(*(times for times, _, _ in found), strict=True)]
     return Ran(
