@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import PartialState
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -73,6 +75,12 @@ def prepare(
         raise InvalidArgument(
             "dispatch_batches=True sends each rank its own part of a batch, but ranks that share a "
             "sequence need the same one. Do: leave it out; every rank loads its group's batch."
+        )
+    if accelerator.dataloader_config.use_stateful_dataloader:
+        raise InvalidArgument(
+            "use_stateful_dataloader=True counts what loaders have given by the ranks, and ranks "
+            "that share a sequence are given the same. Do: leave it out, and resume with "
+            "accelerator.skip_first_batches(loader, batches)."
         )
     groups = SequenceGroups.of(mesh, sequence_ranks, accelerator.device.type)
     accelerator.dataloader_config.dispatch_batches = False
@@ -146,6 +154,13 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
     def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
         with self._as_group():
             return super().prepare_data_loader(*args, **kwargs)
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        prepared = super().prepare_scheduler(scheduler)
+        if type(prepared) is AcceleratedScheduler:
+            prepared.__class__ = _SchedulerOverGroups
+            prepared._ringfx_groups = self.num_processes
+        return prepared
 
     @contextlib.contextmanager
     def _as_group(self) -> Iterator[None]:
@@ -226,6 +241,20 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
             return whole if data is None else collective(whole.detach().contiguous(), data)
 
         return recursively_apply(of, values, error_on_other_type=True)
+
+
+class _SchedulerOverGroups(AcceleratedScheduler):  # type: ignore[misc]
+    """Steps once for each batch of a step, of which there are as many as groups: not as ranks."""
+
+    _ringfx_groups: int
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        state = PartialState()  # AcceleratorState copies it whenever it is asked
+        ranks, state.num_processes = state.num_processes, self._ringfx_groups
+        try:
+            super().step(*args, **kwargs)
+        finally:
+            state.num_processes = ranks
 
 
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:

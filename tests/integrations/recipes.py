@@ -159,17 +159,21 @@ def accelerated(folder: Path, ranks: int | None) -> Mapping[str, Any]:
         accelerator = accelerate.prepare(accelerator, sequence_ranks=ranks, compiler="eager")
     own = model()
     loader, tests = DataLoader(examples(), batch_size=2), DataLoader(examples(7, 50), batch_size=3)
-    own, optimizer, loader, tests = accelerator.prepare(
-        own, torch.optim.AdamW(own.parameters(), lr=1e-2), loader, tests
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=12)
+    own, optimizer, loader, tests, scheduler = accelerator.prepare(
+        own, optimizer, loader, tests, scheduler
     )
-    losses = []
+    losses, rates = [], []
     for batch in loader:
         with accelerator.accumulate(own):
             loss = own(**batch).loss
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(own.parameters(), 0.1)  # of what is accumulated so far
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
+        rates += scheduler.get_last_lr()
         losses.append(accelerator.gather(loss.detach()).mean().item())
     rows, names = [], []
     with torch.no_grad():
@@ -183,8 +187,8 @@ def accelerated(folder: Path, ranks: int | None) -> Mapping[str, Any]:
     total = accelerator.reduce(torch.tensor(2.0), "sum").item() / accelerator.num_processes
     found = accelerator.unwrap_model(own)
     return {
-        "loss": losses, "rows": torch.cat(rows).tolist(), "names": names, "total": total,
-        **sums(found),
+        "loss": losses, "rates": rates, "rows": torch.cat(rows).tolist(), "names": names,
+        "total": total, **sums(found),
     }  # fmt: skip
 
 

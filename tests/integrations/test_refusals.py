@@ -43,6 +43,13 @@ def test_batches_that_are_sent_in_parts() -> None:
         accelerated.prepare(given)
 
 
+def test_loaders_that_count_by_ranks() -> None:
+    given = accelerator()
+    given.dataloader_config.use_stateful_dataloader = True
+    with pytest.raises(InvalidArgument, match=r"resume with accelerator\.skip_first_batches"):
+        accelerated.prepare(given)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
