@@ -83,7 +83,7 @@ SeqLen = Annotated[
     str | None,
     _model(
         help="Tokens of one sequence: 4096, 128k, 1M. Default: what the factory makes by itself;"
-        " explain takes 4k where that needs a length, verify always 250."
+        " explain takes 4k where that needs a length, verify 250."
     ),
 ]
 Sequences = Annotated[int, _model(help="Sequences in the batch.", min=1, max=MOST_ROWS)]
