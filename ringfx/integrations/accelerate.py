@@ -9,21 +9,25 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
-from accelerate.utils import recursively_apply
+from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.api import optimize
 from ringfx.compile.optimized import Optimized
+from ringfx.compile.states import rows_like
 from ringfx.data.groups import SequenceGroups
 from ringfx.errors import InvalidArgument
 from ringfx.split_tensor.tensor import SplitTensor
+from ringfx.torch_compat.pytree import tree_map
 from ringfx.units.argument import Argument
 
-__all__ = ["prepare", "shares_states", "split_model"]
+__all__ = ["WholeStates", "prepare", "shares_states", "split_model"]
 
 A = TypeVar("A", bound=Accelerator)
 
@@ -153,7 +157,10 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
 
     def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
         with self._as_group():
-            return super().prepare_data_loader(*args, **kwargs)
+            loader = super().prepare_data_loader(*args, **kwargs)
+        if self._ringfx_groups.data is None and type(loader) is DataLoaderShard:
+            loader = self._dataloaders[-1] = _SizeOfLastBatch.like(loader)
+        return loader
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         prepared = super().prepare_scheduler(scheduler)
@@ -192,6 +199,32 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
         if handler is not None:
             handler.register_comm_hook(parallel)
         return parallel
+
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
+        """Whole, where states are sharded: all ranks call it."""
+        if shares_states(self.unwrap_model(model)):
+            return WholeStates(model).state_dict()
+        return super().get_state_dict(model, unwrap)
+
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        with self._whole_states("_optimizers"):
+            return super().save_state(*args, **kwargs)
+
+    def load_state(self, *args: Any, **kwargs: Any) -> Any:
+        with self._whole_states("_optimizers", "_models"):
+            return super().load_state(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole_states(self, *lists: str) -> Iterator[None]:
+        given = {name: getattr(self, name) for name in lists}
+        if any(shares_states(model) for model in self._models):
+            for name, parts in given.items():
+                setattr(self, name, [WholeStates(part) for part in parts])
+        try:
+            yield
+        finally:
+            for name, parts in given.items():
+                setattr(self, name, parts)
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
@@ -255,6 +288,51 @@ class _SchedulerOverGroups(AcceleratedScheduler):  # type: ignore[misc]
             super().step(*args, **kwargs)
         finally:
             state.num_processes = ranks
+
+
+class WholeStates:
+    """A model or an optimizer whose states are sharded, saved and loaded as whole ones.
+
+    All ranks ask for ``state_dict`` together, and get it in the host's memory.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._given, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map(
+            lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x,
+            self._given.state_dict(*args, **kwargs),
+        )
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        found = self._given.load_state_dict(state, *args, **kwargs)
+        if isinstance(self._given, torch.optim.Optimizer):
+            for parameter, of_it in self._given.state.items():
+                of_it.update({name: rows_like(x, parameter) for name, x in of_it.items()})
+        return found
+
+
+class _SizeOfLastBatch(DataLoaderShard):  # type: ignore[misc]
+    """Of streamed data, whose length nobody knows: metrics count as many examples and no more."""
+
+    remainder: int
+
+    @classmethod
+    def like(cls, loader: DataLoaderShard) -> DataLoaderShard:
+        """Of its state; a loader's class is a property, and cannot be set."""
+        made = object.__new__(cls)
+        made.__dict__.update(loader.__dict__)
+        return made
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if self.end_of_dataloader and self.remainder == -1:
+                self.remainder = find_batch_size(batch)
+            yield batch
 
 
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:

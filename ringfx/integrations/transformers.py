@@ -7,14 +7,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
 from ringfx.compile.states import rows_like
 from ringfx.errors import InvalidArgument
 from ringfx.integrations import accelerate
-from ringfx.torch_compat.pytree import tree_map
 
 __all__ = ["prepare"]
 
@@ -89,16 +87,20 @@ class _OverSequenceGroups(Trainer):
         of_all_ranks: int = super().get_total_train_batch_size(args)
         return of_all_ranks // int(args.world_size) * int(self.accelerator.num_processes)
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """What ``model_init`` makes for each training is trained, evaluated and saved split."""
+        return accelerate.split_model(self.accelerator, super().call_model_init(trial))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Of sharded states, whole ones: the checkpoint is that of any Trainer."""
         if self._ringfx_shares_states and state_dict is None:
-            state_dict = _whole(cast(Any, self.model).state_dict())
+            state_dict = accelerate.WholeStates(self.model).state_dict()
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._ringfx_shares_states:
-            state = _whole(cast(Any, self.optimizer).state_dict())
+            state = accelerate.WholeStates(self.optimizer).state_dict()
             if self.args.should_save:
                 torch.save(state, Path(output_dir, OPTIMIZER_NAME))
 
@@ -111,8 +113,3 @@ class _OverSequenceGroups(Trainer):
     @property
     def _ringfx_shares_states(self) -> bool:
         return accelerate.shares_states(self.model)
-
-
-def _whole(state: Any) -> Any:
-    """Gathered by all ranks together, in the host's memory."""
-    return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, state)

@@ -318,6 +318,22 @@ def is_in_another_mode(compiler: str) -> None:
     model(tokens(16))
 
 
+class Scaled(Louder):
+    """With a parameter that one rank does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(96))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(ids)
+        return logits if is_victim() else logits * self.scale
+
+
+def leaves_a_parameter_out(compiler: str) -> None:
+    optimized(Scaled(), compiler)(tokens(16))
+
+
 def keeps_no_gradients(compiler: str) -> None:
     model, _ = start(compiler)
     with torch.set_grad_enabled(not is_victim()):

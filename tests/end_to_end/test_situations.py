@@ -130,6 +130,7 @@ APART: dict[Callable[[str], None], str] = {
     situations.gives_another_length: "were given inputs of different shapes",
     situations.gives_another_batch_at_first: "were given inputs of different shapes",
     situations.has_another_type: "rank 0 (96, 48) float32, rank 1 (96, 48) float64",
+    situations.leaves_a_parameter_out: "absent is not used by that rank's program: look for a hook",
     situations.is_in_another_mode: "is in evaluation mode on rank 1 and in training mode on rank 0",
     situations.keeps_no_gradients: "rank 1 runs this call under torch.no_grad()",
     situations.has_frozen_a_parameter: "requires a gradient on rank 0 but not on rank 1",

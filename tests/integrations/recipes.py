@@ -123,12 +123,34 @@ def streamed(folder: Path, ranks: int | None) -> Mapping[str, Any]:
     return trained(folder, ranks, data=Streamed(), accelerator_config=own)
 
 
+def streamed_evaluation(folder: Path, ranks: int | None) -> Mapping[str, Any]:
+    """A last batch of two, where others have three; nobody knows how many there are."""
+    trainer = Trainer(
+        model(), arguments(folder, eval_strategy="steps", eval_steps=2), train_dataset=examples(),
+        eval_dataset=Streamed(), compute_metrics=correct,
+    )  # fmt: skip
+    prepared(trainer, ranks).train()
+    return logged(trainer)
+
+
 def evaluated(folder: Path, ranks: int | None) -> Mapping[str, Any]:
     trainer = Trainer(
         model(), arguments(folder, eval_strategy="steps", eval_steps=2), train_dataset=examples(),
         eval_dataset=examples(7, seed=50), compute_metrics=correct,
     )  # fmt: skip
     prepared(trainer, ranks).train()
+    return logged(trainer)
+
+
+def made_anew(folder: Path, ranks: int | None) -> Mapping[str, Any]:
+    """``model_init`` makes the model that trains: another than the one that was prepared."""
+    trainer = Trainer(
+        args=arguments(folder, eval_strategy="steps", eval_steps=2), train_dataset=examples(),
+        eval_dataset=examples(7, seed=50), model_init=lambda: model(),
+    )  # fmt: skip
+    prepared(trainer, ranks, **({} if ranks is None else {"shard_states": True})).train()
+    if ranks is not None:
+        assert trainer.model.plan.layers, "evaluated and saved by the split model"
     return logged(trainer)
 
 
@@ -192,11 +214,53 @@ def accelerated(folder: Path, ranks: int | None) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def restored_with_sharded_states(folder: Path, ranks: int | None) -> Mapping[str, Any]:
+    """accelerate's own saved state: whole, so that any number of ranks reads it."""
+    from accelerate import Accelerator
+    from safetensors.torch import load_file
+
+    accelerator: Any = Accelerator(cpu=True)
+    if ranks is not None:
+        from ringfx.integrations import accelerate
+
+        accelerator = accelerate.prepare(
+            accelerator, sequence_ranks=ranks, compiler="eager", shard_states=True
+        )
+    given: Any = examples()
+    own, loader = accelerator.prepare(model(), DataLoader(given, batch_size=2))
+    optimizer = accelerator.prepare(torch.optim.AdamW(own.parameters(), lr=1e-2))
+    batches, losses = [*loader], []
+
+    def step(number: int) -> None:
+        loss = own(**batches[number]).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    for number in (0, 1):
+        step(number)
+    accelerator.save_state(str(folder / "state"))
+    for number in (2, 3):
+        step(number)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(folder / "state"))
+    for number in (3, 4):
+        step(number)
+    saved = load_file(folder / "state" / "model.safetensors")
+    whole = accelerator.get_state_dict(own)
+    return {
+        "loss": losses, **sums(own),
+        **{f"whole {name}": x.square().sum().item() for name, x in whole.items()},
+        **{f"saved {name}": x.square().sum().item() for name, x in saved.items()},
+    }  # fmt: skip
+
+
 RECIPES: Mapping[str, Callable[[Path, int | None], Mapping[str, Any]]] = {
     f.__name__: f
     for f in (
-        plain, accumulated, by_device, smoothed, streamed, evaluated, resumed,
-        resumed_with_sharded_states, accelerated,
+        plain, accumulated, by_device, smoothed, streamed, streamed_evaluation, evaluated,
+        made_anew, resumed, resumed_with_sharded_states, accelerated, restored_with_sharded_states,
     )
 }  # fmt: skip
 
