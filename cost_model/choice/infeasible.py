@@ -120,7 +120,7 @@ def _infeasible(problem: Problem, found: Peak, what: str = "", *, advise: bool) 
 
 def _budget(budget: int) -> str:
     """A budget of a few bytes is a number whose unit was forgotten."""
-    unit = f' (a number without a unit is bytes; write "{budget}GB")' if budget < 10_000 else ""
+    unit = f' (a number without a unit is bytes; write "{budget}GB")' if budget < 1_000 else ""
     return f"{format_budget(budget)}{unit}"
 
 

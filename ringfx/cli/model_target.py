@@ -204,13 +204,25 @@ def _blame(name: str, passing: type[Exception] = InvalidArgument) -> Iterator[No
         yield
     except (InvalidArgument, passing):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = str(error).strip().split("\n")[0]
+        where = f"{frame.filename}:{frame.lineno}"
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}:{error.lineno}"
         raise InvalidArgument(
-            f"{name} failed with {type(error).__name__}: {what} ({frame.filename}:{frame.lineno})."
+            f"{name} failed with {_causes(error)} ({where})."
             " Do: mend it there; a plan builds models on the meta device, without values."
         ) from error
+
+
+def _causes(error: BaseException) -> str:
+    """An error in a line, and the one that it was raised from at first: transformers says of a
+    module only that it cannot be imported."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    texts = (f"{type(x).__name__}: {str(x).strip().split(chr(10))[0]}" for x in (error, first))
+    return ", caused by ".join(dict.fromkeys(texts))
 
 
 # --- Hugging Face -----------------------------------------------------------------------------

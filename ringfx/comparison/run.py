@@ -30,7 +30,7 @@ from ringfx.compile.settings import Settings
 from ringfx.errors import InvalidArgument
 from ringfx.units.argument import Argument
 from ringfx.units.format import format_bytes
-from ringfx.validation.arguments import whole_number
+from ringfx.validation.arguments import switch, whole_number
 from ringfx.validation.names import named_arguments, unknown_option
 
 __all__ = ["refuse_too_large", "verify"]
@@ -94,6 +94,7 @@ def verify(
     _refuse_import_by_rank()
     check_call("verify", model, args, kwargs)
     world_size = whole_number("verify", "world_size", world_size, most=MOST_RANKS_HERE)
+    _check_comparison(loss, reduce, narrow)
     options = _checked(options)
     if isinstance(model, Optimized):
         model = model._ringfx_inner
@@ -219,6 +220,20 @@ def _less_rounding(one: Results, task: Task) -> Results | None:
 
 def _nothing(_: str) -> None:
     """Nobody listens."""
+
+
+def _check_comparison(loss: object, reduce: object, narrow: object) -> None:
+    switch("verify", "reduce", reduce)
+    if loss is not None and not callable(loss):
+        raise InvalidArgument(
+            f"verify: loss is {loss!r}. Do: pass a function of what the model returns, or None."
+        )
+    floats = isinstance(narrow, torch.dtype) and narrow.is_floating_point
+    if narrow is not None and not floats:
+        raise InvalidArgument(
+            f"verify: narrow is {narrow!r}. "
+            "Do: pass a floating type such as torch.bfloat16, or None."
+        )
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

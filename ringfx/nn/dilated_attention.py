@@ -88,6 +88,11 @@ class DilatedAttention(nn.Module):
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, **made)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise InvalidArgument(
+                f"{type(self).__name__}: x has the shape {tuple(x.shape)}. "
+                f"Do: pass [batch, tokens, {self.embed_dim}]."
+            )
         q, k, v = (
             projection(x).unflatten(-1, (heads, -1)).transpose(1, 2)
             for projection, heads in (

@@ -365,6 +365,20 @@ def test_an_error_in_the_users_code_names_its_line(planner: Planner, factories: 
     assert _fails("factories:broken").startswith("ringfx: factories:broken failed with TypeError:")
 
 
+def test_an_error_that_hides_another_names_it_too(planner: Planner, factories: Path) -> None:
+    (factories / "hides.py").write_text(
+        "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise RuntimeError('no x') from e\n"
+    )
+    assert "RuntimeError: no x, caused by ZeroDivisionError: division by zero" in _fails("hides:x")
+
+
+def test_code_that_ends_or_is_no_python_names_its_line(planner: Planner, factories: Path) -> None:
+    (factories / "ends.py").write_text("import sys\nsys.exit(3)\n")
+    (factories / "typo.py").write_text("x = 1\ndef make(:\n")
+    assert f"failed with SystemExit: 3 ({factories / 'ends.py'}:2)" in _fails("ends:make")
+    assert f"({factories / 'typo.py'}:2)" in _fails("typo:make")
+
+
 def test_a_config_file_that_is_none_says_why(planner: Planner, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text("{")

@@ -150,6 +150,10 @@ def test_what_cannot_be_compared_is_refused_at_once() -> None:
         ({"outputs": "local"}, 'outputs="local"'),
         ({"strategy": "fast"}, "unknown strategy 'fast'"),
         ({"world_size": 0}, "world_size"),
+        ({"reduce": "yes"}, "reduce is 'yes'"),
+        ({"narrow": "bf16"}, "narrow is 'bf16'"),
+        ({"narrow": torch.int8}, r"narrow is torch\.int8"),
+        ({"loss": "mse"}, "loss is 'mse'"),
     ):
         with pytest.raises(InvalidArgument, match=text):
             ringfx.verify(Decoder(), ids(), **options)  # type: ignore[arg-type]

@@ -108,3 +108,6 @@ def test_the_layer_says_what_it_is_and_what_it_cannot_be() -> None:
             DilatedAttention(*given)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="num_heads is 4, which 3 heads"):
         DilatedAttention(32, 4, [8], [1], num_kv_heads=3)
+    for shape in ((16, 32), (1, 16, 31)):
+        with pytest.raises(InvalidArgument, match=r"Do: pass \[batch, tokens, 32\]"):
+            DilatedAttention(32, 4, [8], [1])(torch.zeros(shape))

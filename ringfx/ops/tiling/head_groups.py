@@ -77,7 +77,8 @@ def head_groups(
     heads, kv_heads = q_BHQD.shape[1], k_BGKD.shape[1]
     moved = (k_BGKD.numel() + v_BGKE.numel()) * k_BGKD.element_size()
     pairs = q_BHQD.shape[0] * heads
-    most = min(asked, kv_heads) or min(moved // least_bytes, most, kv_heads, pairs // threads)
+    enough = moved // max(1, least_bytes)
+    most = min(asked, kv_heads) or min(enough, most, kv_heads, pairs // threads)
     count = max(1, most)
     while kv_heads % count:
         count -= 1

@@ -235,3 +235,6 @@ def test_a_budget_of_a_few_bytes_is_asked_for_its_unit() -> None:
         OutOfMemory, match=r'80 B \(a number without a unit is bytes; write "80GB"\)'
     ):
         _choose(causal_site(), gpu_memory=80)
+    with pytest.raises(OutOfMemory) as caught:
+        _choose(causal_site(), gpu_memory=1000)
+    assert "unit" not in str(caught.value)

@@ -25,6 +25,11 @@ def test_more_groups_hold_less(name: str) -> None:
     assert held[0] > held[1] > held[2]
 
 
+def test_more_ranks_than_bytes_are_counted() -> None:
+    for name in ("collective", "production"):
+        predict(LONG, STRATEGIES[name], 2**30, H100)
+
+
 def test_simple_knows_no_groups() -> None:
     assert STRATEGIES["simple"].in_groups(4) is STRATEGIES["simple"]
 
