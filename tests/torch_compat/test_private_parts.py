@@ -21,6 +21,8 @@ OTHERS = {
     "_reconstructor": "copyreg: the default of pickling, kept for old pickles",
     "_from_config": "transformers: what AutoModel.from_config calls",
     "_model_mapping": "transformers: the table behind AutoModel",
+    "_dataloaders": "accelerate: what it has prepared, which its ends and its states go through",
+    "_models": "accelerate: the same",
     "_ddp_kwargs": "lightning: what its DDPStrategy was made with",
     "_register_ddp_hooks": "lightning: the communication hooks of its DDPStrategy",
     "_bias": "xformers: the fields of its mask classes have no public names",
