@@ -359,17 +359,18 @@ def _different_shapes(rank: int, mine: Mapping[str, str], theirs: Mapping[str, s
         f"  {n}: rank 0 {mine.get(n, 'absent')}, rank {rank} {theirs.get(n, 'absent')}"
         for n in names[:8]
     ]
-    text = (
+    not_used = (  # not given, or not used by what the rank runs
+        " What is absent is not used by that rank's program: look for a hook, a branch or an "
+        "exception in the model that differs between ranks."
+        if mine.keys() != theirs.keys()
+        else ""
+    )
+    return (
         f"rank 0 and rank {rank} were given inputs of different shapes:\n"
         + "\n".join(lines)
         + "\nDo: give every rank the same full batch; ringfx splits it along the tokens."
+        + not_used
     )
-    if mine.keys() != theirs.keys():  # not given, or not used by what the rank runs
-        text += (
-            " What is absent is not used by that rank's program: look for a hook, a branch or an "
-            "exception in the model that differs between ranks."
-        )
-    return text
 
 
 def _recorded(inputs: Sequence[Any]) -> list[bool]:
