@@ -113,6 +113,8 @@ class Job:
     """Attention's kernel; empty: the fastest of the profile."""
     full_recompute: bool = True
     fp8: bool = False
+    compiled: bool = False
+    """Whether the source says that torch.compile, or another compiler, fused its operators."""
     peak_gb: float | None = None
     """Of a GPU, where layer inputs were offloaded."""
     doubt: str = ""
@@ -156,7 +158,8 @@ def planned(job: Job, **options: Any) -> ringfx.Plan:
     return ringfx.plan(
         model, (), {"input_ids": ids, "labels": ids, "use_cache": False}, world_size=job.ranks,
         profile=profile, strategy=job.strategy if job.ranks > 1 else "auto",
-        optimizer="adamw", shard_states=states, **options,
+        optimizer="adamw", shard_states=states,
+        compiler="inductor" if job.compiled else "aot_eager", **options,
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import ringfx
 from ringfx.compile.backend import ringfx_backend
-from ringfx.errors import VerificationError
+from ringfx.errors import InvalidArgument, VerificationError
+from ringfx.ir.step_time import ELEMENTWISE
 from ringfx.passes.detect.substitute import for_ringfx
 from ringfx.report.detection_report import report_detection
 from ringfx.torch_compat.releases import ISOLATED
@@ -209,3 +210,27 @@ def test_a_function_that_torch_compile_gave_up_is_split_all_the_same() -> None:
 def test_an_optimized_model_is_planned_as_the_model_that_was_given() -> None:
     model = ringfx.optimize(Attention(), compiler="eager")
     assert len(ringfx.plan(model, (torch.randn(2, 12, 16),), world_size=2).layers) == 1
+
+
+def test_a_plan_is_of_the_compiler_that_will_run_it() -> None:
+    def chain_ms(compiler: Any) -> float:
+        made = ringfx.plan(
+            Chain(), (torch.randn(2, 12, 16),), world_size=2, profile="cpu-default",
+            compiler=compiler,
+        )  # fmt: skip
+        assert made.step is not None
+        return made.step.of(ELEMENTWISE)
+
+    assert chain_ms("inductor") < chain_ms("aot_eager") / 2, "fused: read and written once"
+    with pytest.raises(InvalidArgument, match="aot_eager"):
+        chain_ms("jit")
+
+
+class Chain(Attention):
+    """Operators one after the other, behind attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        for _ in range(8):
+            y = (y * 1.5).sin()
+        return y

@@ -47,6 +47,11 @@ from ringfx.cost_model.calibration.measure_operators import (
     product_row,
 )
 from ringfx.cost_model.calibration.measure_step import StepTimes, predicted_ms, step_times
+from ringfx.cost_model.calibration.measure_waits import (
+    StepWithMessages,
+    fit_wait_us,
+    steps_with_messages,
+)
 from ringfx.cost_model.calibration.on_ranks import Progress, on_ranks
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord
 from ringfx.cost_model.prediction.devices import device_capability, device_name
@@ -87,6 +92,8 @@ class Measurements:
     operators: OperatorRates
     steps: StepTimes
     """Of a small model, whole."""
+    sending: tuple[StepWithMessages, ...]
+    """The same with messages; empty at one rank."""
     capability: str = ""
     """The card's, such as 9.0."""
 
@@ -116,7 +123,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
     link, scope, per_node = _link(ranks)
     products = [(dtype, way) for dtype in product_dtypes(device) for way in DIRECTIONS]
     cases = len(kernel_cases(device, effort)) + len(_messages(ranks, effort)) + len(products)
-    steps = _Steps(progress, cases + 7)
+    steps = _Steps(progress, cases + 8)
     steps.next("whole steps")  # first: later the heap has room for all that they make
     fresh = fresh_ns_per_byte(device, effort)
     whole_steps = step_times(device, effort)
@@ -147,6 +154,8 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
     operators = operator_rates(rows, fresh, device, effort)
     steps.next("compute during communication")
     contention = measure_contention(ranks, device, effort) if ranks.size > 1 else 0.0
+    steps.next("messages within a step")
+    sending = steps_with_messages(ranks, device, effort) if ranks.size > 1 else ()
     steps.next("noise: repeated measurements")
     return Measurements(
         device=device,
@@ -167,6 +176,7 @@ def _measure(ranks: Ranks, device: str, progress: Progress, effort: Effort) -> M
         noise=_noise(device, effort),
         operators=operators,
         steps=whole_steps,
+        sending=sending,
         capability=device_capability(device),
     )
 
@@ -293,7 +303,11 @@ def make_profile(measured: Measurements, name: str | None = None) -> Profile:
         capability=measured.capability,
         torch=torch.__version__.split("+")[0],
     )
-    profile, layer_quality = fit_layers(measured.layers, _with_step_factors(bare, measured.steps))
+    priced = dataclasses.replace(
+        _with_step_factors(bare, measured.steps),
+        message_wait_us=fit_wait_us(measured.sending, measured.num_ranks, bare),
+    )
+    profile, layer_quality = fit_layers(measured.layers, priced)
     return dataclasses.replace(profile, quality="; ".join([*words, layer_quality.words()]))
 
 

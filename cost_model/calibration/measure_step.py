@@ -27,7 +27,7 @@ from ringfx.cost_model.prediction.profile import Profile
 from ringfx.cost_model.step_time.operator_work import works
 from ringfx.torch_compat.dynamo import BackendCompilerFailed
 
-__all__ = ["StepTimes", "predicted_ms", "step_times"]
+__all__ = ["SmallModel", "StepTimes", "given_tokens", "predicted_ms", "step_times"]
 
 WIDTH, INNER, LAYERS, VOCABULARY, HEADS = 320, 1280, 3, 8192, 5
 MORE_ON_A_GPU = 8
@@ -47,7 +47,9 @@ class StepTimes:
     """What a step of AdamW reads and writes, behind a backward."""
 
 
-class _Model(nn.Module):
+class SmallModel(nn.Module):
+    """A few layers without attention, and a loss over all tokens."""
+
     def __init__(self, device: str) -> None:
         super().__init__()
         more = _more(device)
@@ -85,13 +87,14 @@ def _more(device: str) -> int:
     return 1 if device == "cpu" else MORE_ON_A_GPU
 
 
-def _given(tokens: int, device: str) -> Tensor:
+def given_tokens(tokens: int, device: str) -> Tensor:
+    """Tokens, and labels; on a GPU more of them."""
     count = tokens * _more(device)
     return torch.arange(count, device=device) * 7919 % VOCABULARY
 
 
 def step_times(device: str, effort: Effort) -> StepTimes:
-    model = _Model(device).to(device)
+    model = SmallModel(device).to(device)
     tokens = (effort.operator_tokens // 4, effort.operator_tokens)
     eager = [_steps(model, model, n, device, effort) for n in tokens]
     fused = _fused(model, tokens, device, effort) if effort.compiled else None
@@ -118,7 +121,7 @@ def _steps(
 ) -> tuple[float, float]:
     """Milliseconds of forward and backward, and of the optimizer's step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    given = _given(tokens, device)
+    given = given_tokens(tokens, device)
     times: list[tuple[float, float]] = []
     begun = time.perf_counter()
     while (
@@ -158,7 +161,7 @@ def _predicted_ms(profile: Profile, tokens: int, fused: bool) -> float:
 def _traced(tokens: int, device: str) -> tuple[GraphModule, int]:
     """The model's program, of which no number is computed: of tokens, parameters and a buffer."""
     with torch.device("meta"):
-        model = _Model(device)
+        model = SmallModel(device)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def run(tokens: Tensor, *given: Tensor) -> Tensor:

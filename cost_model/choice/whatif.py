@@ -17,13 +17,14 @@ from ringfx.cost_model.choice.problem import scaled_site
 from ringfx.cost_model.prediction.outside_attention import outside_ms
 from ringfx.cost_model.prediction.profile import Profile
 from ringfx.cost_model.step_time.step import attention_gflops
+from ringfx.cost_model.step_time.waits import waits
 from ringfx.errors import InvalidArgument, RingfxError
 from ringfx.ir.layout import Layout
 from ringfx.ir.memory_plan import MemoryPlan
 from ringfx.ir.memory_timeline import in_order, memory_parts, peak
 from ringfx.ir.note import Note, NoteKind, noted
 from ringfx.ir.plan import Plan
-from ringfx.ir.step_time import StepTime
+from ringfx.ir.step_time import WAITS, StepPart, StepTime
 from ringfx.ir.values import AttentionSite, TokenAxis
 from ringfx.strategies import SPLIT_KV, STRATEGIES, Strategy
 from ringfx.units.argument import Argument
@@ -156,6 +157,7 @@ def replan(
         *noted(profile.budget_doubts(budget), NoteKind.BUDGET),
         *noted(_link_words(change)),
     )
+    waiting = waits(layers, collectives, world_size, profile)
     changed = replace(
         plan,
         world_size=world_size,
@@ -168,14 +170,18 @@ def replan(
         collectives=collectives,
         outside_ms=outside_ms(collectives, world_size, profile),
         hidden_ms=plan.hidden_ms if same_program else 0.0,
-        step=_changed_step(plan, sites, scale, world_size),
+        step=_changed_step(plan, sites, waiting, scale, world_size),
         notes=tuple(dict.fromkeys((*notes, *(() if same_program else (NOT_DERIVED,))))),
     )
     return replace(changed, memory=changed_memory(changed, same_program))
 
 
 def _changed_step(
-    plan: Plan, sites: Sequence[AttentionSite], scale: float, world_size: int
+    plan: Plan,
+    sites: Sequence[AttentionSite],
+    waiting: Sequence[StepPart],
+    scale: float,
+    world_size: int,
 ) -> StepTime | None:
     """What runs outside attention, at the changed length and over the changed ranks."""
     if plan.step is None:
@@ -183,7 +189,7 @@ def _changed_step(
     ranks = world_size / plan.world_size
     return replace(
         plan.step,
-        parts=tuple(part.scaled(scale, ranks) for part in plan.step.parts),
+        parts=(*(x.scaled(scale, ranks) for x in plan.step.parts if x.cause != WAITS), *waiting),
         tokens=round(plan.step.tokens * scale),
         attention_gflops=attention_gflops(sites, replicated_layers(plan), world_size),
         by_block=plan.step.by_block if (scale, ranks) == (1.0, 1.0) else (),

@@ -130,6 +130,9 @@ class Profile:
     """What merging a kernel call's output costs beyond the bytes it moves: launches on the host."""
     contention_ns_per_byte: UnitCost = 0.0
     """Compute lost to each byte that travels beside it: a CPU copies it, a GPU's cores drive it."""
+    message_wait_us: UnitCost = 0.0
+    """What a message within a step costs beyond its own time: ranks that compute between messages
+    are never quite together, and a CPU's cores compute when a message comes."""
     overheads: tuple[OverheadRow, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
     """Only in observed profiles; elsewhere memory follows from the formulas."""

@@ -117,7 +117,7 @@ def _summary(profile: Profile, path: Path) -> str:
         f" a pair and {profile.mask_us_per_tile:.0f} us a tile",
         f"  buffers {profile.handling_ns_per_byte:.2f} ns a byte, a merge"
         f" {profile.merge_us:.0f} us",
-        f"  compute slows down by {lost} for each byte sent at the same time; repeated "
-        f"measurements differ by {again}",
+        f"  compute slows down by {lost} for each byte sent at the same time; a message within a "
+        f"step waits {profile.message_wait_us:,.0f} us; repeated measurements differ by {again}",
     ]
     return "\n".join([*lines, f"  written to {path}"])

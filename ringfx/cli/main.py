@@ -57,6 +57,7 @@ def plan(
     recompute: o.Recompute = "auto",
     offload: o.Offload = "auto",
     head_groups: o.HeadGroups = "auto",
+    compiler: o.PlannedCompiler = "inductor",
     token_dims: o.TokenDims = None,
     train: o.Train = True,
     labels: o.Labels = True,
@@ -87,7 +88,7 @@ def plan(
             gpu_memory=gpu_memory, strategy=strategy or [], profile=profile, optimizer=optimizer,
             train=train, labels=labels, dtype=dtype, autocast=autocast, hf=hf, strict=strict,
             chunks=chunks, recompute=recompute, offload=offload, head_groups=head_groups,
-            token_dims=token_dims or [],
+            compiler=compiler, token_dims=token_dims or [],
             shard_states=state_ranks or shard_states, param_dtype=param_dtype,
             strategies=strategies_of(strategies), rules=rules_of(rules),
         )  # fmt: skip

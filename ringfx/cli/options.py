@@ -233,6 +233,13 @@ Reduce = Annotated[
 Compiler = Annotated[
     str, _plan(help="aot_eager or eager (what ringfx rewrites), or inductor (its programs too).")
 ]
+PlannedCompiler = Annotated[
+    str,
+    _plan(
+        help="What compiles the split program, as compiler= of ringfx.optimize: inductor (fuses "
+        "operators), aot_eager, eager."
+    ),
+]
 Narrow = Annotated[
     str | None, _plan(help="A type whose distance from float64 is reported too; none: of none.")
 ]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ringfx import api
 from ringfx.cli.model_target import Inputs, build, find_target, floating_dtype
+from ringfx.compile.settings import Compiler
 from ringfx.cost_model import (
     Profile,
     StrategyChoice,
@@ -72,6 +73,7 @@ class Request:
     recompute: str = "auto"
     offload: str = "auto"
     head_groups: str = "auto"
+    compiler: str = "inductor"
     token_dims: Sequence[str] = ()
     strategies: Mapping[str, Strategy] = field(default_factory=lambda: STRATEGIES)
     rules: AxisRules = field(default_factory=lambda: RULES)
@@ -192,6 +194,7 @@ def _of_the_model(request: Request) -> Mapping[str, bool]:
         "--recompute": request.recompute != "auto",
         "--offload": request.offload != "auto",
         "--head-groups": request.head_groups != "auto",
+        "--compiler": request.compiler != "inductor",
         "--token-dim": bool(request.token_dims),
     }
 
@@ -246,6 +249,7 @@ def _made(request: Request) -> Plan:
                 recompute=cast(Recompute, request.recompute),
                 offload=cast(Offload, request.offload),
                 head_groups=number_or_name(request.head_groups),
+                compiler=cast(Compiler, request.compiler),
                 token_dims=token_dims_of(request.token_dims),
                 strategies=request.strategies,
                 rules=request.rules,

@@ -200,7 +200,7 @@ def _lowered(
         ),
         *notes_of_whole(captured, placement, world.size),
     )
-    step = step_time(time, captured, done, layers, states, state_ranks, settings)
+    step = step_time(time, captured, done, layers, local.collectives, states, state_ranks, settings)
     if step is not None and lines.inputs:
         step = replace(step, tokens=lines.inputs[0].tokens)
     plan = replace(plan, chunks=tuple(map(_in_chunks, done)), step=step, notes=(*plan.notes, *told))

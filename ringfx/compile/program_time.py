@@ -9,9 +9,10 @@ from ringfx.comm.state_ranks import StateRanks
 from ringfx.compile.settings import Settings
 from ringfx.cost_model import Profile
 from ringfx.cost_model.step_time.step import Timed, attention_gflops, optimizer_parts, timed
+from ringfx.cost_model.step_time.waits import waits
 from ringfx.ir.plan import LayerPlan
 from ringfx.ir.step_time import StepTime
-from ringfx.ir.values import Captured
+from ringfx.ir.values import Captured, Collective
 from ringfx.passes.chunks.sizes import Sized
 from ringfx.passes.place import PlacementMap
 
@@ -40,6 +41,7 @@ def step_time(
     captured: Captured,
     in_chunks: Sequence[Sized],
     layers: Sequence[LayerPlan],
+    moves: Sequence[Collective],
     states: Sequence[int],
     state_ranks: StateRanks,
     settings: Settings,
@@ -51,8 +53,9 @@ def step_time(
         captured, optimizer=settings.optimizer, states=states, state_ranks=state_ranks,
         profile=time.profile,
     )  # fmt: skip
+    waiting = waits(layers, moves, time.world_size, time.profile)
     again = [time.again(x.region.nodes) for x in run_again(in_chunks)]
     sites = [layer.site for layer in layers]
     whole = {i for i, layer in enumerate(layers) if layer.is_replicated}
-    step = time.step(sites, [*further, *again])
+    step = time.step(sites, [*further, *again, *waiting])
     return replace(step, attention_gflops=attention_gflops(sites, whole, time.world_size))

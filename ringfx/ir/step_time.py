@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from ringfx.validation.fields import Count, Gflops, Milliseconds, Power, Rate, SomeText, Text
 
-__all__ = ["AGAIN", "ELEMENTWISE", "OPTIMIZER", "PRODUCTS", "StepPart", "StepTime"]
+__all__ = ["AGAIN", "ELEMENTWISE", "OPTIMIZER", "PRODUCTS", "WAITS", "StepPart", "StepTime"]
 
 PRODUCTS = "matrix products"
 ELEMENTWISE = "other operators"
 OPTIMIZER = "optimizer"
 AGAIN = "computed again"
+WAITS = "messages that wait for other ranks"
 
 
 @dataclass(frozen=True, kw_only=True)

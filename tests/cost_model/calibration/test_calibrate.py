@@ -18,7 +18,7 @@ from ringfx.cost_model.calibration.calibrate import Measurements, calibrate, mak
 from ringfx.cost_model.calibration.from_records import fit_kernels, fit_links
 from ringfx.cost_model.calibration.layers import fit_layers, layer_records, layer_sites
 from ringfx.cost_model.calibration.measure import Effort, kernel_cases, spread
-from ringfx.cost_model.calibration.measure_step import step_times
+from ringfx.cost_model.calibration.measure_step import LAYERS, step_times
 from ringfx.cost_model.calibration.records import AttentionRecord, MessageRecord, read_records
 from ringfx.cost_model.prediction.profile import own_profiles, profile_json, read_profile
 from ringfx.cost_model.prediction.profile_rows import Direction, KernelRow
@@ -60,6 +60,10 @@ def test_a_calibration_measures_everything_a_prediction_needs(measured: Measurem
     # Differences of two measured times: on a noisy machine they may come out as nothing.
     assert profile.mask_ns_per_pair >= 0
     assert profile.contention_ns_per_byte >= 0
+    assert profile.message_wait_us >= 0
+    sent = [[what for what, _ in step.messages] for step in measured.sending]
+    assert [what.count("send_recv") for what in sent] == [2 * LAYERS, 2 * LAYERS]
+    assert sent[1].count("all_reduce") > LAYERS
     assert profile.noise >= 1
 
 
