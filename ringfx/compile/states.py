@@ -21,11 +21,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
+from ringfx.compile.optimizer_rows import let_optimizers_load_whole_states, rows_like
 from ringfx.compile.untouched_memory import UntouchedMemory
 from ringfx.errors import CaptureRefused, InvalidArgument
 from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF, read_uncompiled
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 __all__ = [
-    "StandIns", "cast_inputs", "example_of_part", "has_rows", "in_param_dtype", "in_rows",
-    "part_of_state", "planned_states", "rows_like", "shard_states",
+    "StandIns", "cast_inputs", "example_of_part", "has_rows", "held_by_an_optimizer",
+    "in_param_dtype", "in_rows", "part_of_state", "planned_states", "shard_states",
 ]  # fmt: skip
 
 _MEMORY_OF = "_ringfx_memory"
@@ -83,7 +84,7 @@ def shard_states(
     parameters = dict(model.named_parameters())
     _refuse_fully_sharded(model)
     _refuse_other_dtensors(parameters, over)
-    _refuse_made_optimizers(parameters)
+    _refuse_made_optimizers(model)
     ranks = with_dtypes(sharded_over(over, world), parameters, policy)
     _refuse_numbers(parameters, ranks)
     devices = [p.device.type for p in parameters.values() if p.device.type != "meta"]
@@ -98,6 +99,7 @@ def shard_states(
             if parameter not in made:
                 made[parameter] = _sharded(parameter, over, mesh)
             module._parameters[name] = made[parameter]
+    let_optimizers_load_whole_states()
     return ranks
 
 
@@ -220,7 +222,7 @@ def _refuse_fully_sharded(model: nn.Module) -> None:
 
 def _is_sharded(parameter: torch.Tensor, over: str) -> bool:
     """Whether it is a DTensor of which each rank of that group holds its rows."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
         return False
@@ -229,7 +231,6 @@ def _is_sharded(parameter: torch.Tensor, over: str) -> bool:
 
 
 def _refuse_other_dtensors(parameters: dict[str, nn.Parameter], over: World) -> None:
-    from torch.distributed.tensor import DTensor
 
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor) and not _is_sharded(parameter, over.group):
@@ -241,23 +242,29 @@ def _refuse_other_dtensors(parameters: dict[str, nn.Parameter], over: World) -> 
             )
 
 
-def _refuse_made_optimizers(parameters: dict[str, nn.Parameter]) -> None:
-    """An optimizer that holds them would go on with parameters that are no longer the model's."""
-    known = set(map(id, parameters.values()))
+def _refuse_made_optimizers(model: nn.Module) -> None:
+    if held := held_by_an_optimizer(model):
+        raise InvalidArgument(f"{held}. Do: make the optimizer after ringfx.optimize.")
+
+
+def held_by_an_optimizer(model: nn.Module) -> str | None:
+    """Which one would go on with parameters that are no longer the model's, in words."""
+    parameters = dict(model.named_parameters())
     for found in gc.get_objects():
         if not issubclass(type(found), torch.optim.Optimizer):
             continue
         held = {id(p) for group in found.param_groups for p in group["params"]}
-        if names := [name for name, p in parameters.items() if id(p) in held & known]:
-            raise InvalidArgument(
+        if names := [name for name, p in parameters.items() if id(p) in held]:
+            return (
                 f"shard_states: {type(found).__name__} holds {', '.join(names[:NAMED])}"
                 f"{f' and {len(names) - NAMED} more' if len(names) > NAMED else ''}, which "
-                "sharding replaces. Do: make the optimizer after ringfx.optimize."
+                "sharding replaces"
             )
+    return None
 
 
 def _sharded(parameter: nn.Parameter, over: World, mesh: Any) -> nn.Parameter:
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
     rows, given = rows_of_a_part(parameter.shape[0], over.size), parameter.detach()
     mine = given[over.rank * rows : (over.rank + 1) * rows]
@@ -267,15 +274,6 @@ def _sharded(parameter: nn.Parameter, over: World, mesh: Any) -> nn.Parameter:
         shape=given.shape, stride=given.contiguous().stride(),
     )  # fmt: skip
     return nn.Parameter(placed, requires_grad=parameter.requires_grad)
-
-
-def rows_like(value: Any, like: Any) -> Any:
-    """This rank's rows of a whole tensor that belongs in the place of a sharded one."""
-    whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    if not (whole and isinstance(like, DTensor) and value.shape == like.shape):
-        return value
-    given = value.detach().to(like.device)
-    return distribute_tensor(given, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def in_rows(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,22 +12,22 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import PartialState
-from accelerate.utils import find_batch_size, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ringfx.api import optimize
 from ringfx.compile.optimized import Optimized
-from ringfx.compile.states import rows_like
+from ringfx.compile.states import held_by_an_optimizer
 from ringfx.data.groups import SequenceGroups
 from ringfx.errors import InvalidArgument
+from ringfx.integrations.last_batch import SizeOfLastBatch
+from ringfx.integrations.whole_states import WholeStates
 from ringfx.split_tensor.tensor import SplitTensor
-from ringfx.torch_compat.pytree import tree_map
 from ringfx.units.argument import Argument
 
-__all__ = ["WholeStates", "prepare", "shares_states", "split_model"]
+__all__ = ["prepare", "shares_states", "split_model"]
 
 A = TypeVar("A", bound=Accelerator)
 
@@ -98,15 +98,29 @@ def prepare(
     return accelerator
 
 
-def split_model(accelerator: Accelerator, model: Any) -> Any:
+_MODEL_FIRST = (
+    "call model = accelerator.prepare(model) first, then make the optimizer of model.parameters() "
+    "and call accelerator.prepare(optimizer)"
+)
+
+
+def split_model(accelerator: Accelerator, model: Any, optimizer_later: str = _MODEL_FIRST) -> Any:
     """By a prepared accelerator's options; a model that was split before stays as it is.
 
     States are shared by all ranks, those of other groups too.
+
+    Raises
+    ------
+    InvalidArgument
+        An optimizer holds parameters that would be sharded; ``optimizer_later`` is what to do.
     """
     if isinstance(model, Optimized):
         return model
     split = cast(_OverSequenceGroups, accelerator)
     options, groups = dict(split._ringfx_options), split._ringfx_groups
+    shares = bool(options.get("shard_states")) and accelerator.state.num_processes > 1
+    if shares and (held := held_by_an_optimizer(model)):
+        raise InvalidArgument(f"{held}. Do: {optimizer_later}.")
     if options.get("shard_states") is True and groups.every is not None:
         options["shard_states"] = groups.every
     return optimize(model, mesh=groups.sequence, **options)
@@ -159,7 +173,7 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
         with self._as_group():
             loader = super().prepare_data_loader(*args, **kwargs)
         if self._ringfx_groups.data is None and type(loader) is DataLoaderShard:
-            loader = self._dataloaders[-1] = _SizeOfLastBatch.like(loader)
+            loader = self._dataloaders[-1] = SizeOfLastBatch.like(loader)
         return loader
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
@@ -211,7 +225,7 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
             return super().save_state(*args, **kwargs)
 
     def load_state(self, *args: Any, **kwargs: Any) -> Any:
-        with self._whole_states("_optimizers", "_models"):
+        with self._whole_states("_models"):
             return super().load_state(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -288,51 +302,6 @@ class _SchedulerOverGroups(AcceleratedScheduler):  # type: ignore[misc]
             super().step(*args, **kwargs)
         finally:
             state.num_processes = ranks
-
-
-class WholeStates:
-    """A model or an optimizer whose states are sharded, saved and loaded as whole ones.
-
-    All ranks ask for ``state_dict`` together, and get it in the host's memory.
-    """
-
-    def __init__(self, given: Any) -> None:
-        self._given = given
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._given, name)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return tree_map(
-            lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x,
-            self._given.state_dict(*args, **kwargs),
-        )
-
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        found = self._given.load_state_dict(state, *args, **kwargs)
-        if isinstance(self._given, torch.optim.Optimizer):
-            for parameter, of_it in self._given.state.items():
-                of_it.update({name: rows_like(x, parameter) for name, x in of_it.items()})
-        return found
-
-
-class _SizeOfLastBatch(DataLoaderShard):  # type: ignore[misc]
-    """Of streamed data, whose length nobody knows: metrics count as many examples and no more."""
-
-    remainder: int
-
-    @classmethod
-    def like(cls, loader: DataLoaderShard) -> DataLoaderShard:
-        """Of its state; a loader's class is a property, and cannot be set."""
-        made = object.__new__(cls)
-        made.__dict__.update(loader.__dict__)
-        return made
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
-            if self.end_of_dataloader and self.remainder == -1:
-                self.remainder = find_batch_size(batch)
-            yield batch
 
 
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:

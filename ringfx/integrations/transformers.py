@@ -10,13 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
-from ringfx.compile.states import rows_like
 from ringfx.errors import InvalidArgument
 from ringfx.integrations import accelerate
+from ringfx.integrations.whole_states import WholeStates
 
 __all__ = ["prepare"]
 
 T = TypeVar("T", bound=Trainer)
+
+_BY_THE_TRAINER = (
+    "let the Trainer make it: in place of optimizers=, pass optimizer_cls_and_kwargs=("
+    "torch.optim.SGD, {'lr': 0.1}), or what yours is"
+)
 
 
 def prepare(
@@ -70,7 +75,7 @@ def prepare(
         trainer.accelerator, mesh=mesh, sequence_ranks=sequence_ranks, **options
     )
     cast(Any, accelerator)._ringfx_holds_back = True  # the trainer clips once for all of them
-    model = accelerate.split_model(accelerator, trainer.model)
+    model = accelerate.split_model(accelerator, trainer.model, _BY_THE_TRAINER)
     changed.model = changed.model_wrapped = changed.callback_handler.model = model
     changed.gather_function = accelerator.gather_for_metrics
     given = type(trainer)
@@ -94,21 +99,15 @@ class _OverSequenceGroups(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Of sharded states, whole ones: the checkpoint is that of any Trainer."""
         if self._ringfx_shares_states and state_dict is None:
-            state_dict = accelerate.WholeStates(self.model).state_dict()
+            state_dict = WholeStates(self.model).state_dict()
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._ringfx_shares_states:
-            state = accelerate.WholeStates(self.optimizer).state_dict()
+            state = WholeStates(self.optimizer).state_dict()
             if self.args.should_save:
                 torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._ringfx_shares_states:
-            for parameter, state in cast(Any, self.optimizer).state.items():
-                state.update({name: rows_like(x, parameter) for name, x in state.items()})
 
     @property
     def _ringfx_shares_states(self) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import Trainer
 
 import ringfx
 from ringfx.compile.optimized import Optimized
 from ringfx.errors import InvalidArgument
-from tests.integrations.recipes import model
+from tests.integrations.recipes import arguments, examples, model
 
 accelerated = ringfx.integrations.accelerate
 trained = ringfx.integrations.transformers
@@ -72,3 +75,21 @@ def test_a_model_that_was_optimized_before_stays() -> None:
     found = accelerated.prepare(accelerator(), strategy="simple").prepare_model(given)
     assert isinstance(found, Optimized)
     assert found is given
+
+
+def test_an_optimizer_of_a_model_that_is_about_to_be_sharded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In words of what was called: accelerate's order, and the Trainer's arguments."""
+    own, optimizer = model(), torch.optim.SGD
+    made = optimizer(own.parameters(), lr=0.1)
+    given = accelerated.prepare(accelerator(), shard_states=True)
+    trainer = Trainer(
+        own, arguments(tmp_path), train_dataset=examples(), optimizers=(made, None)
+    )  # fmt: skip
+    for state in (given.state, trainer.accelerator.state):
+        monkeypatch.setitem(state.__dict__, "num_processes", 2)
+    with pytest.raises(InvalidArgument, match=r"call model = accelerator\.prepare\(model\) first"):
+        given.prepare(own, made)
+    with pytest.raises(InvalidArgument, match="pass optimizer_cls_and_kwargs="):
+        trained.prepare(trainer, shard_states=True)
