@@ -16,13 +16,14 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from ringfx.api import optimize
 from ringfx.compile.optimized import Optimized
 from ringfx.compile.states import held_by_an_optimizer
 from ringfx.data.groups import SequenceGroups
 from ringfx.errors import InvalidArgument
-from ringfx.integrations.last_batch import SizeOfLastBatch
+from ringfx.integrations.streamed import PartsOfBatches, SizeOfLastBatch
 from ringfx.integrations.whole_states import WholeStates
 from ringfx.split_tensor.tensor import SplitTensor
 from ringfx.units.argument import Argument
@@ -87,6 +88,7 @@ def prepare(
             "accelerator.skip_first_batches(loader, batches)."
         )
     groups = SequenceGroups.of(mesh, sequence_ranks, accelerator.device.type)
+    sends = accelerator.dataloader_config.dispatch_batches is None
     accelerator.dataloader_config.dispatch_batches = False
     given = type(accelerator)
     name = f"{given.__name__}OverSequenceGroups"
@@ -94,7 +96,8 @@ def prepare(
     split.__class__ = type(name, (_OverSequenceGroups, given), {})
     split._ringfx_groups = groups
     split._ringfx_options = options
-    split._ringfx_loads = split._ringfx_holds_back = False
+    split._ringfx_loads = split._ringfx_parted = split._ringfx_holds_back = False
+    split._ringfx_would_send = sends and not accelerator.split_batches
     return accelerator
 
 
@@ -157,22 +160,30 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
     _ringfx_groups: SequenceGroups
     _ringfx_options: dict[str, Any]
     _ringfx_loads: bool
+    _ringfx_parted: bool
+    """Whether the loader that is prepared gives this group's part already."""
+    _ringfx_would_send: bool
+    """Whether accelerate by itself would send parts of a stream's batches."""
     _ringfx_holds_back: bool
     """Whether gradients are summed over a sequence's ranks once for all calls that accumulate. Who
     clips in between would clip parts of them."""
 
     @property
     def num_processes(self) -> int:
-        return self._ringfx_groups.data_size
+        return 1 if self._ringfx_parted else self._ringfx_groups.data_size
 
     @property
     def process_index(self) -> int:
         return self._ringfx_groups.data_rank if self._ringfx_loads else self.state.process_index
 
-    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._as_group():
-            loader = super().prepare_data_loader(*args, **kwargs)
-        if self._ringfx_groups.data is None and type(loader) is DataLoaderShard:
+    def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = self._ringfx_groups
+        parted = self._ringfx_would_send and groups.data is not None and _streams(data_loader)
+        if parted:
+            data_loader = PartsOfBatches(data_loader, groups.data_size, groups.data_rank).loader()
+        with self._as_group(parted):
+            loader = super().prepare_data_loader(data_loader, *args, **kwargs)
+        if (groups.data is None or parted) and type(loader) is DataLoaderShard:
             loader = self._dataloaders[-1] = SizeOfLastBatch.like(loader)
         return loader
 
@@ -184,12 +195,12 @@ class _OverSequenceGroups(Accelerator):  # type: ignore[misc]
         return prepared
 
     @contextlib.contextmanager
-    def _as_group(self) -> Iterator[None]:
-        self._ringfx_loads = True
+    def _as_group(self, parted: bool) -> Iterator[None]:
+        self._ringfx_loads, self._ringfx_parted = True, parted
         try:
             yield
         finally:
-            self._ringfx_loads = False
+            self._ringfx_loads = self._ringfx_parted = False
 
     def prepare_model(
         self,
@@ -302,6 +313,11 @@ class _SchedulerOverGroups(AcceleratedScheduler):  # type: ignore[misc]
             super().step(*args, **kwargs)
         finally:
             state.num_processes = ranks
+
+
+def _streams(loader: Any) -> bool:
+    is_prepared = getattr(loader, "_is_accelerate_prepared", False)
+    return isinstance(loader.dataset, IterableDataset) and not is_prepared
 
 
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:

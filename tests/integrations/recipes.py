@@ -117,10 +117,14 @@ def smoothed(folder: Path, ranks: int | None) -> Mapping[str, Any]:
     return trained(folder, ranks, label_smoothing_factor=0.1, gradient_checkpointing=True)
 
 
-def streamed(folder: Path, ranks: int | None) -> Mapping[str, Any]:
-    """Each process reads all and keeps its own: what sent parts do of a last batch differs."""
-    own = {"dispatch_batches": False}
-    return trained(folder, ranks, data=Streamed(), accelerator_config=own)
+def streamed(folder: Path, ranks: int | None, **more: Any) -> Mapping[str, Any]:
+    """More steps than there are batches: the last is smaller, and begins anew."""
+    return trained(folder, ranks, data=Streamed(), max_steps=9, **more)
+
+
+def streamed_by_each(folder: Path, ranks: int | None) -> Mapping[str, Any]:
+    """Each process reads all and keeps its own."""
+    return streamed(folder, ranks, accelerator_config={"dispatch_batches": False})
 
 
 def streamed_evaluation(folder: Path, ranks: int | None) -> Mapping[str, Any]:
@@ -259,8 +263,9 @@ def restored_with_sharded_states(folder: Path, ranks: int | None) -> Mapping[str
 RECIPES: Mapping[str, Callable[[Path, int | None], Mapping[str, Any]]] = {
     f.__name__: f
     for f in (
-        plain, accumulated, by_device, smoothed, streamed, streamed_evaluation, evaluated,
-        made_anew, resumed, resumed_with_sharded_states, accelerated, restored_with_sharded_states,
+        plain, accumulated, by_device, smoothed, streamed, streamed_by_each, streamed_evaluation,
+        evaluated, made_anew, resumed, resumed_with_sharded_states, accelerated,
+        restored_with_sharded_states,
     )
 }  # fmt: skip
 

@@ -18,8 +18,8 @@ from tests.integrations.recipes import RECIPES
 
 pytestmark = pytest.mark.ranks
 
-FEW = ("plain",)
-SOME = ("evaluated", "by_device", "resumed_with_sharded_states", "accelerated")
+FEW = ("plain", "streamed", "streamed_evaluation")
+SOME = ("evaluated", "by_device", "streamed_by_each", "resumed_with_sharded_states", "accelerated")
 """Recipes that several groups change."""
 
 
