@@ -123,7 +123,7 @@ def split_model(accelerator: Accelerator, model: Any, optimizer_later: str = _MO
     options, groups = dict(split._ringfx_options), split._ringfx_groups
     shares = bool(options.get("shard_states")) and accelerator.state.num_processes > 1
     if shares and (held := held_by_an_optimizer(model)):
-        raise InvalidArgument(f"{held}. Do: {optimizer_later}.")
+        raise InvalidArgument(f"{held}. Do: make the optimizer after that: {optimizer_later}.")
     if options.get("shard_states") is True and groups.every is not None:
         options["shard_states"] = groups.every
     return optimize(model, mesh=groups.sequence, **options)
