@@ -112,7 +112,8 @@ def optimize(
     check_inputs
         Compare checksums between ranks. Inputs are compared on every call. All parameters and float
         buffers are compared on a program's first call, then a part of them on each call that keeps
-        gradients, so that all are compared once in 100 calls (in N calls for a number N).
+        gradients, so that all are compared once in 100 calls (in N calls for a number N). Of
+        sharded parameters the optimizer's steps and settings are compared on every call.
         ``False``: never.
     strict
         Refuse a model with a region that looks like attention, by a count that is independent of

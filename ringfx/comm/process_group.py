@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ringfx.comm import stats
 from ringfx.errors import CommunicationError, InvalidArgument
 from ringfx.failures.channel import Channel, channel_of, is_settled, settled
+from ringfx.failures.describe import cure_after
 from ringfx.torch_compat.distributed import group_named
 from ringfx.torch_compat.releases import all_gather_single, reduce_scatter_single
 
@@ -43,6 +44,12 @@ class Transfer:
     buffer: torch.Tensor
     peer: int
     tag: int = 0
+
+
+_OTHERS = (
+    "read the other ranks' output for the first error (one stopped, failed or runs another "
+    "program); raise the group's timeout if they are only slow"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,9 +416,8 @@ class Ranks:
 
     def _failed(self, doing: str, peers: str, why: str) -> CommunicationError:
         return CommunicationError(
-            f"{doing}: rank {self.rank} of {self.size} was waiting for {peers}: {why}\n"
-            "  A rank stopped, failed or runs another program. Do: read the other ranks' output "
-            "for the first error; raise the group's timeout if they are only slow."
+            f"{doing}: rank {self.rank} of {self.size} was waiting for {peers}: {why}"
+            f"{cure_after(why, _OTHERS)}"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from ringfx.comm.process_group import Ranks
 from ringfx.errors import AgreementError, CommunicationError
 from ringfx.failures.channel import Channel, settled
-from ringfx.failures.describe import call_site, plain
+from ringfx.failures.describe import call_site, cure_after, plain
 from ringfx.torch_compat.dispatch import disable_current_modes
 from ringfx.torch_compat.fake_tensors import unset_fake_temporarily
 from ringfx.units.argument import Argument
@@ -28,6 +28,11 @@ _NUMBERS, _SIZES, _WORDS = 900_001, 900_002, 900_003
 
 MOST_NUMBERS = 7
 """That a rank may say in a meeting."""
+
+
+_OTHERS = (
+    "read the first error of the rank that failed; where none did, give every rank as many batches"
+)
 
 
 class Absent(CommunicationError):
@@ -116,8 +121,8 @@ def _absent(
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
         return CommunicationError(
-            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}. Do: "
-            "read the first error of the rank that failed."
+            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}"
+            f"{cure_after(why, _OTHERS)}"
         )
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}
     missing = [r for r in range(channel.size) if r not in here]

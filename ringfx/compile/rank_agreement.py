@@ -6,7 +6,8 @@ a digest of graph and plan, and a checksum of the inputs. Parameters and float b
 whole on a program's first call, and from then on in turn: 1/N of their bytes on each call that
 keeps gradients, so that ranks that come apart (another learning rate, a step that one rank skips)
 are found within N calls. A sum reads memory once, where a training step computes with every word
-for each token: at N = 100 that is far below 1% of a step.
+for each token: at N = 100 that is far below 1% of a step. Of sharded parameters, whose rows differ,
+what optimizers did with them is compared in every call.
 
 Sums are made where the tensors are and fetched together, once a call; that waits for what the
 device has been given before.
@@ -19,7 +20,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ import torch
 from ringfx.comm.process_group import Ranks
 from ringfx.comm.rendezvous import all_gather_texts, meet
 from ringfx.comm.world import World
+from ringfx.compile.optimizer_steps import Steps, steps_of
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.failures.describe import call_site
@@ -122,6 +124,9 @@ class _Sums:
     turn: Sequence[tuple[int, int]]
     """(input, sum) of the parts whose turn it is."""
 
+    steps: Mapping[str, Steps]
+    """Of each sharded parameter."""
+
 
 class Agreement:
     """The checks of one program on one rank."""
@@ -154,10 +159,16 @@ class Agreement:
         self._known: dict[int, int] = {}
         """Sums of inputs that have not changed, by their number."""
 
-    def check(self, inputs: Sequence[Any], unchanged: Collection[int] = ()) -> None:
+    def check(
+        self,
+        inputs: Sequence[Any],
+        unchanged: Collection[int] = (),
+        rows: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Compare with the other ranks; collective.
 
-        ``unchanged``: inputs that hold what they always did, whose sums are known.
+        ``unchanged``: inputs that hold what they always did, whose sums are known. ``rows``:
+        parameters that are sharded, by name.
 
         Raises
         ------
@@ -168,14 +179,15 @@ class Agreement:
             return
         inputs = [*inputs, *map(_generator_state, self._generators)]
         first, number = self._first, self._turns.number
-        sums = self._sums(inputs, unchanged, all_of_them=first)
+        steps = {name: steps_of(row) for name, row in (rows or {}).items()}
+        sums = self._sums(inputs, unchanged, steps, all_of_them=first)
         said = self._meet(sums, inputs, first, number)
         if any(row[3] for row in said) and not all(row[3] for row in said):
-            sums = self._sums(inputs, unchanged, all_of_them=True)  # another rank is at its first
+            sums = self._sums(inputs, unchanged, steps, all_of_them=True)  # another is at its first
             said = self._meet(sums, inputs, True, number)
         if len({row[2] for row in said}) > 1:  # a rank has lost a call: compare turns from the next
             self._turns.number = max(row[2] for row in said)
-            said = [[*row[:2], 0, row[3], 0] for row in said]
+            said = [[*row[:2], 0, row[3], 0, row[5]] for row in said]
         if any(row != said[0] for row in said):
             self._explain(sums, inputs, number)
         self._first = False
@@ -184,11 +196,18 @@ class Agreement:
         self, sums: _Sums, inputs: Sequence[Any], first: bool, number: int
     ) -> list[list[int]]:
         combined = _digest((sums.inputs, _recorded(inputs)))
-        mine = (_int(bytes.fromhex(self._digest)), combined, number, int(first), _digest(sums.turn))
-        return meet(self._ranks(), WHAT, mine)
+        program = _int(bytes.fromhex(self._digest))
+        turn = _digest(sums.turn)
+        stepped = _digest([(s.number, s.alike) for s in sums.steps.values()])
+        return meet(self._ranks(), WHAT, (program, combined, number, int(first), turn, stepped))
 
     def _sums(
-        self, inputs: Sequence[Any], unchanged: Collection[int], *, all_of_them: bool
+        self,
+        inputs: Sequence[Any],
+        unchanged: Collection[int],
+        steps: Mapping[str, Steps],
+        *,
+        all_of_them: bool,
     ) -> _Sums:
         """Sums of everything that is compared in this call, fetched together."""
         steady = [i for i, value in enumerate(inputs) if self._is_steady(i, value)]
@@ -214,6 +233,7 @@ class Agreement:
         return _Sums(
             inputs=[sums.get(i, _number(value)) for i, value in enumerate(inputs)],
             turn=[(i, s) for (i, _), s in zip(turn, found[len(wanted) :], strict=True)],
+            steps=steps,
         )
 
     def _is_steady(self, index: int, value: Any) -> bool:
@@ -240,7 +260,10 @@ class Agreement:
     def _explain(self, sums: _Sums, inputs: Sequence[Any], number: int) -> None:
         shapes = [_shape(v) for v in inputs]
         modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
-        mine = (self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn)
+        stepped = {name: astuple(s) for name, s in sums.steps.items()}
+        mine = (
+            self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn, stepped
+        )  # fmt: skip
         told = all_gather_texts(
             self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode()
         )
@@ -264,7 +287,7 @@ def _different_calls(numbers: Sequence[int], sites: Sequence[str]) -> str:
 
 
 def _difference(said: Sequence[Any]) -> str:
-    digest, summary, names, shapes, sums, modes, turn = said[0]
+    digest, summary, names, shapes, sums, modes, turn, steps = said[0]
     for rank, other in enumerate(said[1:], 1):
         other_mode = _different_modes(rank, names, modes, other[2], other[5])
         if other_mode:
@@ -308,9 +331,28 @@ def _difference(said: Sequence[Any]) -> str:
                     "skipped step that differs between ranks; or broadcast parameters from rank "
                     "0."
                 )
+        if other[7] != steps:
+            return _different_steps(rank, steps, other[7])
     return (
         "the inputs differed between ranks in a first comparison, but not in a second: they "
         "changed between the two. Do: write to no input while the model is called."
+    )
+
+
+def _different_steps(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    differ = [name for name in mine if mine[name] != theirs.get(name)]
+    here, there = (Steps(*steps[differ[0]]) for steps in (mine, theirs))
+    how = (
+        f"has had {here.number} optimizer steps on rank 0 and {there.number} on rank {rank}"
+        if here.number != there.number
+        else f"was stepped with other settings, the last time {here.others_than(there)} on rank 0 "
+        f"and {there.others_than(here)} on rank {rank}"
+    )
+    return (
+        f"{differ[0]}{_more(differ)}, of which each rank holds its rows, {how}: the rows no longer "
+        "belong together. Do: make the same optimizer steps with the same settings on every rank "
+        "(look for a skipped step, gradients that one rank has set to None, a scheduler or a "
+        "gradient scaler that differs between ranks), and start from a checkpoint of before."
     )
 
 

@@ -29,6 +29,7 @@ from ringfx.ops.kernels.kernel import why_not
 from ringfx.passes.capture.precision import autocast_off
 from ringfx.passes.rewrite import DeferredOutput, SplitOutput
 from ringfx.split_tensor.autograd import wrap_all, wrap_deferred
+from ringfx.split_tensor.sharded_states import STATE_OF
 from ringfx.split_tensor.spec import SplitSpec
 from ringfx.strategies import Strategy, planned_with
 
@@ -114,7 +115,8 @@ class Runner:
         if self._agreement is not None:
             parts = self._arrived.keys() | self._states.keys()
             whole = [None if i in parts else x for i, x in enumerate(taken)]
-            self._agreement.check(whole, unchanged)
+            rows = {self._names[i]: getattr(inputs[i], STATE_OF) for i in self._states}
+            self._agreement.check(whole, unchanged, rows)
         if self._extra:
             self._extra[-1] = torch.full(
                 (), self._accumulation.call(self._parts.owners(inputs, taken))

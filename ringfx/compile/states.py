@@ -27,6 +27,7 @@ from ringfx.comm.state_buckets import rows_of_a_part
 from ringfx.comm.state_ranks import ONE_RANK, StateRanks
 from ringfx.comm.world import World, process_group
 from ringfx.compile.optimizer_rows import let_optimizers_load_whole_states, rows_like
+from ringfx.compile.optimizer_steps import note_steps
 from ringfx.compile.untouched_memory import UntouchedMemory
 from ringfx.errors import CaptureRefused, InvalidArgument
 from ringfx.split_tensor.sharded_states import NAME_OF, STATE_OF, read_uncompiled
@@ -100,6 +101,7 @@ def shard_states(
                 made[parameter] = _sharded(parameter, over, mesh)
             module._parameters[name] = made[parameter]
     let_optimizers_load_whole_states()
+    note_steps()
     return ranks
 
 

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["call_site", "describe_error", "plain"]
+__all__ = ["call_site", "cure_after", "describe_error", "plain"]
 
 LONGEST = 500
 
@@ -28,6 +28,11 @@ def plain(error: BaseException) -> str:
     """Its first line, without the place in gloo's own sources that it may start with."""
     said = str(error).strip().splitlines()
     return re.sub(r"^\[[^\]]*/[^\]]*\] ", "", said[0]) if said else ""
+
+
+def cure_after(why: str, cure: str) -> str:
+    """What to do, as the end of a text with this reason; another rank's error says it already."""
+    return "" if "Do: " in why else f". Do: {cure}."
 
 
 def call_site() -> str:

@@ -41,7 +41,8 @@ PATIENT_TICKS = 20
 
 _WHY = (
     "One rank caught an error that the others did not get (in backward, for example); or it left "
-    "out, or added, a call, a backward or a use of an output. Do: do the same on every rank."
+    "out, or added, a call, a backward or a use of an output (batches ended earlier, no_sync, "
+    "clipping or a step under `if rank == 0`). Do: do the same on every rank."
 )
 
 ABORT_TICKS = {True: 8, False: 40}

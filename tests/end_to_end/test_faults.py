@@ -131,15 +131,18 @@ def test_an_output_may_be_touched_as_late_as_the_group_allows(ranks2: RankPool) 
 # --- ranks that come apart later
 
 
-def trained(steps: int, every: int, apart: str) -> int:
+def trained(steps: int, every: int, apart: str, sharded: bool = False) -> int:
     """Steps until the check finds out."""
     made = plain()()
-    model = ringfx.optimize(made, compiler="eager", check_inputs=every)
-    other = apart == "rate" and dist.get_rank() == 1
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.02 if other else 0.01)
+    model = ringfx.optimize(made, compiler="eager", check_inputs=every, shard_states=sharded)
+    is_other = dist.get_rank() == 1
+    rate = 0.02 if apart == "rate" and is_other else 0.01
+    optimizer = torch.optim.SGD(made.parameters(), lr=rate)
     for step in range(steps):
         model(tokens(16, seed=step)).square().mean().backward()
-        if not (apart == "skipped" and step == 1 and dist.get_rank() == 1):
+        if apart == "no gradient" and step == 1 and is_other:
+            next(made.parameters()).grad = None
+        if not (apart == "skipped" and step == 1 and is_other):
             optimizer.step()
         optimizer.zero_grad()
     return steps
@@ -154,8 +157,27 @@ def test_weights_that_come_apart_are_found_and_named(ranks2: RankPool, apart: st
         assert text.split(": ")[1].split(" ")[0].rpartition(".")[2] in ("weight", "bias")
 
 
-def test_weights_that_stay_alike_raise_nothing(ranks2: RankPool) -> None:
-    assert ranks2.run(trained, 12, 5, "") == [12, 12]
+@pytest.mark.parametrize(
+    ("apart", "how"),
+    [
+        ("rate", "with other settings, the last time lr=0.01 on rank 0 and lr=0.02 on rank 1"),
+        ("skipped", "has had 2 optimizer steps on rank 0 and 1 on rank 1"),
+        ("no gradient", "has had 2 optimizer steps on rank 0 and 1 on rank 1"),
+    ],
+)
+def test_rows_of_different_steps_are_found_at_the_next_call(
+    ranks2: RankPool, apart: str, how: str
+) -> None:
+    steps = 2 if apart != "rate" else 1
+    for text in raises(ranks2, trained, steps + 1, 5, apart, True):
+        assert text.startswith("AgreementError: ")
+        assert how in text
+        assert "of which each rank holds its rows" in text
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_stay_alike_raise_nothing(ranks2: RankPool, sharded: bool) -> None:
+    assert ranks2.run(trained, 12, 5, "", sharded) == [12, 12]
 
 
 class OnVectors(nn.Module):
