@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,9 @@ class Watched:
     def __enter__(self) -> Watched:
         watched = self
 
-        def check(self: Agreement, inputs: Sequence[Any], unchanged: Collection[int] = ()) -> None:
+        def check(self: Agreement, *args: Any, **kwargs: Any) -> None:
             started = time.thread_time()
-            watched._check(self, inputs, unchanged)
+            watched._check(self, *args, **kwargs)
             watched.seconds += time.thread_time() - started
 
         Agreement.check = check  # type: ignore[method-assign]

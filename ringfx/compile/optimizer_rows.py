@@ -32,6 +32,7 @@ def let_optimizers_load_whole_states() -> None:
     """From now on, in this process."""
     seen: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
 
+    @torch.compiler.disable  # a step that is compiled calls it too
     def before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if seen.get(optimizer) is optimizer.state:  # loading makes another
             return

@@ -57,6 +57,7 @@ def steps_of(parameter: torch.Tensor) -> Steps:
 def note_steps() -> None:
     """From now on, in this process."""
 
+    @torch.compiler.disable  # a step that is compiled calls it too
     def before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             stepped = [p for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
