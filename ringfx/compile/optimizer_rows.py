@@ -32,7 +32,6 @@ def let_optimizers_load_whole_states() -> None:
     """From now on, in this process."""
     seen: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
 
-    @torch.compiler.disable  # a step that is compiled calls it too
     def before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if seen.get(optimizer) is optimizer.state:  # loading makes another
             return
@@ -40,4 +39,5 @@ def let_optimizers_load_whole_states() -> None:
         for parameter, states in optimizer.state.items():
             states.update({name: rows_like(x, parameter) for name, x in states.items()})
 
-    register_optimizer_step_pre_hook(before_a_step)
+    # A step that is compiled calls it too, outside.
+    register_optimizer_step_pre_hook(torch.compiler.disable(before_a_step))

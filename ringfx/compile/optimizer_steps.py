@@ -57,7 +57,6 @@ def steps_of(parameter: torch.Tensor) -> Steps:
 def note_steps() -> None:
     """From now on, in this process."""
 
-    @torch.compiler.disable  # a step that is compiled calls it too
     def before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             stepped = [p for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
@@ -65,7 +64,8 @@ def note_steps() -> None:
             for parameter in stepped:
                 _noted[parameter] = steps_of(parameter).and_one(settings)
 
-    register_optimizer_step_pre_hook(before_a_step)
+    # A step that is compiled calls it too, outside.
+    register_optimizer_step_pre_hook(torch.compiler.disable(before_a_step))
 
 
 def _settings(group: Mapping[str, Any]) -> str:
