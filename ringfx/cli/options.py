@@ -236,7 +236,7 @@ Compiler = Annotated[
 PlannedCompiler = Annotated[
     str,
     _plan(
-        help="What compiles the split program, as compiler= of ringfx.optimize: inductor (fuses "
+        help="What compiles the split program, as ringfx.optimize is told: inductor (fuses "
         "operators), aot_eager, eager."
     ),
 ]

@@ -46,12 +46,6 @@ class Transfer:
     tag: int = 0
 
 
-_OTHERS = (
-    "read the other ranks' output for the first error (one stopped, failed or runs another "
-    "program); raise the group's timeout if they are only slow"
-)
-
-
 @dataclass(frozen=True, eq=False)
 class Ranks:
     """This rank's place in a group, and the layer on whose behalf it speaks.
@@ -415,9 +409,13 @@ class Ranks:
         return found
 
     def _failed(self, doing: str, peers: str, why: str) -> CommunicationError:
+        cure = cure_after(
+            why,
+            "read the other ranks' output for the first error (one stopped, failed or runs another "
+            "program); raise the group's timeout if they are only slow",
+        )
         return CommunicationError(
-            f"{doing}: rank {self.rank} of {self.size} was waiting for {peers}: {why}"
-            f"{cure_after(why, _OTHERS)}"
+            f"{doing}: rank {self.rank} of {self.size} was waiting for {peers}: {why}{cure}"
         )
 
 

@@ -30,11 +30,6 @@ MOST_NUMBERS = 7
 """That a rank may say in a meeting."""
 
 
-_OTHERS = (
-    "read the first error of the rank that failed; where none did, give every rank as many batches"
-)
-
-
 class Absent(CommunicationError):
     """Some ranks did not come, and nothing is known to have kept them."""
 
@@ -120,9 +115,13 @@ def _absent(
     waits = channel.ranks_waiting()
     known, why = channel.given_up(error, what)
     if known or "ended" in why or "store" in why:
+        cure = cure_after(
+            why,
+            "read the first error of the rank that failed; where none did, give every rank as many "
+            "batches",
+        )
         return CommunicationError(
-            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}"
-            f"{cure_after(why, _OTHERS)}"
+            f"{what}: rank {channel.rank} of {channel.size} was waiting for the others: {why}{cure}"
         )
     here = {*came, channel.rank, *(r for r, place in waits.items() if place == what)}
     missing = [r for r in range(channel.size) if r not in here]

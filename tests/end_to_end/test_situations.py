@@ -183,4 +183,4 @@ def test_a_rank_at_its_own_barrier_reads_what_failed_elsewhere() -> None:
     found = run(situations.fails_and_lives_while_others_are_at_a_barrier)
     assert [heard.text for heard in found] == ["", ""]
     assert f"rank 0{AT_A_BARRIER}" in found[0].log
-    assert "and rank 1 raised KeyError: 'no such batch'" in found[0].log
+    assert "but rank 1 raised KeyError: 'no such batch'" in found[0].log
