@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,20 +81,27 @@ class Search:
         return made
 
     def longest_of(self, what: str) -> Run:
-        """By runs: memory grows almost evenly with the tokens."""
-        known = [self.run(what, OTHERS[what], tokens) for tokens in (1024, 1536)]
+        """By runs: on the line through the longest that fits and the shortest that does not."""
+        known = {tokens: self.run(what, OTHERS[what], tokens) for tokens in (1024, 2048)}
         for _ in range(TRIALS):
-            if (best := self._best(known)) and best.bytes > FULL * self.budget:
+            if (best := self._best(known.values())) and best.bytes > FULL * self.budget:
                 return best
-            near, far = sorted(known, key=lambda x: abs(x.bytes - self.budget))[:2]
-            a_token = (near.bytes - far.bytes) / (near.tokens - far.tokens)
+            over = [t for t, x in known.items() if x.bytes > self.budget]
+            fits = [t for t, x in known.items() if x.bytes <= self.budget]
+            by_tokens = [*sorted(fits), *sorted(over)]
+            first = max(0, min(len(fits), len(by_tokens) - 1) - 1)
+            near, far = (known[t] for t in by_tokens[first : first + 2])
+            a_token = (far.bytes - near.bytes) / (far.tokens - near.tokens)
             tokens = near.tokens + int((0.99 * self.budget - near.bytes) / a_token)
-            known.append(self.run(what, OTHERS[what], tokens // STEP * STEP))
-        best = self._best(known)
+            tokens = tokens // STEP * STEP
+            if tokens in known:
+                break
+            known[tokens] = self.run(what, OTHERS[what], tokens)
+        best = self._best(known.values())
         assert best is not None, "the memory is less than what any length needs"
         return best
 
-    def _best(self, known: Sequence[Run]) -> Run | None:
+    def _best(self, known: Iterable[Run]) -> Run | None:
         fitting = (x for x in known if x.bytes <= self.budget)
         return max(fitting, key=lambda x: x.tokens, default=None)
 
@@ -144,7 +151,7 @@ def rows_of(runs: list[Run]) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile")
-    parser.add_argument("--mib", type=int, default=1600, help="of memory, of each rank")
+    parser.add_argument("--mib", type=int, default=1250, help="of memory, of each rank")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
