@@ -86,11 +86,10 @@ class Search:
         for _ in range(TRIALS):
             if (best := self._best(known.values())) and best.bytes > FULL * self.budget:
                 return best
-            over = [t for t, x in known.items() if x.bytes > self.budget]
-            fits = [t for t, x in known.items() if x.bytes <= self.budget]
-            by_tokens = [*sorted(fits), *sorted(over)]
-            first = max(0, min(len(fits), len(by_tokens) - 1) - 1)
-            near, far = (known[t] for t in by_tokens[first : first + 2])
+            runs = [known[tokens] for tokens in sorted(known)]
+            fitting = sum(x.bytes <= self.budget for x in runs)
+            after = min(max(fitting, 1), len(runs) - 1)
+            near, far = runs[after - 1], runs[after]
             a_token = (far.bytes - near.bytes) / (far.tokens - near.tokens)
             tokens = near.tokens + int((0.99 * self.budget - near.bytes) / a_token)
             tokens = tokens // STEP * STEP

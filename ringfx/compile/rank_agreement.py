@@ -29,6 +29,12 @@ from ringfx.comm.process_group import Ranks
 from ringfx.comm.rendezvous import all_gather_texts, meet
 from ringfx.comm.world import World
 from ringfx.compile.optimizer_steps import Steps, steps_of
+from ringfx.compile.rank_differences import (
+    GENERATOR,
+    difference,
+    different_calls,
+    different_shapes,
+)
 from ringfx.errors import AgreementError
 from ringfx.failures.channel import settled
 from ringfx.failures.describe import call_site
@@ -36,7 +42,6 @@ from ringfx.torch_compat.pytree import keystr, tree_leaves_with_path
 
 __all__ = ["Agreement", "Turns", "checksum", "compare_shapes", "raw_bytes"]
 
-_GENERATOR = "the random generator"
 WORDS = 1 << 20
 """Words of 8 bytes that a checksum reads at a time."""
 
@@ -70,7 +75,7 @@ def compare_shapes(
         return
     said = [json.loads(x) for x in all_gather_texts(ranks, AT_FIRST, json.dumps(mine).encode())]
     rank = next(r for r, given in enumerate(said) if given != said[0])
-    raise settled(AgreementError(_different_shapes(rank, said[0], said[rank])))
+    raise settled(AgreementError(different_shapes(rank, said[0], said[rank])))
 
 
 def _given_shapes(
@@ -149,7 +154,7 @@ class Agreement:
         """
         self._world = world
         self._digest = digest
-        self._names = (*names, *(f"{_GENERATOR} of {device}" for device in generators))
+        self._names = (*names, *(f"{GENERATOR} of {device}" for device in generators))
         self._generators = tuple(generators)
         self._summary = summary
         self._evaluating = evaluating
@@ -261,158 +266,16 @@ class Agreement:
         shapes = [_shape(v) for v in inputs]
         modes = (torch.is_grad_enabled(), _recorded(inputs), tuple(self._evaluating()))
         stepped = {name: astuple(s) for name, s in sums.steps.items()}
-        mine = (
-            self._digest, self._summary, self._names, shapes, sums.inputs, modes, sums.turn, stepped
-        )  # fmt: skip
+        mine = {
+            "digest": self._digest, "summary": self._summary, "names": self._names,
+            "shapes": shapes, "sums": sums.inputs, "modes": modes, "turn": sums.turn,
+            "steps": stepped,
+        }  # fmt: skip
         told = all_gather_texts(
             self._ranks(), WHAT, json.dumps((mine, number, call_site())).encode()
         )
         said, numbers, sites = zip(*map(json.loads, told), strict=True)
-        raise settled(AgreementError(_difference(said) + _different_calls(numbers, sites)))
-
-
-def _different_calls(numbers: Sequence[int], sites: Sequence[str]) -> str:
-    """What ranks are given differs because they are not in the same call."""
-    if len(set(numbers)) == 1 and len(set(sites)) == 1:
-        return ""
-    listed = ", ".join(
-        f"rank {r} at {site} (its call {n} of this model)"
-        for r, (n, site) in enumerate(zip(numbers, sites, strict=True))
-    )
-    return (
-        f" The ranks are in different calls: {listed}. One rank makes a call that the others do "
-        "not make (`if rank == 0: model(...)`), or an error has ended a call on one rank. Do: "
-        "make the same calls on every rank."
-    )
-
-
-def _difference(said: Sequence[Any]) -> str:
-    digest, summary, names, shapes, sums, modes, turn, steps = said[0]
-    for rank, other in enumerate(said[1:], 1):
-        other_mode = _different_modes(rank, names, modes, other[2], other[5])
-        if other_mode:
-            return other_mode
-        if other[2] != names or other[3] != shapes:
-            mine, theirs = (dict(zip(x[2], x[3], strict=True)) for x in (said[0], other))
-            return _different_shapes(rank, mine, theirs)
-        if other[0] != digest:
-            return (
-                f"rank 0 and rank {rank} made different plans from the same shapes.\n"
-                f"  rank 0: {summary}\n"
-                f"  rank {rank}: {other[1]}\n"
-                "Do: use the same options, code and profile on every rank."
-            )
-        for name, mine, theirs in zip(names, sums, other[4], strict=True):
-            if mine != theirs and name.startswith(_GENERATOR):
-                return (
-                    f"{name} is in different states on rank 0 and rank {rank}, and the model "
-                    "draws random numbers from it: every rank must draw the same numbers. Do: "
-                    "call torch.manual_seed(seed) with the same seed on all ranks before "
-                    "training; for numbers that differ between ranks, use a torch.Generator of "
-                    "their own."
-                )
-            if mine != theirs:
-                return (
-                    f"{name} has the same shape but different values on rank 0 (checksum {mine}) "
-                    f"and rank {rank} (checksum {theirs}). Ringfx splits one sequence over the "
-                    "ranks, so all ranks must be given the same inputs and weights. Do: load data "
-                    "with ringfx.data.SequenceGroupSampler instead of a DistributedSampler (under "
-                    "Trainer: ringfx.integrations.transformers.prepare(trainer); accelerate: "
-                    "ringfx.integrations.accelerate.prepare(accelerator)); seed before building "
-                    "the model; or broadcast parameters from rank 0."
-                )
-        for (i, mine), (j, theirs) in zip(turn, other[6], strict=False):
-            if i == j and mine != theirs:
-                return (
-                    f"{names[i]} has diverged: it was equal on all ranks at the first call, and "
-                    f"now its values differ between rank 0 (checksum {mine}) and rank {rank} "
-                    f"(checksum {theirs}). Every rank must make the same optimizer steps with the "
-                    "same learning rate. Do: look for a scheduler, a gradient scaler or a "
-                    "skipped step that differs between ranks; or broadcast parameters from rank "
-                    "0."
-                )
-        if other[7] != steps:
-            return _different_steps(rank, steps, other[7])
-    return (
-        "the inputs differed between ranks in a first comparison, but not in a second: they "
-        "changed between the two. Do: write to no input while the model is called."
-    )
-
-
-def _different_steps(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    differ = [name for name in mine if mine[name] != theirs.get(name)]
-    here, there = (Steps(*steps[differ[0]]) for steps in (mine, theirs))
-    how = (
-        f"has had {here.number} optimizer steps on rank 0 and {there.number} on rank {rank}"
-        if here.number != there.number
-        else f"was stepped with other settings, the last time {here.others_than(there)} on rank 0 "
-        f"and {there.others_than(here)} on rank {rank}"
-    )
-    return (
-        f"{differ[0]}{_more(differ)}, of which each rank holds its rows, {how}: the rows no longer "
-        "belong together. Do: make the same optimizer steps with the same settings on every rank "
-        "(look for a skipped step, gradients that one rank has set to None, a scheduler or a "
-        "gradient scaler that differs between ranks), and start from a checkpoint of before."
-    )
-
-
-def _different_modes(
-    rank: int, names: Sequence[str], mine: Any, other_names: Sequence[str], theirs: Any
-) -> str | None:
-    """One rank trains and the other evaluates, or keeps no gradients, or for other tensors."""
-    (recording, wanted, evaluating), (their_recording, their_wanted, their_evaluating) = (
-        mine,
-        theirs,
-    )
-    if recording != their_recording:
-        off = rank if recording else 0
-        return (
-            f"rank {off} runs this call under torch.no_grad() or inference_mode(), but rank "
-            f"{rank - off} does not: the ranks would wait for each other in backward. Do: use it "
-            "on every rank or on none."
-        )
-    if evaluating != their_evaluating:
-        differ = sorted(set(evaluating) ^ set(their_evaluating))
-        side = 0 if differ[0] in evaluating else rank
-        return (
-            f"{differ[0] or 'the model'} is in evaluation mode on rank {side} and in training "
-            f"mode on rank {rank - side}{_more(differ)}: the ranks would run different programs. "
-            "Do: call model.train() or model.eval() on every rank alike."
-        )
-    first = {n for n, w in zip(names, wanted, strict=False) if w}
-    second = {n for n, w in zip(other_names, their_wanted, strict=False) if w}
-    differ = sorted((first ^ second) & set(names) & set(other_names))
-    if differ:
-        side = 0 if differ[0] in first else rank
-        return (
-            f"{differ[0]} requires a gradient on rank {side} but not on rank "
-            f"{rank - side}{_more(differ)}. Do: freeze the same parameters on every rank."
-        )
-    return None
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
-
-
-def _different_shapes(rank: int, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-    lines = [
-        f"  {n}: rank 0 {mine.get(n, 'absent')}, rank {rank} {theirs.get(n, 'absent')}"
-        for n in names[:8]
-    ]
-    not_used = (  # not given, or not used by what the rank runs
-        " What is absent is not used by that rank's program: look for a hook, a branch or an "
-        "exception in the model that differs between ranks."
-        if mine.keys() != theirs.keys()
-        else ""
-    )
-    return (
-        f"rank 0 and rank {rank} were given inputs of different shapes:\n"
-        + "\n".join(lines)
-        + "\nDo: give every rank the same full batch; ringfx splits it along the tokens."
-        + not_used
-    )
+        raise settled(AgreementError(difference(said) + different_calls(numbers, sites)))
 
 
 def _recorded(inputs: Sequence[Any]) -> list[bool]:
